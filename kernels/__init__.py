@@ -8,3 +8,7 @@ if __name__ != "mtllm_fast.kernels":
         f"the folder kernels/ was imported as {__name__!r}; import it as 'mtllm_fast.kernels' "
         "(the bare name belongs to Hugging Face's 'kernels' package)"
     )
+
+from .linear_kl import LinearKL, linear_kl
+
+__all__ = ["LinearKL", "linear_kl"]
