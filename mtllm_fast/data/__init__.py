@@ -1,0 +1,53 @@
+"""Text in, packed batches out: readers, tokenizers, alignment, packing. Names load on first use."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mtllm_fast.data.align import align_rows
+    from mtllm_fast.data.collate import Batch, PackedDataset, PackedLoader, collate
+    from mtllm_fast.data.pack import PackedBatch, token_budget_packs
+    from mtllm_fast.data.read import RowStream, TextRow, read_rows
+    from mtllm_fast.data.tokenise import StackTokenizer, TokenizedSide
+
+_HOME = {
+    "align_rows": "align",
+    "Batch": "collate",
+    "collate": "collate",
+    "PackedBatch": "pack",
+    "token_budget_packs": "pack",
+    "RowStream": "read",
+    "TextRow": "read",
+    "read_rows": "read",
+    "PackedDataset": "collate",
+    "PackedLoader": "collate",
+    "StackTokenizer": "tokenise",
+    "TokenizedSide": "tokenise",
+}
+
+__all__ = [
+    "Batch",
+    "PackedBatch",
+    "PackedDataset",
+    "PackedLoader",
+    "RowStream",
+    "StackTokenizer",
+    "TextRow",
+    "TokenizedSide",
+    "align_rows",
+    "collate",
+    "read_rows",
+    "token_budget_packs",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

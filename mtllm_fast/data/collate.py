@@ -1,0 +1,435 @@
+"""Rows to batches: tokenise, pack, align; and the stream of batches that a training run reads.
+
+The unit of work is a window: `lookahead` consecutive rows, tokenised together and packed best-fit. Windows are made by
+worker processes in any number, and turned into batches in order in the main process, so the batches of an epoch are a
+function of the rows, the options, `seed` and `epoch` alone.
+"""
+
+import dataclasses
+import os
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from mtllm_fast.data.align import align_rows
+from mtllm_fast.data.pack import PackedBatch, token_budget_packs
+from mtllm_fast.data.read import TextRow
+from mtllm_fast.data.tokenise import StackTokenizer, TokenizedSide
+
+SIDES = ("mt", "llm")
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """B rows as the two models read them.
+
+    Fields:
+        mt, llm: the packed sides, or None where a side was not asked for.
+        mt_rows, llm_rows: (P,) int64, packed rows of `mt` and `llm` that end at the same character, or None.
+        labels: (B,) int64, or None where the rows have none.
+        mt_spans, llm_spans: (B, C, 2) int64, packed rows [start, end) of each choice, or None.
+        ids: the rows' names.
+        weight: 0.0 for a filler that only keeps the ranks in step, else 1.0; multiply losses and counts with it.
+    """
+
+    mt: PackedBatch | None
+    llm: PackedBatch | None
+    mt_rows: Tensor | None = None
+    llm_rows: Tensor | None = None
+    labels: Tensor | None = None
+    mt_spans: Tensor | None = None
+    llm_spans: Tensor | None = None
+    ids: tuple[str | None, ...] = ()
+    weight: float = 1.0
+
+    @property
+    def num_rows(self) -> int:
+        side = self.mt if self.mt is not None else self.llm
+        return side.num_sequences if side is not None else 0
+
+    @property
+    def num_pairs(self) -> int:
+        return self.mt_rows.shape[0] if self.mt_rows is not None else 0
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Batch":
+        return self._moved(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        return self._moved(lambda x: x.pin_memory())
+
+    def _moved(self, move: Any) -> "Batch":
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Batch(**{k: move(v) if isinstance(v, Tensor | PackedBatch) else v for k, v in fields.items()})
+
+
+def collate(
+    rows: Sequence[TextRow],
+    tokenizer: StackTokenizer,
+    *,
+    sides: Sequence[str] = SIDES,
+    align: bool = True,
+) -> Batch:
+    """All rows as one batch, in the order given.
+
+    Args:
+        rows: at least one row.
+        sides: which of "mt" and "llm" to make.
+        align: find the row pairs that end at the same character; needs both sides.
+
+    Raises:
+        ValueError: no rows, an unknown side, rows of which only some have a label, or different numbers of choices.
+    """
+    rows = list(rows)
+    if not rows:
+        raise ValueError("rows must hold at least one TextRow, got none")
+    sides = _check_sides(sides, tokenizer)
+    return _tokenise(rows, tokenizer, sides).batch(range(len(rows)), align)
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Tokenised rows, from which batches are cut."""
+
+    sides: dict[str, TokenizedSide]
+    labels: list[int | None]
+    ids: list[str | None]
+
+    def batch(self, index: Sequence[int], align: bool) -> Batch:
+        packed: dict[str, PackedBatch] = {}
+        spans: dict[str, Tensor | None] = {}
+        for name, side in self.sides.items():
+            packed[name] = PackedBatch.from_sequences([side.ids[i] for i in index])
+            spans[name] = _packed_spans(side, index, packed[name])
+        pairs: tuple[Tensor | None, Tensor | None] = (None, None)
+        if align and len(self.sides) == 2:
+            keys = [self._alignment_keys(name, index) for name in SIDES]
+            mt_rows, llm_rows = align_rows(*keys[0], *keys[1])
+            pairs = (torch.from_numpy(mt_rows), torch.from_numpy(llm_rows))
+        return Batch(
+            mt=packed.get("mt"),
+            llm=packed.get("llm"),
+            mt_rows=pairs[0],
+            llm_rows=pairs[1],
+            labels=_labels([self.labels[i] for i in index]),
+            mt_spans=spans.get("mt"),
+            llm_spans=spans.get("llm"),
+            ids=tuple(self.ids[i] for i in index),
+        )
+
+    def _alignment_keys(self, name: str, index: Sequence[int]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        ends = [self.sides[name].ends[i] for i in index]
+        return np.concatenate(ends), np.repeat(np.arange(len(ends)), [len(e) for e in ends])
+
+    def costs(self) -> list[tuple[int, ...]]:
+        return list(zip(*([len(ids) for ids in side.ids] for side in self.sides.values()), strict=True))
+
+
+def _tokenise(rows: Sequence[TextRow], tokenizer: StackTokenizer, sides: Sequence[str]) -> _Rows:
+    made = {side: tokenizer.mt_side(rows) if side == "mt" else tokenizer.llm_side(rows) for side in sides}
+    return _Rows(made, [row.label for row in rows], [row.id for row in rows])
+
+
+def _check_sides(sides: Sequence[str], tokenizer: StackTokenizer) -> tuple[str, ...]:
+    if isinstance(sides, str) or not sides or set(sides) - set(SIDES):
+        raise ValueError(f"sides must be a non-empty selection of {SIDES}, got {sides!r}")
+    for side in sides:
+        if getattr(tokenizer, side) is None:
+            raise ValueError(f"sides holds {side!r} but the tokenizer has no {side} tokenizer")
+    return tuple(side for side in SIDES if side in sides)
+
+
+def _labels(labels: list[int | None]) -> Tensor | None:
+    given = [label for label in labels if label is not None]
+    if not given:
+        return None
+    if len(given) != len(labels):
+        raise ValueError(f"label: {len(given)} of {len(labels)} rows have a label, give all of them one or none")
+    return torch.tensor(given, dtype=torch.int64)
+
+
+def _packed_spans(side: TokenizedSide, index: Sequence[int], packed: PackedBatch) -> Tensor | None:
+    if side.spans is None:
+        return None
+    counts = {len(side.spans[i]) for i in index}
+    if len(counts) != 1:
+        raise ValueError(f"choices: every row of a batch needs the same number of choices, got {sorted(counts)}")
+    starts = packed.cu_seqlens.numpy()[:-1].astype(np.int64)
+    return torch.from_numpy(np.stack([side.spans[i] for i in index]).astype(np.int64) + starts[:, None, None])
+
+
+@dataclass(frozen=True, eq=False)
+class _Window:
+    """What a worker sends: tokenised rows and how they are packed; or the end of its stream; or an error."""
+
+    index: int
+    rows: _Rows | None = None
+    packs: tuple[tuple[int, ...], ...] = ()
+    fallbacks: Counter[str] = dataclasses.field(default_factory=Counter)
+    source: Any = None
+    error: Exception | None = None
+
+
+@dataclass
+class StreamStats:
+    """What has been read since the start of the epoch, over all ranks.
+
+    Fields:
+        rows, packs: rows tokenised, packs they went into.
+        tokens: tokens per side.
+        truncated: rows cut to the limit, per side.
+        budget: tokens that the packs could have held on one side.
+        fallbacks: rows per language code that was read as another one.
+        source: the reader's own counts (rows, empty, failed, reasons), where it has them.
+    """
+
+    rows: int = 0
+    packs: int = 0
+    tokens: Counter[str] = dataclasses.field(default_factory=Counter)
+    truncated: Counter[str] = dataclasses.field(default_factory=Counter)
+    budget: int = 0
+    fallbacks: Counter[str] = dataclasses.field(default_factory=Counter)
+    source: Any = None
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the token budget that is filled, on the fuller side."""
+        return max(self.tokens.values(), default=0) / self.budget if self.budget else 0.0
+
+
+class PackedDataset(IterableDataset):
+    """Batches of packed rows, in an order that depends on `seed` and `epoch` but not on the number of workers.
+
+    Iterate it directly, or through `PackedLoader` for worker processes.
+
+    Args:
+        rows: a re-iterable of TextRow, such as `read_rows(...)` or a list.
+        tokenizer: StackTokenizer.
+        max_tokens: budget of one batch on each side; at least the tokenizer's limits.
+        max_rows: at most so many rows in a batch.
+        sides, align: as in `collate`.
+        lookahead: rows of one window; more fills the packs better and mixes them further.
+        shuffle_buffer: rows held for shuffling the stream; 0 keeps its order. Packs of a window are always shuffled,
+            since packing sorts by length.
+        seed, epoch: all randomness comes from these two.
+        rank, world_size: this rank takes every world_size-th batch. Where the last group is incomplete, the ranks left
+            over get a batch of weight 0, so that all ranks take the same number of steps.
+        start_batch: skip so many batches of this rank at the start: exact resumption.
+
+    Raises:
+        ValueError, TypeError: naming the argument that does not fit. While iterating: whatever is wrong with a row.
+    """
+
+    def __init__(
+        self,
+        rows: Iterable[TextRow],
+        tokenizer: StackTokenizer,
+        *,
+        max_tokens: int = 4096,
+        max_rows: int | None = None,
+        sides: Sequence[str] = SIDES,
+        align: bool = True,
+        lookahead: int = 1024,
+        shuffle_buffer: int = 0,
+        seed: int = 0,
+        epoch: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        start_batch: int = 0,
+    ) -> None:
+        super().__init__()
+        if isinstance(rows, Iterator):
+            raise TypeError("rows must be re-iterable (a list, read_rows(...)), got an iterator, good for one epoch")
+        self.sides = _check_sides(sides, tokenizer)
+        for side in self.sides:
+            limit = tokenizer.max_mt_tokens if side == "mt" else tokenizer.max_llm_tokens
+            if max_tokens < limit:
+                raise ValueError(
+                    f"max_tokens {max_tokens} is below the tokenizer's max_{side}_tokens {limit}: "
+                    "a row of that length would fit in no batch"
+                )
+        at_least = {"max_rows": 1, "lookahead": 1, "shuffle_buffer": 0, "seed": 0, "epoch": 0, "world_size": 1}
+        given = {"max_rows": max_rows if max_rows is not None else 1, "lookahead": lookahead, "seed": seed}
+        given |= {"shuffle_buffer": shuffle_buffer, "epoch": epoch, "world_size": world_size}
+        for name, least in at_least.items():
+            if given[name] < least:
+                raise ValueError(f"{name} must be at least {least}, got {given[name]}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in [0, world_size {world_size}), got {rank}")
+        self.rows = rows
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.max_rows = max_rows
+        self.align = align
+        self.lookahead = lookahead
+        self.shuffle_buffer = shuffle_buffer
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.stats = StreamStats()
+        self.set_epoch(epoch, start_batch)
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Choose the epoch of the next pass, and how many of this rank's batches it skips."""
+        if epoch < 0 or start_batch < 0:
+            raise ValueError(f"epoch and start_batch must be at least 0, got {epoch} and {start_batch}")
+        self.epoch = epoch
+        self.start_batch = start_batch
+
+    def __iter__(self) -> Iterator[Batch]:
+        if get_worker_info() is not None:
+            raise RuntimeError("a PackedDataset inside a DataLoader has no defined order: use PackedLoader")
+        return self._batches(self._windows())
+
+    def _windows(self, worker: int = 0, workers: int = 1) -> Iterator[_Window]:
+        """Windows `worker`, `worker + workers`, ... of the epoch, then one that marks the end."""
+        stream = _shuffled(self.rows, self.shuffle_buffer, f"{self.seed}/{self.epoch}")
+        index = 0
+        try:
+            while chunk := list(islice(stream, self.lookahead)):
+                if index % workers == worker:
+                    yield self._window(index, chunk)
+                index += 1
+        except (ValueError, TypeError, OSError) as error:
+            # raised in a worker it would reach the user as a traceback of another process
+            yield _Window(index, error=error)
+            return
+        yield _Window(-1, source=getattr(self.rows, "counts", None))
+
+    def _window(self, index: int, chunk: list[TextRow]) -> _Window:
+        before = self.tokenizer.fallback_counts.copy()
+        rows = _tokenise(chunk, self.tokenizer, self.sides)
+        packs = token_budget_packs(rows.costs(), self.max_tokens, self.max_rows)
+        order = np.random.default_rng([self.seed, self.epoch, index]).permutation(len(packs))
+        return _Window(
+            index,
+            rows,
+            tuple(tuple(packs[i]) for i in order),
+            self.tokenizer.fallback_counts - before,
+            getattr(self.rows, "counts", None),
+        )
+
+    def _batches(self, windows: Iterable[_Window]) -> Iterator[Batch]:
+        """This rank's batches; only here is the number of earlier packs known, and with it whose turn it is."""
+        self.stats = StreamStats()
+        turn = 0
+        skip = self.start_batch * self.world_size
+        last: tuple[_Rows, tuple[int, ...]] | None = None
+        expected = 0
+        for window in windows:
+            if window.error is not None:
+                raise window.error
+            if window.source is not None:
+                self.stats.source = window.source
+            if window.rows is None:
+                continue
+            assert window.index == expected, f"window {window.index} arrived in place of {expected}"
+            expected += 1
+            self._count(window)
+            for pack in window.packs:
+                last = (window.rows, pack)
+                if turn >= skip and turn % self.world_size == self.rank:
+                    yield window.rows.batch(pack, self.align)
+                turn += 1
+        over = turn % self.world_size
+        if last is not None and over and self.rank >= over and turn >= skip:
+            yield dataclasses.replace(last[0].batch(last[1], self.align), weight=0.0)
+
+    def _count(self, window: _Window) -> None:
+        assert window.rows is not None
+        stats = self.stats
+        stats.rows += len(window.rows.ids)
+        stats.packs += len(window.packs)
+        stats.budget += len(window.packs) * self.max_tokens
+        stats.fallbacks.update(window.fallbacks)
+        for name, side in window.rows.sides.items():
+            stats.tokens[name] += sum(len(ids) for ids in side.ids)
+            stats.truncated[name] += side.truncated
+
+
+def _shuffled(rows: Iterable[TextRow], size: int, seed: str) -> Iterator[TextRow]:
+    """The stream through a buffer of `size` rows from which a random one leaves whenever one enters."""
+    if size == 0:
+        yield from rows
+        return
+    rng = random.Random(seed)
+    buffer: list[TextRow] = []
+    for row in rows:
+        if len(buffer) < size:
+            buffer.append(row)
+            continue
+        slot = rng.randrange(size)
+        leaving, buffer[slot] = buffer[slot], row
+        yield leaving
+    rng.shuffle(buffer)
+    yield from buffer
+
+
+class _WindowStream(IterableDataset):
+    """The windows of one DataLoader worker."""
+
+    def __init__(self, dataset: PackedDataset) -> None:
+        super().__init__()
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[_Window]:
+        info = get_worker_info()
+        assert info is not None, "windows are only asked for in workers"
+        return self.dataset._windows(info.id, info.num_workers)
+
+
+def _start_worker(_: int) -> None:
+    # each worker is one core; threads inside a forked tokenizer would also warn about the fork
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)
+
+
+def _as_is(window: _Window) -> _Window:
+    return window
+
+
+class PackedLoader:
+    """A PackedDataset read by worker processes; the batches and their order are the same for any number of them.
+
+    Args:
+        dataset: the PackedDataset; every pass reads its current epoch and start_batch.
+        num_workers: 0 reads in this process.
+        prefetch: windows that each worker holds ready.
+        pin_memory: page-lock the batches for asynchronous copies to a GPU.
+    """
+
+    def __init__(
+        self, dataset: PackedDataset, num_workers: int = 0, prefetch: int = 2, pin_memory: bool = False
+    ) -> None:
+        if num_workers < 0 or prefetch < 1:
+            raise ValueError(f"num_workers must be >= 0 and prefetch >= 1, got {num_workers} and {prefetch}")
+        self.dataset = dataset
+        self.num_workers = num_workers
+        self.prefetch = prefetch
+        self.pin_memory = pin_memory
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.num_workers == 0:
+            batches: Iterator[Batch] = iter(self.dataset)
+        else:
+            windows = DataLoader(
+                _WindowStream(self.dataset),
+                batch_size=None,
+                num_workers=self.num_workers,
+                prefetch_factor=self.prefetch,
+                collate_fn=_as_is,
+                worker_init_fn=_start_worker,
+                # without its own generator it would draw from the global one and change every later dropout mask
+                generator=torch.Generator(),
+            )
+            batches = self.dataset._batches(windows)
+        for batch in batches:
+            yield batch.pin_memory() if self.pin_memory else batch
