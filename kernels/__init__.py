@@ -3,12 +3,16 @@
 Dimension legend: B sequences, T packed tokens, P aligned pairs, E encoder width, D LLM width, V vocabulary, H heads.
 """
 
-if __name__ != "mtllm_fast.kernels":
-    raise ImportError(
-        f"the folder kernels/ was imported as {__name__!r}; import it as 'mtllm_fast.kernels' "
-        "(the bare name belongs to Hugging Face's 'kernels' package)"
-    )
+if __name__ == "mtllm_fast.kernels":
+    from .linear_kl import LinearKL, linear_kl
 
-from .linear_kl import LinearKL, linear_kl
+    __all__ = ["LinearKL", "linear_kl"]
+else:
+    # In a checkout this folder is also importable as `kernels`, the name of a Hugging Face package that transformers
+    # looks for. It must be able to look, and find nothing; a person who imports it gets told the right name.
+    __path__: list[str] = []
 
-__all__ = ["LinearKL", "linear_kl"]
+    def __getattr__(name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ImportError(f"import mtllm_fast.kernels, not {__name__}: the folder kernels/ is mapped to that name")

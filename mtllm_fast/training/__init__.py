@@ -1,0 +1,8 @@
+"""The three stages: `adapt` (general adaptation), `finetune` (task teacher, baselines), `distill` (task distillation)."""
+
+from .adapt import AdaptConfig, adapt
+from .config import OptimSettings
+from .distill import DistillConfig, distill
+from .finetune import FinetuneConfig, finetune
+
+__all__ = ["AdaptConfig", "DistillConfig", "FinetuneConfig", "OptimSettings", "adapt", "distill", "finetune"]

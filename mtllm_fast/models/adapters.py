@@ -1,0 +1,115 @@
+"""LoRA adapters (peft) inside an unmodified model: several by name, one active at a time, switched without a walk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters. Defaults are the paper's: r 16, alpha 32, dropout 0.05, all linear layers, no bias."""
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.05
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """"all-linear", a regular expression, or names of linear layers."""
+
+
+class AdaptedModel(nn.Module):
+    """Base of the packed models: owns `model`, a transformers module that adapters are injected into."""
+
+    def __init__(self, model: Any, name: str | None) -> None:
+        super().__init__()
+        self.model = model
+        self.name = name
+        self.adapters: dict[str, LoraSettings] = {}
+        self._tuned: list[Any] = []
+
+    @property
+    def layers_root(self) -> nn.Module:
+        """The module whose linear layers "all-linear" means."""
+        return self.model
+
+    def _linear_names(self) -> list[str]:
+        names = {name for name, module in self.layers_root.named_modules() if isinstance(module, nn.Linear)}
+        names = {name.removesuffix(".base_layer") for name in names if ".lora_" not in name}
+        return sorted({name.rsplit(".", 1)[-1] for name in names})
+
+    def add_adapter(self, settings: LoraSettings, name: str = "student") -> None:
+        """Inject LoRA layers called `name`; the base weights freeze and the new adapter becomes active and trainable.
+
+        peft's initialisation makes a new adapter the identity.
+
+        Raises:
+            ValueError: `target_modules` names no layer of the model, or r is not positive.
+        """
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        targets = settings.target_modules
+        resolved = self._linear_names() if targets == "all-linear" else targets
+        config = LoraConfig(
+            r=settings.r,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules=resolved if isinstance(resolved, str) else list(resolved),
+            bias="none",
+        )
+        self.model.requires_grad_(False)
+        inject_adapter_in_model(config, self.model, adapter_name=name)
+        self.adapters[name] = settings
+        self._tuned = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        self.train_adapter(name)
+
+    def remove_adapter(self, name: str) -> None:
+        """Take the adapter `name` out of the model; the one that was active stays active."""
+        for layer in self._tuned:
+            layer.delete_adapter(name)
+        del self.adapters[name]
+
+    def train_adapter(self, name: str) -> None:
+        """Make the adapter `name` the active and only trainable one, its weights in float32."""
+        if name not in self.adapters:
+            raise ValueError(f"adapter={name!r}: the model has {', '.join(self.adapters) or 'no adapter'}")
+        for parameter_name, parameter in self.model.named_parameters():
+            if ".lora_" in parameter_name:
+                mine = f".{name}." in parameter_name
+                parameter.requires_grad_(mine)
+                if mine:
+                    parameter.data = parameter.data.float()
+        self._activate(name)
+
+    def _activate(self, name: str | None) -> None:
+        # Set on the layers directly: peft's own switch walks every module and resets requires_grad.
+        for layer in self._tuned:
+            layer._disable_adapters = name is None
+            if name is not None:
+                layer._active_adapter = [name]
+
+    @contextmanager
+    def adapter(self, name: str | None) -> Iterator[None]:
+        """Run the block with adapter `name` (None: the bare model), then restore the one that was on."""
+        if name is not None and name not in self.adapters:
+            raise ValueError(f"adapter={name!r}: the model has {', '.join(self.adapters) or 'no adapter'}")
+        before = [(layer._disable_adapters, layer._active_adapter) for layer in self._tuned]
+        self._activate(name)
+        try:
+            yield
+        finally:
+            for layer, (disabled, active) in zip(self._tuned, before):
+                layer._disable_adapters, layer._active_adapter = disabled, active
+
+    def save(self, folder: Any) -> None:
+        """Write the bare model (no adapters) as safetensors so that `from_pretrained` reads it back."""
+        if not self.adapters:
+            self.model.save_pretrained(folder)
+            return
+        state = self.model.state_dict()
+        bare = {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
+        self.model.save_pretrained(folder, state_dict=bare)

@@ -1,0 +1,79 @@
+"""MT encoders on packed rows.
+
+A family is one function `(encoder, batch, plan) -> (T, E)` and one line in `FAMILIES`. Positions restart at every
+sequence, with the family's own offset, so that a packed batch gives the rows that Hugging Face gives on a padded one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..data.pack import PackedBatch
+from .adapters import AdaptedModel
+from .attention import NAME, AttentionPlan
+from .loading import load_pretrained
+
+
+def packed_m2m100(encoder: Any, batch: PackedBatch, plan: AttentionPlan) -> Tensor:
+    """M2M100 and NLLB: sinusoidal position p sits at table row `p + padding_idx + 1`."""
+    table, offset = encoder.embed_positions, encoder.padding_idx + 1
+    if batch.max_seqlen + offset > table.weights.shape[0]:
+        table.make_weights(batch.max_seqlen + offset, table.embedding_dim, table.padding_idx)
+    hidden = encoder.embed_tokens(batch.input_ids)
+    hidden = hidden + table.weights.index_select(0, batch.positions + offset).to(hidden.dtype)
+    hidden = F.dropout(hidden, encoder.dropout, encoder.training)[None]
+    for layer in encoder.layers:
+        hidden = layer(hidden, None, plan=plan)
+    return encoder.layer_norm(hidden)[0]
+
+
+FAMILIES: dict[str, Callable[[Any, PackedBatch, AttentionPlan], Tensor]] = {
+    "m2m_100": packed_m2m100,  # NLLB-200 and M2M-100
+}
+
+
+class PackedEncoder(AdaptedModel):
+    """A Hugging Face encoder that reads packed batches.
+
+    Args:
+        encoder: the encoder module, e.g. `M2M100Model(...).encoder`.
+        name: the folder or hub name it came from, kept for saving; None for a model made in memory.
+    """
+
+    def __init__(self, encoder: Any, name: str | None = None) -> None:
+        super().__init__(encoder, name)
+        family = encoder.config.model_type
+        if family not in FAMILIES:
+            raise ValueError(f"encoder: model type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
+        if encoder.config.encoder_layerdrop:
+            encoder.config.encoder_layerdrop = 0.0  # layers are not dropped here: the encoder is distilled, not pre-trained
+        encoder.set_attn_implementation(NAME)
+        self._run = FAMILIES[family]
+
+    @classmethod
+    def from_pretrained(cls, name: str, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False) -> PackedEncoder:
+        """Load from a folder or the hub; an encoder-decoder model gives up its decoder.
+
+        Raises:
+            ValueError: `name` is not a model, or its family is not supported.
+        """
+        model = load_pretrained("encoder", name, dtype, trust_remote_code)
+        encoder = model.get_encoder() if hasattr(model, "decoder") or hasattr(model, "model") else model
+        return cls(encoder, name)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.model.config.d_model)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.model.config.vocab_size)
+
+    def forward(self, batch: PackedBatch, plan: AttentionPlan | None = None) -> Tensor:
+        """Last hidden states (T, E) of the packed MT tokens."""
+        return self._run(self.model, batch, plan or AttentionPlan(batch, causal=False))

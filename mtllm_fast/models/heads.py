@@ -1,0 +1,59 @@
+"""Pooling and task heads on packed states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..data.pack import PackedBatch
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """A linear head on the mean-pooled states.
+
+    kind "classification": (B, D) -> (B, C), one row per label. kind "choice": one shared score per choice span.
+    """
+
+    kind: Literal["classification", "choice"] = "classification"
+    labels: tuple[str, ...] = ()
+
+
+def segment_mean(states: Tensor, batch: PackedBatch) -> Tensor:
+    """Mean state of every sequence: (T, D) -> (B, D) in float32; an empty sequence gives zeros."""
+    lengths = torch.diff(batch.cu_seqlens).long()
+    sums = torch.segment_reduce(states.float(), "sum", lengths=lengths, axis=0, unsafe=True)
+    return sums / lengths.clamp(min=1)[:, None]
+
+
+def span_mean(states: Tensor, spans: Tensor) -> Tensor:
+    """Mean state of row spans: states (T, D), spans (B, C, 2) start/end packed rows -> (B, C, D) in float32."""
+    starts, ends = spans.unbind(-1)
+    lengths = (ends - starts).flatten()
+    rows = torch.repeat_interleave(starts.flatten() - torch.cumsum(lengths, 0) + lengths, lengths)
+    rows = rows + torch.arange(rows.numel(), device=rows.device)
+    sums = torch.segment_reduce(states.index_select(0, rows).float(), "sum", lengths=lengths, axis=0, unsafe=True)
+    return (sums / lengths.clamp(min=1)[:, None]).unflatten(0, starts.shape)
+
+
+class TaskHead(nn.Module):
+    """Linear head without bias (as the authors'): labels of a text, or one score per choice.
+
+    forward takes pooled states: (B, D) for classification, (B, C, D) for choice; gives logits (B, C) in float32.
+    """
+
+    def __init__(self, hidden_size: int, config: HeadConfig) -> None:
+        super().__init__()
+        if config.kind not in ("classification", "choice"):
+            raise ValueError(f"head.kind={config.kind!r}: expected 'classification' or 'choice'")
+        if config.kind == "classification" and len(config.labels) < 2:
+            raise ValueError(f"head.labels={config.labels!r}: a classification head needs at least two labels")
+        self.config = config
+        self.linear = nn.Linear(hidden_size, len(config.labels) if config.kind == "classification" else 1, bias=False)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        logits = self.linear(pooled.to(self.linear.weight.dtype)).float()
+        return logits.squeeze(-1) if self.config.kind == "choice" else logits

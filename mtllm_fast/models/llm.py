@@ -1,0 +1,98 @@
+"""Any Hugging Face decoder as the LLM of the stack, unmodified, on packed rows, causal or bidirectional, with LoRA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.pack import PackedBatch
+from .adapters import AdaptedModel
+from .attention import NAME, AttentionPlan
+from .loading import load_pretrained
+
+
+class LMHead(nn.Module):
+    """A view of the LLM's output head: `logits = softcap(states @ weight.T + bias)`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, softcap: float | None) -> None:
+        super().__init__()
+        self.weight, self.bias, self.softcap = weight, bias, softcap
+
+
+class PackedLLM(AdaptedModel):
+    """A causal-LM model of transformers, called on packed batches.
+
+    Args:
+        model: e.g. `LlamaForCausalLM(config)`; its code and weights stay as they are.
+        causal: False lets every row see its whole sequence (LLM2Vec style).
+        name: the folder or hub name it came from, kept for saving; None for a model made in memory.
+    """
+
+    def __init__(self, model: Any, causal: bool = False, name: str | None = None) -> None:
+        super().__init__(model, name)
+        if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
+            raise ValueError(f"llm: {type(model).__name__} has no LM head; load it as a causal LM")
+        model.set_attn_implementation(NAME)
+        self.causal = causal
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str, causal: bool = False, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
+    ) -> PackedLLM:
+        """Load from a folder or the hub. Raises ValueError where `name` is no causal LM."""
+        return cls(load_pretrained("llm", name, dtype, trust_remote_code), causal, name)
+
+    @property
+    def decoder(self) -> Any:
+        return self.model.get_decoder()
+
+    @property
+    def layers_root(self) -> nn.Module:
+        return self.decoder  # the LM head is not adapted
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    @property
+    def lm_head(self) -> LMHead:
+        """Weight (V, D), bias (V,) or None and soft-cap of the LM head.
+
+        Raises:
+            ValueError: the model scales its logits in a way the loss does not know.
+        """
+        config = self.model.config.get_text_config()
+        for field in ("logit_scale", "logits_scaling"):
+            if getattr(config, field, None) not in (None, 1, 1.0):
+                raise ValueError(f"llm: {config.model_type} scales its logits by {field}; the KL loss does not support that")
+        head = self.model.get_output_embeddings()
+        return LMHead(head.weight, getattr(head, "bias", None), getattr(config, "final_logit_softcapping", None))
+
+    def embedding_std(self) -> float:
+        """Standard deviation of the LLM's input embeddings, as its layers receive them (sampled on 4,096 tokens)."""
+        table = self.model.get_input_embeddings()
+        ids = torch.arange(min(self.vocab_size, 4096), device=table.weight.device)
+        with torch.no_grad():
+            return float(table(ids).float().std())
+
+    def forward(self, batch: PackedBatch, embeds: Tensor | None = None) -> Tensor:
+        """Last hidden states (T, D), after the final norm.
+
+        Args:
+            batch: packed tokens; their ids are read unless `embeds` is given.
+            embeds: (T, D) input embeddings in place of the ids' own.
+        """
+        inputs = {"input_ids": batch.input_ids[None]} if embeds is None else {"inputs_embeds": embeds[None]}
+        output = self.decoder(
+            **inputs,
+            position_ids=batch.positions[None],
+            use_cache=False,
+            plan=AttentionPlan(batch, self.causal),
+        )
+        return output.last_hidden_state[0]

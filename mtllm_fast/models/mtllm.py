@@ -1,0 +1,297 @@
+"""MTLLM: text -> MT encoder -> projection -> LLM, with its two single-sided readers as ablations.
+
+`reader` says who reads the text:
+    "stack"    MT encoder -> projection -> LLM with adapters   (the method)
+    "llm"      LLM with adapters on its own tokens             (the task teacher, and reading a language directly)
+    "encoder"  MT encoder alone                                (the baseline without an LLM)
+
+Source of the method: arXiv 2406.12739.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..data.pack import PackedBatch
+from ..data.tokenise import StackTokenizer
+from .adapters import LoraSettings
+from .encoder import PackedEncoder
+from .heads import HeadConfig, TaskHead, segment_mean, span_mean
+from .llm import PackedLLM
+from .projection import Projection, ProjectionConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ..data.collate import Batch
+
+Reader = Literal["stack", "llm", "encoder"]
+READERS: tuple[Reader, ...] = ("stack", "llm", "encoder")
+
+
+@dataclass
+class MTLLMConfig:
+    """Everything needed to rebuild a model around its base models.
+
+    encoder, llm: folder or hub name of the base models (None where they are stored inside the model's own folder).
+    """
+
+    reader: Reader = "stack"
+    encoder: str | None = None
+    llm: str | None = None
+    causal: bool = False
+    projection: ProjectionConfig = field(default_factory=ProjectionConfig)
+    adapters: dict[str, LoraSettings] = field(default_factory=dict)
+    head: HeadConfig | None = None
+
+    @property
+    def labels(self) -> list[str] | None:
+        """The head's label names in logit order, None without a classification head."""
+        return list(self.head.labels) if self.head and self.head.kind == "classification" else None
+
+
+class MTLLMOutput(NamedTuple):
+    last_hidden_state: Tensor  # (T, D) packed or (B, L, D) padded, as the input was
+    pooled: Tensor  # (B, D) float32
+    logits: Tensor | None  # (B, C) float32
+
+
+class MTLLM(nn.Module):
+    """The stack. Build one with `MTLLM.stack`, load one with `MTLLM.from_pretrained`.
+
+    Attributes:
+        encoder, llm: the base models on packed rows (None where `reader` does not need them).
+        projection: E -> D, None unless `reader` is "stack".
+        head: task head or None.
+        tokenizer: the two tokenizers, language per row.
+    """
+
+    def __init__(
+        self, config: MTLLMConfig, encoder: PackedEncoder | None, llm: PackedLLM | None, tokenizer: StackTokenizer | None = None
+    ) -> None:
+        super().__init__()
+        if config.reader not in READERS:
+            raise ValueError(f"reader={config.reader!r}: expected one of {', '.join(READERS)}")
+        if encoder is None and config.reader != "llm":
+            raise ValueError(f"encoder is missing: reader={config.reader!r} reads through it")
+        if llm is None and config.reader != "encoder":
+            raise ValueError(f"llm is missing: reader={config.reader!r} reads through it")
+        self.config = config
+        self.encoder, self.llm, self.tokenizer = encoder, llm, tokenizer
+        self.projection: Projection | None = None
+        if config.reader == "stack":
+            assert encoder is not None and llm is not None
+            self.projection = Projection(encoder.hidden_size, llm.hidden_size, config.projection)
+        self.head = TaskHead(self.hidden_size, config.head) if config.head else None
+        for base in (encoder, llm):
+            if base is not None:
+                base.requires_grad_(False)
+        for name, settings in config.adapters.items():
+            self.backbone.add_adapter(settings, name)
+        if config.adapters:
+            self.backbone.train_adapter(next(iter(config.adapters)))
+
+    @classmethod
+    def stack(
+        cls,
+        encoder: str | PackedEncoder | nn.Module | None = None,
+        llm: str | PackedLLM | nn.Module | None = None,
+        *,
+        reader: Reader = "stack",
+        tokenizer: StackTokenizer | None = None,
+        causal: bool = False,
+        projection: ProjectionConfig | None = None,
+        lora: LoraSettings | None = None,
+        head: HeadConfig | None = None,
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+    ) -> MTLLM:
+        """Stack `encoder` (folder, hub name or module) into `llm` (likewise).
+
+        The projection starts at the scale of the LLM's own embeddings; `lora` adds the student's adapters.
+        The tokenizers come from the same two places unless `tokenizer` is given; models made in memory need it.
+
+        Raises:
+            ValueError: a name is not a model, or a model of a family that is not supported.
+        """
+        from .storage import base_tokenizer
+
+        if isinstance(encoder, str):
+            packed_encoder: PackedEncoder | None = PackedEncoder.from_pretrained(encoder, dtype, trust_remote_code=trust_remote_code)
+        else:
+            packed_encoder = encoder if encoder is None or isinstance(encoder, PackedEncoder) else PackedEncoder(encoder)
+        if isinstance(llm, str):
+            packed_llm: PackedLLM | None = PackedLLM.from_pretrained(llm, causal, dtype, trust_remote_code=trust_remote_code)
+        else:
+            packed_llm = llm if llm is None or isinstance(llm, PackedLLM) else PackedLLM(llm, causal)
+        config = MTLLMConfig(
+            reader=reader,
+            encoder=packed_encoder.name if packed_encoder else None,
+            llm=packed_llm.name if packed_llm else None,
+            causal=packed_llm.causal if packed_llm else causal,
+            projection=projection or ProjectionConfig(),
+            adapters={"student": lora} if lora else {},
+            head=head,
+        )
+        if tokenizer is None:
+            tokenizer = base_tokenizer(config)
+        model = cls(config, packed_encoder, packed_llm, tokenizer)
+        model._scale_projection()
+        return model
+
+    @torch.no_grad()
+    def _scale_projection(self) -> None:
+        if self.projection is None or self.encoder is None or self.llm is None:
+            return
+        # states of random tokens: only their scale matters, and it is set by the encoder's final norm
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(4, self.encoder.vocab_size, (8, 16), generator=generator)
+        training = self.encoder.training
+        self.encoder.eval()
+        device = next(self.encoder.parameters()).device
+        states = self.encoder(PackedBatch.from_sequences(ids.tolist()).to(device))
+        self.encoder.train(training)
+        self.projection.scale_output(states, self.llm.embedding_std())
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> MTLLM:
+        """Load a folder written by `save_pretrained`, or the same layout on the hub.
+
+        Raises:
+            ValueError: the folder is no MTLLM model, its files are damaged, or a base model cannot be found.
+        """
+        from .storage import load
+
+        return load(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+
+    def save_pretrained(self, folder: str | Path, *, include_base: bool | None = None) -> None:
+        """Write config, tokenizers and weights (safetensors, sharded) to `folder`.
+
+        Args:
+            include_base: also write the base models' weights, so that the folder needs nothing else. By default only
+                where a base model was made in memory and has no name to be found by.
+        """
+        from .storage import save
+
+        save(self, Path(folder), include_base=include_base)
+
+    @property
+    def side(self) -> Literal["mt", "llm"]:
+        """Which tokens the model reads."""
+        return "llm" if self.config.reader == "llm" else "mt"
+
+    @property
+    def backbone(self) -> PackedEncoder | PackedLLM:
+        """The base model whose states are pooled and which carries the adapters."""
+        part = self.encoder if self.config.reader == "encoder" else self.llm
+        assert part is not None
+        return part
+
+    @property
+    def hidden_size(self) -> int:
+        return self.backbone.hidden_size
+
+    def train(self, mode: bool = True) -> MTLLM:
+        """As in torch, but a frozen encoder stays in eval mode: its dropout would only add noise."""
+        super().train(mode)
+        if self.encoder is not None and not any(p.requires_grad for p in self.encoder.parameters()):
+            self.encoder.eval()
+        return self
+
+    def set_head(self, config: HeadConfig) -> None:
+        """Give the model a new task head (replacing the one it has)."""
+        self.config.head = config
+        weight = next(self.backbone.parameters())
+        self.head = TaskHead(self.hidden_size, config).to(weight.device)
+
+    @contextmanager
+    def teacher(self, adapter: str | None = None) -> Iterator[None]:
+        """Run the LLM inside the block as the teacher: adapter `adapter` (None: none) and no dropout."""
+        assert self.llm is not None
+        training = self.llm.training
+        self.llm.eval()
+        try:
+            with self.llm.adapter(adapter):
+                yield
+        finally:
+            self.llm.train(training)
+
+    def states(self, batch: PackedBatch) -> Tensor:
+        """Last hidden states (T, D) of the packed rows of `side`."""
+        if self.config.reader == "llm":
+            assert self.llm is not None
+            return self.llm(batch)
+        assert self.encoder is not None
+        if self.config.reader == "encoder":
+            return self.encoder(batch)
+        assert self.projection is not None and self.llm is not None
+        if any(parameter.requires_grad for parameter in self.encoder.parameters()):
+            states = self.encoder(batch)
+        else:
+            with torch.no_grad():
+                states = self.encoder(batch)
+        weight = next(self.projection.parameters())
+        embeds = self.projection(states.to(weight.dtype))
+        return self.llm(batch, embeds=embeds.to(self.llm.model.dtype))  # the residual stream keeps the LLM's dtype
+
+    @torch.no_grad()
+    def teacher_states(self, batch: PackedBatch, adapter: str | None = None) -> Tensor:
+        """Last hidden states (T_llm, D) of the LLM on its own packed tokens, no gradient, no dropout.
+
+        Args:
+            adapter: None for the bare LLM (stage 1), "teacher" for the task teacher's adapter (stage 3).
+        """
+        if self.llm is None:
+            raise ValueError("teacher_states needs the LLM: reader='encoder' has none")
+        with self.teacher(adapter):
+            return self.llm(batch)
+
+    def pool(self, states: Tensor, batch: PackedBatch, spans: Tensor | None = None) -> Tensor:
+        """Mean states: (B, D) per sequence, or (B, C, D) per choice span; float32."""
+        return segment_mean(states, batch) if spans is None else span_mean(states, spans)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Task-head logits (B, C), float32, of a collated batch.
+
+        Raises:
+            ValueError: the model has no head.
+        """
+        if self.head is None:
+            raise ValueError("the model has no task head: train one with `mtllm finetune` or `mtllm distill`")
+        packed, spans = (batch.mt, batch.mt_spans) if self.side == "mt" else (batch.llm, batch.llm_spans)
+        if packed is None:
+            raise ValueError(f"batch has no {self.side!r} side; collate it with sides=({self.side!r},)")
+        choice = self.head.config.kind == "choice"
+        return self.head(self.pool(self.states(packed), packed, spans if choice else None))
+
+    def forward(self, input_ids: Tensor | PackedBatch, attention_mask: Tensor | None = None) -> MTLLMOutput:
+        """Packed (`PackedBatch`) or padded (`input_ids`, `attention_mask` (B, L)) tokens of `side`.
+
+        A padded call is packed, run, and padded again with zeros; both give the same numbers.
+        """
+        if isinstance(input_ids, PackedBatch):
+            packed, mask = input_ids, None
+        else:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            packed = PackedBatch.from_padded(input_ids, mask)
+        states = self.states(packed)
+        pooled = self.pool(states, packed)
+        logits = None
+        if self.head is not None and self.head.config.kind == "classification":
+            logits = self.head(pooled)
+        if mask is not None:
+            keep = mask.bool()
+            padded = states.new_zeros((*keep.shape, states.shape[-1]))
+            states = padded.masked_scatter(keep[..., None], states)
+        return MTLLMOutput(states, pooled, logits)
+
+    def describe(self) -> dict[str, Any]:
+        """Parameter counts: all and trainable."""
+        total = sum(p.numel() for p in self.parameters())
+        return {"reader": self.config.reader, "parameters": total, "trainable": sum(p.numel() for p in self.parameters() if p.requires_grad)}

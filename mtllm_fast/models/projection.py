@@ -1,0 +1,48 @@
+"""The trained bridge from MT-encoder states to LLM input embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ProjectionConfig:
+    """kind "linear": E -> D, as MT-LLM; "mlp": E -> 2E -> ReLU -> D, as MindMerger."""
+
+    kind: Literal["linear", "mlp"] = "linear"
+    bias: bool = True
+
+
+class Projection(nn.Module):
+    """`y = W x + b`, or `y = W2 relu(W1 x + b1) + b2`; x (T, E) -> y (T, D)."""
+
+    def __init__(self, d_encoder: int, d_llm: int, config: ProjectionConfig | None = None) -> None:
+        super().__init__()
+        config = config or ProjectionConfig()
+        if config.kind not in ("linear", "mlp"):
+            raise ValueError(f"projection.kind={config.kind!r}: expected 'linear' or 'mlp'")
+        self.layers: nn.Module
+        if config.kind == "linear":
+            self.layers = nn.Linear(d_encoder, d_llm, bias=config.bias)
+        else:
+            self.layers = nn.Sequential(
+                nn.Linear(d_encoder, 2 * d_encoder, bias=config.bias),
+                nn.ReLU(),
+                nn.Linear(2 * d_encoder, d_llm, bias=config.bias),
+            )
+
+    @torch.no_grad()
+    def scale_output(self, states: Tensor, std: float) -> None:
+        """Rescale the last layer so that projected `states` (T, E) have standard deviation `std` (the LLM's embeddings')."""
+        last = self.layers if isinstance(self.layers, nn.Linear) else self.layers[-1]  # type: ignore[index]
+        current = float(self(states.to(last.weight.dtype)).float().std())
+        if current > 0 and std > 0:
+            for parameter in last.parameters():
+                parameter.mul_(std / current)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.layers(states)

@@ -1,0 +1,215 @@
+"""Saving and loading an MTLLM folder.
+
+    config.json                 MTLLMConfig; written last, so a folder with it is complete
+    model.safetensors           what training changed: projection, adapters, head, unfrozen weights (sharded when large)
+    encoder/  llm/              the base models, only where they are stored with the model
+    mt_tokenizer/ llm_tokenizer/ stack_tokenizer.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.tokenise import StackTokenizer
+from .adapters import LoraSettings
+from .encoder import PackedEncoder
+from .heads import HeadConfig
+from .llm import PackedLLM
+from .mtllm import MTLLM, MTLLMConfig
+from .projection import ProjectionConfig
+
+MODEL_TYPE = "mtllm"
+FORMAT = 1
+
+
+def own_state(model: MTLLM) -> dict[str, Tensor]:
+    """The weights that belong to the model and not to its base models, by name, on CPU and contiguous."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    adapters = tuple(f".{name}." for name in model.config.adapters)
+
+    def owned(name: str) -> bool:
+        if ".lora_" in name:  # a task teacher may be a guest in the model while it is distilled
+            return any(adapter in name for adapter in adapters)
+        return name in trained or name.startswith(("projection.", "head."))
+
+    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in model.state_dict().items() if owned(name)}
+
+
+def load_own_state(model: MTLLM, folder: Path) -> None:
+    """Read the weights written from `own_state` into `model`.
+
+    Raises:
+        ValueError: a file is missing or damaged, or names or shapes do not fit the model.
+    """
+    state = read_safetensors(folder, "model")
+    expected = own_state(model)
+    missing, surplus = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
+    if missing or surplus:
+        raise ValueError(
+            f"model={str(folder)!r}: its weights do not fit its config: {len(missing)} missing {missing[:2]}, "
+            f"{len(surplus)} unexpected {surplus[:2]}"
+        )
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(f"model={str(folder)!r}: {name} is {tuple(tensor.shape)}, the base model needs {tuple(expected[name].shape)}")
+    model.load_state_dict(state, strict=False)
+
+
+def read_safetensors(folder: Path, stem: str) -> dict[str, Tensor]:
+    """All tensors of `stem`.safetensors or of its shards. Raises ValueError for missing or damaged files."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    index = folder / f"{stem}.safetensors.index.json"
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [f"{stem}.safetensors"]
+    state: dict[str, Tensor] = {}
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"model={str(folder)!r}: {name} is missing, the model is incomplete")
+        try:
+            state.update(load_file(path))
+        except SafetensorError as error:
+            raise ValueError(f"model={str(folder)!r}: {name} is damaged or cut short ({error})") from error
+    return state
+
+
+def base_tokenizer(config: MTLLMConfig, max_mt_tokens: int = 512, max_llm_tokens: int = 512) -> StackTokenizer:
+    """The tokenizers that lie beside the base models.
+
+    Raises:
+        ValueError: a base model was made in memory, or its folder holds no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    def load_one(role: str, name: str | None) -> Any:
+        if name is None:
+            raise ValueError(f"tokenizer: pass a StackTokenizer, the {role} was made in memory and has no tokenizer beside it")
+        try:
+            return AutoTokenizer.from_pretrained(name, use_fast=True)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"{role}={name!r}: no tokenizer can be loaded from it: {reason}") from error
+
+    mt = load_one("encoder", config.encoder) if config.reader != "llm" else None
+    llm = load_one("llm", config.llm) if config.reader != "encoder" else None
+    return StackTokenizer(mt, llm, max_mt_tokens=max_mt_tokens, max_llm_tokens=max_llm_tokens)
+
+
+def config_to_dict(config: MTLLMConfig) -> dict[str, Any]:
+    return {"model_type": MODEL_TYPE, "format": FORMAT, **asdict(config)}
+
+
+def config_from_dict(data: dict[str, Any], folder: str) -> MTLLMConfig:
+    if data.get("model_type") != MODEL_TYPE:
+        raise ValueError(f"model={folder!r}: its config.json is of a {data.get('model_type')!r} model, not of an MTLLM; see `mtllm adapt`")
+    if data.get("format") != FORMAT:
+        raise ValueError(f"model={folder!r}: format {data.get('format')!r} is not readable by this version (it reads {FORMAT})")
+    head = data["head"]
+    return MTLLMConfig(
+        reader=data["reader"],
+        encoder=data["encoder"],
+        llm=data["llm"],
+        causal=data["causal"],
+        projection=ProjectionConfig(**data["projection"]),
+        adapters={
+            name: LoraSettings(**{**settings, "target_modules": _targets(settings["target_modules"])})
+            for name, settings in data["adapters"].items()
+        },
+        head=HeadConfig(head["kind"], tuple(head["labels"])) if head else None,
+    )
+
+
+def read_config(path: Path) -> MTLLMConfig:
+    """The config of a model folder. Raises ValueError where `path` is no MTLLM folder."""
+    if not path.is_dir():
+        raise ValueError(f"model={str(path)!r}: no such folder")
+    if not (path / "config.json").is_file():
+        raise ValueError(f"model={str(path)!r}: the folder holds no config.json, so it is not a (complete) model")
+    try:
+        data = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"model={str(path)!r}: its config.json is damaged ({error})") from error
+    return config_from_dict(data, str(path))
+
+
+def _targets(value: Any) -> Any:
+    return value if isinstance(value, str) else tuple(value)
+
+
+def save(model: MTLLM, folder: Path, *, include_base: bool | None = None) -> None:
+    """See `MTLLM.save_pretrained`. Everything is written beside the folder first and moved in at the end."""
+    from huggingface_hub import save_torch_state_dict
+
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder={str(folder)!r}: is a file")
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = folder / f".saving-{os.getpid()}"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        config = config_to_dict(model.config)
+        parts: tuple[tuple[str, PackedEncoder | PackedLLM | None], ...] = (("encoder", model.encoder), ("llm", model.llm))
+        for role, part in parts:
+            if part is None:
+                continue
+            if include_base or (include_base is None and part.name is None):
+                part.save(staging / role)
+                config[role] = None
+            elif part.name is None:
+                raise ValueError(f"include_base=False: the {role} was made in memory, so the folder could not be loaded again")
+            elif Path(part.name).is_dir():
+                config[role] = str(Path(part.name).resolve())
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(staging)
+        save_torch_state_dict(own_state(model), staging, max_shard_size="5GB")
+        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for path in sorted(staging.iterdir(), key=lambda p: p.name == "config.json"):
+            target = folder / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(path, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def load(folder: str | Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> MTLLM:
+    """See `MTLLM.from_pretrained`."""
+    path = Path(folder)
+    if not path.exists() and str(folder).count("/") == 1 and not str(folder).startswith((".", "/", "~")):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            path = Path(snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise ValueError(f"model={str(folder)!r}: neither a folder nor reachable on the hub") from error
+    config = read_config(path)
+
+    def base(role: str, name: str | None) -> str:
+        inside = path / role
+        if inside.is_dir():
+            return str(inside)
+        if name is None:
+            raise ValueError(f"model={str(folder)!r}: its {role} is neither stored in it nor named in its config")
+        return name
+
+    encoder = llm = None
+    if config.reader != "llm":
+        encoder = PackedEncoder.from_pretrained(base("encoder", config.encoder), dtype, trust_remote_code=trust_remote_code)
+        encoder.name = config.encoder
+    if config.reader != "encoder":
+        llm = PackedLLM.from_pretrained(base("llm", config.llm), config.causal, dtype, trust_remote_code=trust_remote_code)
+        llm.name = config.llm
+    tokenizer = StackTokenizer.from_pretrained(path) if (path / "stack_tokenizer.json").is_file() else base_tokenizer(config)
+    model = MTLLM(config, encoder, llm, tokenizer)
+    load_own_state(model, path)
+    return model.eval()

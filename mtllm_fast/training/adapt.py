@@ -1,0 +1,93 @@
+"""Stage 1, general adaptation: the LLM learns from itself to read through the MT encoder. English text only.
+
+Teacher: the LLM without adapters on its own tokens. Student: the same LLM with adapters on projected encoder states.
+Source: arXiv 2406.12739.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+
+import torch
+from transformers import set_seed
+
+from ..data.collate import Batch
+from ..data.read import TextRow
+from ..losses import DistillationLoss, DistillationWeights, LossTerm
+from ..models import MTLLM, LoraSettings, ProjectionConfig
+from .config import OptimSettings
+from .run_folder import open_run
+from .trainer import TrainStep, run_stage
+
+
+@dataclass
+class AdaptConfig:
+    """General adaptation of an LLM to an MT encoder by self-distillation."""
+
+    encoder: str = ""
+    """MT encoder: folder or hub name (NLLB-200, M2M-100)."""
+    llm: str = ""
+    """Causal LM: folder or hub name."""
+    output: str = "runs/adapt"
+    """Folder of the run; holds the model, its checkpoints and logs."""
+    causal: bool = False
+    """Keep the LLM's causal attention; the default lets every token see its whole text, as in the paper."""
+    projection: ProjectionConfig = field(default_factory=ProjectionConfig)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    loss: DistillationWeights = field(default_factory=DistillationWeights)
+    train: OptimSettings = field(default_factory=OptimSettings)
+    resume: bool = False
+    """Continue the run in `output` from its newest complete checkpoint."""
+    include_base: bool = False
+    """Store the base models' weights with the result, so that its folder needs nothing else."""
+    trust_remote_code: bool = False
+
+
+class AdaptStep(TrainStep):
+    """Self-distillation terms of one pack: the student reads the MT side, the bare LLM the LLM side."""
+
+    def __init__(self, student: MTLLM, weights: DistillationWeights) -> None:
+        super().__init__()
+        self.student = student
+        self.loss = DistillationLoss(weights)
+        self.weights = asdict(weights)
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        return self.loss.weights.counts(batch)
+
+    def forward(self, batch: Batch) -> dict[str, LossTerm]:
+        assert batch.mt is not None and batch.llm is not None and self.student.llm is not None
+        teacher = self.student.teacher_states(batch.llm)
+        student = self.student.states(batch.mt)
+        head = self.student.llm.lm_head if self.loss.weights.kl else None
+        return self.loss(student, teacher, batch, lm_head=head)
+
+
+def adapt(config: AdaptConfig, rows: Iterable[TextRow]) -> dict[str, float]:
+    """Run stage 1 on `rows` (re-iterable, e.g. `read_rows(...)`); the model ends in `config.output`.
+
+    Returns:
+        The run's metrics: final losses, seconds, rows read, truncated texts.
+
+    Raises:
+        ValueError: an argument does not fit; the output folder holds another run.
+    """
+    set_seed(config.train.seed)
+    folder = open_run(config.output, {"stage": "adapt", **asdict(config)}, config.resume)
+    student = MTLLM.stack(
+        config.encoder,
+        config.llm,
+        causal=config.causal,
+        projection=config.projection,
+        lora=config.lora,
+        dtype=torch.bfloat16 if config.train.bf16 and torch.cuda.is_available() else torch.float32,
+        trust_remote_code=config.trust_remote_code,
+    )
+    assert student.tokenizer is not None
+    step = AdaptStep(student, config.loss)
+    metrics = run_stage(
+        step, rows, config.train, folder, resume=config.resume, sides=("mt", "llm"), align=config.loss.needs_pairs
+    )
+    student.save_pretrained(folder, include_base=config.include_base or None)
+    return metrics

@@ -1,0 +1,66 @@
+"""Settings shared by every training stage, as typed dataclasses that the command line is made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class OptimSettings:
+    """How to train. A step is `gradient_accumulation` packs on every process."""
+
+    max_steps: int = 1000
+    """Optimizer steps; -1 trains for `epochs` instead."""
+    epochs: int = 1
+    """Passes over the data, used where max_steps is -1."""
+    lr: float = 2e-4
+    """Peak learning rate of AdamW."""
+    warmup: float = 0.01
+    """Share of the steps over which the learning rate rises linearly; then it falls linearly to 0."""
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    """Largest gradient norm; 0 switches clipping off."""
+    tokens: int = 4096
+    """Token budget of one pack, on each side (MT tokens and LLM tokens)."""
+    max_rows: int | None = None
+    """Most texts in one pack."""
+    gradient_accumulation: int = 1
+    """Packs per process and step."""
+    max_length: int = 512
+    """Longer texts are truncated to this many tokens by each tokenizer, and counted."""
+    lookahead: int = 1024
+    """Rows among which packs are chosen."""
+    shuffle_buffer: int = 0
+    """Rows of a shuffle buffer before packing; 0 keeps the order of the files."""
+    bf16: bool = False
+    """Mixed precision: bf16 autocast over fp32 trainable weights."""
+    gradient_checkpointing: bool = False
+    optim: str = "adamw_torch"
+    """Any optimizer name of transformers.TrainingArguments, e.g. adamw_bnb_8bit."""
+    seed: int = 42
+    workers: int = 0
+    """Processes that tokenise and pack."""
+    log_steps: int = 10
+    save_steps: int = 500
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept on disk (at least 2, so that one is always complete)."""
+    report_to: Literal["auto", "none"] = "auto"
+    """auto: TensorBoard and W&B where installed (W&B only if it is configured)."""
+    progress: bool = True
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 1 and not (self.max_steps == -1 and self.epochs >= 1):
+            raise ValueError(f"max_steps={self.max_steps}: must be >= 1, or -1 with epochs >= 1")
+        positive = ("lr", "tokens", "gradient_accumulation", "max_length", "lookahead", "log_steps", "save_steps")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be > 0")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup={self.warmup}: must be a share in [0, 1)")
+        if self.keep < 2:
+            raise ValueError(f"keep={self.keep}: at least 2 checkpoints are kept, so that one is always complete")
+        if self.max_length > self.tokens:
+            raise ValueError(f"tokens={self.tokens}: must be at least max_length={self.max_length}, or one text may not fit a pack")

@@ -1,0 +1,119 @@
+"""Stage 2, and the baselines: fine-tune a reader with a task head on English task data.
+
+The LLM alone gives the task teacher; the MT encoder alone and an adapted stack give the baselines.
+Source of the settings: arXiv 2406.12739.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+import torch.nn.functional as F
+from transformers import set_seed
+
+from ..data.collate import Batch
+from ..data.read import TextRow
+from ..inference import Engine
+from ..losses import LossTerm
+from ..models import MTLLM, HeadConfig, LoraSettings
+from .config import OptimSettings
+from .run_folder import open_run
+from .trainer import TrainStep, run_stage
+
+
+@dataclass
+class FinetuneConfig:
+    """Fine-tune one reader on an English task. Name exactly one of llm, encoder and model."""
+
+    llm: str = ""
+    """Causal LM that reads its own tokens: the task teacher."""
+    encoder: str = ""
+    """MT encoder alone: the baseline without an LLM."""
+    model: str = ""
+    """An adapted MTLLM folder: direct fine-tuning of the stack."""
+    output: str = "runs/finetune"
+    causal: bool = False
+    """Keep the LLM's causal attention (for `llm`)."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    train: OptimSettings = field(default_factory=lambda: OptimSettings(lr=1e-4, warmup=0.1, max_steps=-1, epochs=3, max_rows=32))
+    resume: bool = False
+    include_base: bool = False
+    trust_remote_code: bool = False
+
+
+class TaskStep(TrainStep):
+    """Cross-entropy of the task head, summed over the texts of a pack."""
+
+    def __init__(self, student: MTLLM) -> None:
+        super().__init__()
+        self.student = student
+        self.weights = {"task": 1.0}
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        return {"task": batch.num_rows * batch.weight}
+
+    def forward(self, batch: Batch) -> dict[str, LossTerm]:
+        if batch.labels is None:
+            raise ValueError("labels: the training rows have none")
+        total = F.cross_entropy(self.student.logits(batch), batch.labels, reduction="sum")
+        return {"task": LossTerm(total, total.new_tensor(batch.num_rows))}
+
+
+def validation(student: MTLLM, rows: Sequence[TextRow], tokens: int):
+    """A function that scores the student's accuracy on labelled English rows."""
+
+    def score() -> dict[str, float]:
+        logits = Engine(student, max_tokens=tokens).classify(rows)
+        gold = torch.tensor([row.label for row in rows])
+        return {"accuracy": float((torch.from_numpy(logits).argmax(-1) == gold).float().mean())}
+
+    return score
+
+
+def finetune(
+    config: FinetuneConfig,
+    rows: Iterable[TextRow],
+    labels: Sequence[str],
+    valid_rows: Sequence[TextRow] | None = None,
+) -> dict[str, float]:
+    """Train on labelled English `rows` (re-iterable); the model ends in `config.output`.
+
+    Args:
+        labels: label names in the order of the rows' label numbers.
+        valid_rows: labelled English rows; scored once per epoch, the best checkpoint is kept.
+
+    Raises:
+        ValueError: not exactly one reader named, labels missing, or the output folder holds another run.
+    """
+    sources = [name for name in ("llm", "encoder", "model") if getattr(config, name)]
+    if len(sources) != 1:
+        raise ValueError(f"name exactly one of --llm, --encoder and --model, got {', '.join(sources) or 'none'}")
+    set_seed(config.train.seed)
+    settings = {"stage": "finetune", "labels": list(labels), **asdict(config)}
+    folder = open_run(config.output, settings, config.resume)
+    head = HeadConfig("classification", tuple(labels))
+    if config.model:
+        student = MTLLM.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+        student.set_head(head)
+    else:
+        reader = "llm" if config.llm else "encoder"
+        student = MTLLM.stack(
+            config.encoder or None,
+            config.llm or None,
+            reader=reader,
+            causal=config.causal,
+            lora=config.lora,
+            head=head,
+            dtype=torch.float32,
+            trust_remote_code=config.trust_remote_code,
+        )
+    if student.projection is not None:
+        student.projection.requires_grad_(False)
+    validate = validation(student, valid_rows, config.train.tokens) if valid_rows else None
+    metrics = run_stage(
+        TaskStep(student), rows, config.train, folder, resume=config.resume, sides=(student.side,), validate=validate
+    )
+    student.save_pretrained(folder, include_base=config.include_base or None)
+    return metrics

@@ -1,0 +1,91 @@
+"""The folder of a training run: what made it, and which of its checkpoints are complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+RUN_FILE = "run.json"
+MARKER = "complete.json"
+
+# Settings that may differ between a run and its continuation without changing what it computes.
+_FREE = {"resume", "output", "save_steps", "log_steps", "keep", "workers", "progress", "report_to", "device"}
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON so that a reader sees the old file or the whole new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def open_run(output: str, settings: dict[str, Any], resume: bool) -> Path:
+    """Create the run's folder, or check that it is the one to continue.
+
+    Raises:
+        ValueError: the folder holds another run, or `resume` finds other settings or nothing to resume.
+    """
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output={output!r}: is a file, not a folder")
+    record = folder / RUN_FILE
+    flat = _flatten(json.loads(json.dumps(settings, default=str)))
+    if not resume:
+        if folder.is_dir() and any(folder.iterdir()):
+            held = "holds another run" if record.is_file() else "is not empty"
+            raise ValueError(f"output={output!r}: {held}; continue it with --resume or name a new folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(record, settings)
+        return folder
+    if not record.is_file():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(f"output={output!r}: holds files but no {RUN_FILE}, so there is no run to resume")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(record, settings)
+        return folder
+    before = _flatten(json.loads(record.read_text()))
+    for name in sorted(set(flat) | set(before)):
+        if name.rsplit(".", 1)[-1] not in _FREE and flat.get(name) != before.get(name):
+            raise ValueError(f"--resume: {name}={flat.get(name)!r}, but the run in {output!r} was started with {before.get(name)!r}")
+    return folder
+
+
+def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Record the size of every file, after the last one is written and flushed."""
+    files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MARKER)
+    for path in files:
+        with path.open("rb") as handle:
+            os.fsync(handle.fileno())
+    write_json(checkpoint / MARKER, {str(p.relative_to(checkpoint)): p.stat().st_size for p in files})
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether every file that was recorded is there at its full size."""
+    try:
+        sizes = json.loads((checkpoint / MARKER).read_text())
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def last_complete(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run, None where there is none."""
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and is_complete(path):
+            found.append((int(match.group(1)), path))
+    return max(found)[1] if found else None

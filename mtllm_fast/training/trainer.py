@@ -1,0 +1,310 @@
+"""A `transformers.Trainer` over packs: exact losses under accumulation and data parallelism, exact resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from ..data.collate import Batch, PackedDataset, PackedLoader
+from ..data.read import TextRow
+from ..losses import LossTerm
+from ..models import MTLLM
+from ..models.storage import load_own_state
+from .config import OptimSettings
+from .run_folder import last_complete, mark_complete, write_json
+
+
+class TrainStep(nn.Module):
+    """One training objective: `forward(batch)` gives terms `(sum, count)`, `counts(batch)` their counts beforehand.
+
+    Attributes:
+        student: the model that is trained and saved.
+        weights: weight of each term by name.
+    """
+
+    student: MTLLM
+    weights: dict[str, float]
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        raise TypeError(f"{type(self).__name__} does not say how it counts its terms")
+
+    def forward(self, batch: Batch) -> dict[str, LossTerm]:
+        raise TypeError(f"{type(self).__name__} has no forward")
+
+
+class EpochLoader:
+    """Batches of one process, epoch after epoch without end, from batch `start` on.
+
+    Nothing here draws from torch's global generator, so that dropout after a resume is that of the uninterrupted run.
+    """
+
+    def __init__(self, dataset: PackedDataset, workers: int, start: int) -> None:
+        self.dataset, self.workers, self.start = dataset, workers, start
+
+    def __iter__(self) -> Iterator[Batch]:
+        skip, epoch = self.start, 0
+        while True:
+            self.dataset.set_epoch(epoch)
+            seen = 0
+            for batch in PackedLoader(self.dataset, num_workers=self.workers):
+                seen += 1
+                if skip:
+                    skip -= 1
+                else:
+                    yield batch
+            if not seen:
+                raise ValueError("the training data holds no usable row")
+            epoch += 1
+
+
+class _Live(TrainerCallback):
+    """Puts loss and speed on the progress bar, and keeps the metrics of the run in `log.jsonl`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs:
+            with (self.folder / "log.jsonl").open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class PackedTrainer(Trainer):
+    """Trains a `TrainStep` on a `PackedDataset`.
+
+    Every term is divided once, by its count over all packs of the step on all processes. So a step's gradient depends on
+    the texts in it and not on how they were packed, accumulated or distributed.
+
+    Args:
+        step: objective and student.
+        dataset: the packs; its rank and world size are set here.
+        optim: settings. `folder`: the run's folder.
+        validate: called on English validation data for {"metric": value}, None for none; the best step by `accuracy`
+            is what `train` leaves in the model.
+    """
+
+    def __init__(
+        self,
+        step: TrainStep,
+        dataset: PackedDataset,
+        optim: OptimSettings,
+        folder: Path,
+        *,
+        steps: int,
+        validate: Callable[[], dict[str, float]] | None = None,
+        validate_steps: int | None = None,
+    ) -> None:
+        arguments = training_arguments(optim, folder, steps, validate_steps if validate else None)
+        # the Trainer reads these to decide how a loss is scaled; compute_loss does all of it
+        self.loss_is_scaled_for_ga = True
+        super().__init__(model=step, args=arguments, data_collator=lambda items: items)
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self.step_module = step
+        self.packs = dataset
+        self.optim_settings = optim
+        self.validate = validate
+        self.start_batch = 0
+        self.remove_callback(PrinterCallback)
+        if not optim.progress:
+            self.remove_callback(ProgressCallback)
+        self.add_callback(_Live(folder))
+        self._term_sums: dict[str, Tensor] = {}
+        self._term_steps = 0
+
+    # ---- data
+    def get_train_dataloader(self) -> EpochLoader:  # type: ignore[override]
+        self.packs.rank, self.packs.world_size = self.args.process_index, self.args.world_size
+        return EpochLoader(self.packs, self.optim_settings.workers, self.start_batch)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device) -> Any:
+        """The packs of one step on this process, and the counts of the step over all processes."""
+        batches = []
+        for _ in range(num_batches):
+            batch = next(epoch_iterator, None)
+            if batch is None:
+                break
+            batches.append(batch)
+        per_batch = [self.step_module.counts(batch) for batch in batches]
+        names = sorted(per_batch[0]) if per_batch else []
+        totals = torch.tensor([sum(c[name] for c in per_batch) for name in names], dtype=torch.float64, device=device)
+        if self.args.world_size > 1:
+            totals = totals.float() if device.type == "mps" else totals
+            dist.all_reduce(totals)
+        return batches, dict(zip(names, totals.tolist()))
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:  # type: ignore[override]
+        return inputs.to(self.args.device)
+
+    # ---- loss
+    def compute_loss(  # type: ignore[override]
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """`sum_k weight_k * sum_k / global_count_k`, times the number of processes since DDP averages gradients."""
+        terms: dict[str, LossTerm] = model(inputs)
+        parts = []
+        for name, term in terms.items():
+            scaled = term.sum * (inputs.weight * self.args.world_size / max(num_items_in_batch[name], 1e-9))
+            self._term_sums[name] = self._term_sums.get(name, 0.0) + scaled.detach()  # type: ignore[assignment]
+            parts.append(self.step_module.weights[name] * scaled)
+        return torch.stack(parts).sum()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the mean of every term since the last log (over all processes)."""
+        if "loss" in logs and self._term_sums:
+            steps = max(self.state.global_step - self._term_steps, 1)
+            for name, total in self._term_sums.items():
+                logs[name] = float(self.accelerator.reduce(total.clone(), "mean")) / steps
+            self._term_sums, self._term_steps = {}, self.state.global_step
+        super().log(logs, start_time)
+
+    # ---- evaluation
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """The validation metrics of the student; only English data is ever given to it."""
+        assert self.validate is not None
+        training = self.step_module.training
+        self.step_module.eval()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.validate().items()}
+        self.step_module.train(training)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ---- checkpoints
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        self.step_module.student.save_pretrained(output_dir or str(self.args.output_dir), include_base=False)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_complete(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_own_state(self.step_module.student, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        load_own_state(self.step_module.student, Path(self.state.best_model_checkpoint))
+
+    def run(self, resume: bool) -> dict[str, float]:
+        """Train, from the newest complete checkpoint if `resume` finds one; returns the run's metrics."""
+        folder = Path(str(self.args.output_dir))
+        checkpoint = last_complete(folder) if resume else None
+        if checkpoint is not None:
+            steps = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+            self.start_batch = steps * self.args.gradient_accumulation_steps
+        output = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        metrics = dict(output.metrics)
+        if self.args.should_save:
+            write_json(folder / "metrics.json", {**metrics, "log": self.state.log_history})
+        return metrics
+
+
+def training_arguments(optim: OptimSettings, folder: Path, steps: int, validate_steps: int | None) -> TrainingArguments:
+    """Map `OptimSettings` to `TrainingArguments`."""
+    report: str | list[str] = "none"
+    if optim.report_to == "auto":
+        from importlib.util import find_spec
+        from os import environ
+
+        report = [name for name, module in (("tensorboard", "tensorboard"),) if find_spec(module)]
+        if find_spec("wandb") and ("WANDB_API_KEY" in environ or "WANDB_MODE" in environ):
+            report.append("wandb")
+    options: dict[str, Any] = {}
+    if validate_steps:
+        options = {
+            "eval_strategy": "steps",
+            "eval_steps": validate_steps,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "accuracy",
+            "greater_is_better": True,
+        }
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        learning_rate=optim.lr,
+        lr_scheduler_type="linear",
+        warmup_steps=round(optim.warmup * steps),
+        weight_decay=optim.weight_decay,
+        max_grad_norm=optim.clip,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=optim.gradient_accumulation,
+        gradient_checkpointing=False,
+        optim=optim.optim,
+        bf16=optim.bf16,
+        seed=optim.seed,
+        logging_steps=optim.log_steps,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=validate_steps or optim.save_steps,
+        save_total_limit=optim.keep,
+        ignore_data_skip=True,
+        remove_unused_columns=False,
+        report_to=report,
+        disable_tqdm=not optim.progress,
+        use_cpu=optim.device == "cpu",
+        average_tokens_across_devices=False,
+        ddp_find_unused_parameters=False,
+        **options,
+    )
+
+
+def run_stage(
+    step: TrainStep,
+    rows: Iterable[TextRow],
+    optim: OptimSettings,
+    folder: Path,
+    *,
+    resume: bool,
+    sides: tuple[str, ...],
+    align: bool = False,
+    validate: Callable[[], dict[str, float]] | None = None,
+) -> dict[str, Any]:
+    """Pack `rows`, train `step` on them, and return the run's metrics with what the data held.
+
+    Args:
+        rows: re-iterable texts. sides: which tokenizations the step needs. align: also the aligned row pairs.
+        validate: scores on English validation data, asked once per epoch; the best checkpoint is kept.
+    """
+    tokenizer = step.student.tokenizer
+    if tokenizer is None:
+        raise ValueError("the student has no tokenizer: pass tokenizer=StackTokenizer(...) when stacking it")
+    tokenizer.max_mt_tokens = tokenizer.max_llm_tokens = optim.max_length
+    if optim.gradient_checkpointing:
+        step.student.backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
+    dataset = PackedDataset(
+        rows,
+        tokenizer,
+        max_tokens=optim.tokens,
+        max_rows=optim.max_rows,
+        sides=sides,
+        align=align,
+        lookahead=optim.lookahead,
+        shuffle_buffer=optim.shuffle_buffer,
+        seed=optim.seed,
+    )
+    steps, per_epoch = optim.max_steps, None
+    if steps == -1 or validate is not None:
+        # packs differ between epochs only where rows are shuffled; the count of the first is the length of all
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        packs = sum(1 for _ in PackedLoader(dataset))
+        per_step = optim.gradient_accumulation * world
+        per_epoch = max(math.ceil(packs / per_step), 1)
+        steps = per_epoch * optim.epochs if steps == -1 else steps
+    trainer = PackedTrainer(step, dataset, optim, folder, steps=steps, validate=validate, validate_steps=per_epoch)
+    metrics: dict[str, Any] = trainer.run(resume)
+    counters = getattr(dataset, "counters", None)
+    if counters is not None:
+        metrics["data"] = counters if isinstance(counters, dict) else vars(counters)
+    return metrics

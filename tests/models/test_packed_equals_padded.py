@@ -1,0 +1,145 @@
+"""Packed rows equal Hugging Face's own padded rows, forward and gradients, in fp32."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from mtllm_fast.data.pack import PackedBatch
+from mtllm_fast.models import PackedEncoder, PackedLLM
+from tests.conftest import assert_matches
+from tests.tiny import m2m100_config
+
+LENGTHS = (1, 2, 63, 64, 65, 150)
+TOLERANCE = 1e-5
+COMMON = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "attention_dropout": 0.0,
+}
+DECODERS = {
+    "llama": ("Llama", {}),
+    "llama_mha": ("Llama", {"num_key_value_heads": 4}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "mistral_window": ("Mistral", {"sliding_window": 20}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {}),
+    "gemma": ("Gemma", {}),
+    "gemma2": ("Gemma2", {"sliding_window": 20, "query_pre_attn_scalar": 8}),
+    "gemma3": ("Gemma3", {"sliding_window": 20, "query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+}
+
+
+def _random_batch(vocab: int, first: int = 4) -> tuple[PackedBatch, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    sequences = [torch.randint(first, vocab, (n,), generator=generator).tolist() for n in LENGTHS]
+    batch = PackedBatch.from_sequences(sequences)
+    ids, mask = batch.to_padded(1)
+    return batch, ids, mask
+
+
+def _make_decoder(key: str) -> nn.Module:
+    family, changes = DECODERS[key]
+    config_name = f"{family}TextConfig" if family == "Gemma3" else f"{family}Config"
+    config = getattr(transformers, config_name)(**{**COMMON, **changes}, attn_implementation="eager")
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # away from the tiny initialisation, so that attention matters
+            if parameter.dim() > 1:
+                parameter.mul_(4.0)
+    return model.eval()
+
+
+def _gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None and float(p.grad.abs().max()) > 0}
+
+
+def _compare_gradients(packed: nn.Module, padded: nn.Module) -> None:
+    mine, theirs = _gradients(packed), _gradients(padded)
+    assert mine.keys() == theirs.keys()
+    assert len(mine) > 5
+    for name, gradient in mine.items():
+        # an element-wise bias of the keys has no gradient but rounding: softmax ignores a constant
+        if name.endswith("k_proj.bias"):
+            continue
+        assert_matches(gradient, theirs[name], 2 * TOLERANCE)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("key", list(DECODERS))
+def test_decoder(key: str, causal: bool) -> None:
+    padded = _make_decoder(key)
+    packed = PackedLLM(copy.deepcopy(padded), causal=causal)
+    padded.config.is_causal = causal
+    batch, ids, mask = _random_batch(64)
+    expected = padded.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    actual = packed(batch)
+    assert_matches(actual, batch.unpad_states(expected), TOLERANCE)
+    probe = torch.randn(actual.shape, generator=torch.Generator().manual_seed(1))
+    (actual * probe).sum().backward()
+    (batch.unpad_states(expected) * probe).sum().backward()
+    _compare_gradients(packed.model, padded)
+
+
+@pytest.mark.parametrize("key", ["llama", "gemma3", "mistral_window"])
+def test_bidirectional_by_behaviour(key: str) -> None:
+    """Changing the last token moves the first row of its own sequence, and of no other, unless attention is causal."""
+    first, second = [5, 6, 7, 8], [9, 10, 11]
+    base = PackedBatch.from_sequences([first, second])
+    changed = PackedBatch.from_sequences([first[:-1] + [40], second])
+    for causal in (True, False):
+        llm = PackedLLM(_make_decoder(key), causal=causal)
+        with torch.no_grad():
+            moved = (llm(base) - llm(changed)).abs().amax(-1)
+        assert bool(moved[0] > 1e-3) is not causal
+        assert float(moved[4:].max()) == 0.0
+
+
+def test_encoder_matches_hugging_face() -> None:
+    torch.manual_seed(0)
+    model = transformers.M2M100Model(m2m100_config(attn_implementation="eager")).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4.0)
+    padded = model.encoder
+    packed = PackedEncoder(copy.deepcopy(padded))
+    batch, ids, mask = _random_batch(64)
+    expected = padded(input_ids=ids, attention_mask=mask).last_hidden_state
+    actual = packed(batch)
+    assert_matches(actual, batch.unpad_states(expected), TOLERANCE)
+    probe = torch.randn(actual.shape, generator=torch.Generator().manual_seed(1))
+    (actual * probe).sum().backward()
+    (batch.unpad_states(expected) * probe).sum().backward()
+    _compare_gradients(packed.model, padded)
+
+
+def test_encoder_positions_beyond_the_table() -> None:
+    """A sequence longer than the sinusoidal table grows it, as in Hugging Face."""
+    torch.manual_seed(0)
+    model = transformers.M2M100Model(m2m100_config(max_position_embeddings=16, attn_implementation="eager")).eval().encoder
+    batch = PackedBatch.from_sequences([list(range(4, 44)), [5, 6]])
+    ids, mask = batch.to_padded(1)
+    expected = batch.unpad_states(model(input_ids=ids, attention_mask=mask).last_hidden_state)
+    fresh = transformers.M2M100Model(m2m100_config(max_position_embeddings=16)).eval().encoder
+    fresh.load_state_dict(model.state_dict())
+    assert_matches(PackedEncoder(fresh)(batch), expected, TOLERANCE)
+
+
+def test_empty_sequences_and_order() -> None:
+    """A sequence of length 0 takes no rows, and the others are what they are alone."""
+    llm = PackedLLM(_make_decoder("llama"), causal=False)
+    together = llm(PackedBatch.from_sequences([[], [5, 6, 7], [], [8], [9, 10]]))
+    alone = torch.cat([llm(PackedBatch.from_sequences([s])) for s in ([5, 6, 7], [8], [9, 10])])
+    assert_matches(together, alone, TOLERANCE)
