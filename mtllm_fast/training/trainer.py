@@ -54,17 +54,12 @@ class EpochLoader:
     def __iter__(self) -> Iterator[Batch]:
         skip, epoch = self.start, 0
         while True:
-            self.dataset.set_epoch(epoch)
-            seen = 0
-            for batch in PackedLoader(self.dataset, num_workers=self.workers):
-                seen += 1
-                if skip:
-                    skip -= 1
-                else:
-                    yield batch
-            if not seen:
+            self.dataset.set_epoch(epoch, skip)
+            yield from PackedLoader(self.dataset, num_workers=self.workers, pin_memory=torch.cuda.is_available())
+            size = math.ceil(self.dataset.stats.packs / self.dataset.world_size)
+            if size == 0:
                 raise ValueError("the training data holds no usable row")
-            epoch += 1
+            skip, epoch = max(skip - size, 0), epoch + 1
 
 
 class _Live(TrainerCallback):
@@ -145,6 +140,9 @@ class PackedTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:  # type: ignore[override]
         return inputs.to(self.args.device)
+
+    def floating_point_ops(self, inputs: Batch) -> int:  # type: ignore[override]
+        return 0  # the Trainer's estimate is for padded (B, L) inputs
 
     # ---- loss
     def compute_loss(  # type: ignore[override]
@@ -240,7 +238,6 @@ def training_arguments(optim: OptimSettings, folder: Path, steps: int, validate_
         max_grad_norm=optim.clip,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=optim.gradient_accumulation,
-        gradient_checkpointing=False,
         optim=optim.optim,
         bf16=optim.bf16,
         seed=optim.seed,
@@ -304,7 +301,12 @@ def run_stage(
         steps = per_epoch * optim.epochs if steps == -1 else steps
     trainer = PackedTrainer(step, dataset, optim, folder, steps=steps, validate=validate, validate_steps=per_epoch)
     metrics: dict[str, Any] = trainer.run(resume)
-    counters = getattr(dataset, "counters", None)
-    if counters is not None:
-        metrics["data"] = counters if isinstance(counters, dict) else vars(counters)
+    stats = dataset.stats
+    metrics["data"] = {
+        "rows": stats.rows,
+        "truncated": dict(stats.truncated),
+        "fallbacks": dict(stats.fallbacks),
+        "packing_efficiency": round(stats.efficiency, 4),
+        "skipped_rows": getattr(stats.source, "failed", 0) + getattr(stats.source, "empty", 0),
+    }
     return metrics
