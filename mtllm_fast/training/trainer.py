@@ -102,7 +102,7 @@ class PackedTrainer(Trainer):
         arguments = training_arguments(optim, folder, steps, validate_steps if validate else None)
         # the Trainer reads these to decide how a loss is scaled; compute_loss does all of it
         self.loss_is_scaled_for_ga = True
-        super().__init__(model=step, args=arguments, data_collator=lambda items: items)
+        super().__init__(model=step, args=arguments, data_collator=list, eval_dataset=[] if validate else None)
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self.step_module = step
