@@ -5,14 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mtllm_fast.data.align import align_rows
-    from mtllm_fast.data.collate import Batch, PackedDataset, PackedLoader, collate
+    from mtllm_fast.data.batch import Batch
+    from mtllm_fast.data.collate import PackedDataset, PackedLoader, collate
     from mtllm_fast.data.pack import PackedBatch, token_budget_packs
     from mtllm_fast.data.read import RowStream, TextRow, read_rows
     from mtllm_fast.data.tokenise import StackTokenizer, TokenizedSide
 
 _HOME = {
     "align_rows": "align",
-    "Batch": "collate",
+    "Batch": "batch",
     "collate": "collate",
     "PackedBatch": "pack",
     "token_budget_packs": "pack",

@@ -16,59 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from mtllm_fast.data.align import align_rows
-from mtllm_fast.data.pack import PackedBatch, token_budget_packs
+from mtllm_fast.data.batch import SIDES, Batch, TokenizedRows, check_sides, tokenise_rows
+from mtllm_fast.data.pack import token_budget_packs
 from mtllm_fast.data.read import TextRow
-from mtllm_fast.data.tokenise import StackTokenizer, TokenizedSide
-
-SIDES = ("mt", "llm")
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """B rows as the two models read them.
-
-    Fields:
-        mt, llm: the packed sides, or None where a side was not asked for.
-        mt_rows, llm_rows: (P,) int64, packed rows of `mt` and `llm` that end at the same character, or None.
-        labels: (B,) int64, or None where the rows have none.
-        mt_spans, llm_spans: (B, C, 2) int64, packed rows [start, end) of each choice, or None.
-        ids: the rows' names.
-        weight: 0.0 for a filler that only keeps the ranks in step, else 1.0; multiply losses and counts with it.
-    """
-
-    mt: PackedBatch | None
-    llm: PackedBatch | None
-    mt_rows: Tensor | None = None
-    llm_rows: Tensor | None = None
-    labels: Tensor | None = None
-    mt_spans: Tensor | None = None
-    llm_spans: Tensor | None = None
-    ids: tuple[str | None, ...] = ()
-    weight: float = 1.0
-
-    @property
-    def num_rows(self) -> int:
-        side = self.mt if self.mt is not None else self.llm
-        return side.num_sequences if side is not None else 0
-
-    @property
-    def num_pairs(self) -> int:
-        return self.mt_rows.shape[0] if self.mt_rows is not None else 0
-
-    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Batch":
-        return self._moved(lambda x: x.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "Batch":
-        return self._moved(lambda x: x.pin_memory())
-
-    def _moved(self, move: Any) -> "Batch":
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Batch(**{k: move(v) if isinstance(v, Tensor | PackedBatch) else v for k, v in fields.items()})
+from mtllm_fast.data.tokenise import StackTokenizer
 
 
 def collate(
@@ -91,79 +44,8 @@ def collate(
     rows = list(rows)
     if not rows:
         raise ValueError("rows must hold at least one TextRow, got none")
-    sides = _check_sides(sides, tokenizer)
-    return _tokenise(rows, tokenizer, sides).batch(range(len(rows)), align)
-
-
-@dataclass(frozen=True, eq=False)
-class _Rows:
-    """Tokenised rows, from which batches are cut."""
-
-    sides: dict[str, TokenizedSide]
-    labels: list[int | None]
-    ids: list[str | None]
-
-    def batch(self, index: Sequence[int], align: bool) -> Batch:
-        packed: dict[str, PackedBatch] = {}
-        spans: dict[str, Tensor | None] = {}
-        for name, side in self.sides.items():
-            packed[name] = PackedBatch.from_sequences([side.ids[i] for i in index])
-            spans[name] = _packed_spans(side, index, packed[name])
-        pairs: tuple[Tensor | None, Tensor | None] = (None, None)
-        if align and len(self.sides) == 2:
-            keys = [self._alignment_keys(name, index) for name in SIDES]
-            mt_rows, llm_rows = align_rows(*keys[0], *keys[1])
-            pairs = (torch.from_numpy(mt_rows), torch.from_numpy(llm_rows))
-        return Batch(
-            mt=packed.get("mt"),
-            llm=packed.get("llm"),
-            mt_rows=pairs[0],
-            llm_rows=pairs[1],
-            labels=_labels([self.labels[i] for i in index]),
-            mt_spans=spans.get("mt"),
-            llm_spans=spans.get("llm"),
-            ids=tuple(self.ids[i] for i in index),
-        )
-
-    def _alignment_keys(self, name: str, index: Sequence[int]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        ends = [self.sides[name].ends[i] for i in index]
-        return np.concatenate(ends), np.repeat(np.arange(len(ends)), [len(e) for e in ends])
-
-    def costs(self) -> list[tuple[int, ...]]:
-        return list(zip(*([len(ids) for ids in side.ids] for side in self.sides.values()), strict=True))
-
-
-def _tokenise(rows: Sequence[TextRow], tokenizer: StackTokenizer, sides: Sequence[str]) -> _Rows:
-    made = {side: tokenizer.mt_side(rows) if side == "mt" else tokenizer.llm_side(rows) for side in sides}
-    return _Rows(made, [row.label for row in rows], [row.id for row in rows])
-
-
-def _check_sides(sides: Sequence[str], tokenizer: StackTokenizer) -> tuple[str, ...]:
-    if isinstance(sides, str) or not sides or set(sides) - set(SIDES):
-        raise ValueError(f"sides must be a non-empty selection of {SIDES}, got {sides!r}")
-    for side in sides:
-        if getattr(tokenizer, side) is None:
-            raise ValueError(f"sides holds {side!r} but the tokenizer has no {side} tokenizer")
-    return tuple(side for side in SIDES if side in sides)
-
-
-def _labels(labels: list[int | None]) -> Tensor | None:
-    given = [label for label in labels if label is not None]
-    if not given:
-        return None
-    if len(given) != len(labels):
-        raise ValueError(f"label: {len(given)} of {len(labels)} rows have a label, give all of them one or none")
-    return torch.tensor(given, dtype=torch.int64)
-
-
-def _packed_spans(side: TokenizedSide, index: Sequence[int], packed: PackedBatch) -> Tensor | None:
-    if side.spans is None:
-        return None
-    counts = {len(side.spans[i]) for i in index}
-    if len(counts) != 1:
-        raise ValueError(f"choices: every row of a batch needs the same number of choices, got {sorted(counts)}")
-    starts = packed.cu_seqlens.numpy()[:-1].astype(np.int64)
-    return torch.from_numpy(np.stack([side.spans[i] for i in index]).astype(np.int64) + starts[:, None, None])
+    sides = check_sides(sides, tokenizer)
+    return tokenise_rows(rows, tokenizer, sides).batch(range(len(rows)), align)
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +53,7 @@ class _Window:
     """What a worker sends: tokenised rows and how they are packed; or the end of its stream; or an error."""
 
     index: int
-    rows: _Rows | None = None
+    rows: TokenizedRows | None = None
     packs: tuple[tuple[int, ...], ...] = ()
     fallbacks: Counter[str] = dataclasses.field(default_factory=Counter)
     source: Any = None
@@ -179,7 +61,7 @@ class _Window:
 
 
 @dataclass
-class StreamStats:
+class StreamCounts:
     """What has been read since the start of the epoch, over all ranks.
 
     Fields:
@@ -248,7 +130,7 @@ class PackedDataset(IterableDataset):
         super().__init__()
         if isinstance(rows, Iterator):
             raise TypeError("rows must be re-iterable (a list, read_rows(...)), got an iterator, good for one epoch")
-        self.sides = _check_sides(sides, tokenizer)
+        self.sides = check_sides(sides, tokenizer)
         for side in self.sides:
             limit = tokenizer.max_mt_tokens if side == "mt" else tokenizer.max_llm_tokens
             if max_tokens < limit:
@@ -274,7 +156,7 @@ class PackedDataset(IterableDataset):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.stats = StreamStats()
+        self.counters = StreamCounts()
         self.set_epoch(epoch, start_batch)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
@@ -306,7 +188,7 @@ class PackedDataset(IterableDataset):
 
     def _window(self, index: int, chunk: list[TextRow]) -> _Window:
         before = self.tokenizer.fallback_counts.copy()
-        rows = _tokenise(chunk, self.tokenizer, self.sides)
+        rows = tokenise_rows(chunk, self.tokenizer, self.sides)
         packs = token_budget_packs(rows.costs(), self.max_tokens, self.max_rows)
         order = np.random.default_rng([self.seed, self.epoch, index]).permutation(len(packs))
         return _Window(
@@ -319,16 +201,16 @@ class PackedDataset(IterableDataset):
 
     def _batches(self, windows: Iterable[_Window]) -> Iterator[Batch]:
         """This rank's batches; only here is the number of earlier packs known, and with it whose turn it is."""
-        self.stats = StreamStats()
+        self.counters = StreamCounts()
         turn = 0
         skip = self.start_batch * self.world_size
-        last: tuple[_Rows, tuple[int, ...]] | None = None
+        last: tuple[TokenizedRows, tuple[int, ...]] | None = None
         expected = 0
         for window in windows:
             if window.error is not None:
                 raise window.error
             if window.source is not None:
-                self.stats.source = window.source
+                self.counters.source = window.source
             if window.rows is None:
                 continue
             assert window.index == expected, f"window {window.index} arrived in place of {expected}"
@@ -345,14 +227,14 @@ class PackedDataset(IterableDataset):
 
     def _count(self, window: _Window) -> None:
         assert window.rows is not None
-        stats = self.stats
-        stats.rows += len(window.rows.ids)
-        stats.packs += len(window.packs)
-        stats.budget += len(window.packs) * self.max_tokens
-        stats.fallbacks.update(window.fallbacks)
+        counts = self.counters
+        counts.rows += len(window.rows.ids)
+        counts.packs += len(window.packs)
+        counts.budget += len(window.packs) * self.max_tokens
+        counts.fallbacks.update(window.fallbacks)
         for name, side in window.rows.sides.items():
-            stats.tokens[name] += sum(len(ids) for ids in side.ids)
-            stats.truncated[name] += side.truncated
+            counts.tokens[name] += sum(len(ids) for ids in side.ids)
+            counts.truncated[name] += side.truncated
 
 
 def _shuffled(rows: Iterable[TextRow], size: int, seed: str) -> Iterator[TextRow]:
@@ -392,7 +274,7 @@ def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def _as_is(window: _Window) -> _Window:
+def _as_is(window: Any) -> Any:
     return window
 
 

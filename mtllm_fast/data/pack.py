@@ -4,7 +4,7 @@
 no kernel launch waits for the device to learn `max_seqlen` or the number of tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -51,7 +51,7 @@ class PackedBatch:
             )
         if self.cu_seqlens.shape != (len(self.lengths) + 1,):
             raise ValueError(
-                f"cu_seqlens must have len(lengths) + 1 = {len(self.lengths) + 1} entries, got {self.cu_seqlens.shape[0]}"
+                f"cu_seqlens must have {len(self.lengths) + 1} entries (lengths + 1), got {self.cu_seqlens.shape[0]}"
             )
         if len({self.input_ids.device, self.cu_seqlens.device, self.positions.device}) > 1:
             raise ValueError("input_ids, cu_seqlens and positions must lie on one device")
@@ -173,12 +173,13 @@ class PackedBatch:
         return self.sequence_ids * length + self.positions
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "PackedBatch":
-        tensors = (self.input_ids, self.cu_seqlens, self.positions)
-        return PackedBatch(*(t.to(device, non_blocking=non_blocking) for t in tensors), lengths=self.lengths)
+        return self._moved(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "PackedBatch":
-        tensors = (self.input_ids, self.cu_seqlens, self.positions)
-        return PackedBatch(*(t.pin_memory() for t in tensors), lengths=self.lengths)
+        return self._moved(Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> "PackedBatch":
+        return PackedBatch(move(self.input_ids), move(self.cu_seqlens), move(self.positions), self.lengths)
 
 
 def _flat_ids(index: int, sequence: Sequence[int] | np.ndarray | Tensor) -> np.ndarray:

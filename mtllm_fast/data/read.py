@@ -1,6 +1,16 @@
-"""Text rows."""
+"""Text rows from files and from the Hugging Face hub, as a stream whose memory does not grow with the corpus."""
 
-from dataclasses import dataclass
+import glob
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mtllm_fast.data.formats import SUPPORTED, BadRow, check_file, kind_of, records
+
+_HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<config>[\w.-]+))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,3 +32,265 @@ class TextRow:
     label: int | None = None
     id: str | None = None
     choices: tuple[str, ...] | None = None
+
+
+@dataclass
+class RowCounts:
+    """What one pass over a source has met so far.
+
+    Fields:
+        rows: rows given out.
+        empty: rows without text, skipped.
+        failed: rows that could not be read, skipped.
+        reasons: how many rows failed for which reason.
+        first: where each reason was met first, `file:line`.
+    """
+
+    rows: int = 0
+    empty: int = 0
+    failed: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def fail(self, reason: str, place: str) -> None:
+        self.failed += 1
+        self.reasons[reason] += 1
+        self.first.setdefault(reason, place)
+
+
+def read_rows(
+    source: str | Path,
+    *,
+    text_column: str = "text",
+    pair_column: str | None = None,
+    label_column: str | None = None,
+    labels: Sequence[str] | None = None,
+    language_column: str | None = None,
+    language: str = "eng_Latn",
+    id_column: str | None = None,
+    split: str = "train",
+    limit: int | None = None,
+    columns: Sequence[str] | None = None,
+    quoting: bool = True,
+) -> "RowStream":
+    """Open a corpus.
+
+    Args:
+        source: a .txt (one text per line), .jsonl, .csv, .tsv or .parquet file, each also .gz; a folder (every such file
+            in it and below, by name, hidden ones left out); a glob; or a hub dataset "org/name" or "org/name:config".
+        text_column, pair_column, label_column, language_column, id_column: columns to read; text_column is ignored for
+            .txt.
+        labels: class names in the order of their indices. Without them labels must be integers (for hub datasets, the
+            names of the dataset's own ClassLabel are used).
+        language: code of every row, where there is no language_column.
+        split: split of a hub dataset; files have none.
+        limit: stop after so many rows.
+        columns: column names of csv/tsv files without a header.
+        quoting: False reads csv/tsv fields verbatim, as files that were written without csv quoting need.
+
+    Returns:
+        RowStream: iterate it as often as needed; `.counts` says what the latest pass met.
+
+    Raises:
+        FileNotFoundError: nothing at `source`.
+        ValueError, TypeError: an unsupported or empty file, or an argument that does not fit the data. While iterating:
+            a label outside `labels`, a damaged file, or a source without one usable row.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 or None, got {limit}")
+    if isinstance(labels, str):
+        raise TypeError(f"labels must be a sequence of names, got the string {labels!r}")
+    if labels is not None and (not labels or len(set(labels)) != len(labels)):
+        raise ValueError(f"labels must be distinct names, got {list(labels)!r}")
+    if labels is not None and label_column is None:
+        raise ValueError("labels are given but no label_column: name the column that holds them")
+    wanted = {"text_column": text_column, "pair_column": pair_column, "label_column": label_column}
+    wanted |= {"language_column": language_column, "id_column": id_column}
+    stream = RowStream(
+        source=str(source),
+        wanted={argument: column for argument, column in wanted.items() if column is not None},
+        labels=tuple(labels) if labels is not None else None,
+        language=language,
+        split=split,
+        limit=limit,
+        columns=tuple(columns) if columns is not None else None,
+        quoting=quoting,
+    )
+    stream.check()
+    return stream
+
+
+@dataclass
+class RowStream:
+    """A re-iterable stream of TextRow; made by `read_rows`, picklable, so that workers can read it too."""
+
+    source: str
+    wanted: dict[str, str]  # argument of read_rows -> column
+    labels: tuple[str, ...] | None
+    language: str
+    split: str
+    limit: int | None
+    columns: tuple[str, ...] | None
+    quoting: bool
+    counts: RowCounts = field(default_factory=RowCounts)
+
+    def check(self) -> None:
+        """Raise what can be known without reading everything."""
+        hub = _hub_name(self.source)
+        if hub is not None:
+            self._open_hub(*hub)
+            return
+        for path in resolve(self.source)[:1]:
+            check_file(path, self.wanted, self.columns, self.quoting)
+
+    def __iter__(self) -> Iterator[TextRow]:
+        counts = self.counts = RowCounts()
+        for place, record, labels in self._records():
+            if isinstance(record, BadRow):
+                counts.fail(record.reason, place)
+                continue
+            row = self._row(record, labels, place, counts)
+            if row is None:
+                continue
+            counts.rows += 1
+            yield row
+            if counts.rows == self.limit:
+                return
+        if counts.rows == 0:
+            why = "".join(
+                f"; {n} failed: {reason} (first at {counts.first[reason]})"
+                for reason, n in counts.reasons.most_common(3)
+            )
+            raise ValueError(f"source {self.source!r} holds no usable row: {counts.empty} empty{why}")
+
+    def _records(self) -> Iterator[tuple[str, dict[str, Any] | BadRow, tuple[str, ...] | None]]:
+        hub = _hub_name(self.source)
+        if hub is not None:
+            dataset, labels = self._open_hub(*hub)
+            for number, record in enumerate(dataset, 1):
+                yield f"{self.source}:{number}", record, labels
+            return
+        for path in resolve(self.source):
+            for number, local in records(path, self.wanted, self.columns, self.quoting):
+                yield f"{path}:{number}", local, self.labels
+
+    def _row(
+        self, record: dict[str, Any], labels: tuple[str, ...] | None, place: str, counts: RowCounts
+    ) -> TextRow | None:
+        texts: dict[str, str | None] = {"pair_column": None, "language_column": self.language}
+        for argument in ("text_column", "pair_column", "language_column"):
+            if argument not in self.wanted:
+                continue
+            column = self.wanted[argument]
+            value = record.get(column)
+            if value is None and column not in record:
+                counts.fail(f"no {column!r}", place)
+                return None
+            if value is None or (isinstance(value, str) and not value.strip()):
+                counts.empty += 1
+                return None
+            if not isinstance(value, str):
+                counts.fail(f"{column!r} is {type(value).__name__}, not text", place)
+                return None
+            if not value.isascii() and _SURROGATE.search(value):
+                counts.fail("invalid Unicode (lone surrogate)", place)
+                return None
+            texts[argument] = value
+        label = None
+        if "label_column" in self.wanted:
+            value = record.get(self.wanted["label_column"])
+            if value is None or value == "" or (value == -1 and not isinstance(value, bool)):
+                counts.fail("no label", place)  # -1 is how hub datasets write it
+                return None
+            label = self._label(value, labels, place)
+        name = record.get(self.wanted["id_column"]) if "id_column" in self.wanted else None
+        return TextRow(
+            text=str(texts["text_column"]),
+            language=str(texts["language_column"]),
+            text_pair=texts["pair_column"],
+            label=label,
+            id=None if name is None else str(name),
+        )
+
+    def _label(self, value: Any, labels: tuple[str, ...] | None, place: str) -> int:
+        if labels is not None and isinstance(value, str):
+            if value in labels:
+                return labels.index(value)
+        elif not isinstance(value, bool):
+            try:
+                index = int(value)
+            except (TypeError, ValueError):
+                index = -1
+            if index >= 0 and (isinstance(value, str) or index == value) and (labels is None or index < len(labels)):
+                return index
+        column = self.wanted["label_column"]
+        right = f"one of {', '.join(labels)}" if labels is not None else "an integer >= 0; name the classes with labels"
+        raise ValueError(f"label_column {column!r}: {value!r} at {place} is no label, it must be {right}")
+
+    def _open_hub(self, name: str, config: str | None) -> tuple[Any, tuple[str, ...] | None]:
+        import datasets
+
+        try:
+            # no trust_remote_code: a dataset that needs its own code is refused
+            dataset = datasets.load_dataset(name, config, split=self.split, streaming=True)
+        except Exception as error:  # the hub client raises many kinds; whichever, the user needs one line
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"source {self.source!r}: no such file or folder here, and as a hub dataset (split {self.split!r}) it "
+                f"cannot be opened: {reason}"
+            ) from None
+        names = dataset.column_names
+        for argument, column in self.wanted.items():
+            if names is not None and column not in names:
+                raise ValueError(
+                    f"{argument} {column!r} is not a column of {self.source}, which has: {', '.join(names)}"
+                )
+        labels = self.labels
+        if labels is None and "label_column" in self.wanted and dataset.features is not None:
+            own = getattr(dataset.features.get(self.wanted["label_column"]), "names", None)
+            labels = tuple(own) if own else None
+        return dataset, labels
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def resolve(source: str) -> list[Path]:
+    """The files that a local source stands for, sorted by name.
+
+    Raises:
+        FileNotFoundError: no file, folder or match.
+        ValueError: a file that is not in a supported format, or a folder without one that is.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        found = [
+            p
+            for p in sorted(path.rglob("*"))
+            if p.is_file() and kind_of(p) and not any(part.startswith(".") for part in p.relative_to(path).parts)
+        ]
+        if not found:
+            raise ValueError(f"source {source!r} is a folder without a supported file: {SUPPORTED}")
+        return found
+    if path.is_file():
+        found = [path]
+    elif glob.has_magic(source):
+        found = [p for p in map(Path, sorted(glob.glob(str(path), recursive=True))) if p.is_file()]
+        if not found:
+            raise FileNotFoundError(f"source {source!r} matches no file")
+    else:
+        raise FileNotFoundError(
+            f"source {source!r}: no such file or folder (a hub dataset is written org/name or org/name:config)"
+        )
+    for file in found:
+        if kind_of(file) is None:
+            raise ValueError(f"source {str(file)!r} is not in a supported format: {SUPPORTED}")
+    return found
+
+
+def _hub_name(source: str) -> tuple[str, str | None] | None:
+    """(name, config) where `source` can only mean a hub dataset: local paths and their misspellings stay local."""
+    match = _HUB_NAME.fullmatch(source)
+    if match is None or Path(source).exists() or kind_of(Path(source)) or Path(Path(source).parts[0]).is_dir():
+        return None
+    return match["name"], match["config"]

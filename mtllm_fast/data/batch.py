@@ -1,0 +1,132 @@
+"""A batch: rows as the two models read them, packed and aligned."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mtllm_fast.data.align import align_rows
+from mtllm_fast.data.pack import PackedBatch
+from mtllm_fast.data.read import TextRow
+from mtllm_fast.data.tokenise import StackTokenizer, TokenizedSide
+
+SIDES = ("mt", "llm")
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """B rows as the two models read them.
+
+    Fields:
+        mt, llm: the packed sides, or None where a side was not asked for.
+        mt_rows, llm_rows: (P,) int64, packed rows of `mt` and `llm` that end at the same character, or None.
+        labels: (B,) int64, or None where the rows have none.
+        mt_spans, llm_spans: (B, C, 2) int64, packed rows [start, end) of each choice, or None.
+        ids: the rows' names.
+        weight: 0.0 for a filler that only keeps the ranks in step, else 1.0; multiply losses and counts with it.
+    """
+
+    mt: PackedBatch | None
+    llm: PackedBatch | None
+    mt_rows: Tensor | None = None
+    llm_rows: Tensor | None = None
+    labels: Tensor | None = None
+    mt_spans: Tensor | None = None
+    llm_spans: Tensor | None = None
+    ids: tuple[str | None, ...] = ()
+    weight: float = 1.0
+
+    @property
+    def num_rows(self) -> int:
+        side = self.mt if self.mt is not None else self.llm
+        return side.num_sequences if side is not None else 0
+
+    @property
+    def num_pairs(self) -> int:
+        return self.mt_rows.shape[0] if self.mt_rows is not None else 0
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Batch":
+        return self._moved(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        return self._moved(lambda x: x.pin_memory())
+
+    def _moved(self, move: Any) -> "Batch":
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Batch(**{k: move(v) if isinstance(v, Tensor | PackedBatch) else v for k, v in fields.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedRows:
+    """Tokenised rows, from which batches are cut."""
+
+    sides: dict[str, TokenizedSide]
+    labels: list[int | None]
+    ids: list[str | None]
+
+    def batch(self, index: Sequence[int], align: bool) -> Batch:
+        packed: dict[str, PackedBatch] = {}
+        spans: dict[str, Tensor | None] = {}
+        for name, side in self.sides.items():
+            packed[name] = PackedBatch.from_sequences([side.ids[i] for i in index])
+            spans[name] = _packed_spans(side, index, packed[name])
+        pairs: tuple[Tensor | None, Tensor | None] = (None, None)
+        if align and len(self.sides) == 2:
+            keys = [self._alignment_keys(name, index) for name in SIDES]
+            mt_rows, llm_rows = align_rows(*keys[0], *keys[1])
+            pairs = (torch.from_numpy(mt_rows), torch.from_numpy(llm_rows))
+        return Batch(
+            mt=packed.get("mt"),
+            llm=packed.get("llm"),
+            mt_rows=pairs[0],
+            llm_rows=pairs[1],
+            labels=_labels([self.labels[i] for i in index]),
+            mt_spans=spans.get("mt"),
+            llm_spans=spans.get("llm"),
+            ids=tuple(self.ids[i] for i in index),
+        )
+
+    def _alignment_keys(self, name: str, index: Sequence[int]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        ends = [self.sides[name].ends[i] for i in index]
+        return np.concatenate(ends), np.repeat(np.arange(len(ends)), [len(e) for e in ends])
+
+    def costs(self) -> list[tuple[int, ...]]:
+        return list(zip(*([len(ids) for ids in side.ids] for side in self.sides.values()), strict=True))
+
+
+def tokenise_rows(rows: Sequence[TextRow], tokenizer: StackTokenizer, sides: Sequence[str]) -> TokenizedRows:
+    made = {side: tokenizer.mt_side(rows) if side == "mt" else tokenizer.llm_side(rows) for side in sides}
+    return TokenizedRows(made, [row.label for row in rows], [row.id for row in rows])
+
+
+def check_sides(sides: Sequence[str], tokenizer: StackTokenizer) -> tuple[str, ...]:
+    if isinstance(sides, str) or not sides or set(sides) - set(SIDES):
+        raise ValueError(f"sides must be a non-empty selection of {SIDES}, got {sides!r}")
+    for side in sides:
+        if getattr(tokenizer, side) is None:
+            raise ValueError(f"sides holds {side!r} but the tokenizer has no {side} tokenizer")
+    return tuple(side for side in SIDES if side in sides)
+
+
+def _labels(labels: list[int | None]) -> Tensor | None:
+    given = [label for label in labels if label is not None]
+    if not given:
+        return None
+    if len(given) != len(labels):
+        raise ValueError(f"label: {len(given)} of {len(labels)} rows have a label, give all of them one or none")
+    return torch.tensor(given, dtype=torch.int64)
+
+
+def _packed_spans(side: TokenizedSide, index: Sequence[int], packed: PackedBatch) -> Tensor | None:
+    if side.spans is None:
+        return None
+    counts = {len(side.spans[i]) for i in index}
+    if len(counts) != 1:
+        raise ValueError(f"choices: every row of a batch needs the same number of choices, got {sorted(counts)}")
+    starts = packed.cu_seqlens.numpy()[:-1].astype(np.int64)
+    return torch.from_numpy(np.stack([side.spans[i] for i in index]).astype(np.int64) + starts[:, None, None])
