@@ -1,0 +1,50 @@
+"""Zero-shot evaluation: tasks, metrics, translate-test, and the suite over languages. Names load on first use."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .metrics import accuracy, macro_f1
+    from .probe import LinearProbe, fit_probe
+    from .results import LanguageScore, ModelScores, Scores
+    from .suite import evaluate
+    from .tasks import TASKS, FolderTask, Task, get_task
+    from .translate_test import Translator
+
+_HOME = {
+    "accuracy": "metrics",
+    "macro_f1": "metrics",
+    "LinearProbe": "probe",
+    "fit_probe": "probe",
+    "LanguageScore": "results",
+    "ModelScores": "results",
+    "Scores": "results",
+    "evaluate": "suite",
+    "TASKS": "tasks",
+    "FolderTask": "tasks",
+    "Task": "tasks",
+    "get_task": "tasks",
+    "Translator": "translate_test",
+}
+
+__all__ = [
+    "TASKS",
+    "FolderTask",
+    "LanguageScore",
+    "LinearProbe",
+    "ModelScores",
+    "Scores",
+    "Task",
+    "Translator",
+    "accuracy",
+    "evaluate",
+    "fit_probe",
+    "get_task",
+    "macro_f1",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

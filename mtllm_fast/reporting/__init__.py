@@ -1,0 +1,19 @@
+"""Results as tables, Markdown, JSON and figures. Names load on first use."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .scores import check_output, print_scores, read_scores, to_json, to_markdown, write_report
+
+_HOME = dict.fromkeys(
+    ("check_output", "print_scores", "read_scores", "to_json", "to_markdown", "write_report"), "scores"
+)
+
+__all__ = ["check_output", "print_scores", "read_scores", "to_json", "to_markdown", "write_report"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,232 @@
+"""From rows to predicted classes: by the model's task head, by a linear probe, or through translation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..data.read import TextRow
+from .probe import LinearProbe, fit_probe
+from .tasks import Task, nearest
+
+Classes = npt.NDArray[np.int64]  # (N,)
+
+
+class Encoder(Protocol):
+    """The part of `inference.Engine` that evaluation uses."""
+
+    model: Any
+    truncated: int
+
+    def classify(self, rows: Iterable[TextRow]) -> npt.NDArray[np.float32]:
+        """Logits (N, C)."""
+
+    def encode_rows(self, rows: Iterable[TextRow]) -> Iterator[npt.NDArray[np.float32]]:
+        """Pooled states (n, D), a window at a time."""
+
+
+class Scorer(Protocol):
+    """Predicts classes of a task. `mt_languages` are the MT codes it can be told, None if it reads without any."""
+
+    method: str
+    notes: list[str]
+    mt_languages: Mapping[str, str] | None
+
+    def predict(self, rows: Sequence[TextRow]) -> Classes: ...
+
+    def counts(self) -> dict[str, int]: ...
+
+
+def scorer(
+    engine: Encoder,
+    task: Task,
+    name: str,
+    *,
+    probe_source: str | Path,
+    probe_rows: int,
+    language_map: Mapping[str, str],
+) -> HeadScorer | ProbeScorer:
+    """The model's own head where it has one for this task, else a linear probe fitted on English.
+
+    Raises:
+        ValueError: the model's labels are not the task's, or a probe is needed and there is no English training split.
+    """
+    model = engine.model
+    if getattr(model, "head", None) is None:
+        return ProbeScorer(engine, task, name, source=probe_source, max_rows=probe_rows, language_map=language_map)
+    return HeadScorer(engine, task, name)
+
+
+class _EngineScorer:
+    method: str
+
+    def __init__(self, engine: Encoder) -> None:
+        self.engine = engine
+        self.notes: list[str] = []
+        self.mt_languages = _mt_languages(engine.model)
+        self._truncated_before = engine.truncated
+
+    def counts(self) -> dict[str, int]:
+        return {"truncated": self.engine.truncated - self._truncated_before}
+
+
+class HeadScorer(_EngineScorer):
+    """The class with the highest logit of the model's head, in the task's label order."""
+
+    method = "task head"
+
+    def __init__(self, engine: Encoder, task: Task, name: str) -> None:
+        super().__init__(engine)
+        labels = engine.model.config.labels
+        if labels is None:
+            raise ValueError(
+                f"model={name!r}: its head scores choices, but {task.name!r} has the labels {', '.join(task.labels)}"
+            )
+        if sorted(labels) != sorted(task.labels):
+            raise ValueError(
+                f"model={name!r}: its head has the labels {', '.join(labels)}, "
+                f"but {task.name!r} has {', '.join(task.labels)}"
+            )
+        self.order = [list(labels).index(label) for label in task.labels]
+
+    def predict(self, rows: Sequence[TextRow]) -> Classes:
+        logits = self.engine.classify(rows)
+        if logits.shape != (len(rows), len(self.order)):
+            raise ValueError(f"model: logits of shape {logits.shape} for {len(rows)} rows and {len(self.order)} labels")
+        return _argmax(logits[:, self.order])
+
+
+class ProbeScorer(_EngineScorer):
+    """A linear probe on pooled states, fitted on English training rows and applied as it is to every language."""
+
+    method = "linear probe"
+
+    def __init__(
+        self,
+        engine: Encoder,
+        task: Task,
+        name: str,
+        *,
+        source: str | Path,
+        max_rows: int,
+        language_map: Mapping[str, str],
+    ) -> None:
+        super().__init__(engine)
+        train, dev, held_out = _english(task, name, source, max_rows)
+        code = language_map.get(task.english)
+        if code is not None:
+            train, dev = ([replace(row, language=code) for row in rows] for rows in (train, dev))
+        self.probe: LinearProbe = fit_probe(
+            self._features(train), _gold(train), self._features(dev), _gold(dev), len(task.labels)
+        )
+        self.notes = [
+            f"{name} has no task head: a linear probe (multinomial logistic regression on its mean-pooled states) "
+            f"was fitted on {len(train)} English rows of {source}; L2 penalty {self.probe.penalty:g} chosen on "
+            f"{len(dev)} {held_out} rows (accuracy {100 * self.probe.dev_accuracy:.1f} %). "
+            "Every language is read by this one probe, fitted without a row of that language."
+        ]
+
+    def _features(self, rows: Sequence[TextRow]) -> npt.NDArray[np.float32]:
+        return np.concatenate(list(self.engine.encode_rows(rows)))
+
+    def predict(self, rows: Sequence[TextRow]) -> Classes:
+        return _argmax(self.probe.logits(self._features(rows)))
+
+
+class TranslateScorer:
+    """Translate-test: rows go into the target language by the MT model, then to a classifier that reads that language.
+
+    Rows that are already in the target language are not translated.
+    """
+
+    method = "translate-test"
+
+    def __init__(self, translator: Any, classifier: HeadScorer | ProbeScorer, *, target: str, **decoding: Any) -> None:
+        self.translator, self.classifier, self.target, self.decoding = translator, classifier, target, decoding
+        self.mt_languages: Mapping[str, str] | None = _known_codes(translator.languages)
+        self._before = (translator.truncated, translator.unfinished)
+        settings = ", ".join(f"{key} {value}" for key, value in decoding.items())
+        self.notes = [
+            f"translate-test: {translator.name} into {target} ({settings}), then the classifier",
+            *classifier.notes,
+        ]
+
+    def predict(self, rows: Sequence[TextRow]) -> Classes:
+        foreign = [index for index, row in enumerate(rows) if row.language != self.target]
+        translated = self.translator.translate_rows(
+            [rows[index] for index in foreign], target=self.target, **self.decoding
+        )
+        english = list(rows)
+        for index, row in zip(foreign, translated, strict=True):
+            english[index] = row
+        return self.classifier.predict(english)
+
+    def counts(self) -> dict[str, int]:
+        truncated, unfinished = self._before
+        return {
+            "truncated_before_translation": self.translator.truncated - truncated,
+            "unfinished_translations": self.translator.unfinished - unfinished,
+            **self.classifier.counts(),
+        }
+
+
+def _mt_languages(model: Any) -> Mapping[str, str] | None:
+    """MT codes a model can be told -> the code it then uses; None for a model that is told none (an LLM, XLM-R)."""
+    tokenizer = model.tokenizer
+    if model.side == "llm" or not tokenizer.languages:
+        return None
+    return _known_codes(tokenizer.languages) | tokenizer.fallbacks
+
+
+def _known_codes(languages: Sequence[str]) -> dict[str, str]:
+    # StackTokenizer takes "en" for M2M100's "__en__"
+    return {code.strip("_"): code for code in languages} | {code: code for code in languages}
+
+
+def _english(task: Task, name: str, source: str | Path, max_rows: int) -> tuple[list[TextRow], list[TextRow], str]:
+    """English training and dev rows for a probe; without a dev split every tenth training row is held out."""
+    needs = f"model={name!r} has no task head, so a probe needs English training rows of the task {task.name!r}"
+    remedy = "give a model with a head, or probe_source=<a source with an English train split>"
+    if task.english not in task.languages(source):
+        raise ValueError(f"{needs}, but {str(source)!r} has no {task.english!r}; {remedy}")
+    splits = task.splits(source, task.english)
+    if "train" not in splits:
+        raise ValueError(f"{needs}, but {str(source)!r} has only {', '.join(splits)} for {task.english!r}; {remedy}")
+    train = task.rows(source, task.english, "train")
+    if "dev" in splits:
+        dev, held_out = task.rows(source, task.english, "dev"), "English dev"
+    else:
+        dev, held_out = train[::10], "held-out English train"
+        train = [row for index, row in enumerate(train) if index % 10]
+    if len(train) < 2:
+        raise ValueError(f"{needs}, but {str(source)!r} has only {len(train)} of them; {remedy}")
+    step = max(1, -(-len(train) // max_rows))  # spread over the file: published sets are sometimes sorted by label
+    return train[::step], dev, held_out
+
+
+def _gold(rows: Sequence[TextRow]) -> list[int]:
+    return [row.label for row in rows if row.label is not None]
+
+
+def _argmax(logits: npt.NDArray[np.float32]) -> Classes:
+    if not np.isfinite(logits).all():
+        raise ValueError("model: its logits are not finite; was the training stable, and is the dtype wide enough?")
+    return logits.argmax(1).astype(np.int64)
+
+
+def check_codes(language_map: Mapping[str, str], languages: Sequence[str], known: Mapping[str, str] | None) -> None:
+    """ValueError for a `language_map` whose keys are not languages of the task or whose values are not MT codes."""
+    for language, code in language_map.items():
+        if language not in languages:
+            raise ValueError(
+                f"language_map: {language!r} is not a language of the source; nearest: {nearest(language, languages)}"
+            )
+        if known is not None and code not in known:
+            raise ValueError(
+                f"language_map: {language!r} -> {code!r}: no such MT code; nearest are {nearest(code, known)}"
+            )

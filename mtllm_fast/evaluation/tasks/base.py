@@ -1,0 +1,68 @@
+"""What a task is, and the names of splits."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from ...data.read import TextRow
+
+# canonical split -> names it goes by in published sets
+SPLITS: dict[str, tuple[str, ...]] = {
+    "train": ("train",),
+    "dev": ("dev", "valid", "validation"),
+    "test": ("test",),
+}
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A labelled data set in many languages.
+
+    `source` is a local folder in the set's published format or the name of a hub data set. Languages are named by the
+    set's own codes; `mt_code` says what the MT model calls them.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Label names; a row's `label` is an index into them."""
+
+    @property
+    def english(self) -> str:
+        """The set's own code of English."""
+
+    def languages(self, source: str | Path) -> list[str]:
+        """The set's codes of the languages that `source` holds, sorted."""
+
+    def splits(self, source: str | Path, language: str) -> tuple[str, ...]:
+        """Which of "train", "dev", "test" `source` holds for a language."""
+
+    def mt_code(self, language: str) -> str | None:
+        """The MT model's code for a language, None where it has none."""
+
+    def rows(
+        self, source: str | Path, language: str, split: str = "test", *, limit: int | None = None, labelled: bool = True
+    ) -> list[TextRow]:
+        """All rows of a split in file order; their `language` is the MT code, or the set's code where there is none."""
+
+
+def canonical_split(split: str) -> str:
+    """ "dev" for "dev", "valid" and "validation", and so on; ValueError for any other name."""
+    for name, aliases in SPLITS.items():
+        if split in aliases:
+            return name
+    known = ", ".join(alias for aliases in SPLITS.values() for alias in aliases)
+    raise ValueError(f"split={split!r}: expected one of {known}")
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """The known names nearest to `name`, for error messages."""
+    names = sorted(known)
+    lower = {item.lower(): item for item in names}
+    close = [lower[item] for item in difflib.get_close_matches(name.lower(), lower, n=count, cutoff=0.5)]
+    return ", ".join(close or names[: 2 * count]) + ("" if close or len(names) <= 2 * count else ", ...")

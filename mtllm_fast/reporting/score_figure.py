@@ -1,0 +1,108 @@
+"""One figure of scores by language: a dot per model, languages sorted, readable for nine and for two hundred."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.results import Scores
+
+# Okabe and Ito's colours, told apart by colour-blind readers too; the markers differ for print
+_STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"))
+_GREY_TEXT: dict[str, Any] = {"color": "0.45", "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.5}}
+_ROWS_PER_PANEL = 52
+_ROW_INCHES = 0.175
+
+
+def sorted_languages(scores: Scores) -> list[str]:
+    """Languages by the accuracy of the first model that ran them, best first; those that no model ran at the end."""
+
+    def key(code: str) -> tuple[float, str]:
+        found = [model.languages[code].accuracy for model in scores.models if code in model.languages]
+        return (-found[0] if found else math.inf, code)
+
+    return sorted(scores.languages, key=key)
+
+
+def draw_scores(scores: Scores, path: str | Path) -> None:
+    """Draw accuracy by language into a PNG at `path`.
+
+    Panels side by side hold up to 52 languages each. A dashed line is a model's mean over the non-English languages,
+    the dotted one chance (one over the number of labels).
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    languages = sorted_languages(scores)
+    panels = math.ceil(len(languages) / _ROWS_PER_PANEL)
+    per_panel = math.ceil(len(languages) / panels)
+    width = 7.0 if panels == 1 else 3.6 * panels
+    height = per_panel * (_ROW_INCHES if panels > 1 else 0.26) + 1.5
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, panels, sharex=True, squeeze=False)[0]
+    chance = 100 / len(scores.labels)
+    small = 7 if panels > 1 else 9
+    for panel, axis in enumerate(axes):
+        codes = languages[panel * per_panel : (panel + 1) * per_panel]
+        for index, code in enumerate(codes):
+            values = [100 * model.languages[code].accuracy for model in scores.models if code in model.languages]
+            if len(values) > 1:
+                axis.plot([min(values), max(values)], [index, index], color="0.8", linewidth=1, zorder=1)
+            if not values:
+                axis.text(
+                    2, index, _reason(scores, code), va="center", fontsize=small - 1, style="italic", **_GREY_TEXT
+                )
+        for number, model in enumerate(scores.models):
+            colour, marker = _STYLES[number % len(_STYLES)]
+            points = [
+                (100 * model.languages[code].accuracy, index)
+                for index, code in enumerate(codes)
+                if code in model.languages
+            ]
+            mean = model.mean("accuracy", scores.foreign())
+            if mean is not None:
+                axis.axvline(100 * mean, color=colour, linewidth=0.9, linestyle="--", zorder=1)
+            label = f"{model.name} ({model.method})" if model.method != model.name else model.name
+            axis.scatter(
+                [x for x, _ in points],
+                [y for _, y in points],
+                s=16 if panels > 1 else 34,
+                color=colour,
+                marker=marker,
+                label=label + (f", mean {100 * mean:.1f}" if mean is not None else ""),
+                zorder=3,
+            )
+        axis.axvline(chance, color="0.4", linewidth=0.9, linestyle=":", label=f"chance {chance:.1f}", zorder=1)
+        axis.set_yticks(range(len(codes)), [_label(scores, code) for code in codes], fontsize=small)
+        for tick, code in zip(axis.get_yticklabels(), codes, strict=True):
+            if code == scores.english:
+                tick.set_fontweight("bold")
+            elif not any(code in model.languages for model in scores.models):
+                tick.set_color("0.45")
+        axis.set_ylim(per_panel - 0.4, -0.6)
+        axis.set_xlim(0, 100)
+        axis.tick_params(axis="x", labelsize=small)
+        axis.tick_params(axis="y", length=0)
+        axis.grid(axis="x", color="0.9", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.set_xlabel("accuracy, %", fontsize=small + 1)
+    figure.suptitle(f"{scores.task} {scores.split}: accuracy by language", fontsize=11)
+    handles, labels = axes[0].get_legend_handles_labels()
+    columns = len(labels) if panels > 2 else 1 if len(labels) > 2 else len(labels)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=150, format="png")
+
+
+def _reason(scores: Scores, code: str) -> str:
+    reason = next((model.skipped[code] for model in scores.models if code in model.skipped), "not run")
+    return reason if len(reason) < 24 else "not run"
+
+
+def _label(scores: Scores, code: str) -> str:
+    mapped = next(
+        (m.languages[code].mt_code for m in scores.models if code in m.languages and m.languages[code].mapped), None
+    )
+    return f"{code} (as {mapped})" if mapped else code
