@@ -56,7 +56,7 @@ class EpochLoader:
         while True:
             self.dataset.set_epoch(epoch, skip)
             yield from PackedLoader(self.dataset, num_workers=self.workers, pin_memory=torch.cuda.is_available())
-            size = math.ceil(self.dataset.stats.packs / self.dataset.world_size)
+            size = math.ceil(self.dataset.counters.packs / self.dataset.world_size)
             if size == 0:
                 raise ValueError("the training data holds no usable row")
             skip, epoch = max(skip - size, 0), epoch + 1
@@ -301,7 +301,7 @@ def run_stage(
         steps = per_epoch * optim.epochs if steps == -1 else steps
     trainer = PackedTrainer(step, dataset, optim, folder, steps=steps, validate=validate, validate_steps=per_epoch)
     metrics: dict[str, Any] = trainer.run(resume)
-    stats = dataset.stats
+    stats = dataset.counters
     metrics["data"] = {
         "rows": stats.rows,
         "truncated": dict(stats.truncated),

@@ -1,0 +1,57 @@
+"""A step's gradient depends on its texts, not on how they are packed, accumulated or distributed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import REPO
+
+TOLERANCE = 1e-6
+
+
+def _gradient(out: Path, encoder: str, llm: str, tokens: int, accumulation: int, processes: int = 1, per_pack: bool = False) -> dict[str, torch.Tensor]:
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    command = [*launcher, "-m", "tests.training.step_gradient", encoder, llm, str(out), str(tokens), str(accumulation), *(["per-pack"] if per_pack else [])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=out.parent, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return load_file(out)
+
+
+def _distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Relative L2 distance of two gradients, each taken as one vector over all tensors."""
+    difference = sum(float((a[name].double() - b[name].double()).square().sum()) for name in b)
+    return (difference / sum(float(g.double().square().sum()) for g in b.values())) ** 0.5
+
+
+@pytest.fixture(scope="module")
+def one_pack(tmp_path_factory, encoder_folder: str, llm_folder: str) -> dict[str, torch.Tensor]:
+    return _gradient(tmp_path_factory.mktemp("one") / "g.safetensors", encoder_folder, llm_folder, 1000, 1)
+
+
+@pytest.mark.parametrize(("tokens", "accumulation", "processes"), [(28, 4, 1), (56, 1, 2), (28, 2, 2), (42, 2, 2)])
+def test_same_gradient(  # the last case has 3 packs for 4 places: one process gets a filler that counts nothing
+    one_pack, tmp_path, encoder_folder, llm_folder, tokens, accumulation, processes
+) -> None:
+    other = _gradient(tmp_path / "g.safetensors", encoder_folder, llm_folder, tokens, accumulation, processes)
+    assert other.keys() == one_pack.keys()
+    assert len(one_pack) > 20
+    assert all(float(gradient.norm()) > 0 for gradient in one_pack.values())
+    assert _distance(other, one_pack) <= TOLERANCE
+    # fp32 rounding of other summation orders; every tensor by itself, so that a small one cannot hide
+    assert max(_distance({n: other[n]}, {n: one_pack[n]}) for n in one_pack) <= 5 * TOLERANCE
+
+
+def test_control_mean_of_pack_means_is_another_gradient(tmp_path, one_pack, encoder_folder, llm_folder) -> None:
+    """The check can fail: weighting every pack alike, as the plain Trainer does, moves the gradient by far more."""
+    packs = _gradient(tmp_path / "g.safetensors", encoder_folder, llm_folder, 42, 3, per_pack=True)
+    assert _distance(packs, one_pack) > 1000 * TOLERANCE
