@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from transformers import set_seed
@@ -17,7 +18,7 @@ from ..data.read import TextRow
 from ..losses import DistillationLoss, DistillationWeights, LossTerm
 from ..models import MTLLM, LoraSettings, ProjectionConfig
 from .config import OptimSettings
-from .run_folder import open_run
+from .run_folder import RunFolder
 from .trainer import TrainStep, run_stage
 
 
@@ -64,8 +65,11 @@ class AdaptStep(TrainStep):
         return self.loss(student, teacher, batch, lm_head=head)
 
 
-def adapt(config: AdaptConfig, rows: Iterable[TextRow]) -> dict[str, float]:
+def adapt(config: AdaptConfig, rows: Iterable[TextRow], source: dict[str, Any] | None = None) -> dict[str, Any]:
     """Run stage 1 on `rows` (re-iterable, e.g. `read_rows(...)`); the model ends in `config.output`.
+
+    Args:
+        source: where the rows come from, recorded with the run and compared on resume.
 
     Returns:
         The run's metrics: final losses, seconds, rows read, truncated texts.
@@ -73,8 +77,11 @@ def adapt(config: AdaptConfig, rows: Iterable[TextRow]) -> dict[str, float]:
     Raises:
         ValueError: an argument does not fit; the output folder holds another run.
     """
+    for name in ("encoder", "llm"):
+        if not getattr(config, name):
+            raise ValueError(f"--{name} is missing: name a folder or a hub model")
     set_seed(config.train.seed)
-    folder = open_run(config.output, {"stage": "adapt", **asdict(config)}, config.resume)
+    run = RunFolder(config.output, {"stage": "adapt", "source": source or {}, **asdict(config)}, config.resume)
     student = MTLLM.stack(
         config.encoder,
         config.llm,
@@ -87,7 +94,7 @@ def adapt(config: AdaptConfig, rows: Iterable[TextRow]) -> dict[str, float]:
     assert student.tokenizer is not None
     step = AdaptStep(student, config.loss)
     metrics = run_stage(
-        step, rows, config.train, folder, resume=config.resume, sides=("mt", "llm"), align=config.loss.needs_pairs
+        step, rows, config.train, run, sides=("mt", "llm"), align=config.loss.needs_pairs
     )
-    student.save_pretrained(folder, include_base=config.include_base or None)
+    student.save_pretrained(run.folder, include_base=config.include_base or None)
     return metrics

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transformers import set_seed
 
@@ -19,7 +20,7 @@ from ..models import MTLLM
 from ..models.storage import read_config, read_safetensors
 from .config import OptimSettings
 from .finetune import validation
-from .run_folder import open_run
+from .run_folder import RunFolder
 from .trainer import TrainStep, run_stage
 
 TEACHER = "teacher"
@@ -92,8 +93,11 @@ def add_teacher(student: MTLLM, folder: str) -> None:
 
 
 def distill(
-    config: DistillConfig, rows: Iterable[TextRow], valid_rows: Sequence[TextRow] | None = None
-) -> dict[str, float]:
+    config: DistillConfig,
+    rows: Iterable[TextRow],
+    valid_rows: Sequence[TextRow] | None = None,
+    source: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Run stage 3 on English task `rows` (labels are not used); the model ends in `config.output`.
 
     Raises:
@@ -103,7 +107,7 @@ def distill(
         if not getattr(config, name):
             raise ValueError(f"--{name} is missing: name a folder")
     set_seed(config.train.seed)
-    folder = open_run(config.output, {"stage": "distill", **asdict(config)}, config.resume)
+    run = RunFolder(config.output, {"stage": "distill", "source": source or {}, **asdict(config)}, config.resume)
     student = MTLLM.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     if student.config.reader != "stack" or "student" not in student.config.adapters:
         raise ValueError(f"model={config.model!r}: not an adapted stack; make one with `mtllm adapt`")
@@ -115,12 +119,11 @@ def distill(
         DistillStep(student, config.loss),
         rows,
         config.train,
-        folder,
-        resume=config.resume,
+        run,
         sides=("mt", "llm"),
         align=config.loss.needs_pairs,
         validate=validate,
     )
     student.llm.remove_adapter(TEACHER)
-    student.save_pretrained(folder, include_base=config.include_base or None)
+    student.save_pretrained(run.folder, include_base=config.include_base or None)
     return metrics

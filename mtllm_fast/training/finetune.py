@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from ..inference import Engine
 from ..losses import LossTerm
 from ..models import MTLLM, HeadConfig, LoraSettings
 from .config import OptimSettings
-from .run_folder import open_run
+from .run_folder import RunFolder
 from .trainer import TrainStep, run_stage
 
 
@@ -77,12 +78,14 @@ def finetune(
     rows: Iterable[TextRow],
     labels: Sequence[str],
     valid_rows: Sequence[TextRow] | None = None,
-) -> dict[str, float]:
+    source: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Train on labelled English `rows` (re-iterable); the model ends in `config.output`.
 
     Args:
         labels: label names in the order of the rows' label numbers.
         valid_rows: labelled English rows; scored once per epoch, the best checkpoint is kept.
+        source: where the rows come from, recorded with the run and compared on resume.
 
     Raises:
         ValueError: not exactly one reader named, labels missing, or the output folder holds another run.
@@ -91,8 +94,8 @@ def finetune(
     if len(sources) != 1:
         raise ValueError(f"name exactly one of --llm, --encoder and --model, got {', '.join(sources) or 'none'}")
     set_seed(config.train.seed)
-    settings = {"stage": "finetune", "labels": list(labels), **asdict(config)}
-    folder = open_run(config.output, settings, config.resume)
+    settings = {"stage": "finetune", "source": source or {}, "labels": list(labels), **asdict(config)}
+    run = RunFolder(config.output, settings, config.resume)
     head = HeadConfig("classification", tuple(labels))
     if config.model:
         student = MTLLM.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
@@ -113,7 +116,7 @@ def finetune(
         student.projection.requires_grad_(False)
     validate = validation(student, valid_rows, config.train.tokens) if valid_rows else None
     metrics = run_stage(
-        TaskStep(student), rows, config.train, folder, resume=config.resume, sides=(student.side,), validate=validate
+        TaskStep(student), rows, config.train, run, sides=(student.side,), validate=validate
     )
-    student.save_pretrained(folder, include_base=config.include_base or None)
+    student.save_pretrained(run.folder, include_base=config.include_base or None)
     return metrics

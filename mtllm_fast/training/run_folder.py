@@ -22,35 +22,40 @@ def write_json(path: Path, data: Any) -> None:
     os.replace(temporary, path)
 
 
-def open_run(output: str, settings: dict[str, Any], resume: bool) -> Path:
-    """Create the run's folder, or check that it is the one to continue.
+class RunFolder:
+    """A run's output folder, checked at once and created only when training starts.
+
+    Args:
+        output: the folder. settings: everything that made the run. resume: continue the run that is there, if one is.
 
     Raises:
-        ValueError: the folder holds another run, or `resume` finds other settings or nothing to resume.
+        ValueError: the folder holds another run or other files, or `resume` meets other settings.
     """
-    folder = Path(output)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output={output!r}: is a file, not a folder")
-    record = folder / RUN_FILE
-    flat = _flatten(json.loads(json.dumps(settings, default=str)))
-    if not resume:
-        if folder.is_dir() and any(folder.iterdir()):
+
+    def __init__(self, output: str, settings: dict[str, Any], resume: bool) -> None:
+        self.folder, self.settings, self.resume = Path(output), settings, resume
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"output={output!r}: is a file, not a folder")
+        record = self.folder / RUN_FILE
+        used = self.folder.is_dir() and any(self.folder.iterdir())
+        if used and not resume:
             held = "holds another run" if record.is_file() else "is not empty"
             raise ValueError(f"output={output!r}: {held}; continue it with --resume or name a new folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(record, settings)
-        return folder
-    if not record.is_file():
-        if folder.is_dir() and any(folder.iterdir()):
+        if used and not record.is_file():
             raise ValueError(f"output={output!r}: holds files but no {RUN_FILE}, so there is no run to resume")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(record, settings)
-        return folder
-    before = _flatten(json.loads(record.read_text()))
-    for name in sorted(set(flat) | set(before)):
-        if name.rsplit(".", 1)[-1] not in _FREE and flat.get(name) != before.get(name):
-            raise ValueError(f"--resume: {name}={flat.get(name)!r}, but the run in {output!r} was started with {before.get(name)!r}")
-    return folder
+        if used:
+            now, before = _flatten(json.loads(json.dumps(settings, default=str))), _flatten(json.loads(record.read_text()))
+            for name in sorted(set(now) | set(before)):
+                if name.rsplit(".", 1)[-1] not in _FREE and now.get(name) != before.get(name):
+                    raise ValueError(
+                        f"--resume: {name}={now.get(name)!r}, but the run in {output!r} was started with {before.get(name)!r}"
+                    )
+
+    def start(self) -> None:
+        """Create the folder and record the settings."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / RUN_FILE).is_file() and not int(os.environ.get("RANK", "0")):
+            write_json(self.folder / RUN_FILE, self.settings)
 
 
 def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

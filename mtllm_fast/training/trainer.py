@@ -21,7 +21,7 @@ from ..losses import LossTerm
 from ..models import MTLLM
 from ..models.storage import load_own_state
 from .config import OptimSettings
-from .run_folder import last_complete, mark_complete, write_json
+from .run_folder import RunFolder, last_complete, mark_complete, write_json
 
 
 class TrainStep(nn.Module):
@@ -261,9 +261,8 @@ def run_stage(
     step: TrainStep,
     rows: Iterable[TextRow],
     optim: OptimSettings,
-    folder: Path,
+    run: RunFolder,
     *,
-    resume: bool,
     sides: tuple[str, ...],
     align: bool = False,
     validate: Callable[[], dict[str, float]] | None = None,
@@ -291,6 +290,7 @@ def run_stage(
         shuffle_buffer=optim.shuffle_buffer,
         seed=optim.seed,
     )
+    next(iter(dataset), None)  # what is wrong with the first rows is said before anything is written
     steps, per_epoch = optim.max_steps, None
     if steps == -1 or validate is not None:
         # packs differ between epochs only where rows are shuffled; the count of the first is the length of all
@@ -299,8 +299,9 @@ def run_stage(
         per_step = optim.gradient_accumulation * world
         per_epoch = max(math.ceil(packs / per_step), 1)
         steps = per_epoch * optim.epochs if steps == -1 else steps
-    trainer = PackedTrainer(step, dataset, optim, folder, steps=steps, validate=validate, validate_steps=per_epoch)
-    metrics: dict[str, Any] = trainer.run(resume)
+    trainer = PackedTrainer(step, dataset, optim, run.folder, steps=steps, validate=validate, validate_steps=per_epoch)
+    run.start()
+    metrics: dict[str, Any] = trainer.run(run.resume)
     stats = dataset.counters
     metrics["data"] = {
         "rows": stats.rows,

@@ -1,0 +1,154 @@
+"""The `mtllm` command: picks the subcommand, reads YAML, and turns errors into one line.
+
+The options of every subcommand are the fields of its dataclass in `commands.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import sys
+import typing
+from typing import Any
+
+COMMANDS = {
+    "demo": "watch the whole method in a generated world, with no download (about ten minutes on 2 cores)",
+    "adapt": "stage 1: stack an MT encoder into an LLM by self-distillation on English text",
+    "finetune": "stage 2: train the task teacher (--llm), or a baseline (--encoder, --model)",
+    "distill": "stage 3: distil the task teacher into an adapted stack",
+    "evaluate": "zero-shot scores of models in every language of a task, against translate-test",
+    "translate": "translate texts with the MT model",
+    "encode": "embed texts in any language of the MT encoder",
+    "doctor": "versions, devices, and which attention backends and kernels will run here, and why not",
+}
+
+USAGE = """usage: mtllm COMMAND [options]
+
+{commands}
+
+`mtllm COMMAND --help` shows the options of one command. Every command takes --config FILE.yaml, whose keys are its
+options (nested where the option has a dot); options on the command line override it."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. Exit codes: 0 done, 1 failure, 2 usage or bad input, 130 interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS))
+        print(USAGE.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())))
+        raise SystemExit(0 if arguments else 2)
+    if arguments[0] in ("-V", "--version"):
+        from . import __version__
+
+        print(f"mtllm-fast {__version__}")
+        return
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        fail("", f"unknown command {name!r}" + (f"; did you mean {near[0]!r}?" if near else "") + "; see `mtllm --help`")
+    try:
+        run(name, rest)
+    except KeyboardInterrupt:
+        print(f"mtllm {name}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        if os.environ.get("MTLLM_TRACEBACK"):
+            raise
+        fail(name, str(error))
+
+
+def run(name: str, arguments: list[str]) -> None:
+    """Parse the options of command `name` and run it."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import tyro
+
+    from . import commands
+
+    settings_type = commands.SETTINGS[name]
+    default, arguments = yaml_default(settings_type, arguments)
+    settings = tyro.cli(
+        settings_type,
+        prog=f"mtllm {name}",
+        description=(settings_type.__doc__ or "").strip(),
+        args=arguments,
+        default=default,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    quiet()
+    settings.run()
+
+
+def quiet() -> None:
+    """Keep the libraries' own bars and notices out of the output; warnings of ours and errors stay."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+
+
+def yaml_default(settings_type: type, arguments: list[str]) -> tuple[Any, list[str]]:
+    """The settings that `--config FILE` holds (None without one), and the other arguments.
+
+    Raises:
+        ValueError: the file is missing, no YAML mapping, or has a key that is no option.
+    """
+    if "--config" not in arguments:
+        return None, arguments
+    import yaml
+
+    index = arguments.index("--config")
+    if index + 1 >= len(arguments):
+        raise ValueError("--config needs a YAML file")
+    path = arguments[index + 1]
+    if not os.path.isfile(path):
+        raise ValueError(f"--config {path}: no such file")
+    with open(path, encoding="utf-8") as handle:
+        try:
+            data = yaml.safe_load(handle)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"--config {path}: expected a mapping of options")
+    return from_mapping(settings_type, data, f"--config {path}"), arguments[:index] + arguments[index + 2 :]
+
+
+def from_mapping(settings_type: type, data: dict[str, Any], where: str) -> Any:
+    """An instance of a settings dataclass from plain data; keys may use `-` or `_`, optimiser settings may stand flat."""
+    hints = typing.get_type_hints(settings_type)
+    fields = {field.name for field in dataclasses.fields(settings_type)}
+    nested = {name: hints[name] for name in fields if dataclasses.is_dataclass(hints[name])}
+    values: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
+    flat_fields = {f.name for f in dataclasses.fields(nested["train"])} if "train" in nested else set()
+    for key, value in data.items():
+        name = str(key).replace("-", "_")
+        if name in nested:
+            if not isinstance(value, dict):
+                raise ValueError(f"{where}: {key} must be a mapping")
+            values[name] = from_mapping(nested[name], value, f"{where}: {key}")
+        elif name in fields:
+            values[name] = tuple(value) if isinstance(value, list) else value
+        elif name in flat_fields:
+            flat[name] = value
+        else:
+            near = difflib.get_close_matches(name, fields | flat_fields, 1)
+            raise ValueError(f"{where}: unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    if flat:
+        base = values.get("train") or settings_type().train
+        values["train"] = dataclasses.replace(base, **flat)
+    return settings_type(**values)
+
+
+def fail(name: str, message: str) -> typing.NoReturn:
+    """Print one line and exit with code 2."""
+    print(f"mtllm{' ' + name if name else ''}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

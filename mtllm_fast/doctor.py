@@ -1,0 +1,102 @@
+"""What will run on this machine, and what will not and why."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+
+REQUIRED = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "triton")
+OPTIONAL = {
+    "flash-attn": "FlashAttention package for the LLM (extra: flash)",
+    "xformers": "memory-efficient attention (extra: xformers)",
+    "liger-kernel": "fused RMSNorm/RoPE/SwiGLU of the LLM, benchmark baseline (extra: liger)",
+    "bitsandbytes": "4-bit and 8-bit weights, 8-bit AdamW (extra: quant)",
+    "torchao": "fp8 and int8 weights (extra: quant)",
+    "tensorboard": "training curves",
+    "wandb": "training curves",
+}
+
+
+class Check(NamedTuple):
+    name: str
+    works: bool
+    reason: str
+
+
+def installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def devices() -> list[Check]:
+    threads = f"{torch.get_num_threads()} threads, {platform.processor() or platform.machine()}"
+    checks = [Check("cpu", True, threads)]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            capability = f"sm_{properties.major}{properties.minor}"
+            checks.append(Check(f"cuda:{index}", True, f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {capability}"))
+    else:
+        why = "torch was built without CUDA" if torch.version.cuda is None and torch.version.hip is None else "no GPU is visible"
+        checks.append(Check("cuda", False, why))
+    return checks
+
+
+def attention_backends() -> list[Check]:
+    """Which packed-attention backends serve the encoder and the LLM here."""
+    cuda = torch.cuda.is_available()
+    has_varlen = find_spec("torch.nn.attention.varlen") is not None
+    if not has_varlen:
+        varlen = Check("varlen", False, "this torch has no torch.nn.attention.varlen (it came with 2.10)")
+    elif not cuda:
+        varlen = Check("varlen", False, "FlashAttention-2 inside torch runs on CUDA only")
+    elif torch.cuda.get_device_capability()[0] < 8:
+        varlen = Check("varlen", False, "FlashAttention-2 needs compute capability 8.0 or newer")
+    else:
+        varlen = Check("varlen", True, "FlashAttention-2 inside torch; used for fp16 and bf16")
+    return [varlen, Check("sdpa", True, "any device and dtype; " + ("used for fp32" if varlen.works else "used here"))]
+
+
+def kernels() -> list[Check]:
+    """Which of the fused ops run as Triton kernels here."""
+    if installed("triton") is None:
+        why = "triton is not installed"
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        why = "TRITON_INTERPRET=1: kernels run in the interpreter, for tests only"
+    elif not torch.cuda.is_available():
+        why = "no GPU; the ops run their CPU path"
+    else:
+        why = ""
+    from . import kernels as ops
+
+    return [Check(name, not why, why or "Triton on the GPU") for name in ops.__all__ if name.islower()]
+
+
+def print_diagnosis() -> None:
+    """Print versions, devices, attention backends, kernels and extras as tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from . import __version__
+
+    console = Console()
+    console.print(f"mtllm-fast {__version__}, Python {sys.version.split()[0]}, {platform.platform()}", highlight=False)
+    versions = Table("package", "version", title="Versions", title_justify="left")
+    for name in REQUIRED:
+        versions.add_row(name, installed(name) or "[red]missing[/red]")
+    console.print(versions)
+    sections = [("Devices", devices()), ("Packed attention", attention_backends()), ("Fused kernels", kernels())]
+    extras = [Check(name, installed(name) is not None, f"{installed(name) or 'not installed'}: {use}") for name, use in OPTIONAL.items()]
+    for title, checks in (*sections, ("Optional packages", extras)):
+        table = Table("name", "here", "why", title=title, title_justify="left")
+        for check in checks:
+            table.add_row(check.name, "[green]yes[/green]" if check.works else "no", check.reason)
+        console.print(table)
