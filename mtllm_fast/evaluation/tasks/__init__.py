@@ -36,7 +36,7 @@ def get_task(task: str | Task, source: str | Path | None = None) -> Task:
 
 
 def _columns(folder: Path) -> dict[str, Any]:
-    from .files import ENDINGS, first_record
+    from .files import ENDINGS, columns
 
     if not folder.is_dir():
         raise ValueError(f"source={str(folder)!r}: no such folder")
@@ -46,6 +46,6 @@ def _columns(folder: Path) -> dict[str, Any]:
     ]
     if not files:
         raise ValueError(f"source={str(folder)!r}: no <language>/<split> files in it")
-    present = first_record(files[0])
+    present = columns(files[0])
     optional = {"pair_column": "text_pair", "id_column": "id"}
     return {argument: column for argument, column in optional.items() if column in present}

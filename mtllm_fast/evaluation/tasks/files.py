@@ -13,7 +13,6 @@ import gzip
 import io
 import json
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +63,21 @@ def records(path: Path, *, header: tuple[str, ...] | None = None, quoted: bool =
         yield from _table(path, "," if container == "csv" else "\t", header, quoted)
 
 
-def first_record(path: Path, *, header: tuple[str, ...] | None = None, quoted: bool = True) -> dict[str, Any]:
-    """The first record of a file; ValueError if it has none."""
-    for record in islice(records(path, header=header, quoted=quoted), 1):
-        return record
+def columns(path: Path, *, header: tuple[str, ...] | None = None, quoted: bool = True) -> tuple[str, ...]:
+    """Column names of a file: of its header line, of `header` as far as its first row goes, or of its first object.
+
+    Raises:
+        ValueError: the file is empty, or malformed at its start.
+    """
+    container = kind(path)
+    if container in ("tsv", "csv"):
+        delimiter = "," if container == "csv" else "\t"
+        lines = _quoted_lines(path, delimiter) if quoted else _raw_lines(path, delimiter)
+        for _, fields in lines:
+            return tuple(fields) if header is None else header[: len(fields)]
+    else:
+        for record in records(path):
+            return tuple(record)
     raise ValueError(f"data file {str(path)!r}: holds no rows")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...data.read import TextRow
 from .base import SPLITS, canonical_split, nearest
-from .files import ENDINGS, first_record, kind, records
+from .files import ENDINGS, columns, kind, records
 from .hub import HubSet, hub_configs, hub_records, hub_splits, looks_like_hub_name
 
 
@@ -37,8 +37,8 @@ class Table:
     def fits(self, path: Path) -> bool:
         if self.header is not None and kind(path) not in ("tsv", "csv"):
             return False
-        record = first_record(path, header=self.header, quoted=self.quoted)
-        return all(column in record for column in self.required())
+        present = columns(path, header=self.header, quoted=self.quoted)
+        return all(column in present for column in self.required())
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,8 @@ class FolderTask:
             raise ValueError(
                 f"source={str(source)!r}: {where!r} does not have the columns {wanted} of the task {self.name!r}"
             )
+        if not content:
+            raise ValueError(f"source={str(source)!r}: {where!r} holds no rows")
         labels = self._label_column(folder, table, content, split, where, labelled)
         code = self.mt_code(language) or language
         rows = zip(content, labels, strict=True)

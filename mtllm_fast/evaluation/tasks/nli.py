@@ -52,7 +52,7 @@ NLI = FolderTask(
     tables=(
         Table("premise", "hypothesis", id="id", quoted=False),
         Table("premise", "hypothesis", quoted=False),
-        Table(text="text_a", pair="text_b", label="label"),
+        Table("text_a", "text_b", quoted=False),
         Table("premise", "hypothesis", header=("premise", "hypothesis", "label"), quoted=False),
     ),
     english="en",

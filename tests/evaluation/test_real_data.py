@@ -1,0 +1,98 @@
+"""Every published file loads with the counts that its SOURCE.md states. Skipped where the data is not there."""
+
+from collections import Counter
+
+import pytest
+
+from mtllm_fast.evaluation.tasks import TASKS
+
+AMERICAS = {"cni": (658, 750), "nah": (585, 738), "oto": (222, 748)}
+
+
+@pytest.fixture
+def folder(data_root):
+    def find(name):
+        if not (data_root / name).is_dir():
+            pytest.skip(f"no {name} in {data_root}")
+        return data_root / name
+
+    return find
+
+
+def load(task, source, split):
+    return {code: task.rows(source, code, split) for code in task.languages(source)}
+
+
+@pytest.mark.parametrize(
+    ("split", "counts"),
+    [
+        ("train", (176, 138, 102, 85, 77, 65, 58)),
+        ("dev", (25, 20, 14, 12, 11, 9, 8)),
+        ("test", (51, 40, 30, 25, 22, 19, 17)),
+    ],
+)
+def test_sib200(folder, split, counts):
+    task, source = TASKS["sib200"], folder("sib200")
+    rows = load(task, source, split)
+    assert len(rows) == 205
+    assert (source / "labels.txt").read_text().split("\n")[:7] == list(task.labels)
+    english = [(row.id, row.label) for row in rows["eng_Latn"]]
+    assert [Counter(label for _, label in english)[i] for i in range(7)] == list(counts)
+    assert len({row_id for row_id, _ in english}) == sum(counts)
+    for found in rows.values():
+        assert [(row.id, row.label) for row in found] == english
+        assert all(row.text.strip() and "\n" not in row.text for row in found)
+    assert [code for code in rows if task.mt_code(code) is None] == ["arb_Latn", "min_Arab", "nqo_Nkoo", "sat_Olck"]
+
+
+@pytest.mark.parametrize(
+    ("split", "counts", "newlines"),
+    [("train", (192, 119, 189), 26), ("dev", (38, 24, 38), 3), ("test", (153, 96, 151), 20)],
+)
+def test_nusax(folder, split, counts, newlines):
+    task = TASKS["nusax"]
+    rows = load(task, folder("nusax_senti"), split)
+    assert len(rows) == 12
+    english = [(row.id, row.label) for row in rows["english"]]
+    assert [Counter(label for _, label in english)[i] for i in range(3)] == list(counts)
+    for found in rows.values():
+        assert [(row.id, row.label) for row in found] == english
+    assert sum("\n" in row.text for found in rows.values() for row in found) == newlines
+
+
+@pytest.mark.parametrize(("split", "count"), [("dev", 2490), ("test", 5010)])
+def test_xnli(folder, split, count):
+    rows = load(TASKS["nli"], folder("xnli"), split)
+    assert len(rows) == 15
+    labels = [row.label for row in rows["en"]]
+    assert Counter(labels) == dict.fromkeys(range(3), count // 3)
+    for found in rows.values():
+        assert [row.label for row in found] == labels
+        assert [row.id for row in found] == [str(index) for index in range(count)]
+
+
+def test_americasnli_joins_to_xnli(folder):
+    task = TASKS["nli"]
+    source, xnli = folder("americasnli"), folder("xnli")
+    for number, (split, first) in enumerate((("dev", 12451), ("test", 25051))):
+        english = task.rows(xnli, "en", split)
+        rows = load(task, source, split)
+        assert len(rows) == 10
+        for code, found in rows.items():
+            assert len(found) == AMERICAS.get(code, (743, 750))[number]
+            assert all(row.label == english[int(row.id) - first].label for row in found)
+    assert sum(not row.text.strip() for row in rows["nah"]) == 3
+
+
+def test_translated_americasnli_and_mnli(folder):
+    task = TASKS["nli"]
+    for code in ("aym", "gn", "quy"):
+        for split, count in (("dev", 743), ("test", 750)):
+            source = task.rows(folder("americasnli"), code, split)
+            for name in ("amnli_nllb600m", "amnli_nllb600m/derived"):
+                translated = task.rows(folder(name), code, split)
+                assert [row.label for row in translated] == [row.label for row in source]
+                assert len(translated) == count
+    train, dev = (task.rows(folder("mnli_sample"), "en", split) for split in ("train", "dev"))
+    assert [Counter(row.label for row in train)[i] for i in range(3)] == [3061, 2980, 2958]
+    assert [Counter(row.label for row in dev)[i] for i in range(3)] == [347, 333, 320]

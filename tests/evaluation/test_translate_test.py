@@ -1,0 +1,120 @@
+import pytest
+import torch
+
+from mtllm_fast.data import TextRow
+from mtllm_fast.evaluation.translate_test import Translator, _batches
+
+TEXTS = [
+    "The river runs past the mill.",
+    "bread",
+    "Trains leave every hour, even at night.",
+    " ",
+    "bread",
+    "some cheese and bread",
+]
+CODES = ["fra_Latn", "deu_Latn", "fra_Latn", "deu_Latn", "fra_Latn", "swh_Latn"]
+
+
+@pytest.fixture(scope="module")
+def translator(encoder_folder):
+    made = Translator.from_pretrained(encoder_folder, device="cpu")
+    with torch.no_grad():  # as initialised it says the same to everything
+        for weight in made.model.parameters():
+            weight.mul_(8.0 if weight.ndim > 1 else 1.0)
+    return made
+
+
+def plain(translator, text, code, target="eng_Latn", num_beams=1, limit=None):
+    """One text, by Hugging Face's own tokenizer and generate."""
+    tokenizer = translator.tokenizer.mt
+    tokenizer.src_lang = code
+    inputs = tokenizer(text, return_tensors="pt")
+    limit = limit or 2 * inputs["input_ids"].shape[1] + 32
+    target_id = tokenizer.convert_tokens_to_ids(target)
+    output = translator.model.generate(
+        **inputs, forced_bos_token_id=target_id, num_beams=num_beams, do_sample=False, max_new_tokens=limit
+    )
+    return tokenizer.batch_decode(output, skip_special_tokens=True)[0].strip()
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_equals_hugging_face_row_by_row(translator, num_beams):
+    got = translator.translate(TEXTS, CODES, num_beams=num_beams, max_tokens=64)
+    expected = [
+        plain(translator, text, code, num_beams=num_beams) if text.strip() else text for text, code in zip(TEXTS, CODES)
+    ]
+    assert got == expected
+    assert len(set(got)) > 3
+    codes = translator.languages[:24]
+    assert len(set(translator.translate([TEXTS[0]] * 24, codes))) > 1, "the source language has to matter"
+    other = translator.translate(TEXTS, CODES, target="swh_Latn", num_beams=num_beams)
+    assert other != got, "the target language has to matter"
+
+
+def test_order_and_batching_do_not_matter(translator):
+    whole = translator.translate(TEXTS, CODES, max_tokens=4096)
+    assert translator.translate(TEXTS, CODES, max_tokens=1) == whole
+    assert translator.translate(TEXTS[::-1], CODES[::-1], max_tokens=40) == whole[::-1]
+
+
+def test_each_distinct_text_is_translated_once(translator, monkeypatch):
+    sizes = []
+    generate = translator.model.generate
+    monkeypatch.setattr(
+        translator.model, "generate", lambda **inputs: sizes.append(len(inputs["input_ids"])) or generate(**inputs)
+    )
+    translator.translate(["bread"] * 5 + ["cheese"], "fra_Latn")
+    assert sum(sizes) == 2
+
+
+def test_rows_and_pairs(translator):
+    rows = [TextRow("bread", "fra_Latn", "some cheese", 1, "x"), TextRow("The river", "deu_Latn", None, 0, "y")]
+    first, second = translator.translate_rows(rows, max_new_tokens=12)
+    direct = translator.translate(
+        ["bread", "some cheese", "The river"], ["fra_Latn", "fra_Latn", "deu_Latn"], max_new_tokens=12
+    )
+    assert [first.text, first.text_pair, second.text] == direct
+    assert (first.language, first.label, first.id, second.text_pair) == ("eng_Latn", 1, "x", None)
+    with pytest.raises(ValueError, match="choices"):
+        translator.translate_rows([TextRow("x", choices=("a", "b"))])
+
+
+def test_limits_are_counted(encoder_folder):
+    translator = Translator.from_pretrained(encoder_folder, device="cpu", max_length=8)
+    (text,) = translator.translate(["The river runs past the old mill and under the bridge."], "fra_Latn")
+    assert translator.truncated == 1
+    assert translator.unfinished in (0, 1)
+    assert len(translator.tokenizer.mt(text, add_special_tokens=False)["input_ids"]) <= 8
+    assert translator.translate([], []) == []
+
+
+def test_batches_stay_in_the_budget():
+    lengths = [5, 1, 9, 30, 2, 2, 7]
+    batches = list(_batches(lengths, 18))
+    assert sorted(index for batch in batches for index in batch) == list(range(7))
+    assert batches[0] == [3]  # longer than the budget: alone
+    assert all(len(batch) * max(lengths[i] for i in batch) <= 18 for batch in batches[1:])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "match"),
+    [
+        ((["x"], "fra_Latm"), {}, "fra_Latn"),
+        ((["x"], "fra_Latn"), {"target": "klingon"}, "klingon"),
+        ((["x", "y"], ["fra_Latn"]), {}, "languages: 1 codes for 2 texts"),
+        ((["x"], "fra_Latn"), {"num_beams": 0}, "num_beams=0"),
+    ],
+)
+def test_bad_arguments(translator, arguments, options, match):
+    with pytest.raises(ValueError, match=match):
+        translator.translate(*arguments, **options)
+
+
+def test_bad_models(tmp_path, llm_folder, encoder_folder):
+    with pytest.raises(ValueError, match=r"translator='/no/such'.*config\.json"):
+        Translator.from_pretrained("/no/such")
+    with pytest.raises(ValueError, match=r"translator=.*cannot be loaded") as caught:
+        Translator.from_pretrained(llm_folder)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(TypeError, match="texts"):
+        Translator.from_pretrained(encoder_folder, device="cpu").translate("one text", "fra_Latn")
