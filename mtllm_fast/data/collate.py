@@ -299,19 +299,28 @@ class PackedLoader:
         self.pin_memory = pin_memory
 
     def __iter__(self) -> Iterator[Batch]:
-        if self.num_workers == 0:
-            batches: Iterator[Batch] = iter(self.dataset)
-        else:
-            windows = DataLoader(
-                _WindowStream(self.dataset),
-                batch_size=None,
-                num_workers=self.num_workers,
-                prefetch_factor=self.prefetch,
-                collate_fn=_as_is,
-                worker_init_fn=_start_worker,
-                # without its own generator it would draw from the global one and change every later dropout mask
-                generator=torch.Generator(),
-            )
-            batches = self.dataset._batches(windows)
-        for batch in batches:
+        for batch in self.dataset._batches(self._windows()):
             yield batch.pin_memory() if self.pin_memory else batch
+
+    def count(self) -> int:
+        """Batches of a whole epoch on each rank. Reads, tokenises and packs it, but makes no batch."""
+        packs = 0
+        for window in self._windows():
+            if window.error is not None:
+                raise window.error
+            packs += len(window.packs)
+        return -(-packs // self.dataset.world_size)
+
+    def _windows(self) -> Iterable[_Window]:
+        if self.num_workers == 0:
+            return self.dataset._windows()
+        return DataLoader(
+            _WindowStream(self.dataset),
+            batch_size=None,
+            num_workers=self.num_workers,
+            prefetch_factor=self.prefetch,
+            collate_fn=_as_is,
+            worker_init_fn=_start_worker,
+            # without its own generator it would draw from the global one and change every later dropout mask
+            generator=torch.Generator(),
+        )

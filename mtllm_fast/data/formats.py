@@ -6,8 +6,8 @@ A record is a dict of the wanted columns, or a `BadRow` that says why there is n
 
 import csv
 import gzip
-import io
 import json
+import re
 import shutil
 import tempfile
 import zlib
@@ -19,6 +19,8 @@ from typing import IO, Any
 
 MAX_ROW_BYTES = 64 * 2**20  # a longer line or field is a failed row: memory stays bounded on a file without newlines
 _PEEK_ROWS = 100
+_LONE_CR = "\udc0d"  # what surrogateescape never makes: it starts at U+DC80
+_INNER_CR = re.compile(r"\r(?!\n|\Z)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,11 +163,9 @@ def _read_jsonl(file: IO[bytes], request: _Request) -> Iterator[Record]:
 
 def _read_csv(file: IO[bytes], request: _Request) -> Iterator[Record]:
     kind = kind_of(request.path)
-    # bytes that are no UTF-8 become lone surrogates, so that one of them costs its row and not the file
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")  # type: ignore[arg-type]
     csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))
     reader = csv.reader(
-        text,
+        _csv_lines(file, request.path),
         delimiter="\t" if kind == "tsv" else ",",
         quoting=csv.QUOTE_MINIMAL if request.quoting else csv.QUOTE_NONE,
         strict=True,
@@ -187,9 +187,26 @@ def _read_csv(file: IO[bytes], request: _Request) -> Iterator[Record]:
         if len(fields) != len(names):
             yield start, BadRow("wrong number of fields")
             continue
-        row = {column: fields[place] for column, place in places.items()}
+        row = {column: fields[place].replace(_LONE_CR, "\r") for column, place in places.items()}
         bad = any("\udc80" <= c <= "\udcff" for field in row.values() if not field.isascii() for c in field)
         yield start, BadRow("invalid UTF-8") if bad else row
+
+
+def _csv_lines(file: IO[bytes], path: Path) -> Iterator[str]:
+    """Lines with their end, split at LF alone.
+
+    Bytes that are no UTF-8 become lone surrogates, so that one of them costs its row and not the file. So does a CR
+    that ends no line, which Python's own csv writer leaves unquoted and its reader would take for the end of the row.
+    """
+    number = 0
+    while raw := file.readline(MAX_ROW_BYTES):
+        number += 1
+        if len(raw) == MAX_ROW_BYTES and not raw.endswith(b"\n"):
+            raise ValueError(f"{path}: line {number} is longer than {MAX_ROW_BYTES // 2**20} MiB")
+        if number == 1:
+            raw = raw.removeprefix(b"\xef\xbb\xbf")
+        line = raw.decode("utf-8", errors="surrogateescape")
+        yield _INNER_CR.sub(_LONE_CR, line) if "\r" in line else line
 
 
 def _header(reader: Iterator[list[str]], request: _Request) -> list[str]:

@@ -76,8 +76,9 @@ def read_rows(
     """Open a corpus.
 
     Args:
-        source: a .txt (one text per line), .jsonl, .csv, .tsv or .parquet file, each also .gz; a folder (every such file
-            in it and below, by name, hidden ones left out); a glob; or a hub dataset "org/name" or "org/name:config".
+        source: a .txt (one text per line), .jsonl, .csv, .tsv or .parquet file, each also .gz; a folder (every such
+            file in it and below, by name, hidden ones left out); a glob; or a hub dataset "org/name" or
+            "org/name:config".
         text_column, pair_column, label_column, language_column, id_column: columns to read; text_column is ignored for
             .txt.
         labels: class names in the order of their indices. Without them labels must be integers (for hub datasets, the
