@@ -1,4 +1,7 @@
-"""Text in, packed batches out: readers, tokenizers, alignment, packing. Names load on first use."""
+"""Text in, packed batches out: readers, tokenizers, alignment, packing. Names load on first use.
+
+The function `collate` is imported from its module, `mtllm_fast.data.collate`, because a package cannot hold both names.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -6,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mtllm_fast.data.align import align_rows
     from mtllm_fast.data.batch import Batch
-    from mtllm_fast.data.collate import PackedDataset, PackedLoader, collate
+    from mtllm_fast.data.collate import PackedDataset, PackedLoader
     from mtllm_fast.data.pack import PackedBatch, token_budget_packs
     from mtllm_fast.data.read import RowStream, TextRow, read_rows
     from mtllm_fast.data.tokenise import StackTokenizer, TokenizedSide
@@ -14,7 +17,6 @@ if TYPE_CHECKING:
 _HOME = {
     "align_rows": "align",
     "Batch": "batch",
-    "collate": "collate",
     "PackedBatch": "pack",
     "token_budget_packs": "pack",
     "RowStream": "read",
@@ -36,7 +38,6 @@ __all__ = [
     "TextRow",
     "TokenizedSide",
     "align_rows",
-    "collate",
     "read_rows",
     "token_budget_packs",
 ]

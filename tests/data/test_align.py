@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtllm_fast.data import TextRow, align_rows, collate
+from mtllm_fast.data import TextRow, align_rows
+from mtllm_fast.data.collate import collate
 
 
 def brute_force(ends_a, seq_a, ends_b, seq_b):

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from mtllm_fast.data import StackTokenizer, TextRow, align_rows, collate
+from mtllm_fast.data import StackTokenizer, TextRow, align_rows
+from mtllm_fast.data.collate import collate
 
 ROWS = [
     TextRow("The cat sat.", label=2, id="a"),

@@ -4,7 +4,8 @@ import pickle
 import pytest
 import torch
 
-from mtllm_fast.data import PackedDataset, PackedLoader, TextRow, collate, read_rows
+from mtllm_fast.data import PackedDataset, PackedLoader, TextRow, read_rows
+from mtllm_fast.data.collate import collate
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "looked", "at", "the", "cat"]
 ROWS = [TextRow(" ".join(WORDS[i % 5 : i % 5 + 1 + i * 7 % 12]), id=str(i), label=i % 3) for i in range(150)]
