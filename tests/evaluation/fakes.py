@@ -44,12 +44,14 @@ class FakeEngine:
             yield features[start : start + 3]
 
 
-def write_folder(root, languages=("eng_Latn", "fra_Latn", "swh_Latn"), labels=("a", "b", "c"), rows=12):
+def write_folder(
+    root, languages=("eng_Latn", "fra_Latn", "swh_Latn"), labels=("a", "b", "c"), rows=12, words=("k0", "k1", "k2")
+):
     """A folder task `<root>/<language>/<split>.tsv` with the class of a row in its text."""
     for language in languages:
         folder = root / language
         folder.mkdir(parents=True)
         for split, count in (("train", 3 * rows), ("dev", rows), ("test", rows)):
-            lines = [f"{language} k{i % len(labels)} word{i}\t{labels[i % len(labels)]}" for i in range(count)]
+            lines = [f"{language} {words[i % len(labels)]} word{i}\t{labels[i % len(labels)]}" for i in range(count)]
             (folder / f"{split}.tsv").write_text("text\tlabel\n" + "\n".join(lines) + "\n", encoding="utf-8")
     return root

@@ -1,0 +1,58 @@
+"""The suite over real (tiny, random) models: packed engine, heads, probe and translate-test together."""
+
+import numpy as np
+import pytest
+
+from mtllm_fast.evaluation import FolderTask, Translator, evaluate
+from mtllm_fast.inference.engine import Engine
+from mtllm_fast.models import MTLLM
+from mtllm_fast.models.heads import HeadConfig
+from tests.evaluation.fakes import write_folder
+
+TASK = FolderTask("mini", ("a", "b", "c"))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "mini"
+    return write_folder(folder, ("eng_Latn", "fra_Latn", "xxx_Latn"), words=("river", "bread", "light"))
+
+
+@pytest.fixture(scope="module")
+def stack(encoder_folder, llm_folder):
+    return MTLLM.stack(encoder_folder, llm_folder)
+
+
+def test_headless_folder_with_probe(stack, source, tmp_path):
+    stack.save_pretrained(tmp_path / "adapted")
+    scores = evaluate(tmp_path / "adapted", TASK, source, progress=False, device="cpu")
+    (model,) = scores.models
+    assert model.method == "linear probe"
+    assert model.name == str(tmp_path / "adapted")
+    assert set(model.languages) == {"eng_Latn", "fra_Latn"}
+    assert model.skipped == {"xxx_Latn": "MT code xxx_Latn unknown to the model"}
+    assert model.languages["eng_Latn"].accuracy > 0.9  # the class is a word of the text, and the probe saw such texts
+    small = evaluate(stack, TASK, source, progress=False, max_tokens=64)
+    assert small.models[0].languages["fra_Latn"].accuracy == model.languages["fra_Latn"].accuracy
+    mapped = evaluate(stack, TASK, source, language_map={"xxx_Latn": "fra_Latn"}, progress=False)
+    assert mapped.models[0].languages["xxx_Latn"].mapped
+
+
+def test_head_and_translate_test(encoder_folder, llm_folder, source):
+    stack = MTLLM.stack(encoder_folder, llm_folder, head=HeadConfig(labels=("c", "a", "b")))
+    teacher = MTLLM.stack(None, llm_folder, reader="llm", head=HeadConfig(labels=("a", "b", "c")))
+    translator = Translator.from_pretrained(encoder_folder, device="cpu")
+    scores = evaluate({"stack": stack}, TASK, source, translator=translator, teacher=teacher, limit=6, progress=False)
+    found, test = scores.models
+    rows = TASK.rows(source, "fra_Latn", limit=6)
+    logits = Engine(stack).classify(rows)
+    names = ["c", "a", "b"]
+    predicted = [TASK.labels.index(names[i]) for i in logits.argmax(1)]
+    assert found.languages["fra_Latn"].accuracy == np.mean([p == row.label for p, row in zip(predicted, rows)])
+    translated = translator.translate_rows(rows)
+    expected = Engine(teacher).classify(translated).argmax(1)
+    assert test.languages["fra_Latn"].accuracy == np.mean([p == row.label for p, row in zip(expected, rows)])
+    english = Engine(teacher).classify(TASK.rows(source, "eng_Latn", limit=6)).argmax(1)
+    assert test.languages["eng_Latn"].accuracy == np.mean([p == i % 3 for i, p in enumerate(english)])
+    assert test.skipped["xxx_Latn"] == "MT code xxx_Latn unknown to the model"
+    assert "unfinished_translations" in test.counts
