@@ -5,22 +5,19 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..evaluation.results import LanguageScore, ModelScores, Scores
+from ..evaluation.results import METRICS, LanguageScore, ModelScores, Scores
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
 _METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
-_GROUPS = {
-    "all": "mean, all languages",
-    "non_english": "mean, non-English",
-    "non_english_shared": "mean, non-English, run by all models",
-}
+_HEADS = {"accuracy": "acc.", "macro_f1": "F1"}
+_GROUPS = {"all": "mean", "non_english": "non-English mean", "non_english_shared": "shared mean"}
 
 
 def print_scores(scores: Scores, console: Console | None = None) -> None:
@@ -34,22 +31,26 @@ def print_scores(scores: Scores, console: Console | None = None) -> None:
 
 
 def language_table(scores: Scores) -> Table:
-    """A rich table: a row per language (those not run with the reason), then the means. Scores are percentages."""
+    """A rich table: a row per language (those not run with the reason), then the means. Scores are percentages.
+
+    With more than two models only accuracy is shown, to fit a terminal; the Markdown and JSON reports have both.
+    """
     from rich.table import Table
 
+    metrics = list(_METRICS) if len(scores.models) <= 2 else ["accuracy"]
     table = Table(
         title=_title(scores), header_style="bold", row_styles=("", "dim") if len(scores.languages) > 20 else None
     )
     table.add_column("language", no_wrap=True)
     table.add_column("read as", no_wrap=True)
-    table.add_column("rows", justify="right")
-    for model in scores.models:
-        for metric in _METRICS.values():
-            table.add_column(f"{_short(model.name)}\n{metric}", justify="right")
-    for cells in _language_rows(scores):
+    table.add_column("rows", justify="right", no_wrap=True)
+    for name in short_names(scores):
+        for metric in metrics:
+            table.add_column(f"{name}\n{_HEADS[metric]}", justify="right", min_width=5, overflow="fold")
+    for cells in _language_rows(scores, metrics):
         table.add_row(*cells)
     table.add_section()
-    for cells in _mean_rows(scores):
+    for cells in _mean_rows(scores, metrics):
         table.add_row(*cells, style="bold")
     return table
 
@@ -79,7 +80,9 @@ def summary_lines(scores: Scores) -> list[str]:
             f"{', '.join(without)}: no MT code; name one with a language map (e.g. {without[0]}=<MT code>) to run them."
         )
     if len(scores.models) > 1 and len(scores.shared()) < len(scores.foreign()):
-        lines.append(f"Compare models on the {len(scores.shared())} non-English languages that all of them ran.")
+        lines.append(
+            f"Compare models by the shared mean: over the {len(scores.shared())} non-English languages that all ran."
+        )
     notes = dict.fromkeys(note for model in scores.models for note in model.notes)
     lines.extend(f"Note: {note}" for note in notes)
     if scores.limit is not None:
@@ -113,7 +116,7 @@ def to_markdown(scores: Scores, figure: str | None = None) -> str:
         "rows",
         *(f"{model.name} {name}" for model in scores.models for name in _METRICS.values()),
     ]
-    lines += _markdown_table(header, [*_language_rows(scores), *_mean_rows(scores)])
+    lines += _markdown_table(header, [*_language_rows(scores, METRICS), *_mean_rows(scores, METRICS)])
     versions = ", ".join(f"{name} {number}" for name, number in scores.versions.items())
     return "\n".join([*lines, "", f"Made with {versions}." if versions else "", ""])
 
@@ -190,18 +193,21 @@ def _atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _title(scores: Scores) -> str:
-    return f"{scores.task}, {scores.split}: {len(scores.languages)} languages, zero-shot"
+    count = len(scores.languages)
+    return f"{scores.task}, {scores.split}: {count} language{'' if count == 1 else 's'}, zero-shot"
 
 
-def _short(name: str, width: int = 24) -> str:
-    return name if len(name) <= width else "..." + name[-(width - 3) :]
+def short_names(scores: Scores) -> list[str]:
+    """Model names for a table's head: the last part of a path where that still tells the models apart."""
+    short = [Path(model.name).name or model.name for model in scores.models]
+    return short if len(set(short)) == len(short) else [model.name for model in scores.models]
 
 
 def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def _language_rows(scores: Scores) -> list[list[str]]:
+def _language_rows(scores: Scores, metrics: Sequence[str]) -> list[list[str]]:
     rows = []
     for code in scores.languages:
         found: list[LanguageScore] = [model.languages[code] for model in scores.models if code in model.languages]
@@ -211,22 +217,24 @@ def _language_rows(scores: Scores) -> list[list[str]]:
         cells = [code, read_as, str(found[0].rows) if found else "-"]
         for model in scores.models:
             if code in model.languages:
-                cells += [percent(model.languages[code].accuracy), percent(model.languages[code].macro_f1)]
+                cells += [percent(getattr(model.languages[code], metric)) for metric in metrics]
             else:
-                cells += [model.skipped.get(code, "-"), "-"]
+                cells += [model.skipped.get(code, "-"), *["-"] * (len(metrics) - 1)]
         rows.append(cells)
     return rows
 
 
-def _mean_rows(scores: Scores) -> list[list[str]]:
+def _mean_rows(scores: Scores, metrics: Sequence[str]) -> list[list[str]]:
     means = [scores.means(model) for model in scores.models]
     rows = []
     for group, title in _GROUPS.items():
+        if group == "non_english_shared" and scores.shared() == scores.foreign():
+            continue  # the same as the line above
         if group not in means[0] or not any(mean[group]["languages"] for mean in means):
             continue
         cells = [title, "", ""]
         for mean in means:
-            cells += [percent(mean[group][metric]) for metric in _METRICS]
+            cells += [percent(mean[group][metric]) for metric in metrics]
         rows.append(cells)
     return rows
 
