@@ -163,3 +163,7 @@ def test_packs_are_full():
 def test_impossible_packs_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         token_budget_packs(*arguments)
+
+
+def test_a_row_goes_where_it_leaves_the_least_room():
+    assert token_budget_packs([(7,), (5,), (3,)], 10) == [[0, 2], [1]]
