@@ -33,3 +33,22 @@ def cpu_nt(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     if a.dtype == torch.float32 and has_onednn_fp32():
         return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
     return a @ b.t() if bias is None else torch.addmm(bias, a, b.t())
+
+
+def mm_f32(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """out = a (M, K) @ b (K, N) in fp32 from fp32, bf16 or fp16 operands; out (M, N) fp32 may have padded rows."""
+    if a.dtype == torch.float32:
+        return torch.mm(a, b, out=out)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a.float(), b.float(), out=out)
+
+
+def mm_f32_add(total: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
+    """total += alpha * a (M, K) @ b (K, N), with total (M, N) fp32 in place."""
+    if a.dtype == torch.float32:
+        torch.addmm(total, a, b, alpha=alpha, out=total)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=torch.float32, alpha=alpha, out=total)
+    else:
+        torch.addmm(total, a.float(), b.float(), alpha=alpha, out=total)

@@ -12,7 +12,7 @@ from .moments import TeacherMoments
 
 DIVERGENCES = (FORWARD, REVERSE, JSD)
 FORMS = ("auto", "difference", "moments")
-T = TypeVar("T", bound=Tensor | None)
+T = TypeVar("T", Tensor, Tensor | None)
 
 
 def check_matrix(name: str, x: Tensor, device: torch.device) -> None:

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-
 TENSORS = ("m", "entropy", "bias_mean")
 
 

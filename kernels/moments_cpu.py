@@ -39,13 +39,10 @@ class RunningMoments:
         if values is not None:
             self.mean.mul_(old).addcmul_(cpu_nt(p, values.t()), new)
         if value_bias is not None:
-            self.bias_mean.mul_(old).addcmul_(torch.mv(p, value_bias).unsqueeze(1), new)
+            # 0 times a bias of -inf, an entry that both sides mask, counts 0.
+            product = (p * value_bias).masked_fill_(p == 0, 0.0)
+            self.bias_mean.mul_(old).addcmul_(product.sum(1, keepdim=True), new)
         self.z_mean.mul_(old).addcmul_(z.mul_(p).sum(1, keepdim=True), new)
-
-
-def _finite(bias: Tensor) -> Tensor:
-    """0 · (-inf) of an entry that both sides mask would be NaN; the lowest finite number keeps the product 0."""
-    return bias.clamp(min=torch.finfo(bias.dtype).min)
 
 
 def teacher_moments_cpu(
@@ -65,7 +62,7 @@ def teacher_moments_cpu(
     count = h_t.shape[0] if rows is None else rows.shape[0]
     head = Head(w_t, bias_t, sizes.block_v, temperature, softcap)
     values = head if w_s is None else Head(w_s, None, sizes.block_v, 1.0, 0.0)
-    value_bias = None if bias_s is None else _finite(bias_s.to(dtype))
+    value_bias = None if bias_s is None else bias_s.to(dtype)
     width = values.weight.shape[1]
     m = torch.empty(count, width, dtype=dtype)
     entropy, bias_mean = torch.empty(count, dtype=dtype), torch.empty(count, dtype=dtype)

@@ -30,3 +30,51 @@ class CpuChunks:
 
 
 LINEAR_KL_CPU = CpuChunks(chunk_rows=256, block_v=4096, max_buffer_mib=512)
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """A row kernel's tile: `block` entries per step of one program."""
+
+    block: int
+    num_warps: int
+    num_stages: int = 1
+
+
+@dataclass(frozen=True)
+class LinearKLTiles:
+    """Sizes of the CUDA/HIP path of `linear_kl`.
+
+    Attributes:
+        chunk_rows: row pairs per GEMM. 1024 rows of a 4096-wide dX give a GEMM 128 tiles of 256x128, one per SM.
+        kl_rows, exp_rows: tiles over the vocabulary; 8 fp32 entries per thread keep the loads at 128 bits and the five
+            running statistics of `kl_rows` in registers.
+        finish_moments: tile over the LLM width.
+    """
+
+    chunk_rows: int
+    kl_rows: RowTile
+    exp_rows: RowTile
+    finish_moments: RowTile
+
+
+_WIDE = LinearKLTiles(1024, RowTile(2048, 8), RowTile(4096, 8), RowTile(1024, 4))
+LINEAR_KL: dict[str, LinearKLTiles] = {
+    "default": _WIDE,
+    "sm_80": _WIDE,
+    "sm_90": _WIDE,
+    "sm_100": LinearKLTiles(2048, RowTile(2048, 8), RowTile(4096, 8), RowTile(1024, 4)),
+    "gfx942": LinearKLTiles(2048, RowTile(2048, 4), RowTile(4096, 8), RowTile(1024, 4)),
+}
+
+
+def architecture() -> str:
+    """Key of the current device in the tables: "sm_90", "gfx942", ..., "default" without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "default"
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties().gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"

@@ -1,0 +1,279 @@
+"""Launches the Triton path of `linear_kl`: chunked GEMMs with fp32 results around `linear_kl_triton`'s row kernels.
+
+Nothing here reads a device value on the host. Row indices are checked by a device-side assertion. Pairs of weight 0 are
+sorted behind the others; the row kernels skip them, and with `num_valid` the GEMMs end before them too.
+Tests run these functions on CPU tensors in the Triton interpreter, where the GEMMs are computed in fp32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .gemms import mm_f32, mm_f32_add
+from .linear_kl_cpu import JSD
+from .linear_kl_triton import exp_rows, finish_moments, kl_rows
+from .tiles import LINEAR_KL, LinearKLTiles, architecture
+
+# fp16 cannot hold probabilities below 6e-8, so they are stored times 2^14; bf16 and fp32 have the range.
+FP16_SCALE = 16384.0
+
+
+def _tiles(device: torch.device) -> LinearKLTiles:
+    return LINEAR_KL.get(architecture(), LINEAR_KL["default"]) if device.type == "cuda" else LINEAR_KL["default"]
+
+
+def _assert_rows(rows: Tensor | None, limit: int, name: str) -> None:
+    if rows is not None and rows.numel():
+        torch._assert_async(((rows >= 0) & (rows < limit)).all(), f"{name} holds a row number outside 0 to {limit - 1}")
+
+
+class _Pairs:
+    """Row pairs in the order they are computed: weight 0 last, and cut off there where `num_valid` says so."""
+
+    def __init__(self, total: int, rows_s: Tensor | None, rows_t: Tensor | None, weight: Tensor | None, num_valid: int):
+        self.total, self.count = total, total
+        self.rows_s, self.rows_t, self.weight = rows_s, rows_t, weight
+        self.order: Tensor | None = None
+        if weight is None:
+            return
+        if num_valid >= 0:
+            torch._assert_async(
+                (weight != 0).sum() <= num_valid, f"more than num_valid={num_valid} pairs have a weight"
+            )
+            self.count = num_valid
+        order = torch.argsort((weight == 0).to(torch.int8), stable=True)[: self.count]
+        self.order, self.weight = order, weight[order].float()
+        self.rows_s = order if rows_s is None else rows_s[order]
+        self.rows_t = order if rows_t is None else rows_t[order]
+
+    def take(self, x: Tensor, rows: Tensor | None, start: int, stop: int) -> Tensor:
+        """Rows of x for pairs [start, stop), contiguous; zeros where the weight is 0, so no NaN gets out of there."""
+        if rows is None:
+            return x[start:stop].contiguous()
+        taken = x.index_select(0, rows[start:stop])
+        if self.weight is None:
+            return taken
+        return taken.masked_fill_((self.weight[start:stop] == 0).unsqueeze(1), 0.0)
+
+    def weights(self, start: int, stop: int) -> Tensor | None:
+        return None if self.weight is None else self.weight[start:stop]
+
+    def reduce(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """(weighted sum, values of all pairs)."""
+        if self.weight is None or self.order is None:
+            return values.sum(), values
+        # where, not a product: a sum over no weights must be 0 whatever the values are.
+        total = torch.where(self.weight == 0, 0.0, values * self.weight).sum()
+        return total, values.new_zeros(self.total).index_copy_(0, self.order, values)
+
+    def scatter(self, dx: Tensor, rows_total: int) -> Tensor:
+        """Gradient (T_s, D) from gradient rows (count, D); rows named twice are added, in a fixed order."""
+        if self.rows_s is None:
+            return dx
+        dh = dx.new_zeros(rows_total, dx.shape[1])
+        return dh.index_put_((self.rows_s.long(),), dx, accumulate=True)
+
+
+def _padded(vocab: int) -> int:
+    """Row stride of a logits buffer: a multiple of 128 bytes, so that rows start where wide loads and GEMMs like it."""
+    return -(-vocab // 64) * 64
+
+
+def _half_view(buffer: Tensor, vocab: int, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """The rows of an fp32 buffer seen as (C, V) of `dtype` in the same memory, and the factor on what is stored."""
+    if dtype == torch.float32:
+        return buffer[:, :vocab], 1.0
+    return buffer.view(dtype)[:, :vocab], FP16_SCALE if dtype == torch.float16 else 1.0
+
+
+def _fp32(x: Tensor | None, like: Tensor) -> Tensor:
+    """A contiguous fp32 vector to point a kernel at; any tensor will do where the kernel does not read it."""
+    return like if x is None else x.float().contiguous()
+
+
+def _require_triton_dtype(h: Tensor) -> None:
+    if h.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"h_s is {h.dtype}, but on {h.device.type} linear_kl takes float32, bfloat16 or float16")
+
+
+def difference_triton(
+    h_s: Tensor,  # (T_s, D)
+    w_s: Tensor,  # (V, D)
+    h_t: Tensor,  # (T_t, D_t)
+    w_t: Tensor | None,  # (V, D_t)
+    bias_s: Tensor | None,  # (V,)
+    bias_t: Tensor | None,  # (V,)
+    rows_s: Tensor | None,  # (P,)
+    rows_t: Tensor | None,  # (P,)
+    row_weight: Tensor | None,  # (P,)
+    num_valid: int,
+    temperature: float,
+    scale: float,
+    softcap: float,
+    divergence: str,
+    beta: float,
+    need_dh: bool,
+    need_dw: bool,
+    need_db: bool,
+    tiles: LinearKLTiles | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `linear_kl_cpu.difference_cpu`, 3 GEMMs and one row kernel per chunk."""
+    _require_triton_dtype(h_s)
+    tiles = tiles or _tiles(h_s.device)
+    _assert_rows(rows_s, h_s.shape[0], "rows_s")
+    _assert_rows(rows_t, h_t.shape[0], "rows_t")
+    pairs = _Pairs(h_s.shape[0] if rows_s is None else rows_s.shape[0], rows_s, rows_t, row_weight, num_valid)
+    vocab, width = w_s.shape
+    store = need_dh or need_dw or need_db
+    values = h_s.new_empty(pairs.count, dtype=torch.float32)
+    dx_rows = h_s.new_empty(pairs.count if need_dh else 0, width)
+    dw = h_s.new_zeros((vocab if need_dw else 0, width), dtype=torch.float32)
+    db = h_s.new_zeros(vocab if need_db else 0, dtype=torch.float32)
+    chunk = max(1, min(tiles.chunk_rows, pairs.count))
+    buffer = h_s.new_empty(2 * chunk, _padded(vocab), dtype=torch.float32)
+    dx = h_s.new_empty(chunk if need_dh else 0, width, dtype=torch.float32)
+    bias_t = bias_s if w_t is None else bias_t
+    bias_s_ptr, bias_t_ptr = _fp32(bias_s, values), _fp32(bias_t, values)
+    log_beta, log_1m_beta = (math.log(beta), math.log(1.0 - beta)) if divergence == JSD else (0.0, 0.0)
+
+    for start in range(0, pairs.count, chunk):
+        stop = min(start + chunk, pairs.count)
+        n = stop - start
+        x_s, x_t = pairs.take(h_s, pairs.rows_s, start, stop), pairs.take(h_t, pairs.rows_t, start, stop)
+        z_s, z_t = buffer[:n], buffer[n : 2 * n]
+        if w_t is None:
+            mm_f32(torch.cat([x_s, x_t]), w_s.t(), out=buffer[: 2 * n, :vocab])
+        else:
+            mm_f32(x_s, w_s.t(), out=z_s[:, :vocab])
+            mm_f32(x_t, w_t.t(), out=z_t[:, :vocab])
+        grad, grad_scale = _half_view(z_s, vocab, h_s.dtype)
+        weights = pairs.weights(start, stop)
+        kl_rows[(n,)](
+            z_s, z_t, grad, bias_s_ptr, bias_t_ptr, values if weights is None else weights, values[start:stop],
+            z_s.stride(0), z_t.stride(0), grad.stride(0), vocab,
+            1.0 / temperature, softcap, scale, beta, log_beta, log_1m_beta, grad_scale,
+            DIVERGENCE=divergence, HAS_BIAS_S=bias_s is not None, HAS_BIAS_T=bias_t is not None,
+            HAS_WEIGHT=weights is not None, HAS_SOFTCAP=softcap > 0, NEED_GRAD=store,
+            BARRIER=grad.dtype != torch.float32, BLOCK_V=tiles.kl_rows.block,
+            num_warps=tiles.kl_rows.num_warps, num_stages=tiles.kl_rows.num_stages,
+        )  # fmt: skip
+        if not store:
+            continue
+        factor = scale / (temperature * grad_scale)
+        if need_dh:
+            mm_f32(grad, w_s, out=dx[:n])
+            torch.mul(dx[:n], factor if weights is None else (weights * factor).unsqueeze(1), out=dx_rows[start:stop])
+        if need_dw:
+            x_weighted = x_s if weights is None else (x_s * weights.unsqueeze(1)).to(x_s.dtype)
+            mm_f32_add(dw, grad.t(), x_weighted, alpha=factor)
+        if need_db:
+            row = x_s.new_ones(1, n) if weights is None else weights.to(x_s.dtype).unsqueeze(0)
+            mm_f32_add(db.unsqueeze(0), row, grad, alpha=factor)
+
+    dh = pairs.scatter(dx_rows, h_s.shape[0]) if need_dh else dx_rows
+    return *pairs.reduce(values), dh, dw.to(w_s.dtype), db
+
+
+def teacher_moments_triton(
+    h_t: Tensor,  # (T_t, D_t)
+    w_t: Tensor,  # (V, D_t)
+    w_s: Tensor | None,  # (V, D)
+    bias_t: Tensor | None,  # (V,)
+    bias_s: Tensor | None,  # (V,)
+    rows: Tensor | None,  # (N,)
+    temperature: float,
+    softcap: float,
+    tiles: LinearKLTiles | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `moments_cpu.teacher_moments_cpu`, 2 GEMMs and one row kernel per chunk."""
+    _require_triton_dtype(h_t)
+    tiles = tiles or _tiles(h_t.device)
+    _assert_rows(rows, h_t.shape[0], "rows")
+    count = h_t.shape[0] if rows is None else rows.shape[0]
+    values = w_t if w_s is None else w_s
+    vocab = w_t.shape[0]
+    m = h_t.new_empty(count, values.shape[1], dtype=torch.float32)
+    lse, z_mean, inv_sum = (h_t.new_empty(count, dtype=torch.float32) for _ in range(3))
+    bias_mean = h_t.new_zeros(count, dtype=torch.float32)
+    chunk = max(1, min(tiles.chunk_rows, count))
+    buffer = h_t.new_empty(chunk, _padded(vocab), dtype=torch.float32)
+    bias_ptr, value_bias_ptr = _fp32(bias_t, lse), _fp32(bias_s, lse)
+    for start in range(0, count, chunk):
+        stop = min(start + chunk, count)
+        x = h_t[start:stop] if rows is None else h_t.index_select(0, rows[start:stop])
+        z = buffer[: stop - start]
+        mm_f32(x.contiguous(), w_t.t(), out=z[:, :vocab])
+        e, e_scale = _half_view(z, vocab, h_t.dtype)
+        exp_rows[(stop - start,)](
+            z, e, bias_ptr, value_bias_ptr, lse[start:stop], inv_sum[start:stop], z_mean[start:stop],
+            bias_mean[start:stop], z.stride(0), e.stride(0), vocab, 1.0 / temperature, softcap, e_scale,
+            HAS_BIAS=bias_t is not None, HAS_VALUE_BIAS=bias_s is not None, HAS_SOFTCAP=softcap > 0, WANT_Z_MEAN=True,
+            BARRIER=e.dtype != torch.float32, BLOCK_V=tiles.exp_rows.block,
+            num_warps=tiles.exp_rows.num_warps, num_stages=tiles.exp_rows.num_stages,
+        )  # fmt: skip
+        mm_f32(e, values, out=m[start:stop])
+    return m.mul_(inv_sum.unsqueeze(1)), lse - z_mean, bias_mean
+
+
+def moment_step_triton(
+    h_s: Tensor,  # (T_s, D)
+    w_s: Tensor,  # (V, D)
+    bias_s: Tensor | None,  # (V,)
+    m: Tensor,  # (N, D)
+    entropy: Tensor,  # (N,)
+    bias_mean: Tensor,  # (N,)
+    rows_s: Tensor | None,  # (P,)
+    rows_t: Tensor | None,  # (P,)
+    row_weight: Tensor | None,  # (P,)
+    num_valid: int,
+    temperature: float,
+    scale: float,
+    need_dh: bool,
+    tiles: LinearKLTiles | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `moments_cpu.moment_step_cpu`, 2 GEMMs and two row kernels per chunk."""
+    _require_triton_dtype(h_s)
+    tiles = tiles or _tiles(h_s.device)
+    _assert_rows(rows_s, h_s.shape[0], "rows_s")
+    _assert_rows(rows_t, m.shape[0], "rows_t")
+    pairs = _Pairs(h_s.shape[0] if rows_s is None else rows_s.shape[0], rows_s, rows_t, row_weight, num_valid)
+    vocab, width = w_s.shape
+    values, lse, inv_sum = (h_s.new_empty(pairs.count, dtype=torch.float32) for _ in range(3))
+    dx_rows = h_s.new_empty(pairs.count if need_dh else 0, width)
+    chunk = max(1, min(tiles.chunk_rows, pairs.count))
+    buffer = h_s.new_empty(chunk, _padded(vocab), dtype=torch.float32)
+    ew = h_s.new_empty(chunk if need_dh else 0, width, dtype=torch.float32)
+    bias_ptr = _fp32(bias_s, lse)
+    m = m.contiguous()
+    for start in range(0, pairs.count, chunk):
+        stop = min(start + chunk, pairs.count)
+        n = stop - start
+        x = pairs.take(h_s, pairs.rows_s, start, stop)
+        z = buffer[:n]
+        mm_f32(x, w_s.t(), out=z[:, :vocab])
+        e, e_scale = _half_view(z, vocab, h_s.dtype)
+        exp_rows[(n,)](
+            z, e, bias_ptr, bias_ptr, lse[start:stop], inv_sum[start:stop], lse, lse,
+            z.stride(0), e.stride(0), vocab, 1.0 / temperature, 0.0, e_scale,
+            HAS_BIAS=bias_s is not None, HAS_VALUE_BIAS=False, HAS_SOFTCAP=False, WANT_Z_MEAN=False,
+            BARRIER=e.dtype != torch.float32, BLOCK_V=tiles.exp_rows.block,
+            num_warps=tiles.exp_rows.num_warps, num_stages=tiles.exp_rows.num_stages,
+        )  # fmt: skip
+        if need_dh:
+            mm_f32(e, w_s, out=ew[:n])
+        weights = pairs.weights(start, stop)
+        rows = None if pairs.rows_t is None else pairs.rows_t[start:stop].contiguous()
+        dx = dx_rows[start:stop] if need_dh else dx_rows
+        finish_moments[(n,)](
+            ew, inv_sum[start:stop], lse[start:stop], x, m, entropy, bias_mean, lse if rows is None else rows,
+            lse if weights is None else weights, values[start:stop], dx, start,
+            width, x.stride(0), m.stride(0), width, width, 1.0 / temperature, scale,
+            HAS_ROWS=rows is not None, HAS_WEIGHT=weights is not None, NEED_GRAD=need_dh,
+            BLOCK_D=tiles.finish_moments.block,
+            num_warps=tiles.finish_moments.num_warps, num_stages=tiles.finish_moments.num_stages,
+        )  # fmt: skip
+    dh = pairs.scatter(dx_rows, h_s.shape[0]) if need_dh else dx_rows
+    return *pairs.reduce(values), dh

@@ -1,0 +1,269 @@
+"""Triton row kernels of `linear_kl`: one program per row, fp32 logits in, gradient or exponentials out in place.
+
+`kl_rows`   values and gradient of one row pair. Pass 1 (forward KL) keeps per lane a running maximum, Σ exp and
+            Σ e_t (z_t - z_s); pass 2 writes p_s - p_t over the student's logits. 18 bytes per vocabulary entry
+            (2 x 8 read, 2 written), no reduction over lanes inside the loops.
+`exp_rows`  E = exp(z - max) over the logits, and log-sum-exp, Σ E, Σ E z / Σ E, Σ E bias / Σ E. 10 bytes per entry.
+`finish_moments`  value and gradient of the moment form from E @ W. O(D) per row.
+
+A 16-bit result shares its row's memory with the fp32 logits: entry i goes to bytes [2i, 2i+2), read before that as part
+of logit i // 2. Block k is written to [2kB, 2kB+2B) while later blocks lie at 4(k+1)B and up, so only the block itself
+overlaps (k = 0), and the barrier between its loads and its stores is enough.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOWEST = tl.constexpr(-1.0e30)  # a start for running maxima that exp() can take differences with
+
+
+@triton.jit
+def _load_logits(
+    z_row, bias_ptr, offs_v, vocab, softcap, inv_temperature, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
+):
+    """softcap(z + bias) / τ of one block; -inf beyond the vocabulary."""
+    mask_v = offs_v < vocab
+    z = tl.load(z_row + offs_v, mask=mask_v, other=float("-inf"))
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0)
+    if HAS_SOFTCAP:
+        z = softcap * (2.0 * tl.sigmoid(2.0 * z / softcap) - 1.0)
+        z = tl.where(mask_v, z, float("-inf"))
+    return z * inv_temperature
+
+
+@triton.jit
+def _log_mixture(log_a, log_b):
+    """log(exp(log_a) + exp(log_b))."""
+    high = tl.maximum(log_a, log_b)
+    return high + tl.log(1.0 + tl.exp(-tl.abs(log_a - log_b)))
+
+
+@triton.jit
+def kl_rows(
+    z_s_ptr,  # (C, V) fp32 student logits
+    z_t_ptr,  # (C, V) fp32 teacher logits
+    grad_ptr,  # (C, V) gradient, may share the student's memory
+    bias_s_ptr,  # (V,) fp32 or unused
+    bias_t_ptr,  # (V,) fp32 or unused
+    weight_ptr,  # (C,) fp32 or unused: rows of weight 0 get value 0 and gradient 0
+    value_ptr,  # (C,) fp32
+    stride_zs,
+    stride_zt,
+    stride_g,
+    vocab,
+    inv_temperature,
+    softcap,
+    scale,
+    beta,
+    log_beta,
+    log_1m_beta,
+    grad_scale,
+    DIVERGENCE: tl.constexpr,
+    HAS_BIAS_S: tl.constexpr,
+    HAS_BIAS_T: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    NEED_GRAD: tl.constexpr,
+    BARRIER: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    z_s_row = z_s_ptr + row * stride_zs
+    z_t_row = z_t_ptr + row * stride_zt
+    grad_row = grad_ptr + row * stride_g
+    lanes = tl.arange(0, BLOCK_V)
+    stop = vocab
+    if HAS_WEIGHT:
+        stop = tl.where(tl.load(weight_ptr + row) == 0.0, 0, vocab)
+
+    max_s = tl.full((BLOCK_V,), LOWEST, tl.float32)
+    max_t = tl.full((BLOCK_V,), LOWEST, tl.float32)
+    sum_s = tl.zeros((BLOCK_V,), tl.float32)
+    sum_t = tl.zeros((BLOCK_V,), tl.float32)
+    dot = tl.zeros((BLOCK_V,), tl.float32)
+    for start in range(0, stop, BLOCK_V):
+        offs_v = start + lanes
+        z_s = _load_logits(z_s_row, bias_s_ptr, offs_v, vocab, softcap, inv_temperature, HAS_BIAS_S, HAS_SOFTCAP)
+        z_t = _load_logits(z_t_row, bias_t_ptr, offs_v, vocab, softcap, inv_temperature, HAS_BIAS_T, HAS_SOFTCAP)
+        new_s, new_t = tl.maximum(max_s, z_s), tl.maximum(max_t, z_t)
+        e_s, e_t = tl.exp(z_s - new_s), tl.exp(z_t - new_t)
+        shrink_s, shrink_t = tl.exp(max_s - new_s), tl.exp(max_t - new_t)
+        sum_s = sum_s * shrink_s + e_s
+        sum_t = sum_t * shrink_t + e_t
+        # An entry of probability 0 counts 0 even where the difference is inf or inf - inf; NaN is not 0 and stays.
+        if DIVERGENCE == "forward":
+            dot = dot * shrink_t + e_t * tl.where(e_t == 0.0, 0.0, z_t - z_s)
+        if DIVERGENCE == "reverse":
+            dot = dot * shrink_s + e_s * tl.where(e_s == 0.0, 0.0, z_s - z_t)
+        max_s, max_t = new_s, new_t
+
+    top_s, top_t = tl.max(max_s, 0), tl.max(max_t, 0)
+    total_s = tl.sum(sum_s * tl.exp(max_s - top_s), 0)
+    total_t = tl.sum(sum_t * tl.exp(max_t - top_t), 0)
+    lse_s, lse_t = top_s + tl.log(total_s), top_t + tl.log(total_t)
+    if DIVERGENCE == "forward":
+        value = tl.sum(dot * tl.exp(max_t - top_t), 0) / total_t - lse_t + lse_s
+        mean = 0.0
+    if DIVERGENCE == "reverse":
+        value = tl.sum(dot * tl.exp(max_s - top_s), 0) / total_s - lse_s + lse_t
+        mean = value
+    if DIVERGENCE == "jsd":
+        mean_s = tl.zeros((BLOCK_V,), tl.float32)
+        mean_t = tl.zeros((BLOCK_V,), tl.float32)
+        for start in range(0, stop, BLOCK_V):
+            offs_v = start + lanes
+            z_s = _load_logits(z_s_row, bias_s_ptr, offs_v, vocab, softcap, inv_temperature, HAS_BIAS_S, HAS_SOFTCAP)
+            z_t = _load_logits(z_t_row, bias_t_ptr, offs_v, vocab, softcap, inv_temperature, HAS_BIAS_T, HAS_SOFTCAP)
+            ratio = (z_s - lse_s) - (z_t - lse_t)
+            p_s, p_t = tl.exp(z_s - lse_s), tl.exp(z_t - lse_t)
+            mean_s -= p_s * tl.where(p_s == 0.0, 0.0, _log_mixture(log_1m_beta, log_beta - ratio))
+            mean_t -= p_t * tl.where(p_t == 0.0, 0.0, _log_mixture(log_beta, log_1m_beta + ratio))
+        mean = tl.sum(mean_s, 0)
+        value = beta * tl.sum(mean_t, 0) + (1.0 - beta) * mean
+    if HAS_WEIGHT:
+        value = tl.where(stop == 0, 0.0, value)
+    tl.store(value_ptr + row, value * scale)
+
+    if NEED_GRAD:
+        for start in range(0, stop, BLOCK_V):
+            offs_v = start + lanes
+            z_s = _load_logits(z_s_row, bias_s_ptr, offs_v, vocab, softcap, inv_temperature, HAS_BIAS_S, HAS_SOFTCAP)
+            z_t = _load_logits(z_t_row, bias_t_ptr, offs_v, vocab, softcap, inv_temperature, HAS_BIAS_T, HAS_SOFTCAP)
+            p_s = tl.exp(z_s - lse_s)
+            if DIVERGENCE == "forward":
+                grad = p_s - tl.exp(z_t - lse_t)
+            if DIVERGENCE == "reverse":
+                grad = p_s * tl.where(p_s == 0.0, 0.0, (z_s - lse_s) - (z_t - lse_t) - mean)
+            if DIVERGENCE == "jsd":
+                own = -_log_mixture(log_1m_beta, log_beta - (z_s - lse_s) + (z_t - lse_t))
+                grad = (1.0 - beta) * p_s * tl.where(p_s == 0.0, 0.0, own - mean)
+            if HAS_SOFTCAP:
+                tanh = tl.where(offs_v < vocab, z_s / (softcap * inv_temperature), 0.0)
+                grad *= 1.0 - tanh * tanh
+            if BARRIER:
+                tl.debug_barrier()
+            tl.store(grad_row + offs_v, (grad * grad_scale).to(grad_ptr.dtype.element_ty), mask=offs_v < vocab)
+        if HAS_WEIGHT:
+            nothing = tl.zeros((BLOCK_V,), grad_ptr.dtype.element_ty)
+            for start in range(stop, vocab, BLOCK_V):
+                offs_v = start + lanes
+                tl.store(grad_row + offs_v, nothing, mask=offs_v < vocab)
+
+
+@triton.jit
+def exp_rows(
+    z_ptr,  # (C, V) fp32 logits
+    e_ptr,  # (C, V) exp(z - max), may share the logits' memory
+    bias_ptr,  # (V,) fp32 or unused
+    value_bias_ptr,  # (V,) fp32 or unused
+    lse_ptr,  # (C,) fp32
+    inv_sum_ptr,  # (C,) fp32: 1 / Σ E over E as stored
+    z_mean_ptr,  # (C,) fp32 or unused
+    bias_mean_ptr,  # (C,) fp32 or unused
+    stride_z,
+    stride_e,
+    vocab,
+    inv_temperature,
+    softcap,
+    e_scale,
+    HAS_BIAS: tl.constexpr,
+    HAS_VALUE_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    WANT_Z_MEAN: tl.constexpr,
+    BARRIER: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    z_row = z_ptr + row * stride_z
+    e_row = e_ptr + row * stride_e
+    lanes = tl.arange(0, BLOCK_V)
+    max_z = tl.full((BLOCK_V,), LOWEST, tl.float32)
+    for start in range(0, vocab, BLOCK_V):
+        z = _load_logits(z_row, bias_ptr, start + lanes, vocab, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
+        max_z = tl.maximum(max_z, z)
+    top = tl.max(max_z, 0)
+
+    exact = tl.zeros((BLOCK_V,), tl.float32)
+    stored = tl.zeros((BLOCK_V,), tl.float32)
+    z_dot = tl.zeros((BLOCK_V,), tl.float32)
+    bias_dot = tl.zeros((BLOCK_V,), tl.float32)
+    for start in range(0, vocab, BLOCK_V):
+        offs_v = start + lanes
+        z = _load_logits(z_row, bias_ptr, offs_v, vocab, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
+        e = tl.exp(z - top)
+        rounded = (e * e_scale).to(e_ptr.dtype.element_ty)
+        exact += e
+        # m = E @ W / Σ E with the same rounded E above and below, so that the weights sum to 1 exactly.
+        stored += rounded.to(tl.float32)
+        if WANT_Z_MEAN:
+            z_dot += e * tl.where(e == 0.0, 0.0, z)
+        if HAS_VALUE_BIAS:
+            bias = tl.load(value_bias_ptr + offs_v, mask=offs_v < vocab, other=0.0)
+            bias_dot += e * tl.where(e == 0.0, 0.0, bias)
+        if BARRIER:
+            tl.debug_barrier()
+        tl.store(e_row + offs_v, rounded, mask=offs_v < vocab)
+    total = tl.sum(exact, 0)
+    tl.store(lse_ptr + row, top + tl.log(total))
+    tl.store(inv_sum_ptr + row, 1.0 / tl.sum(stored, 0))
+    if WANT_Z_MEAN:
+        tl.store(z_mean_ptr + row, tl.sum(z_dot, 0) / total)
+    if HAS_VALUE_BIAS:
+        tl.store(bias_mean_ptr + row, tl.sum(bias_dot, 0) / total)
+
+
+@triton.jit
+def finish_moments(
+    ew_ptr,  # (C, D) fp32 E @ W
+    inv_sum_ptr,  # (C,) fp32
+    lse_ptr,  # (C,) fp32
+    x_ptr,  # (C, D) student states
+    m_ptr,  # (N, D) teacher moments
+    entropy_ptr,  # (N,)
+    bias_mean_ptr,  # (N,)
+    rows_ptr,  # (C,) int64 rows of m, or unused
+    weight_ptr,  # (C,) fp32 or unused
+    value_ptr,  # (C,) fp32
+    dx_ptr,  # (C, D)
+    first_row,  # row of m that belongs to row 0 when there are no indices
+    stride_ew,
+    stride_x,
+    stride_m,
+    stride_dx,
+    width,
+    inv_temperature,
+    scale,
+    HAS_ROWS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    NEED_GRAD: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    row_t = row + first_row
+    if HAS_ROWS:
+        row_t = tl.load(rows_ptr + row).to(tl.int64)
+    weight = 1.0
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + row)
+    inv_sum = tl.load(inv_sum_ptr + row)
+    dot = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, width, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D)
+        mask_d = offs_d < width
+        x = tl.load(x_ptr + row * stride_x + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+        m_t = tl.load(m_ptr + row_t * stride_m + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+        dot += m_t * x
+        if NEED_GRAD:
+            m_s = tl.load(ew_ptr + row * stride_ew + offs_d, mask=mask_d, other=0.0) * inv_sum
+            dx = (m_s - m_t) * (weight * scale * inv_temperature)
+            if HAS_WEIGHT:
+                dx = tl.where(weight == 0.0, 0.0, dx)
+            tl.store(dx_ptr + row * stride_dx + offs_d, dx.to(dx_ptr.dtype.element_ty), mask=mask_d)
+    linear = tl.sum(dot, 0) + tl.load(bias_mean_ptr + row_t).to(tl.float32)
+    value = tl.load(lse_ptr + row) - linear * inv_temperature - tl.load(entropy_ptr + row_t).to(tl.float32)
+    if HAS_WEIGHT:
+        value = tl.where(weight == 0.0, 0.0, value)
+    tl.store(value_ptr + row, value * scale)
