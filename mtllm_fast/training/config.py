@@ -42,7 +42,7 @@ class OptimSettings:
     workers: int = 0
     """Processes that tokenise and pack."""
     log_steps: int = 10
-    save_steps: int = 500
+    save_steps: int = 100
     """Steps between checkpoints."""
     keep: int = 2
     """Checkpoints kept on disk (at least 2, so that one is always complete)."""
