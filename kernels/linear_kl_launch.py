@@ -89,9 +89,9 @@ def _half_view(buffer: Tensor, vocab: int, dtype: torch.dtype) -> tuple[Tensor, 
     return buffer.view(dtype)[:, :vocab], FP16_SCALE if dtype == torch.float16 else 1.0
 
 
-def _fp32(x: Tensor | None, like: Tensor) -> Tensor:
-    """A contiguous fp32 vector to point a kernel at; any tensor will do where the kernel does not read it."""
-    return like if x is None else x.float().contiguous()
+def _padded_bias(bias: Tensor | None, like: Tensor) -> Tensor:
+    """A bias as the kernels read it, fp32 and padded; any tensor will do where there is none."""
+    return like if bias is None else torch.nn.functional.pad(bias.float(), (0, _padded(bias.shape[0]) - bias.shape[0]))
 
 
 def _require_triton_dtype(h: Tensor) -> None:
@@ -136,7 +136,7 @@ def difference_triton(
     buffer = h_s.new_empty(2 * chunk, _padded(vocab), dtype=torch.float32)
     dx = h_s.new_empty(chunk if need_dh else 0, width, dtype=torch.float32)
     bias_t = bias_s if w_t is None else bias_t
-    bias_s_ptr, bias_t_ptr = _fp32(bias_s, values), _fp32(bias_t, values)
+    bias_s_ptr, bias_t_ptr = _padded_bias(bias_s, values), _padded_bias(bias_t, values)
     log_beta, log_1m_beta = (math.log(beta), math.log(1.0 - beta)) if divergence == JSD else (0.0, 0.0)
 
     for start in range(0, pairs.count, chunk):
@@ -153,7 +153,7 @@ def difference_triton(
         weights = pairs.weights(start, stop)
         kl_rows[(n,)](
             z_s, z_t, grad, bias_s_ptr, bias_t_ptr, values if weights is None else weights, values[start:stop],
-            z_s.stride(0), z_t.stride(0), grad.stride(0), vocab,
+            z_s.stride(0), z_t.stride(0), grad.stride(0), vocab, buffer.shape[1],
             1.0 / temperature, softcap, scale, beta, log_beta, log_1m_beta, grad_scale,
             DIVERGENCE=divergence, HAS_BIAS_S=bias_s is not None, HAS_BIAS_T=bias_t is not None,
             HAS_WEIGHT=weights is not None, HAS_SOFTCAP=softcap > 0, NEED_GRAD=store,
@@ -200,7 +200,7 @@ def teacher_moments_triton(
     bias_mean = h_t.new_zeros(count, dtype=torch.float32)
     chunk = max(1, min(tiles.chunk_rows, count))
     buffer = h_t.new_empty(chunk, _padded(vocab), dtype=torch.float32)
-    bias_ptr, value_bias_ptr = _fp32(bias_t, lse), _fp32(bias_s, lse)
+    bias_ptr, value_bias_ptr = _padded_bias(bias_t, lse), _padded_bias(bias_s, lse)
     for start in range(0, count, chunk):
         stop = min(start + chunk, count)
         x = h_t[start:stop] if rows is None else h_t.index_select(0, rows[start:stop])
@@ -209,7 +209,8 @@ def teacher_moments_triton(
         e, e_scale = _half_view(z, vocab, h_t.dtype)
         exp_rows[(stop - start,)](
             z, e, bias_ptr, value_bias_ptr, lse[start:stop], inv_sum[start:stop], z_mean[start:stop],
-            bias_mean[start:stop], z.stride(0), e.stride(0), vocab, 1.0 / temperature, softcap, e_scale,
+            bias_mean[start:stop], z.stride(0), e.stride(0), vocab, buffer.shape[1],
+            1.0 / temperature, softcap, e_scale,
             HAS_BIAS=bias_t is not None, HAS_VALUE_BIAS=bias_s is not None, HAS_SOFTCAP=softcap > 0, WANT_Z_MEAN=True,
             BARRIER=e.dtype != torch.float32, BLOCK_V=tiles.exp_rows.block,
             num_warps=tiles.exp_rows.num_warps, num_stages=tiles.exp_rows.num_stages,
@@ -246,7 +247,7 @@ def moment_step_triton(
     chunk = max(1, min(tiles.chunk_rows, pairs.count))
     buffer = h_s.new_empty(chunk, _padded(vocab), dtype=torch.float32)
     ew = h_s.new_empty(chunk if need_dh else 0, width, dtype=torch.float32)
-    bias_ptr = _fp32(bias_s, lse)
+    bias_ptr = _padded_bias(bias_s, lse)
     m = m.contiguous()
     for start in range(0, pairs.count, chunk):
         stop = min(start + chunk, pairs.count)
@@ -257,7 +258,7 @@ def moment_step_triton(
         e, e_scale = _half_view(z, vocab, h_s.dtype)
         exp_rows[(n,)](
             z, e, bias_ptr, bias_ptr, lse[start:stop], inv_sum[start:stop], lse, lse,
-            z.stride(0), e.stride(0), vocab, 1.0 / temperature, 0.0, e_scale,
+            z.stride(0), e.stride(0), vocab, buffer.shape[1], 1.0 / temperature, 0.0, e_scale,
             HAS_BIAS=bias_s is not None, HAS_VALUE_BIAS=False, HAS_SOFTCAP=False, WANT_Z_MEAN=False,
             BARRIER=e.dtype != torch.float32, BLOCK_V=tiles.exp_rows.block,
             num_warps=tiles.exp_rows.num_warps, num_stages=tiles.exp_rows.num_stages,

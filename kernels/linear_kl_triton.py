@@ -6,6 +6,8 @@
 `exp_rows`  E = exp(z - max) over the logits, and log-sum-exp, Σ E, Σ E z / Σ E, Σ E bias / Σ E. 10 bytes per entry.
 `finish_moments`  value and gradient of the moment form from E @ W. O(D) per row.
 
+Rows of logits and results hold `padded` >= V entries; what lies beyond V is never used.
+
 A 16-bit result shares its row's memory with the fp32 logits: entry i goes to bytes [2i, 2i+2), read before that as part
 of logit i // 2. Block k is written to [2kB, 2kB+2B) while later blocks lie at 4(k+1)B and up, so only the block itself
 overlaps (k = 0), and the barrier between its loads and its stores is enough.
@@ -21,17 +23,26 @@ LOWEST = tl.constexpr(-1.0e30)  # a start for running maxima that exp() can take
 
 @triton.jit
 def _load_logits(
-    z_row, bias_ptr, offs_v, vocab, softcap, inv_temperature, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
+    z_row,
+    bias_ptr,
+    offs_v,
+    vocab,
+    padded,
+    softcap,
+    inv_temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
 ):
-    """softcap(z + bias) / τ of one block; -inf beyond the vocabulary."""
-    mask_v = offs_v < vocab
-    z = tl.load(z_row + offs_v, mask=mask_v, other=float("-inf"))
+    """softcap(z + bias) / τ of one block; -inf beyond the vocabulary.
+
+    The load is masked at `padded`, a multiple of 64, because a mask at an odd `vocab` would break it into single words.
+    """
+    z = tl.load(z_row + offs_v, mask=offs_v < padded, other=0.0)
     if HAS_BIAS:
-        z += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0)
+        z += tl.load(bias_ptr + offs_v, mask=offs_v < padded, other=0.0)
     if HAS_SOFTCAP:
         z = softcap * (2.0 * tl.sigmoid(2.0 * z / softcap) - 1.0)
-        z = tl.where(mask_v, z, float("-inf"))
-    return z * inv_temperature
+    return tl.where(offs_v < vocab, z * inv_temperature, float("-inf"))
 
 
 @triton.jit
@@ -46,14 +57,15 @@ def kl_rows(
     z_s_ptr,  # (C, V) fp32 student logits
     z_t_ptr,  # (C, V) fp32 teacher logits
     grad_ptr,  # (C, V) gradient, may share the student's memory
-    bias_s_ptr,  # (V,) fp32 or unused
-    bias_t_ptr,  # (V,) fp32 or unused
+    bias_s_ptr,  # (padded,) fp32 or unused
+    bias_t_ptr,  # (padded,) fp32 or unused
     weight_ptr,  # (C,) fp32 or unused: rows of weight 0 get value 0 and gradient 0
     value_ptr,  # (C,) fp32
     stride_zs,
     stride_zt,
     stride_g,
     vocab,
+    padded,
     inv_temperature,
     softcap,
     scale,
@@ -86,8 +98,12 @@ def kl_rows(
     dot = tl.zeros((BLOCK_V,), tl.float32)
     for start in range(0, stop, BLOCK_V):
         offs_v = start + lanes
-        z_s = _load_logits(z_s_row, bias_s_ptr, offs_v, vocab, softcap, inv_temperature, HAS_BIAS_S, HAS_SOFTCAP)
-        z_t = _load_logits(z_t_row, bias_t_ptr, offs_v, vocab, softcap, inv_temperature, HAS_BIAS_T, HAS_SOFTCAP)
+        z_s = _load_logits(
+            z_s_row, bias_s_ptr, offs_v, vocab, padded, softcap, inv_temperature, HAS_BIAS_S, HAS_SOFTCAP
+        )
+        z_t = _load_logits(
+            z_t_row, bias_t_ptr, offs_v, vocab, padded, softcap, inv_temperature, HAS_BIAS_T, HAS_SOFTCAP
+        )
         new_s, new_t = tl.maximum(max_s, z_s), tl.maximum(max_t, z_t)
         e_s, e_t = tl.exp(z_s - new_s), tl.exp(z_t - new_t)
         shrink_s, shrink_t = tl.exp(max_s - new_s), tl.exp(max_t - new_t)
@@ -115,8 +131,12 @@ def kl_rows(
         mean_t = tl.zeros((BLOCK_V,), tl.float32)
         for start in range(0, stop, BLOCK_V):
             offs_v = start + lanes
-            z_s = _load_logits(z_s_row, bias_s_ptr, offs_v, vocab, softcap, inv_temperature, HAS_BIAS_S, HAS_SOFTCAP)
-            z_t = _load_logits(z_t_row, bias_t_ptr, offs_v, vocab, softcap, inv_temperature, HAS_BIAS_T, HAS_SOFTCAP)
+            z_s = _load_logits(
+                z_s_row, bias_s_ptr, offs_v, vocab, padded, softcap, inv_temperature, HAS_BIAS_S, HAS_SOFTCAP
+            )
+            z_t = _load_logits(
+                z_t_row, bias_t_ptr, offs_v, vocab, padded, softcap, inv_temperature, HAS_BIAS_T, HAS_SOFTCAP
+            )
             ratio = (z_s - lse_s) - (z_t - lse_t)
             p_s, p_t = tl.exp(z_s - lse_s), tl.exp(z_t - lse_t)
             mean_s -= p_s * tl.where(p_s == 0.0, 0.0, _log_mixture(log_1m_beta, log_beta - ratio))
@@ -130,8 +150,12 @@ def kl_rows(
     if NEED_GRAD:
         for start in range(0, stop, BLOCK_V):
             offs_v = start + lanes
-            z_s = _load_logits(z_s_row, bias_s_ptr, offs_v, vocab, softcap, inv_temperature, HAS_BIAS_S, HAS_SOFTCAP)
-            z_t = _load_logits(z_t_row, bias_t_ptr, offs_v, vocab, softcap, inv_temperature, HAS_BIAS_T, HAS_SOFTCAP)
+            z_s = _load_logits(
+                z_s_row, bias_s_ptr, offs_v, vocab, padded, softcap, inv_temperature, HAS_BIAS_S, HAS_SOFTCAP
+            )
+            z_t = _load_logits(
+                z_t_row, bias_t_ptr, offs_v, vocab, padded, softcap, inv_temperature, HAS_BIAS_T, HAS_SOFTCAP
+            )
             p_s = tl.exp(z_s - lse_s)
             if DIVERGENCE == "forward":
                 grad = p_s - tl.exp(z_t - lse_t)
@@ -145,20 +169,20 @@ def kl_rows(
                 grad *= 1.0 - tanh * tanh
             if BARRIER:
                 tl.debug_barrier()
-            tl.store(grad_row + offs_v, (grad * grad_scale).to(grad_ptr.dtype.element_ty), mask=offs_v < vocab)
+            tl.store(grad_row + offs_v, (grad * grad_scale).to(grad_ptr.dtype.element_ty), mask=offs_v < padded)
         if HAS_WEIGHT:
             nothing = tl.zeros((BLOCK_V,), grad_ptr.dtype.element_ty)
-            for start in range(stop, vocab, BLOCK_V):
+            for start in range(0, vocab - stop, BLOCK_V):
                 offs_v = start + lanes
-                tl.store(grad_row + offs_v, nothing, mask=offs_v < vocab)
+                tl.store(grad_row + offs_v, nothing, mask=offs_v < padded)
 
 
 @triton.jit
 def exp_rows(
     z_ptr,  # (C, V) fp32 logits
     e_ptr,  # (C, V) exp(z - max), may share the logits' memory
-    bias_ptr,  # (V,) fp32 or unused
-    value_bias_ptr,  # (V,) fp32 or unused
+    bias_ptr,  # (padded,) fp32 or unused
+    value_bias_ptr,  # (padded,) fp32 or unused
     lse_ptr,  # (C,) fp32
     inv_sum_ptr,  # (C,) fp32: 1 / Σ E over E as stored
     z_mean_ptr,  # (C,) fp32 or unused
@@ -166,6 +190,7 @@ def exp_rows(
     stride_z,
     stride_e,
     vocab,
+    padded,
     inv_temperature,
     softcap,
     e_scale,
@@ -182,7 +207,7 @@ def exp_rows(
     lanes = tl.arange(0, BLOCK_V)
     max_z = tl.full((BLOCK_V,), LOWEST, tl.float32)
     for start in range(0, vocab, BLOCK_V):
-        z = _load_logits(z_row, bias_ptr, start + lanes, vocab, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
+        z = _load_logits(z_row, bias_ptr, start + lanes, vocab, padded, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
         max_z = tl.maximum(max_z, z)
     top = tl.max(max_z, 0)
 
@@ -192,7 +217,7 @@ def exp_rows(
     bias_dot = tl.zeros((BLOCK_V,), tl.float32)
     for start in range(0, vocab, BLOCK_V):
         offs_v = start + lanes
-        z = _load_logits(z_row, bias_ptr, offs_v, vocab, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
+        z = _load_logits(z_row, bias_ptr, offs_v, vocab, padded, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
         e = tl.exp(z - top)
         rounded = (e * e_scale).to(e_ptr.dtype.element_ty)
         exact += e
@@ -201,11 +226,11 @@ def exp_rows(
         if WANT_Z_MEAN:
             z_dot += e * tl.where(e == 0.0, 0.0, z)
         if HAS_VALUE_BIAS:
-            bias = tl.load(value_bias_ptr + offs_v, mask=offs_v < vocab, other=0.0)
+            bias = tl.load(value_bias_ptr + offs_v, mask=offs_v < padded, other=0.0)
             bias_dot += e * tl.where(e == 0.0, 0.0, bias)
         if BARRIER:
             tl.debug_barrier()
-        tl.store(e_row + offs_v, rounded, mask=offs_v < vocab)
+        tl.store(e_row + offs_v, rounded, mask=offs_v < padded)
     total = tl.sum(exact, 0)
     tl.store(lse_ptr + row, top + tl.log(total))
     tl.store(inv_sum_ptr + row, 1.0 / tl.sum(stored, 0))
