@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.collate import Batch, collate
+from ..data.batch import Batch, tokenise_rows
 from ..data.read import TextRow
 from ..models import MTLLM
 
@@ -102,9 +102,10 @@ class Engine:
     @torch.no_grad()
     def _run_window(self, rows: list[TextRow], run: Callable[[Batch], Tensor]) -> np.ndarray:
         self.model.eval()
-        tokenizer = self.model.tokenizer
+        tokenizer, name = self.model.tokenizer, self.model.side
         assert tokenizer is not None
-        side = tokenizer.mt_side(rows) if self.model.side == "mt" else tokenizer.llm_side(rows)
+        tokenised = tokenise_rows(rows, tokenizer, (name,))
+        side = tokenised.sides[name]
         self.truncated += side.truncated
         lengths = [len(ids) for ids in side.ids]
         # rows of similar length share a pack, so that attention pads little where the backend has to pad
@@ -117,8 +118,7 @@ class Engine:
                 total += lengths[order[stop]]
                 stop += 1
             members = order[start:stop]
-            batch = collate([rows[i] for i in members], tokenizer, sides=(self.model.side,), align=False).to(self.device)
-            result = run(batch).float().cpu().numpy()
+            result = run(tokenised.batch(members, align=False).to(self.device)).float().cpu().numpy()
             if out is None:
                 out = np.empty((len(rows), *result.shape[1:]), np.float32)
             out[members] = result

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..kernels import linear_kl
 from ..models.heads import TaskHead, segment_mean, span_mean
-from .reference import kl, lm_head_kl, mse
+from .reference import kl, mse
 
 if TYPE_CHECKING:
     from ..data.collate import Batch
@@ -112,17 +113,19 @@ class DistillationLoss(nn.Module):
         if weights.needs_pairs:
             if batch.mt_rows is None or batch.llm_rows is None:
                 raise ValueError("paired_mse and kl need aligned rows: collate the batch with align=True")
-            student_rows, teacher_rows = student.index_select(0, batch.mt_rows), teacher.index_select(0, batch.llm_rows)
             if weights.paired_mse:
-                terms["paired_mse"] = LossTerm(*mse(student_rows, teacher_rows))
+                rows = student.index_select(0, batch.mt_rows), teacher.index_select(0, batch.llm_rows)
+                terms["paired_mse"] = LossTerm(*mse(*rows))
             if weights.kl:
                 if lm_head is None:
                     raise ValueError("kl > 0 needs lm_head, the LLM's output head")
-                total, count = lm_head_kl(
-                    student_rows,
-                    teacher_rows,
-                    lm_head.weight,
-                    lm_head.bias,
+                total, count = linear_kl(
+                    student,
+                    lm_head.weight.detach(),
+                    teacher,
+                    bias_s=None if lm_head.bias is None else lm_head.bias.detach(),
+                    rows_s=batch.mt_rows,
+                    rows_t=batch.llm_rows,
                     temperature=weights.temperature,
                     softcap=lm_head.softcap,
                 )

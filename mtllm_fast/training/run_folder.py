@@ -48,7 +48,7 @@ class RunFolder:
             for name in sorted(set(now) | set(before)):
                 if name.rsplit(".", 1)[-1] not in _FREE and now.get(name) != before.get(name):
                     raise ValueError(
-                        f"--resume: {name}={now.get(name)!r}, but the run in {output!r} was started with {before.get(name)!r}"
+                        f"--resume: {name.removeprefix('train.')}={now.get(name)!r}, but the run in {output!r} was started with {before.get(name)!r}"
                     )
 
     def start(self) -> None:

@@ -293,9 +293,8 @@ def run_stage(
     next(iter(dataset), None)  # what is wrong with the first rows is said before anything is written
     steps, per_epoch = optim.max_steps, None
     if steps == -1 or validate is not None:
-        # packs differ between epochs only where rows are shuffled; the count of the first is the length of all
         world = int(os.environ.get("WORLD_SIZE", "1"))
-        packs = sum(1 for _ in PackedLoader(dataset))
+        packs = PackedLoader(dataset, num_workers=optim.workers).count()  # of the first epoch; shuffling moves it little
         per_step = optim.gradient_accumulation * world
         per_epoch = max(math.ceil(packs / per_step), 1)
         steps = per_epoch * optim.epochs if steps == -1 else steps

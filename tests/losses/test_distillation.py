@@ -1,0 +1,168 @@
+"""Every term of the distillation loss against its definition, and the loss object's contract."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mtllm_fast.data.batch import Batch
+from mtllm_fast.data.pack import PackedBatch
+from mtllm_fast.losses import DistillationLoss, DistillationWeights
+from mtllm_fast.losses.reference import kl, lm_head_kl, mse
+from mtllm_fast.models import HeadConfig, TaskHead, segment_mean, span_mean
+from mtllm_fast.models.llm import LMHead
+from tests.conftest import assert_matches
+
+D, V = 16, 50
+
+
+def _packed(lengths: tuple[int, ...]) -> PackedBatch:
+    return PackedBatch.from_sequences([[1] * n for n in lengths])
+
+
+@pytest.fixture
+def pack() -> tuple[torch.Tensor, torch.Tensor, Batch]:
+    generator = torch.Generator().manual_seed(0)
+    mt, llm = _packed((5, 1, 63, 3)), _packed((4, 2, 65, 3))
+    rows = torch.tensor([0, 3, 5, 40, 71]), torch.tensor([1, 2, 4, 44, 73])
+    student = torch.randn(mt.num_tokens, D, generator=generator, requires_grad=True)
+    teacher = torch.randn(llm.num_tokens, D, generator=generator)
+    return student, teacher, Batch(mt, llm, *rows, ids=(None,) * 4)
+
+
+def _mean_by_loop(states: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    bounds = batch.cu_seqlens.tolist()
+    return torch.stack([states[a:b].double().mean(0) if b > a else states.new_zeros(D).double() for a, b in zip(bounds, bounds[1:])])
+
+
+def test_segment_mean_against_a_loop() -> None:
+    batch = _packed((0, 1, 64, 0, 7))
+    states = torch.randn(batch.num_tokens, D, requires_grad=True)
+    probe = torch.randn(5, D)
+    assert_matches(segment_mean(states, batch), _mean_by_loop(states, batch).float(), 1e-6)
+    assert segment_mean(states, batch)[0].abs().max() == 0
+    (mine,) = torch.autograd.grad((segment_mean(states, batch) * probe).sum(), states)
+    (loop,) = torch.autograd.grad((_mean_by_loop(states, batch) * probe).sum(), states)
+    assert_matches(mine, loop, 1e-6)
+
+
+def test_span_mean_against_a_loop() -> None:
+    states = torch.randn(30, D)
+    spans = torch.tensor([[[0, 3], [3, 4]], [[10, 20], [29, 30]]])
+    loop = torch.stack([torch.stack([states[a:b].mean(0) for a, b in row]) for row in spans.tolist()])
+    assert_matches(span_mean(states, spans), loop, 1e-6)
+
+
+def test_terms_against_definitions(pack) -> None:
+    student, teacher, batch = pack
+    head, lm_head = TaskHead(D, HeadConfig(labels=("a", "b", "c"))), LMHead(torch.randn(V, D), torch.randn(V), None)
+    weights = DistillationWeights(1.0, 1.0, 1.0, 1.0, temperature=2.0)
+    terms = DistillationLoss(weights)(student, teacher, batch, lm_head=lm_head, task_head=head)
+    assert {name: float(term.count) for name, term in terms.items()} == weights.counts(batch)
+    pooled = [_mean_by_loop(x, side) for x, side in ((student, batch.mt), (teacher, batch.llm))]
+    s, t = student[batch.mt_rows].double(), teacher[batch.llm_rows].double()
+
+    def kl_by_hand(zs: torch.Tensor, zt: torch.Tensor) -> torch.Tensor:
+        p, q = torch.softmax(zt / 2.0, -1), torch.softmax(zs / 2.0, -1)
+        return 4.0 * (p * (p / q).log()).sum()
+
+    w, b = lm_head.weight.double(), lm_head.bias.double()
+    expected = {
+        "pooled_mse": (pooled[0] - pooled[1]).square().mean(-1).sum(),
+        "paired_mse": (s - t).square().mean(-1).sum(),
+        "kl": kl_by_hand(s @ w.T + b, t @ w.T + b),
+        "head_kl": kl_by_hand(*(x @ head.linear.weight.double().T for x in pooled)),
+    }
+    for name, value in expected.items():
+        assert_matches(terms[name].sum, value.float(), 1e-5)
+        (mine,) = torch.autograd.grad(terms[name].sum, student, retain_graph=True)
+        (theirs,) = torch.autograd.grad(value, student, retain_graph=True)
+        assert_matches(mine, theirs, 1e-5)
+
+
+def test_chunked_kl_reference_is_the_whole_one() -> None:
+    student, teacher, weight = torch.randn(70, D, requires_grad=True), torch.randn(70, D), torch.randn(V, D)
+    whole, count = kl(student @ weight.T, teacher @ weight.T, 1.5)
+    for rows in (1, 16, 69, 70, 1000):
+        chunked, chunked_count = lm_head_kl(student, teacher, weight, temperature=1.5, chunk_rows=rows)
+        assert_matches(chunked, whole, 1e-6)
+        assert float(chunked_count) == float(count) == 70
+        (mine,) = torch.autograd.grad(chunked, student)
+        (theirs,) = torch.autograd.grad(whole, student, retain_graph=True)
+        assert_matches(mine, theirs, 1e-5)
+
+
+def test_chunked_kl_reference_never_holds_the_logits() -> None:
+    """Peak of live tensor bytes stays far below one (N, V) matrix, forward and backward."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    rows, vocabulary = 512, 4000
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    self.elements = max(self.elements, tensor.numel())
+            return out
+
+    def largest(chunk_rows: int) -> int:
+        student = torch.randn(rows, D, requires_grad=True)
+        with Largest() as mode:
+            lm_head_kl(student, torch.randn(rows, D), torch.randn(vocabulary, D), chunk_rows=chunk_rows)[0].backward()
+        return mode.elements
+
+    assert largest(32) < rows * vocabulary / 8
+    assert largest(rows) >= rows * vocabulary  # the measurement sees a whole matrix where there is one
+
+
+def test_no_pairs_gives_zero_and_a_zero_gradient(pack) -> None:
+    student, teacher, batch = pack
+    none = torch.zeros(0, dtype=torch.int64)
+    batch = Batch(batch.mt, batch.llm, none, none, ids=batch.ids)
+    loss = DistillationLoss(DistillationWeights(0.0, 1.0, 1.0))
+    terms = loss(student, teacher, batch, lm_head=LMHead(torch.randn(V, D), None, None))
+    total = loss.total(terms, {"paired_mse": 0.0, "kl": 0.0})
+    (gradient,) = torch.autograd.grad(total, student)
+    assert float(total.detach()) == 0.0
+    assert float(gradient.abs().max()) == 0.0
+
+
+def test_mse_weights() -> None:
+    a, b = torch.randn(6, D), torch.randn(6, D)
+    weight = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.0, 0.5])
+    total, count = mse(a, b, weight)
+    assert_matches(total, ((a - b).square().mean(-1) * weight).sum(), 1e-6)
+    assert float(count) == 4.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"pooled_mse": -1.0}, "pooled_mse"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"pooled_mse": 0.0}, "at least one"),
+        ({"kl": float("nan")}, "kl"),
+    ],
+)
+def test_bad_weights(arguments, named) -> None:
+    with pytest.raises(ValueError, match=named):
+        DistillationWeights(**arguments)
+
+
+def test_bad_calls(pack) -> None:
+    student, teacher, batch = pack
+    with pytest.raises(ValueError, match="student has 71 rows"):
+        DistillationLoss()(student[:-1], teacher, batch)
+    with pytest.raises(ValueError, match="16 wide"):
+        DistillationLoss()(student, teacher[:, :8], batch)
+    with pytest.raises(ValueError, match="lm_head"):
+        DistillationLoss(DistillationWeights(kl=1.0))(student, teacher, batch)
+    with pytest.raises(ValueError, match="task_head"):
+        DistillationLoss(DistillationWeights(head_kl=1.0))(student, teacher, batch)
+    with pytest.raises(ValueError, match="align=True"):
+        DistillationLoss(DistillationWeights(kl=1.0))(student, teacher, Batch(batch.mt, batch.llm))
+    with pytest.raises(ValueError, match="temperature"):
+        kl(student, student, 0.0)

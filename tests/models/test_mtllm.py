@@ -1,0 +1,262 @@
+"""The stack: readers, padded calls, teacher and student in one model, heads, saving and loading."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mtllm_fast import MTLLM, Engine, HeadConfig, LoraSettings, PackedBatch, ProjectionConfig, TextRow
+from mtllm_fast.models import PackedLLM
+from tests.conftest import assert_matches
+
+SEQUENCES = [[5, 6, 7, 8, 9], [10], [11, 12, 13]]
+
+
+@pytest.fixture
+def stack(encoder_folder: str, llm_folder: str) -> MTLLM:
+    torch.manual_seed(2)
+    return MTLLM.stack(encoder_folder, llm_folder, lora=LoraSettings(r=4), dtype=torch.float32).eval()
+
+
+def _train_a_little(model: MTLLM) -> None:
+    """Random adapters, head and projection: a model that differs from its base everywhere."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name or name.startswith(("head.", "projection.")):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+@pytest.mark.parametrize("reader", ["stack", "llm", "encoder"])
+def test_padded_call_equals_packed(encoder_folder, llm_folder, reader) -> None:
+    head = HeadConfig(labels=("a", "b"))
+    model = MTLLM.stack(encoder_folder, llm_folder, reader=reader, lora=LoraSettings(r=2), head=head, dtype=torch.float32).eval()
+    _train_a_little(model)
+    batch = PackedBatch.from_sequences(SEQUENCES)
+    packed = model(batch)
+    right, mask = batch.to_padded(1)
+    left, left_mask = (x.clone() for x in (right, mask))
+    for row, sequence in enumerate(SEQUENCES):
+        left[row] = torch.tensor([1] * (5 - len(sequence)) + sequence)
+        left_mask[row] = torch.tensor([0] * (5 - len(sequence)) + [1] * len(sequence))
+    for ids, attention in ((right, mask), (left, left_mask)):
+        padded = model(ids, attention)
+        assert_matches(padded.last_hidden_state[attention.bool()], packed.last_hidden_state, 1e-5)
+        assert padded.last_hidden_state[~attention.bool()].abs().max() == 0
+        assert_matches(padded.logits, packed.logits, 1e-5)
+        assert_matches(padded.pooled, packed.pooled, 1e-5)
+
+
+def test_teacher_is_the_bare_llm(stack: MTLLM, llm_folder: str) -> None:
+    """Adapters act on the student and not on the teacher, in one model; the toggle restores what was on."""
+    batch = PackedBatch.from_sequences(SEQUENCES)
+    bare = PackedLLM.from_pretrained(llm_folder, dtype=torch.float32).eval()
+    fresh = stack.llm(batch)
+    assert_matches(fresh, bare(batch), 1e-6)  # a new adapter is the identity
+    _train_a_little(stack)
+    student, teacher = stack.llm(batch), stack.teacher_states(batch)
+    assert (student - teacher).abs().max() > 1e-2
+    assert torch.equal(teacher, bare(batch))
+    assert torch.equal(stack.llm(batch), student)
+    assert not teacher.requires_grad
+    stack.train()
+    stack.teacher_states(batch)
+    assert stack.llm.training
+
+
+def test_only_the_student_trains(stack: MTLLM) -> None:
+    stack.train()
+    stack.states(PackedBatch.from_sequences(SEQUENCES)).sum().backward()
+    with_gradient = {name for name, p in stack.named_parameters() if p.grad is not None}
+    assert with_gradient
+    assert all(".lora_" in name or name.startswith("projection.") for name in with_gradient)
+    assert not stack.encoder.training  # frozen: its dropout stays off
+
+
+def test_projection_starts_at_the_scale_of_the_embeddings(stack: MTLLM) -> None:
+    ids = torch.randint(4, stack.encoder.vocab_size, (20, 12)).tolist()
+    states = stack.projection(stack.encoder(PackedBatch.from_sequences(ids)))
+    assert float(states.detach().std()) == pytest.approx(stack.llm.embedding_std(), rel=0.2)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("reader", ["stack", "llm", "encoder"])
+def test_save_and_load(encoder_folder, llm_folder, tmp_path, reader, kind) -> None:
+    model = MTLLM.stack(
+        encoder_folder if reader != "llm" else None,
+        llm_folder if reader != "encoder" else None,
+        reader=reader,
+        lora=LoraSettings(r=4),
+        head=HeadConfig(labels=("no", "yes", "maybe")),
+        projection=ProjectionConfig(kind=kind),
+        dtype=torch.float32,
+    )
+    _train_a_little(model)
+    model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model" / "llm").exists()  # base models are referred to, not copied
+    loaded = MTLLM.from_pretrained(tmp_path / "model")
+    rows = [TextRow("A river runs.", "fra_Latn"), TextRow("Trains", text_pair="leave every hour")]
+    assert_matches(torch.from_numpy(Engine(loaded).classify(rows)), torch.from_numpy(Engine(model).classify(rows)), 1e-6)
+    assert loaded.config.labels == ["no", "yes", "maybe"]
+
+
+def test_save_with_base_needs_nothing_else(encoder_folder, llm_folder, tmp_path, stack) -> None:
+    _train_a_little(stack)
+    copies = {name: shutil.copytree(folder, tmp_path / name) for name, folder in (("e", encoder_folder), ("l", llm_folder))}
+    model = MTLLM.stack(str(copies["e"]), str(copies["l"]), lora=LoraSettings(r=4), dtype=torch.float32)
+    _train_a_little(model)
+    model.save_pretrained(tmp_path / "whole", include_base=True)
+    expected = Engine(model).encode(["The mill"], "deu_Latn")
+    for folder in copies.values():
+        shutil.rmtree(folder)
+    whole = MTLLM.from_pretrained(tmp_path / "whole")
+    assert_matches(torch.from_numpy(Engine(whole).encode(["The mill"], "deu_Latn")), torch.from_numpy(expected), 1e-6)
+
+
+def test_models_made_in_memory(stack, tmp_path) -> None:
+    torch.manual_seed(0)
+    settings = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    llm = LlamaForCausalLM(LlamaConfig(vocab_size=stack.llm.vocab_size, **settings))
+    model = MTLLM.stack(stack.encoder.model, llm, tokenizer=stack.tokenizer, lora=LoraSettings(r=2))
+    with pytest.raises(ValueError, match="include_base"):
+        model.save_pretrained(tmp_path / "m", include_base=False)
+    model.save_pretrained(tmp_path / "m")
+    loaded = MTLLM.from_pretrained(tmp_path / "m")
+    batch = PackedBatch.from_sequences(SEQUENCES)
+    assert_matches(loaded(batch).pooled, model.eval()(batch).pooled, 1e-6)
+    with pytest.raises(ValueError, match="tokenizer"):
+        MTLLM.stack(stack.encoder.model, llm)
+
+
+def test_sharded_weights(stack, tmp_path, monkeypatch) -> None:
+    import huggingface_hub
+
+    original = huggingface_hub.save_torch_state_dict
+    monkeypatch.setattr(huggingface_hub, "save_torch_state_dict", lambda *a, **k: original(*a, **{**k, "max_shard_size": "4KB"}))
+    _train_a_little(stack)
+    stack.save_pretrained(tmp_path / "m")
+    assert len(list((tmp_path / "m").glob("model-*.safetensors"))) > 1
+    batch = PackedBatch.from_sequences(SEQUENCES)
+    assert_matches(MTLLM.from_pretrained(tmp_path / "m")(batch).pooled, stack.eval()(batch).pooled, 1e-6)
+
+
+def _damage_cut(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _damage_missing(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def _damage_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "mtl')
+
+
+def _damage_foreign(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+
+
+def _damage_adapter(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["adapters"]["student"]["r"] = 8
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (_damage_cut, "cut short"),
+        (_damage_missing, "is missing"),
+        (_damage_config, "damaged"),
+        (_damage_foreign, "not of an MTLLM"),
+        (_damage_adapter, "needs"),
+        (lambda folder: shutil.rmtree(folder), "no such folder"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json"),
+    ],
+)
+def test_damaged_folders_are_named(stack, tmp_path, damage, says) -> None:
+    folder = tmp_path / "m"
+    stack.save_pretrained(folder)
+    damage(folder)
+    with pytest.raises(ValueError, match=says) as caught:
+        MTLLM.from_pretrained(folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_folders_that_are_no_models(tmp_path, llm_folder, encoder_folder) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"encoder=.*config.json"):
+        MTLLM.stack(str(tmp_path / "empty"), llm_folder)
+    with pytest.raises(ValueError, match=r"llm=.*no such folder"):
+        MTLLM.stack(encoder_folder, str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="llama"):
+        MTLLM.stack(llm_folder, llm_folder)
+    with pytest.raises(ValueError, match="llm"):
+        MTLLM.stack(encoder_folder, encoder_folder)
+    pickled = tmp_path / "pickled"
+    shutil.copytree(llm_folder, pickled)
+    (pickled / "model.safetensors").unlink()
+    torch.save({}, pickled / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="only safetensors"):
+        MTLLM.stack(encoder_folder, str(pickled))
+    cut = tmp_path / "cut"
+    shutil.copytree(llm_folder, cut)
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(ValueError, match="llm="):
+        MTLLM.stack(encoder_folder, str(cut))
+
+
+def test_failed_save_leaves_the_old_model(stack, tmp_path, monkeypatch) -> None:
+    stack.save_pretrained(tmp_path / "m")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "m").iterdir() if p.is_file()}
+
+    def full_disk(*arguments, **settings):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.save_torch_state_dict", full_disk)
+    _train_a_little(stack)
+    with pytest.raises(OSError, match="No space"):
+        stack.save_pretrained(tmp_path / "m")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "m").iterdir() if p.is_file()} == before
+
+
+def test_choice_head(encoder_folder, llm_folder) -> None:
+    """Multiple choice: one score per choice, from the states of its own tokens."""
+    model = MTLLM.stack(encoder_folder, llm_folder, head=HeadConfig("choice"), dtype=torch.float32).eval()
+    rows = [TextRow("Which one floats?", choices=("a stone", "a boat", "an anchor")), TextRow("Where?", choices=("here", "there", "nowhere"))]
+    logits = Engine(model).classify(rows)
+    assert logits.shape == (2, 3)
+    swapped = [TextRow(rows[0].text, choices=rows[0].choices), rows[1]]
+    assert (Engine(model).classify(swapped[::-1])[::-1] == logits).all() or abs(Engine(model).classify(swapped[::-1])[::-1] - logits).max() < 1e-5
+
+
+def test_mixed_languages_give_the_rows_of_one_language_at_a_time(stack) -> None:
+    texts = ["A river", "Trains leave", "Nobody knew why the lights went out", "bread"]
+    codes = ["fra_Latn", "deu_Latn", "zho_Hans", "fra_Latn"]
+    engine = Engine(stack, max_tokens=64, window=3)
+    mixed = torch.from_numpy(engine.encode(texts, codes))
+    alone = torch.cat([torch.from_numpy(engine.encode([t], c)) for t, c in zip(texts, codes)])
+    assert_matches(mixed, alone, 1e-5)
+    other = torch.from_numpy(engine.encode(texts, "eng_Latn"))
+    assert (other - mixed).abs().max() > 1e-3  # the language matters
+
+
+def test_bad_input_to_the_engine(stack) -> None:
+    engine = Engine(stack)
+    with pytest.raises(ValueError, match=r"texts\[1\] is empty"):
+        engine.encode(["a", " "])
+    with pytest.raises(ValueError, match="fra_Latn"):
+        engine.encode(["a"], "fra_Lat")
+    with pytest.raises(TypeError, match="list"):
+        engine.encode("a")
+    with pytest.raises(ValueError, match="2 codes for 1"):
+        engine.encode(["a"], ["eng_Latn", "fra_Latn"])
+    with pytest.raises(ValueError, match="no task head"):
+        engine.classify([TextRow("a")])
