@@ -88,7 +88,6 @@ def quiet() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message="Already found a `peft_config`")
 
 
 def yaml_default(settings_type: type, arguments: list[str]) -> tuple[Any, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,7 +63,9 @@ class AdaptedModel(nn.Module):
             bias="none",
         )
         self.model.requires_grad_(False)
-        inject_adapter_in_model(config, self.model, adapter_name=name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
+            inject_adapter_in_model(config, self.model, adapter_name=name)
         self.adapters[name] = settings
         self._tuned = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
         self.train_adapter(name)

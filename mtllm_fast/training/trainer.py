@@ -290,7 +290,9 @@ def run_stage(
         shuffle_buffer=optim.shuffle_buffer,
         seed=optim.seed,
     )
-    next(iter(dataset), None)  # what is wrong with the first rows is said before anything is written
+    # what is wrong with the first rows is said before anything is written
+    if next(iter(dataset), None) is None:
+        raise ValueError("the training data holds no usable row")
     steps, per_epoch = optim.max_steps, None
     if steps == -1 or validate is not None:
         world = int(os.environ.get("WORLD_SIZE", "1"))

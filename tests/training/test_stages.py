@@ -1,0 +1,213 @@
+"""The three stages on tiny models: they learn, they resume exactly, and they refuse what does not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mtllm_fast import MTLLM, Engine, TextRow
+from mtllm_fast.losses import DistillationWeights
+from mtllm_fast.models import LoraSettings
+from mtllm_fast.training import AdaptConfig, DistillConfig, FinetuneConfig, OptimSettings, adapt, distill, finetune
+from mtllm_fast.training.run_folder import is_complete, last_complete
+from tests.tiny import LINES
+
+TASK = [TextRow(line + " " + ("good", "bad")[i % 2], label=i % 2) for i, line in enumerate(LINES * 4)]
+LABELS = ["good", "bad"]
+
+
+def _optim(**changes) -> OptimSettings:
+    settings = {"tokens": 96, "max_length": 48, "progress": False, "report_to": "none", "device": "cpu", "lr": 2e-3, "log_steps": 5}
+    return OptimSettings(**{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory, encoder_folder, llm_folder) -> str:
+    output = str(tmp_path_factory.mktemp("adapt") / "run")
+    loss = DistillationWeights(pooled_mse=1.0, paired_mse=1.0, kl=0.5, temperature=2.0)
+    config = AdaptConfig(encoder=encoder_folder, llm=llm_folder, output=output, loss=loss, train=_optim(max_steps=40, warmup=0.1))
+    metrics = adapt(config, [TextRow(line) for line in LINES])
+    assert metrics["data"]["rows"] > 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory, llm_folder) -> str:
+    output = str(tmp_path_factory.mktemp("teacher") / "run")
+    config = FinetuneConfig(llm=llm_folder, output=output, train=_optim(max_steps=-1, epochs=12, lr=5e-3))
+    finetune(config, TASK, LABELS, TASK[:12])
+    return output
+
+
+def test_adapt_learns(adapted: str) -> None:
+    log = [json.loads(line) for line in (Path(adapted) / "log.jsonl").read_text().splitlines()]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert losses[-1] < 0.7 * losses[0]
+    for term in ("pooled_mse", "paired_mse", "kl"):
+        values = [entry[term] for entry in log if term in entry]
+        assert values[-1] < values[0]
+    first = next(entry for entry in log if "loss" in entry)
+    assert first["loss"] == pytest.approx(first["pooled_mse"] + first["paired_mse"] + 0.5 * first["kl"], rel=1e-4)
+
+
+def test_task_teacher_learns_and_keeps_its_best_checkpoint(teacher: str) -> None:
+    gold = torch.tensor([row.label for row in TASK])
+    logits = torch.from_numpy(Engine(MTLLM.from_pretrained(teacher)).classify(TASK))
+    accuracy = float((logits.argmax(-1) == gold).float().mean())
+    log = [json.loads(line) for line in (Path(teacher) / "log.jsonl").read_text().splitlines()]
+    seen = [entry["eval_accuracy"] for entry in log if "eval_accuracy" in entry]
+    assert len(seen) == 12
+    assert accuracy > 0.8
+    valid = float((logits[:12].argmax(-1) == gold[:12]).float().mean())
+    assert valid == pytest.approx(max(seen))
+
+
+def test_distill_approaches_the_teacher(adapted, teacher, tmp_path) -> None:
+    output = str(tmp_path / "run")
+    config = DistillConfig(model=adapted, teacher=teacher, output=output, train=_optim(max_steps=60, lr=5e-3), loss=DistillationWeights(head_kl=1.0))
+    distill(config, TASK, TASK[:12])
+    log = [json.loads(line) for line in (Path(output) / "log.jsonl").read_text().splitlines()]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert losses[-1] < 0.7 * losses[0]
+    mine, theirs = (load_file(Path(folder) / "model.safetensors") for folder in (output, teacher))
+    assert torch.equal(mine["head.linear.weight"], theirs["head.linear.weight"])  # copied and frozen
+    before = load_file(Path(adapted) / "model.safetensors")
+    assert torch.equal(mine["projection.layers.weight"], before["projection.layers.weight"])  # frozen in this stage
+    assert not any(".teacher." in name for name in mine)
+    assert Engine(MTLLM.from_pretrained(output)).classify(TASK[:3]).shape == (3, 2)
+
+
+@pytest.mark.parametrize("source", ["encoder", "model"])
+def test_baselines_train(adapted, encoder_folder, tmp_path, source) -> None:
+    named = {"encoder": encoder_folder} if source == "encoder" else {"model": adapted}
+    config = FinetuneConfig(output=str(tmp_path / "run"), train=_optim(max_steps=20, lr=5e-3), **named)
+    metrics = finetune(config, TASK, LABELS)
+    assert metrics["train_loss"] < 0.75
+    model = MTLLM.from_pretrained(tmp_path / "run")
+    assert model.config.reader == ("encoder" if source == "encoder" else "stack")
+    assert model.config.labels == LABELS
+
+
+def _adapt_command(encoder: str, llm: str, text: Path, output: Path, *more: str) -> list[str]:
+    options = {
+        "--encoder": encoder, "--llm": llm, "--text": str(text), "--output": str(output), "--max-steps": "60", "--save-steps": "10",
+        "--tokens": "96", "--max-length": "48", "--report-to": "none", "--loss.paired-mse": "1", "--gradient-accumulation": "2",
+    }  # fmt: skip
+    return [sys.executable, "-m", "mtllm_fast.cli", "adapt", *(x for pair in options.items() for x in pair), "--no-progress", *more]
+
+
+def test_killed_run_resumes_bitwise(tmp_path, encoder_folder, llm_folder) -> None:
+    """kill -9 in the middle, the same command with --resume: the weights of the uninterrupted run, bit for bit."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(LINES * 3) + "\n")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(_adapt_command(encoder_folder, llm_folder, text, whole), env=environment, check=True, capture_output=True)
+    process = subprocess.Popen(_adapt_command(encoder_folder, llm_folder, text, killed), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while last_complete(killed) is None and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert last_complete(killed) is not None
+    assert not (killed / "model.safetensors").exists(), "the run ended before it was killed"
+    # a checkpoint cut in half is not taken for one
+    broken = killed / "checkpoint-59"
+    broken.mkdir()
+    (broken / "model.safetensors").write_bytes(b"\0" * 10)
+    done = subprocess.run(_adapt_command(encoder_folder, llm_folder, text, killed, "--resume"), env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_truncated_checkpoint_is_not_complete(adapted) -> None:
+    import shutil
+
+    checkpoint = last_complete(Path(adapted))
+    assert checkpoint is not None
+    copy = checkpoint.with_name("checkpoint-999")
+    shutil.copytree(checkpoint, copy)
+    try:
+        assert is_complete(copy)
+        path = copy / "optimizer.pt"
+        path.write_bytes(path.read_bytes()[:-1])
+        assert not is_complete(copy)
+        assert last_complete(Path(adapted)) == checkpoint
+    finally:
+        shutil.rmtree(copy)
+
+
+def test_output_of_another_run_is_refused(adapted, encoder_folder, llm_folder, tmp_path) -> None:
+    rows = [TextRow(line) for line in LINES]
+    config = AdaptConfig(encoder=encoder_folder, llm=llm_folder, output=adapted, train=_optim(max_steps=2))
+    with pytest.raises(ValueError, match="holds another run"):
+        adapt(config, rows)
+    with pytest.raises(ValueError, match="--resume: .*was started with"):
+        adapt(AdaptConfig(**{**vars(config), "resume": True}), rows)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        adapt(AdaptConfig(**{**vars(config), "output": str(tmp_path / "file")}), rows)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match="is not empty"):
+        adapt(AdaptConfig(**{**vars(config), "output": str(tmp_path / "full")}), rows)
+
+
+def test_nothing_is_written_when_the_text_is_wrong(encoder_folder, llm_folder, tmp_path) -> None:
+    output = tmp_path / "run"
+    config = AdaptConfig(encoder=encoder_folder, llm=llm_folder, output=str(output), train=_optim(max_steps=2))
+    with pytest.raises(ValueError, match="eng_Latn"):
+        adapt(config, [TextRow("hello", "eng_Lat")])
+    with pytest.raises(ValueError, match="no usable row"):
+        adapt(config, [])
+    assert not output.exists()
+
+
+def test_teachers_that_do_not_fit(adapted, teacher, encoder_folder, llm_folder, tmp_path) -> None:
+    config = {"output": str(tmp_path / "run"), "train": _optim(max_steps=2)}
+    with pytest.raises(ValueError, match="not a task teacher"):
+        distill(DistillConfig(model=adapted, teacher=adapted, **config), TASK)
+    with pytest.raises(ValueError, match="not an adapted stack"):
+        distill(DistillConfig(model=teacher, teacher=teacher, **config), TASK)
+    causal = str(tmp_path / "causal")
+    finetune(FinetuneConfig(llm=llm_folder, causal=True, output=causal, train=_optim(max_steps=1)), TASK, LABELS)
+    with pytest.raises(ValueError, match="causal"):
+        distill(DistillConfig(model=adapted, teacher=causal, **config), TASK)
+    with pytest.raises(ValueError, match="exactly one"):
+        finetune(FinetuneConfig(llm=llm_folder, encoder=encoder_folder, **config), TASK, LABELS)
+    with pytest.raises(ValueError, match="labels"):
+        finetune(FinetuneConfig(llm=llm_folder, **config), [TextRow("no label")], LABELS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"lr": 0.0}, "lr"), ({"max_steps": 0}, "max_steps"), ({"tokens": 10}, "tokens"), ({"keep": 1}, "keep"), ({"warmup": 1.5}, "warmup")],
+)
+def test_bad_settings_are_named(changes, named) -> None:
+    with pytest.raises(ValueError, match=named):
+        _optim(**changes)
+
+
+def test_gradient_checkpointing_changes_nothing(encoder_folder, llm_folder, tmp_path) -> None:
+    rows = [TextRow(line) for line in LINES]
+    weights = []
+    for index, switch in enumerate((False, True)):
+        config = AdaptConfig(
+            encoder=encoder_folder, llm=llm_folder, output=str(tmp_path / str(index)), lora=LoraSettings(dropout=0.0),
+            train=_optim(max_steps=3, gradient_checkpointing=switch),
+        )  # fmt: skip
+        adapt(config, rows)
+        weights.append(load_file(tmp_path / str(index) / "model.safetensors"))
+    for name, tensor in weights[0].items():
+        assert torch.allclose(tensor, weights[1][name], rtol=1e-5, atol=1e-7), name
+
+
