@@ -1,0 +1,155 @@
+"""What every benchmark shares: the record, interleaved timing, peak memory, a correctness gate, versions."""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Record:
+    """One variant of one case. Times in ms; memory in MiB; None where not measured."""
+
+    case: str
+    shape: dict[str, int]
+    dtype: str
+    device: str
+    variant: str
+    gate: str  # "pass", "fail", or "none" for a variant that computes no result
+    time_ms: float | None = None
+    time_ms_p20: float | None = None
+    time_ms_p80: float | None = None
+    forward_ms: float | None = None
+    peak_incremental_mib: float | None = None
+    floor_ms: float | None = None
+    gate_detail: dict[str, float] = field(default_factory=dict)
+    notes: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    commit: str = ""
+
+
+def versions() -> dict[str, str]:
+    """Versions of what can change a result."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "triton", "liger-kernel", "transformers"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """Short hash of the checkout, with "+changes" when tracked files differ from it; "" outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        where = Path(__file__).parent
+        return subprocess.run(["git", *arguments], cwd=where, capture_output=True, text=True).stdout.strip()
+
+    head = git("rev-parse", "--short=10", "HEAD")
+    return head + ("+changes" if head and git("status", "--porcelain", "-uno", "--", "../kernels", ".") else "")
+
+
+def device_name(device: str) -> str:
+    """The device in words, as results are filed under."""
+    if device == "cpu":
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        model = next(
+            (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+        )
+        return f"{model}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    return torch.cuda.get_device_name()
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """||got - want|| / ||want|| in fp64; NaN anywhere gives NaN."""
+    want = want.double()
+    return float((got.double() - want).norm() / want.norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def synchronise(device: str) -> None:
+    """Wait for the device."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def interleaved(
+    variants: dict[str, Callable[[], object]],
+    device: str,
+    repeats: int,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, list[float]]:
+    """Times in ms by variant, one of each per round, after one warm-up round; cyclic order, so that no variant always
+    follows the same neighbour."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    names = list(variants)
+    for round_ in range(repeats + 1):
+        for k in range(len(names)):
+            name = names[(k + round_) % len(names)]
+            synchronise(device)
+            start = time.perf_counter()
+            variants[name]()
+            synchronise(device)
+            elapsed = (time.perf_counter() - start) * 1e3
+            if round_:
+                times[name].append(elapsed)
+            progress(f"round {round_}/{repeats} {name} {elapsed:.0f} ms")
+        gc.collect()
+    return times
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """Linear-interpolation percentile, q in [0, 1]."""
+    ordered = sorted(values)
+    position = q * (len(ordered) - 1)
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def _status_mib(key: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"/proc/self/status has no {key}")
+
+
+def peak_incremental_mib(run: Callable[[], object], device: str) -> float:
+    """Memory that `run` needs on top of what is allocated before it.
+
+    CUDA: the allocator's high-water mark. CPU: the process's resident high-water mark (VmHWM, reset through
+    /proc/self/clear_refs), so whatever the libraries allocate counts too; call it in a fresh process whose libraries
+    are warmed up, or memory that the heap already holds is missed.
+    """
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_mib("VmRSS")
+    run()
+    return _status_mib("VmHWM") - before
+
+
+def write(path: Path, records: Sequence[Any]) -> None:
+    """Write records (dataclasses or dicts) as a JSON list."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [r if isinstance(r, dict) else asdict(r) for r in records]
+    path.write_text(json.dumps(rows, indent=1) + "\n")

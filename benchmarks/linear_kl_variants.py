@@ -1,0 +1,198 @@
+"""The variants that `benchmarks.linear_kl` and `benchmarks.kl_accuracy` compare: ours and the baselines.
+
+Every variant is a function of one `Problem` that leaves `problem.h_s.grad` and returns the mean loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from mtllm_fast.kernels import TeacherMoments, linear_kl, teacher_moments
+from mtllm_fast.kernels.gemms import cpu_nt, mm_f32
+from mtllm_fast.kernels.tiles import LINEAR_KL, LINEAR_KL_CPU, architecture
+from torch import Tensor
+
+
+@dataclass
+class Problem:
+    """A teacher, a student near it, one shared frozen head; forward KL at temperature 1 over all rows."""
+
+    h_s: Tensor  # (T, D), requires a gradient
+    h_t: Tensor  # (T, D)
+    w: Tensor  # (V, D)
+    moments: TeacherMoments | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.h_s.shape[0]
+
+    def cached_moments(self) -> TeacherMoments:
+        if self.moments is None:
+            self.moments = teacher_moments(self.h_t, self.w)
+        return self.moments
+
+
+def make_problem(
+    rows: int,
+    width: int,
+    vocab: int,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    noise: float = 0.1,
+    spread: float = 3.0,
+    seed=0,
+) -> Problem:
+    """Random states whose logits have the standard deviation `spread`; the student's differ by `noise`, relative.
+
+    Head rows differ in norm by a factor of three, so that rows are peaked over part of the vocabulary.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    w = normal(vocab, width) * (0.5 + torch.rand(vocab, 1, generator=generator)) * (spread / width**0.5)
+    h_t = normal(rows, width)
+    h_s = h_t + noise * normal(rows, width)
+    h_s = h_s.to(device, dtype).requires_grad_()
+    return Problem(h_s, h_t.to(device, dtype), w.to(device, dtype))
+
+
+def ours(p: Problem) -> Tensor:
+    """Difference form."""
+    total, count = linear_kl(p.h_s, p.w, p.h_t)
+    loss = total / count
+    loss.backward()
+    return loss.detach()
+
+
+def ours_moments(p: Problem) -> Tensor:
+    """Moment form with a cached teacher."""
+    total, count = linear_kl(p.h_s, p.w, teacher=p.cached_moments())
+    loss = total / count
+    loss.backward()
+    return loss.detach()
+
+
+def ours_moments_bf16(p: Problem) -> Tensor:
+    """Moment form with a teacher cached in bf16."""
+    total, count = linear_kl(p.h_s, p.w, teacher=p.cached_moments().to(dtype=torch.bfloat16))
+    loss = total / count
+    loss.backward()
+    return loss.detach()
+
+
+def ours_moments_uncached(p: Problem) -> Tensor:
+    """Moment form including the teacher's part: what a first epoch costs."""
+    total, count = linear_kl(p.h_s, p.w, p.h_t, form="moments")
+    loss = total / count
+    loss.backward()
+    return loss.detach()
+
+
+def unfused(p: Problem) -> Tensor:
+    """F.linear, log_softmax, kl_div, in the inputs' dtype."""
+    with torch.no_grad():
+        teacher = F.log_softmax(F.linear(p.h_t, p.w), -1)
+    student = F.log_softmax(F.linear(p.h_s, p.w), -1)
+    loss = F.kl_div(student, teacher, reduction="sum", log_target=True) / p.rows
+    loss.backward()
+    return loss.detach()
+
+
+def unfused_upcast(p: Problem) -> Tensor:
+    """Logits in the inputs' dtype, everything after them in fp32: what trainers usually do."""
+    with torch.no_grad():
+        teacher = F.log_softmax(F.linear(p.h_t, p.w).float(), -1)
+    student = F.log_softmax(F.linear(p.h_s, p.w).float(), -1)
+    loss = F.kl_div(student, teacher, reduction="sum", log_target=True) / p.rows
+    loss.backward()
+    return loss.detach()
+
+
+def chunked(p: Problem, chunk: int = 256) -> Tensor:
+    """A plain loop of `unfused` over row chunks, each with its own backward."""
+    total = torch.zeros((), device=p.w.device)
+    for start in range(0, p.rows, chunk):
+        rows = slice(start, start + chunk)
+        with torch.no_grad():
+            teacher = F.log_softmax(F.linear(p.h_t[rows], p.w).float(), -1)
+        student = F.log_softmax(F.linear(p.h_s[rows], p.w).float(), -1)
+        loss = F.kl_div(student, teacher, reduction="sum", log_target=True) / p.rows
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def liger_chunked(p: Problem) -> Tensor:
+    """Liger's chunked JSD loss at beta 0; `compiled` only where there is a GPU. It always computes dW too."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    module = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=p.w.is_cuda)
+    labels = torch.zeros(p.rows, dtype=torch.long, device=p.w.device)
+    loss = module(p.h_s, p.w, p.h_t, p.w, labels)
+    loss.backward()
+    return loss.detach()
+
+
+def liger_fused_jsd(p: Problem) -> Tensor:
+    """Liger's Triton fused linear JSD at beta 0 (CUDA only)."""
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    loss = LigerFusedLinearJSD(jsd_beta=0.0)(p.h_s, p.w, p.h_t, p.w)
+    loss.backward()
+    return loss.detach()
+
+
+def compiled(p: Problem) -> Tensor:
+    """torch.compile of `unfused_upcast`'s forward."""
+    with torch.no_grad():
+        teacher = _compiled_log_probs(p.h_t, p.w)
+    loss = F.kl_div(_compiled_log_probs(p.h_s, p.w), teacher, reduction="sum", log_target=True) / p.rows
+    loss.backward()
+    return loss.detach()
+
+
+_COMPILED: list[Callable[[Tensor, Tensor], Tensor]] = []
+
+
+def _compiled_log_probs(h: Tensor, w: Tensor) -> Tensor:
+    if not _COMPILED:
+        _COMPILED.append(torch.compile(lambda h, w: F.log_softmax(F.linear(h, w).float(), -1)))
+    return _COMPILED[0](h, w)
+
+
+def gemms_ours(p: Problem) -> None:
+    """The three GEMMs of the difference form as we run them: same library, same chunks, nothing else."""
+    with torch.no_grad():
+        if p.w.is_cuda:
+            chunk = LINEAR_KL.get(architecture(), LINEAR_KL["default"]).chunk_rows
+            both = torch.empty(2 * chunk, p.w.shape[0], dtype=torch.float32, device=p.w.device)
+            out = torch.empty(chunk, p.w.shape[1], dtype=torch.float32, device=p.w.device)
+            grad = torch.empty(chunk, p.w.shape[0], dtype=p.w.dtype, device=p.w.device)
+            for start in range(0, p.rows, chunk):
+                x = torch.cat([p.h_s[start : start + chunk], p.h_t[start : start + chunk]])
+                n = x.shape[0] // 2
+                mm_f32(x, p.w.t(), out=both[: 2 * n])
+                mm_f32(grad[:n], p.w, out=out[:n])
+            return
+        sizes = LINEAR_KL_CPU
+        for start in range(0, p.rows, sizes.chunk_rows):
+            rows = slice(start, start + sizes.chunk_rows)
+            x = torch.cat([p.h_s[rows], p.h_t[rows]]).float()
+            n = x.shape[0] // 2
+            for v in range(0, p.w.shape[0], sizes.block_v):
+                block = p.w[v : v + sizes.block_v].float()
+                cpu_nt(cpu_nt(x, block)[:n], block.t())
+
+
+def gemms_torch(p: Problem) -> None:
+    """The three GEMMs as torch.mm runs them, whole: what unfused PyTorch spends on GEMMs."""
+    with torch.no_grad():
+        z = torch.mm(p.h_s, p.w.t())
+        torch.mm(p.h_t, p.w.t(), out=z)
+        torch.mm(z, p.w)
