@@ -1,4 +1,4 @@
-"""Maps the top-level folder `kernels/` to the import name `mtllm_fast.kernels`; everything else is in pyproject.toml."""
+"""Maps the folder `kernels/` to the import name `mtllm_fast.kernels`; everything else is in pyproject.toml."""
 
 from setuptools import find_packages, setup
 

@@ -26,7 +26,24 @@ _PUBLIC = {
     "distill": "training.distill",
 }
 
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+__all__ = [
+    "MTLLM",
+    "DistillationLoss",
+    "DistillationWeights",
+    "Engine",
+    "HeadConfig",
+    "LoraSettings",
+    "MTLLMConfig",
+    "PackedBatch",
+    "ProjectionConfig",
+    "StackTokenizer",
+    "TextRow",
+    "__version__",
+    "adapt",
+    "distill",
+    "finetune",
+    "read_rows",
+]
 
 if TYPE_CHECKING:
     from .data import PackedBatch, StackTokenizer, TextRow, read_rows

@@ -46,7 +46,9 @@ def main(arguments: list[str] | None = None) -> None:
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
-        fail("", f"unknown command {name!r}" + (f"; did you mean {near[0]!r}?" if near else "") + "; see `mtllm --help`")
+        fail(
+            "", f"unknown command {name!r}" + (f"; did you mean {near[0]!r}?" if near else "") + "; see `mtllm --help`"
+        )
     try:
         run(name, rest)
     except KeyboardInterrupt:
@@ -117,7 +119,7 @@ def yaml_default(settings_type: type, arguments: list[str]) -> tuple[Any, list[s
 
 
 def from_mapping(settings_type: type, data: dict[str, Any], where: str) -> Any:
-    """An instance of a settings dataclass from plain data; keys may use `-` or `_`, optimiser settings may stand flat."""
+    """An instance of a settings dataclass from plain data; keys may use `-` or `_`, training options may be flat."""
     hints = typing.get_type_hints(settings_type)
     fields = {field.name for field in dataclasses.fields(settings_type)}
     nested = {name: hints[name] for name in fields if dataclasses.is_dataclass(hints[name])}

@@ -1,4 +1,4 @@
-"""The subcommands of `mtllm`: one settings dataclass each, whose fields are the options and whose `run` does the work."""
+"""The subcommands of `mtllm`: one dataclass each, its fields are the options and `run` does the work."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def finish(stage: str, output: str, metrics: dict[str, Any]) -> None:
     if int(os.environ.get("RANK", "0")):
         return
     data = metrics.get("data", {})
-    print(f"{stage}: {metrics.get('train_runtime', 0):.1f} s, mean loss {metrics.get('train_loss', float('nan')):.4f} -> {output}")
+    print(
+        f"{stage}: {metrics.get('train_runtime', 0):.1f} s, "
+        f"mean loss {metrics.get('train_loss', float('nan')):.4f} -> {output}"
+    )
     truncated = {side: count for side, count in data.get("truncated", {}).items() if count}
     notes = [f"{count} texts truncated on the {side} side" for side, count in truncated.items()]
     if data.get("skipped_rows"):
@@ -69,8 +72,10 @@ class TextSource:
             task = get_task(self.task, self.data)
             splits = task.splits(self.data, task.english)
             if "train" not in splits:
-                raise ValueError(f"--data {self.data}: has no English train split (it has {', '.join(splits) or 'none'})")
-            rows = task.rows(self.data, task.english, "train")
+                raise ValueError(
+                    f"--data {self.data}: has no English train split (it has {', '.join(splits) or 'none'})"
+                )
+            rows: Iterable[TextRow] = task.rows(self.data, task.english, "train")
             valid = task.rows(self.data, task.english, "dev") if "dev" in splits else None
             return rows, list(task.labels), valid
         if len(self.labels) < 2:
@@ -120,13 +125,16 @@ class Adapt(AdaptConfig):
             split=self.split,
             limit=self.limit,
         )
-        source = {name: getattr(self, name) for name in ("text", "text_column", "language", "language_column", "split", "limit")}
+        source = {
+            name: getattr(self, name)
+            for name in ("text", "text_column", "language", "language_column", "split", "limit")
+        }
         finish("adapt", self.output, adapt(base_settings(self, AdaptConfig), rows, source))
 
 
 @dataclass
 class Finetune(FinetuneConfig):
-    """Stage 2: the task teacher (--llm), the encoder-only baseline (--encoder), or direct fine-tuning of a stack (--model).
+    """Stage 2: the task teacher (--llm), the encoder alone (--encoder), or a stack directly (--model).
 
     Example: mtllm finetune --llm meta-llama/Meta-Llama-3-8B-Instruct --source.task sib200 --source.data DIR
     """
@@ -262,7 +270,9 @@ class Translate:
         from .evaluation import Translator
 
         output = output_file(self, (".jsonl",))
-        rows = read_rows(self.input, text_column=self.text_column, language=self.language, language_column=self.language_column)
+        rows = read_rows(
+            self.input, text_column=self.text_column, language=self.language, language_column=self.language_column
+        )
         translator = Translator.from_pretrained(self.model)
         temporary = output.with_name(f".{output.name}.{os.getpid()}")
         count = 0
@@ -279,7 +289,10 @@ class Translate:
             os.replace(temporary, output)
         finally:
             temporary.unlink(missing_ok=True)
-        print(f"translate: {count} texts to {self.target} -> {output}; {translator.truncated} truncated, {translator.unfinished} met the length limit")
+        print(
+            f"translate: {count} texts to {self.target} -> {output}; "
+            f"{translator.truncated} truncated, {translator.unfinished} met the length limit"
+        )
 
 
 @dataclass
@@ -308,7 +321,9 @@ class Encode:
         from .models import MTLLM
 
         output = output_file(self, (".npy",))
-        rows = read_rows(self.input, text_column=self.text_column, language=self.language, language_column=self.language_column)
+        rows = read_rows(
+            self.input, text_column=self.text_column, language=self.language, language_column=self.language_column
+        )
         engine = Engine(MTLLM.from_pretrained(self.model), max_tokens=self.max_tokens)
         raw, temporary = (output.with_name(f".{output.name}.{os.getpid()}{end}") for end in (".raw", ""))
         count = 0
@@ -329,7 +344,10 @@ class Encode:
             raw.unlink(missing_ok=True)
             temporary.unlink(missing_ok=True)
         skipped = rows.counts.empty + rows.counts.failed
-        print(f"encode: {count} x {engine.model.hidden_size} -> {output}; {engine.truncated} truncated, {skipped} rows skipped")
+        print(
+            f"encode: {count} x {engine.model.hidden_size} -> {output}; "
+            f"{engine.truncated} truncated, {skipped} rows skipped"
+        )
 
 
 def output_file(command: Any, endings: tuple[str, ...]) -> Path:

@@ -43,9 +43,17 @@ def devices() -> list[Check]:
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             capability = f"sm_{properties.major}{properties.minor}"
-            checks.append(Check(f"cuda:{index}", True, f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {capability}"))
+            checks.append(
+                Check(
+                    f"cuda:{index}", True, f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {capability}"
+                )
+            )
     else:
-        why = "torch was built without CUDA" if torch.version.cuda is None and torch.version.hip is None else "no GPU is visible"
+        why = (
+            "torch was built without CUDA"
+            if torch.version.cuda is None and torch.version.hip is None
+            else "no GPU is visible"
+        )
         checks.append(Check("cuda", False, why))
     return checks
 
@@ -94,7 +102,10 @@ def print_diagnosis() -> None:
         versions.add_row(name, installed(name) or "[red]missing[/red]")
     console.print(versions)
     sections = [("Devices", devices()), ("Packed attention", attention_backends()), ("Fused kernels", kernels())]
-    extras = [Check(name, installed(name) is not None, f"{installed(name) or 'not installed'}: {use}") for name, use in OPTIONAL.items()]
+    extras = [
+        Check(name, installed(name) is not None, f"{installed(name) or 'not installed'}: {use}")
+        for name, use in OPTIONAL.items()
+    ]
     for title, checks in (*sections, ("Optional packages", extras)):
         table = Table("name", "here", "why", title=title, title_justify="left")
         for check in checks:

@@ -1,6 +1,6 @@
 """Small random models and tokenizers trained on a given text, saved as ordinary Hugging Face folders.
 
-    python -m tests.tiny --output DIR [--text FILE]      writes DIR/encoder and DIR/llm
+python -m tests.tiny --output DIR [--text FILE]      writes DIR/encoder and DIR/llm
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def nllb_tokenizer(lines: list[str], vocab_size: int = 600):
 
     trained = Tokenizer(models.BPE(unk_token="<unk>"))
     trained.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=True)
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<s>", "<pad>", "</s>", "<unk>"], show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<s>", "<pad>", "</s>", "<unk>"], show_progress=False
+    )
     trained.train_from_iterator(lines, trainer)
     import json
 
@@ -55,7 +57,9 @@ def llm_tokenizer(lines: list[str], vocab_size: int = 800):
         show_progress=False,
     )
     trained.train_from_iterator(lines, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=trained, bos_token="<|begin|>", eos_token="<|end|>", pad_token="<|pad|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trained, bos_token="<|begin|>", eos_token="<|end|>", pad_token="<|pad|>"
+    )
 
 
 def m2m100_config(vocab_size: int = 64, **changes):

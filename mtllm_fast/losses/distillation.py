@@ -21,7 +21,7 @@ class LossTerm(NamedTuple):
     """One term over one pack: `weight * sum / (global count)` is its part of the loss."""
 
     sum: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # named as everywhere else, though tuples have a method `count`
 
 
 @dataclass(frozen=True)

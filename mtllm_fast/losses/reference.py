@@ -34,7 +34,9 @@ def kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0)
         temperature: tau > 0; the factor tau^2 keeps the gradient's scale (Hinton et al., arXiv 1503.02531).
     """
     if student_logits.shape != teacher_logits.shape:
-        raise ValueError(f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} differ in shape")
+        raise ValueError(
+            f"student_logits {tuple(student_logits.shape)} and teacher_logits {tuple(teacher_logits.shape)} differ"
+        )
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: must be > 0")
     log_p = F.log_softmax(teacher_logits.float() / temperature, -1)

@@ -42,7 +42,7 @@ class AttentionPlan:
     Args:
         batch: the packed batch.
         causal: rows see only themselves and earlier rows of their sequence.
-        backend: "varlen" (FlashAttention-2 inside torch, CUDA, fp16/bf16), "sdpa", or None to choose by device and dtype.
+        backend: "varlen" (FlashAttention-2 inside torch, CUDA, fp16/bf16), "sdpa", or None to choose.
     """
 
     batch: PackedBatch
@@ -180,7 +180,7 @@ def varlen_attention(
     else:
         sides = (-1, -1) if window is None else (window, window)
     cu_seqlens, longest = plan.batch.cu_seqlens, plan.batch.max_seqlen
-    return varlen_attn(
+    return varlen_attn(  # type: ignore[return-value]  # a pair only with return_aux
         q,
         k,
         v,
@@ -221,10 +221,14 @@ def packed_attention(
         ValueError: the model was called without `plan`, or the plan's backend cannot serve the call.
     """
     if plan is None:
-        raise ValueError(f"attention {NAME!r} needs plan=AttentionPlan(...): call the model through PackedLLM/PackedEncoder")
+        raise ValueError(
+            f"attention {NAME!r} needs plan=AttentionPlan(...): call the model through PackedLLM/PackedEncoder"
+        )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    chosen = plan.backend or choose_backend(q.device, q.dtype, q.shape[-1], softcap=softcap is not None, dropout=dropout > 0)
+    chosen = plan.backend or choose_backend(
+        q.device, q.dtype, q.shape[-1], softcap=softcap is not None, dropout=dropout > 0
+    )
     if chosen == "varlen":
         if softcap is not None or dropout > 0:
             raise ValueError("backend='varlen' has neither soft-capping nor dropout: use backend='sdpa'")

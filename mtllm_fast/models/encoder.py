@@ -51,12 +51,16 @@ class PackedEncoder(AdaptedModel):
         if family not in FAMILIES:
             raise ValueError(f"encoder: model type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
         if encoder.config.encoder_layerdrop:
-            encoder.config.encoder_layerdrop = 0.0  # layers are not dropped here: the encoder is distilled, not pre-trained
+            encoder.config.encoder_layerdrop = (
+                0.0  # layers are not dropped here: the encoder is distilled, not pre-trained
+            )
         encoder.set_attn_implementation(NAME)
         self._run = FAMILIES[family]
 
     @classmethod
-    def from_pretrained(cls, name: str, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False) -> PackedEncoder:
+    def from_pretrained(
+        cls, name: str, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
+    ) -> PackedEncoder:
         """Load from a folder or the hub; an encoder-decoder model gives up its decoder.
 
         Raises:

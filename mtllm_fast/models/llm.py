@@ -70,7 +70,9 @@ class PackedLLM(AdaptedModel):
         config = self.model.config.get_text_config()
         for field in ("logit_scale", "logits_scaling"):
             if getattr(config, field, None) not in (None, 1, 1.0):
-                raise ValueError(f"llm: {config.model_type} scales its logits by {field}; the KL loss does not support that")
+                raise ValueError(
+                    f"llm: {config.model_type} scales its logits by {field}; the KL loss does not support that"
+                )
         head = self.model.get_output_embeddings()
         return LMHead(head.weight, getattr(head, "bias", None), getattr(config, "final_logit_softcapping", None))
 

@@ -73,7 +73,11 @@ class MTLLM(nn.Module):
     """
 
     def __init__(
-        self, config: MTLLMConfig, encoder: PackedEncoder | None, llm: PackedLLM | None, tokenizer: StackTokenizer | None = None
+        self,
+        config: MTLLMConfig,
+        encoder: PackedEncoder | None,
+        llm: PackedLLM | None,
+        tokenizer: StackTokenizer | None = None,
     ) -> None:
         super().__init__()
         if config.reader not in READERS:
@@ -123,11 +127,17 @@ class MTLLM(nn.Module):
         from .storage import base_tokenizer
 
         if isinstance(encoder, str):
-            packed_encoder: PackedEncoder | None = PackedEncoder.from_pretrained(encoder, dtype, trust_remote_code=trust_remote_code)
+            packed_encoder: PackedEncoder | None = PackedEncoder.from_pretrained(
+                encoder, dtype, trust_remote_code=trust_remote_code
+            )
         else:
-            packed_encoder = encoder if encoder is None or isinstance(encoder, PackedEncoder) else PackedEncoder(encoder)
+            packed_encoder = (
+                encoder if encoder is None or isinstance(encoder, PackedEncoder) else PackedEncoder(encoder)
+            )
         if isinstance(llm, str):
-            packed_llm: PackedLLM | None = PackedLLM.from_pretrained(llm, causal, dtype, trust_remote_code=trust_remote_code)
+            packed_llm: PackedLLM | None = PackedLLM.from_pretrained(
+                llm, causal, dtype, trust_remote_code=trust_remote_code
+            )
         else:
             packed_llm = llm if llm is None or isinstance(llm, PackedLLM) else PackedLLM(llm, causal)
         config = MTLLMConfig(
@@ -160,7 +170,9 @@ class MTLLM(nn.Module):
         self.projection.scale_output(states, self.llm.embedding_std())
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> MTLLM:
+    def from_pretrained(
+        cls, folder: str | Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+    ) -> MTLLM:
         """Load a folder written by `save_pretrained`, or the same layout on the hub.
 
         Raises:
@@ -294,4 +306,8 @@ class MTLLM(nn.Module):
     def describe(self) -> dict[str, Any]:
         """Parameter counts: all and trainable."""
         total = sum(p.numel() for p in self.parameters())
-        return {"reader": self.config.reader, "parameters": total, "trainable": sum(p.numel() for p in self.parameters() if p.requires_grad)}
+        return {
+            "reader": self.config.reader,
+            "parameters": total,
+            "trainable": sum(p.numel() for p in self.parameters() if p.requires_grad),
+        }

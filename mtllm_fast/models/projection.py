@@ -37,7 +37,7 @@ class Projection(nn.Module):
 
     @torch.no_grad()
     def scale_output(self, states: Tensor, std: float) -> None:
-        """Rescale the last layer so that projected `states` (T, E) have standard deviation `std` (the LLM's embeddings')."""
+        """Rescale the last layer so that projected `states` (T, E) have standard deviation `std`."""
         last = self.layers if isinstance(self.layers, nn.Linear) else self.layers[-1]  # type: ignore[index]
         current = float(self(states.to(last.weight.dtype)).float().std())
         if current > 0 and std > 0:

@@ -1,9 +1,9 @@
 """Saving and loading an MTLLM folder.
 
-    config.json                 MTLLMConfig; written last, so a folder with it is complete
-    model.safetensors           what training changed: projection, adapters, head, unfrozen weights (sharded when large)
-    encoder/  llm/              the base models, only where they are stored with the model
-    mt_tokenizer/ llm_tokenizer/ stack_tokenizer.json
+config.json                 MTLLMConfig; written last, so a folder with it is complete
+model.safetensors           what training changed: projection, adapters, head, unfrozen weights (sharded when large)
+encoder/  llm/              the base models, only where they are stored with the model
+mt_tokenizer/ llm_tokenizer/ stack_tokenizer.json
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ def load_own_state(model: MTLLM, folder: Path) -> None:
         )
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
-            raise ValueError(f"model={str(folder)!r}: {name} is {tuple(tensor.shape)}, the base model needs {tuple(expected[name].shape)}")
+            raise ValueError(
+                f"model={str(folder)!r}: {name} is {tuple(tensor.shape)}, "
+                f"the base model needs {tuple(expected[name].shape)}"
+            )
     model.load_state_dict(state, strict=False)
 
 
@@ -69,7 +72,11 @@ def read_safetensors(folder: Path, stem: str) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     index = folder / f"{stem}.safetensors.index.json"
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [f"{stem}.safetensors"]
+    names = (
+        sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if index.is_file()
+        else [f"{stem}.safetensors"]
+    )
     state: dict[str, Tensor] = {}
     for name in names:
         path = folder / name
@@ -92,7 +99,9 @@ def base_tokenizer(config: MTLLMConfig, max_mt_tokens: int = 512, max_llm_tokens
 
     def load_one(role: str, name: str | None) -> Any:
         if name is None:
-            raise ValueError(f"tokenizer: pass a StackTokenizer, the {role} was made in memory and has no tokenizer beside it")
+            raise ValueError(
+                f"tokenizer: pass a StackTokenizer, the {role} was made in memory and has no tokenizer beside it"
+            )
         try:
             return AutoTokenizer.from_pretrained(name, use_fast=True)
         except (OSError, ValueError, KeyError) as error:
@@ -110,9 +119,14 @@ def config_to_dict(config: MTLLMConfig) -> dict[str, Any]:
 
 def config_from_dict(data: dict[str, Any], folder: str) -> MTLLMConfig:
     if data.get("model_type") != MODEL_TYPE:
-        raise ValueError(f"model={folder!r}: its config.json is of a {data.get('model_type')!r} model, not of an MTLLM; see `mtllm adapt`")
+        raise ValueError(
+            f"model={folder!r}: its config.json is of a {data.get('model_type')!r} model, not of an MTLLM "
+            "(which `mtllm adapt` makes)"
+        )
     if data.get("format") != FORMAT:
-        raise ValueError(f"model={folder!r}: format {data.get('format')!r} is not readable by this version (it reads {FORMAT})")
+        raise ValueError(
+            f"model={folder!r}: format {data.get('format')!r} is not readable by this version (it reads {FORMAT})"
+        )
     head = data["head"]
     return MTLLMConfig(
         reader=data["reader"],
@@ -157,7 +171,10 @@ def save(model: MTLLM, folder: Path, *, include_base: bool | None = None) -> Non
     staging.mkdir()
     try:
         config = config_to_dict(model.config)
-        parts: tuple[tuple[str, PackedEncoder | PackedLLM | None], ...] = (("encoder", model.encoder), ("llm", model.llm))
+        parts: tuple[tuple[str, PackedEncoder | PackedLLM | None], ...] = (
+            ("encoder", model.encoder),
+            ("llm", model.llm),
+        )
         for role, part in parts:
             if part is None:
                 continue
@@ -165,7 +182,9 @@ def save(model: MTLLM, folder: Path, *, include_base: bool | None = None) -> Non
                 part.save(staging / role)
                 config[role] = None
             elif part.name is None:
-                raise ValueError(f"include_base=False: the {role} was made in memory, so the folder could not be loaded again")
+                raise ValueError(
+                    f"include_base=False: the {role} was made in memory, so the folder could not be loaded again"
+                )
             elif Path(part.name).is_dir():
                 config[role] = str(Path(part.name).resolve())
         if model.tokenizer is not None:
@@ -204,12 +223,18 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, trust_remote_c
 
     encoder = llm = None
     if config.reader != "llm":
-        encoder = PackedEncoder.from_pretrained(base("encoder", config.encoder), dtype, trust_remote_code=trust_remote_code)
+        encoder = PackedEncoder.from_pretrained(
+            base("encoder", config.encoder), dtype, trust_remote_code=trust_remote_code
+        )
         encoder.name = config.encoder
     if config.reader != "encoder":
-        llm = PackedLLM.from_pretrained(base("llm", config.llm), config.causal, dtype, trust_remote_code=trust_remote_code)
+        llm = PackedLLM.from_pretrained(
+            base("llm", config.llm), config.causal, dtype, trust_remote_code=trust_remote_code
+        )
         llm.name = config.llm
-    tokenizer = StackTokenizer.from_pretrained(path) if (path / "stack_tokenizer.json").is_file() else base_tokenizer(config)
+    tokenizer = (
+        StackTokenizer.from_pretrained(path) if (path / "stack_tokenizer.json").is_file() else base_tokenizer(config)
+    )
     model = MTLLM(config, encoder, llm, tokenizer)
     load_own_state(model, path)
     return model.eval()

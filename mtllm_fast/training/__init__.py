@@ -1,4 +1,4 @@
-"""The three stages: `adapt` (general adaptation), `finetune` (task teacher, baselines), `distill` (task distillation)."""
+"""The three stages: `adapt` (general), `finetune` (task teacher, baselines), `distill` (task distillation)."""
 
 from .adapt import AdaptConfig, adapt
 from .config import OptimSettings

@@ -93,8 +93,6 @@ def adapt(config: AdaptConfig, rows: Iterable[TextRow], source: dict[str, Any] |
     )
     assert student.tokenizer is not None
     step = AdaptStep(student, config.loss)
-    metrics = run_stage(
-        step, rows, config.train, run, sides=("mt", "llm"), align=config.loss.needs_pairs
-    )
+    metrics = run_stage(step, rows, config.train, run, sides=("mt", "llm"), align=config.loss.needs_pairs)
     student.save_pretrained(run.folder, include_base=config.include_base or None)
     return metrics

@@ -63,4 +63,6 @@ class OptimSettings:
         if self.keep < 2:
             raise ValueError(f"keep={self.keep}: at least 2 checkpoints are kept, so that one is always complete")
         if self.max_length > self.tokens:
-            raise ValueError(f"tokens={self.tokens}: must be at least max_length={self.max_length}, or one text may not fit a pack")
+            raise ValueError(
+                f"tokens={self.tokens}: must be at least max_length={self.max_length}, or one text may not fit a pack"
+            )

@@ -38,7 +38,9 @@ class DistillConfig:
     train_projection: bool = False
     """Train the projection too; the paper freezes it in this stage."""
     loss: DistillationWeights = field(default_factory=DistillationWeights)
-    train: OptimSettings = field(default_factory=lambda: OptimSettings(lr=1e-4, warmup=0.1, max_steps=-1, epochs=3, max_rows=32))
+    train: OptimSettings = field(
+        default_factory=lambda: OptimSettings(lr=1e-4, warmup=0.1, max_steps=-1, epochs=3, max_rows=32)
+    )
     resume: bool = False
     include_base: bool = False
     trust_remote_code: bool = False
@@ -76,14 +78,18 @@ def add_teacher(student: MTLLM, folder: str) -> None:
         raise ValueError(f"teacher={folder!r}: not a task teacher; make one with `mtllm finetune --llm ...`")
     assert student.llm is not None
     if config.causal != student.llm.causal:
-        raise ValueError(f"teacher={folder!r}: causal={config.causal}, but the student was adapted with causal={student.llm.causal}")
+        raise ValueError(
+            f"teacher={folder!r}: causal={config.causal}, but the student was adapted with causal={student.llm.causal}"
+        )
     mine, theirs = student.config.llm, config.llm
     if mine and theirs and Path(mine).resolve() != Path(theirs).resolve() and mine != theirs:
         raise ValueError(f"teacher={folder!r}: sits on the LLM {theirs!r}, the student on {mine!r}")
     student.set_head(config.head)
     assert student.head is not None
     student.llm.add_adapter(config.adapters["student"], TEACHER)
-    state = {name.replace(".student.", f".{TEACHER}."): value for name, value in read_safetensors(path, "model").items()}
+    state = {
+        name.replace(".student.", f".{TEACHER}."): value for name, value in read_safetensors(path, "model").items()
+    }
     expected = {n for n in student.state_dict() if f".{TEACHER}." in n or n.startswith("head.")}
     if set(state) != expected:
         raise ValueError(f"teacher={folder!r}: its weights do not fit the student's LLM")

@@ -19,6 +19,7 @@ from ..data.read import TextRow
 from ..inference import Engine
 from ..losses import LossTerm
 from ..models import MTLLM, HeadConfig, LoraSettings
+from ..models.mtllm import Reader
 from .config import OptimSettings
 from .run_folder import RunFolder
 from .trainer import TrainStep, run_stage
@@ -38,7 +39,9 @@ class FinetuneConfig:
     causal: bool = False
     """Keep the LLM's causal attention (for `llm`)."""
     lora: LoraSettings = field(default_factory=LoraSettings)
-    train: OptimSettings = field(default_factory=lambda: OptimSettings(lr=1e-4, warmup=0.1, max_steps=-1, epochs=3, max_rows=32))
+    train: OptimSettings = field(
+        default_factory=lambda: OptimSettings(lr=1e-4, warmup=0.1, max_steps=-1, epochs=3, max_rows=32)
+    )
     resume: bool = False
     include_base: bool = False
     trust_remote_code: bool = False
@@ -101,7 +104,7 @@ def finetune(
         student = MTLLM.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
         student.set_head(head)
     else:
-        reader = "llm" if config.llm else "encoder"
+        reader: Reader = "llm" if config.llm else "encoder"
         student = MTLLM.stack(
             config.encoder or None,
             config.llm or None,
@@ -115,8 +118,6 @@ def finetune(
     if student.projection is not None:
         student.projection.requires_grad_(False)
     validate = validation(student, valid_rows, config.train.tokens) if valid_rows else None
-    metrics = run_stage(
-        TaskStep(student), rows, config.train, run, sides=(student.side,), validate=validate
-    )
+    metrics = run_stage(TaskStep(student), rows, config.train, run, sides=(student.side,), validate=validate)
     student.save_pretrained(run.folder, include_base=config.include_base or None)
     return metrics

@@ -44,11 +44,15 @@ class RunFolder:
         if used and not record.is_file():
             raise ValueError(f"output={output!r}: holds files but no {RUN_FILE}, so there is no run to resume")
         if used:
-            now, before = _flatten(json.loads(json.dumps(settings, default=str))), _flatten(json.loads(record.read_text()))
+            now, before = (
+                _flatten(json.loads(json.dumps(settings, default=str))),
+                _flatten(json.loads(record.read_text())),
+            )
             for name in sorted(set(now) | set(before)):
                 if name.rsplit(".", 1)[-1] not in _FREE and now.get(name) != before.get(name):
                     raise ValueError(
-                        f"--resume: {name.removeprefix('train.')}={now.get(name)!r}, but the run in {output!r} was started with {before.get(name)!r}"
+                        f"--resume: {name.removeprefix('train.')}={now.get(name)!r}, "
+                        f"but the run in {output!r} was started with {before.get(name)!r}"
                     )
 
     def start(self) -> None:

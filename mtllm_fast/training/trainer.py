@@ -77,8 +77,8 @@ class _Live(TrainerCallback):
 class PackedTrainer(Trainer):
     """Trains a `TrainStep` on a `PackedDataset`.
 
-    Every term is divided once, by its count over all packs of the step on all processes. So a step's gradient depends on
-    the texts in it and not on how they were packed, accumulated or distributed.
+    Every term is divided once, by its count over all packs of the step on all processes. So a step's gradient depends
+    on the texts in it and not on how they were packed, accumulated or distributed.
 
     Args:
         step: objective and student.
@@ -102,7 +102,7 @@ class PackedTrainer(Trainer):
         arguments = training_arguments(optim, folder, steps, validate_steps if validate else None)
         # the Trainer reads these to decide how a loss is scaled; compute_loss does all of it
         self.loss_is_scaled_for_ga = True
-        super().__init__(model=step, args=arguments, data_collator=list, eval_dataset=[] if validate else None)
+        super().__init__(model=step, args=arguments, data_collator=None, eval_dataset=[] if validate else None)
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self.step_module = step
@@ -296,7 +296,9 @@ def run_stage(
     steps, per_epoch = optim.max_steps, None
     if steps == -1 or validate is not None:
         world = int(os.environ.get("WORLD_SIZE", "1"))
-        packs = PackedLoader(dataset, num_workers=optim.workers).count()  # of the first epoch; shuffling moves it little
+        packs = PackedLoader(
+            dataset, num_workers=optim.workers
+        ).count()  # of the first epoch; shuffling moves it little
         per_step = optim.gradient_accumulation * world
         per_epoch = max(math.ceil(packs / per_step), 1)
         steps = per_epoch * optim.epochs if steps == -1 else steps

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -32,7 +34,9 @@ def pack() -> tuple[torch.Tensor, torch.Tensor, Batch]:
 
 def _mean_by_loop(states: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     bounds = batch.cu_seqlens.tolist()
-    return torch.stack([states[a:b].double().mean(0) if b > a else states.new_zeros(D).double() for a, b in zip(bounds, bounds[1:])])
+    return torch.stack(
+        [states[a:b].double().mean(0) if b > a else states.new_zeros(D).double() for a, b in pairwise(bounds)]
+    )
 
 
 def test_segment_mean_against_a_loop() -> None:

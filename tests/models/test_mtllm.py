@@ -35,7 +35,9 @@ def _train_a_little(model: MTLLM) -> None:
 @pytest.mark.parametrize("reader", ["stack", "llm", "encoder"])
 def test_padded_call_equals_packed(encoder_folder, llm_folder, reader) -> None:
     head = HeadConfig(labels=("a", "b"))
-    model = MTLLM.stack(encoder_folder, llm_folder, reader=reader, lora=LoraSettings(r=2), head=head, dtype=torch.float32).eval()
+    model = MTLLM.stack(
+        encoder_folder, llm_folder, reader=reader, lora=LoraSettings(r=2), head=head, dtype=torch.float32
+    ).eval()
     _train_a_little(model)
     batch = PackedBatch.from_sequences(SEQUENCES)
     packed = model(batch)
@@ -101,13 +103,17 @@ def test_save_and_load(encoder_folder, llm_folder, tmp_path, reader, kind) -> No
     assert not (tmp_path / "model" / "llm").exists()  # base models are referred to, not copied
     loaded = MTLLM.from_pretrained(tmp_path / "model")
     rows = [TextRow("A river runs.", "fra_Latn"), TextRow("Trains", text_pair="leave every hour")]
-    assert_matches(torch.from_numpy(Engine(loaded).classify(rows)), torch.from_numpy(Engine(model).classify(rows)), 1e-6)
+    assert_matches(
+        torch.from_numpy(Engine(loaded).classify(rows)), torch.from_numpy(Engine(model).classify(rows)), 1e-6
+    )
     assert loaded.config.labels == ["no", "yes", "maybe"]
 
 
 def test_save_with_base_needs_nothing_else(encoder_folder, llm_folder, tmp_path, stack) -> None:
     _train_a_little(stack)
-    copies = {name: shutil.copytree(folder, tmp_path / name) for name, folder in (("e", encoder_folder), ("l", llm_folder))}
+    copies = {
+        name: shutil.copytree(folder, tmp_path / name) for name, folder in (("e", encoder_folder), ("l", llm_folder))
+    }
     model = MTLLM.stack(str(copies["e"]), str(copies["l"]), lora=LoraSettings(r=4), dtype=torch.float32)
     _train_a_little(model)
     model.save_pretrained(tmp_path / "whole", include_base=True)
@@ -137,7 +143,9 @@ def test_sharded_weights(stack, tmp_path, monkeypatch) -> None:
     import huggingface_hub
 
     original = huggingface_hub.save_torch_state_dict
-    monkeypatch.setattr(huggingface_hub, "save_torch_state_dict", lambda *a, **k: original(*a, **{**k, "max_shard_size": "4KB"}))
+    monkeypatch.setattr(
+        huggingface_hub, "save_torch_state_dict", lambda *a, **k: original(*a, **{**k, "max_shard_size": "4KB"})
+    )
     _train_a_little(stack)
     stack.save_pretrained(tmp_path / "m")
     assert len(list((tmp_path / "m").glob("model-*.safetensors"))) > 1
@@ -230,11 +238,16 @@ def test_failed_save_leaves_the_old_model(stack, tmp_path, monkeypatch) -> None:
 def test_choice_head(encoder_folder, llm_folder) -> None:
     """Multiple choice: one score per choice, from the states of its own tokens."""
     model = MTLLM.stack(encoder_folder, llm_folder, head=HeadConfig("choice"), dtype=torch.float32).eval()
-    rows = [TextRow("Which one floats?", choices=("a stone", "a boat", "an anchor")), TextRow("Where?", choices=("here", "there", "nowhere"))]
+    rows = [
+        TextRow("Which one floats?", choices=("a stone", "a boat", "an anchor")),
+        TextRow("Where?", choices=("here", "there", "nowhere")),
+    ]
     logits = Engine(model).classify(rows)
     assert logits.shape == (2, 3)
     swapped = [TextRow(rows[0].text, choices=rows[0].choices), rows[1]]
-    assert (Engine(model).classify(swapped[::-1])[::-1] == logits).all() or abs(Engine(model).classify(swapped[::-1])[::-1] - logits).max() < 1e-5
+    assert (Engine(model).classify(swapped[::-1])[::-1] == logits).all() or abs(
+        Engine(model).classify(swapped[::-1])[::-1] - logits
+    ).max() < 1e-5
 
 
 def test_mixed_languages_give_the_rows_of_one_language_at_a_time(stack) -> None:

@@ -36,7 +36,10 @@ DECODERS = {
     "qwen3": ("Qwen3", {}),
     "gemma": ("Gemma", {}),
     "gemma2": ("Gemma2", {"sliding_window": 20, "query_pre_attn_scalar": 8}),
-    "gemma3": ("Gemma3", {"sliding_window": 20, "query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+    "gemma3": (
+        "Gemma3",
+        {"sliding_window": 20, "query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
 }
 
 
@@ -62,7 +65,9 @@ def _make_decoder(key: str) -> nn.Module:
 
 
 def _gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None and float(p.grad.abs().max()) > 0}
+    return {
+        name: p.grad for name, p in model.named_parameters() if p.grad is not None and float(p.grad.abs().max()) > 0
+    }
 
 
 def _compare_gradients(packed: nn.Module, padded: nn.Module) -> None:
@@ -128,7 +133,9 @@ def test_encoder_matches_hugging_face() -> None:
 def test_encoder_positions_beyond_the_table() -> None:
     """A sequence longer than the sinusoidal table grows it, as in Hugging Face."""
     torch.manual_seed(0)
-    model = transformers.M2M100Model(m2m100_config(max_position_embeddings=16, attn_implementation="eager")).eval().encoder
+    model = (
+        transformers.M2M100Model(m2m100_config(max_position_embeddings=16, attn_implementation="eager")).eval().encoder
+    )
     batch = PackedBatch.from_sequences([list(range(4, 44)), [5, 6]])
     ids, mask = batch.to_padded(1)
     expected = batch.unpad_states(model(input_ids=ids, attention_mask=mask).last_hidden_state)

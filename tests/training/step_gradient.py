@@ -1,6 +1,6 @@
 """Writes the gradient of one step over all of `tests.tiny.LINES`, packed as asked; run alone or under torchrun.
 
-    python -m tests.training.step_gradient ENCODER LLM OUT.safetensors TOKENS PACKS_PER_PROCESS
+python -m tests.training.step_gradient ENCODER LLM OUT.safetensors TOKENS PACKS_PER_PROCESS
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ class _Capture(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if state.is_world_process_zero:
-            names = {n.removeprefix("module."): p.grad.contiguous() for n, p in model.named_parameters() if p.grad is not None}
+            names = {
+                n.removeprefix("module."): p.grad.contiguous()
+                for n, p in model.named_parameters()
+                if p.grad is not None
+            }
             save_file(names, self.out)
 
 
@@ -61,7 +65,9 @@ def main() -> None:
     trainer.add_callback(_Capture(out))
     trainer.run(resume=False)
     slots = int(accumulation) * trainer.args.world_size
-    assert slots - 1 <= dataset.counters.packs <= slots, f"{dataset.counters.packs} packs do not fill one step of {slots}"
+    assert slots - 1 <= dataset.counters.packs <= slots, (
+        f"{dataset.counters.packs} packs do not fill one step of {slots}"
+    )
 
 
 if __name__ == "__main__":

@@ -16,13 +16,34 @@ from tests.conftest import REPO
 TOLERANCE = 1e-6
 
 
-def _gradient(out: Path, encoder: str, llm: str, tokens: int, accumulation: int, processes: int = 1, per_pack: bool = False) -> dict[str, torch.Tensor]:
+def _gradient(
+    out: Path, encoder: str, llm: str, tokens: int, accumulation: int, processes: int = 1, per_pack: bool = False
+) -> dict[str, torch.Tensor]:
     launcher = [sys.executable]
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    command = [*launcher, "-m", "tests.training.step_gradient", encoder, llm, str(out), str(tokens), str(accumulation), *(["per-pack"] if per_pack else [])]
+        launcher += [
+            "-m",
+            "torch.distributed.run",
+            f"--nproc-per-node={processes}",
+            "--master-port=0",
+            "--rdzv-backend=c10d",
+            "--rdzv-endpoint=localhost:0",
+        ]
+    command = [
+        *launcher,
+        "-m",
+        "tests.training.step_gradient",
+        encoder,
+        llm,
+        str(out),
+        str(tokens),
+        str(accumulation),
+        *(["per-pack"] if per_pack else []),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=out.parent, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        command, cwd=out.parent, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return load_file(out)
 

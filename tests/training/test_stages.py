@@ -26,7 +26,15 @@ LABELS = ["good", "bad"]
 
 
 def _optim(**changes) -> OptimSettings:
-    settings = {"tokens": 96, "max_length": 48, "progress": False, "report_to": "none", "device": "cpu", "lr": 2e-3, "log_steps": 5}
+    settings = {
+        "tokens": 96,
+        "max_length": 48,
+        "progress": False,
+        "report_to": "none",
+        "device": "cpu",
+        "lr": 2e-3,
+        "log_steps": 5,
+    }
     return OptimSettings(**{**settings, **changes})
 
 
@@ -34,7 +42,9 @@ def _optim(**changes) -> OptimSettings:
 def adapted(tmp_path_factory, encoder_folder, llm_folder) -> str:
     output = str(tmp_path_factory.mktemp("adapt") / "run")
     loss = DistillationWeights(pooled_mse=1.0, paired_mse=1.0, kl=0.5, temperature=2.0)
-    config = AdaptConfig(encoder=encoder_folder, llm=llm_folder, output=output, loss=loss, train=_optim(max_steps=40, warmup=0.1))
+    config = AdaptConfig(
+        encoder=encoder_folder, llm=llm_folder, output=output, loss=loss, train=_optim(max_steps=40, warmup=0.1)
+    )
     metrics = adapt(config, [TextRow(line) for line in LINES])
     assert metrics["data"]["rows"] > 0
     return output
@@ -73,7 +83,13 @@ def test_task_teacher_learns_and_keeps_its_best_checkpoint(teacher: str) -> None
 
 def test_distill_approaches_the_teacher(adapted, teacher, tmp_path) -> None:
     output = str(tmp_path / "run")
-    config = DistillConfig(model=adapted, teacher=teacher, output=output, train=_optim(max_steps=60, lr=5e-3), loss=DistillationWeights(head_kl=1.0))
+    config = DistillConfig(
+        model=adapted,
+        teacher=teacher,
+        output=output,
+        train=_optim(max_steps=60, lr=5e-3),
+        loss=DistillationWeights(head_kl=1.0),
+    )
     distill(config, TASK, TASK[:12])
     log = [json.loads(line) for line in (Path(output) / "log.jsonl").read_text().splitlines()]
     losses = [entry["loss"] for entry in log if "loss" in entry]
@@ -102,7 +118,15 @@ def _adapt_command(encoder: str, llm: str, text: Path, output: Path, *more: str)
         "--encoder": encoder, "--llm": llm, "--text": str(text), "--output": str(output), "--max-steps": "60", "--save-steps": "10",
         "--tokens": "96", "--max-length": "48", "--report-to": "none", "--loss.paired-mse": "1", "--gradient-accumulation": "2",
     }  # fmt: skip
-    return [sys.executable, "-m", "mtllm_fast.cli", "adapt", *(x for pair in options.items() for x in pair), "--no-progress", *more]
+    return [
+        sys.executable,
+        "-m",
+        "mtllm_fast.cli",
+        "adapt",
+        *(x for pair in options.items() for x in pair),
+        "--no-progress",
+        *more,
+    ]
 
 
 def test_killed_run_resumes_bitwise(tmp_path, encoder_folder, llm_folder) -> None:
@@ -111,8 +135,15 @@ def test_killed_run_resumes_bitwise(tmp_path, encoder_folder, llm_folder) -> Non
     text.write_text("\n".join(LINES * 3) + "\n")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(_adapt_command(encoder_folder, llm_folder, text, whole), env=environment, check=True, capture_output=True)
-    process = subprocess.Popen(_adapt_command(encoder_folder, llm_folder, text, killed), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    subprocess.run(
+        _adapt_command(encoder_folder, llm_folder, text, whole), env=environment, check=True, capture_output=True
+    )
+    process = subprocess.Popen(
+        _adapt_command(encoder_folder, llm_folder, text, killed),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     deadline = time.monotonic() + 120
     while last_complete(killed) is None and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -124,7 +155,13 @@ def test_killed_run_resumes_bitwise(tmp_path, encoder_folder, llm_folder) -> Non
     broken = killed / "checkpoint-59"
     broken.mkdir()
     (broken / "model.safetensors").write_bytes(b"\0" * 10)
-    done = subprocess.run(_adapt_command(encoder_folder, llm_folder, text, killed, "--resume"), env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        _adapt_command(encoder_folder, llm_folder, text, killed, "--resume"),
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
@@ -151,7 +188,7 @@ def test_output_of_another_run_is_refused(adapted, encoder_folder, llm_folder, t
     config = AdaptConfig(encoder=encoder_folder, llm=llm_folder, output=adapted, train=_optim(max_steps=2))
     with pytest.raises(ValueError, match="holds another run"):
         adapt(config, rows)
-    with pytest.raises(ValueError, match="--resume: .*was started with"):
+    with pytest.raises(ValueError, match=r"--resume: .*was started with"):
         adapt(AdaptConfig(**{**vars(config), "resume": True}), rows)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"):
@@ -190,7 +227,13 @@ def test_teachers_that_do_not_fit(adapted, teacher, encoder_folder, llm_folder, 
 
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [({"lr": 0.0}, "lr"), ({"max_steps": 0}, "max_steps"), ({"tokens": 10}, "tokens"), ({"keep": 1}, "keep"), ({"warmup": 1.5}, "warmup")],
+    [
+        ({"lr": 0.0}, "lr"),
+        ({"max_steps": 0}, "max_steps"),
+        ({"tokens": 10}, "tokens"),
+        ({"keep": 1}, "keep"),
+        ({"warmup": 1.5}, "warmup"),
+    ],
 )
 def test_bad_settings_are_named(changes, named) -> None:
     with pytest.raises(ValueError, match=named):
@@ -209,5 +252,3 @@ def test_gradient_checkpointing_changes_nothing(encoder_folder, llm_folder, tmp_
         weights.append(load_file(tmp_path / str(index) / "model.safetensors"))
     for name, tensor in weights[0].items():
         assert torch.allclose(tensor, weights[1][name], rtol=1e-5, atol=1e-7), name
-
-

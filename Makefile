@@ -1,0 +1,41 @@
+# `make demo` and `make test` need Python 3.11+ and nothing else: they build .venv from pinned versions first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+OUT ?= runs/gpu
+
+.PHONY: help venv demo test lint aot gpu clean
+
+help:
+	@echo "make demo   watch an MT encoder being stacked into an LLM (about ten minutes on 2 cores, no download of models)"
+	@echo "make test   the test suite"
+	@echo "make lint   ruff and mypy"
+	@echo "make aot    compile every kernel for sm_80, sm_90, sm_100 and gfx942, no GPU needed"
+	@echo "make venv   .venv with pinned versions"
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py constraints/cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "mtllm-fast needs Python 3.11 or newer; try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
+	@echo "Setting up $(VENV) (once, about a minute) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints/cpu.txt --editable '.[dev]'
+	@touch $@
+
+demo: venv
+	@$(BIN)/mtllm demo
+
+test: venv
+	@$(BIN)/python -m pytest
+
+lint: venv
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+aot: venv
+	@$(BIN)/python -m mtllm_fast.kernels.aot
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
