@@ -1,0 +1,195 @@
+"""The whole method on the miniworld: three training stages, the baselines, zero-shot evaluation, a report.
+
+Everything here is what the commands `mtllm adapt | finetune | distill | evaluate` call, on files under the output
+folder.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .languages import ENGLISH
+from .world import LABELS, World
+
+ASSETS = Path(__file__).parent / "assets"
+MARKER = "demo.json"
+PARTS = ("world", "models", "teacher", "encoder_only", "adapted", "mt_llm")
+READERS = ("direct", "encoder_only", "translate_test", "mt_llm")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Sizes and settings of the demo; what they were chosen by stands in miniworld/README.md."""
+
+    texts: int = 40_000
+    train_rows: int = 3_000
+    dev_rows: int = 300
+    test_rows: int = 300
+    causal: bool = True
+    adapt: dict[str, Any] = field(
+        default_factory=lambda: {"lr": 2e-3, "max_steps": 800, "max_rows": 64, "warmup": 0.05}
+    )
+    adapt_loss: dict[str, float] = field(default_factory=lambda: {"pooled_mse": 1.0, "paired_mse": 1.0, "kl": 0.0})
+    task: dict[str, Any] = field(default_factory=lambda: {"lr": 2e-3, "max_steps": 600, "max_rows": 64, "warmup": 0.05})
+    distill: dict[str, Any] = field(
+        default_factory=lambda: {"lr": 1e-3, "max_steps": 500, "max_rows": 64, "warmup": 0.05}
+    )
+    distill_loss: dict[str, float] = field(default_factory=lambda: {"pooled_mse": 1.0, "paired_mse": 1.0})
+    num_beams: int = 1
+
+
+def run_demo(
+    output: str | Path = "runs/demo",
+    *,
+    seed: int = 0,
+    from_scratch: bool = False,
+    config: DemoConfig | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Run the demo and return what it writes to `output`/results.json; report.md and scores.png stand beside it.
+
+    Args:
+        output: a folder that is new, empty, or of an earlier demo, whose parts are then replaced.
+        seed: of the stages. The world and its two models are those of seed 0 unless `from_scratch`.
+        from_scratch: train the MT model and the LLM too, for the world of `seed` (some 25 minutes more on two cores).
+        say: told what happens next, a line at a time.
+
+    Raises:
+        ValueError: `output` holds something else than an earlier demo.
+    """
+    from ..data import read_rows
+    from ..evaluation import Translator, evaluate
+    from ..models import MTLLM
+    from ..training.adapt import AdaptConfig, adapt
+    from ..training.config import OptimSettings
+    from ..training.distill import DistillConfig, distill
+    from ..training.finetune import FinetuneConfig, finetune
+    from .files import write_world
+
+    started = time.perf_counter()
+    config = config or DemoConfig()
+    root = _fresh(Path(output), {"seed": seed, "from_scratch": from_scratch, **asdict(config)})
+    world = World(seed=seed if from_scratch else 0)
+    say(f"[1/7] Writing a world of {len(world.languages)} languages and English to {root / 'world'}")
+    write_world(
+        world, root / "world", texts=config.texts, train=config.train_rows, dev=config.dev_rows, test=config.test_rows
+    )
+    mt, llm = base_models(world, root / "models", seed=seed, from_scratch=from_scratch, say=say)
+
+    def optim(settings: dict[str, Any]) -> Any:
+        return OptimSettings(
+            seed=seed, device="cpu", report_to="none", save_steps=10**6, shuffle_buffer=2048, **settings
+        )
+
+    def task_rows(split: str) -> Any:
+        path = root / "world" / "nli" / ENGLISH / f"{split}.tsv"
+        return read_rows(path, pair_column="text_pair", label_column="label", labels=LABELS, id_column="id")
+
+    dev = list(task_rows("dev"))
+    folders = {part: str(root / part) for part in PARTS}
+    say("[2/7] Task teacher: the LLM learns the task in English")
+    finetune(
+        FinetuneConfig(llm=llm, output=folders["teacher"], causal=config.causal, train=optim(config.task)),
+        task_rows("train"),
+        LABELS,
+        dev,
+    )
+    say("[3/7] Baseline: the MT encoder alone learns the task in English")
+    finetune(
+        FinetuneConfig(encoder=mt, output=folders["encoder_only"], train=optim(config.task)),
+        task_rows("train"),
+        LABELS,
+        dev,
+    )
+    say("[4/7] Stage 1: the LLM learns from itself to read through the MT encoder, on plain English")
+    adapt(
+        AdaptConfig(
+            encoder=mt,
+            llm=llm,
+            output=folders["adapted"],
+            causal=config.causal,
+            loss=_loss(config.adapt_loss),
+            train=optim(config.adapt),
+        ),
+        read_rows(root / "world" / "adapt" / "train.txt"),
+    )
+    say("[5/7] Stage 3: the stack learns the task from the task teacher, in English")
+    distill(
+        DistillConfig(
+            model=folders["adapted"],
+            teacher=folders["teacher"],
+            output=folders["mt_llm"],
+            loss=_loss(config.distill_loss),
+            train=optim(config.distill),
+        ),
+        task_rows("train"),
+        dev,
+    )
+    say("[6/7] Zero-shot evaluation in every language")
+    models = {
+        name: MTLLM.from_pretrained(folders[folder])
+        for name, folder in (("direct", "teacher"), ("encoder_only", "encoder_only"), ("mt_llm", "mt_llm"))
+    }
+    scores = evaluate(
+        models,
+        "folder",
+        root / "world" / "nli",
+        translator=Translator.from_pretrained(mt),
+        teacher=models["direct"],
+        num_beams=config.num_beams,
+        progress=False,
+    )
+    say("[7/7] Writing the report")
+    from .report import print_demo, summarise, write_demo_report
+
+    results = summarise(scores, world, seconds=time.perf_counter() - started, seed=seed, from_scratch=from_scratch)
+    write_demo_report(results, scores, root)
+    print_demo(results)
+    say(f"results.json, report.md, scores.png and every model are in {root}")
+    return results
+
+
+def base_models(
+    world: World, folder: Path, *, seed: int, from_scratch: bool, say: Callable[[str], None] = print
+) -> tuple[str, str]:
+    """Folders of the world's MT model and LLM: built now, or the shipped ones. Shipped weights are stored in half
+    precision to keep the package small; they are read into float32 here, once."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    if from_scratch:
+        from .build import build
+
+        say("      Training the MT model and the LLM from scratch")
+        build(world, folder, seed=seed)
+    else:
+        for name, auto in (("mt", AutoModelForSeq2SeqLM), ("llm", AutoModelForCausalLM)):
+            auto.from_pretrained(ASSETS / name, dtype=torch.float32).save_pretrained(folder / name)
+            AutoTokenizer.from_pretrained(ASSETS / name).save_pretrained(folder / name)
+    return str(folder / "mt"), str(folder / "llm")
+
+
+def _loss(weights: dict[str, float]) -> Any:
+    from ..losses import DistillationWeights
+
+    return DistillationWeights(**weights)
+
+
+def _fresh(root: Path, settings: dict[str, Any]) -> Path:
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"output={str(root)!r}: is a file, not a folder")
+    if root.is_dir() and any(root.iterdir()) and not (root / MARKER).is_file():
+        raise ValueError(f"output={str(root)!r}: holds something else than an earlier demo; name a new folder")
+    for part in PARTS:
+        shutil.rmtree(root / part, ignore_errors=True)
+    for name in ("results.json", "report.md", "scores.png"):
+        (root / name).unlink(missing_ok=True)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / MARKER).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return root

@@ -1,0 +1,165 @@
+"""The demo's table, its verdict in words, and its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .world import World
+
+if TYPE_CHECKING:
+    from ..evaluation.results import Scores
+
+READERS = {
+    "direct": "LLM, directly",
+    "encoder_only": "MT encoder alone",
+    "translate_test": "translate-test",
+    "mt_llm": "MT-LLM",
+}
+CAVEAT = (
+    "The world is a test bench for the machinery, generated and small; it is not evidence for the paper's claims about "
+    "real languages."
+)
+
+
+def summarise(scores: Scores, world: World, *, seconds: float, seed: int, from_scratch: bool) -> dict[str, Any]:
+    """The demo's results as data. Accuracies are shares from 0 to 1; texts are task rows (premise and hypothesis)."""
+    models = {model.name.replace("-", "_"): model for model in scores.models}
+    foreign, english = scores.foreign(), scores.english
+    languages = {
+        code: {
+            **{reader: models[reader].languages[code].accuracy for reader in READERS},
+            "resources": world.languages[code].resources,
+            "parallel_texts": world.high if world.languages[code].resources == "high" else world.low,
+        }
+        for code in foreign
+    }
+    speed = {}
+    for reader in ("translate_test", "mt_llm"):
+        timed = [models[reader].languages[code] for code in foreign]
+        speed[reader] = sum(score.rows for score in timed) / sum(score.time_s for score in timed)
+    return {
+        "languages": languages,
+        "mean": {reader: models[reader].mean("accuracy", foreign) for reader in READERS},
+        "english": {
+            "teacher": models["direct"].languages[english].accuracy,
+            "encoder_only": models["encoder_only"].languages[english].accuracy,
+            "mt_llm": models["mt_llm"].languages[english].accuracy,
+        },
+        "texts_per_s": speed,
+        "seconds": seconds,
+        "rows_per_language": models["mt_llm"].languages[english].rows,
+        "chance": 1 / len(scores.labels),
+        "unit": "accuracy, 0 to 1",
+        "seed": seed,
+        "from_scratch": from_scratch,
+        "versions": scores.versions,
+    }
+
+
+def verdict(results: dict[str, Any]) -> list[str]:
+    """One sentence per comparison, whichever way it fell."""
+    mean, english, speed = results["mean"], results["english"], results["texts_per_s"]
+    languages = results["languages"]
+    ours = mean["mt_llm"]
+    lines = [
+        f"MT-LLM against the LLM reading directly: {_points(ours - mean['direct'])} on the mean of {len(languages)} "
+        f"languages ({_percent(ours)} against {_percent(mean['direct'])}; chance is {_percent(results['chance'])}).",
+        f"MT-LLM against the MT encoder alone: {_points(ours - mean['encoder_only'])} "
+        f"({_percent(ours)} against {_percent(mean['encoder_only'])}).",
+    ]
+    gap = ours - mean["translate_test"]
+    won = [code for code, row in languages.items() if row["mt_llm"] > row["translate_test"]]
+    word = f"MT-LLM {'is ahead of' if gap > 0 else 'is behind' if gap < 0 else 'equals'} translate-test"
+    lines.append(
+        f"{word}: {_points(gap)} ({_percent(ours)} against {_percent(mean['translate_test'])}), better in {len(won)} "
+        f"of {len(languages)} languages{' (' + ', '.join(won) + ')' if won else ''}."
+    )
+    for name in ("high", "low"):
+        part = [row for row in languages.values() if row["resources"] == name]
+        much = "much" if name == "high" else "little"
+        lines.append(
+            f"  with {much} parallel text ({len(part)} languages): "
+            f"MT-LLM {_percent(_mean(row['mt_llm'] for row in part))}, "
+            f"translate-test {_percent(_mean(row['translate_test'] for row in part))}"
+        )
+    lines.append(
+        f"The English teacher scores {_percent(english['teacher'])}: MT-LLM is "
+        f"{_points(english['mt_llm'] - english['teacher'])} from it in English ({_percent(english['mt_llm'])}) and "
+        f"{_points(ours - english['teacher'])} on the foreign mean."
+    )
+    lines.append(
+        f"Speed: MT-LLM {speed['mt_llm']:,.0f} texts/s, translate-test {speed['translate_test']:,.0f}: "
+        f"{speed['mt_llm'] / speed['translate_test']:.1f} times as many."
+    )
+    lines.append(CAVEAT)
+    return lines
+
+
+def table_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Language, parallel texts, percentages by reader: English, the others, their mean; then texts per second."""
+    english, speed = results["english"], results["texts_per_s"]
+    rows: list[tuple[str, ...]] = [
+        ("eng_Latn", "-", _cell(english["teacher"]), _cell(english["encoder_only"]), "-", _cell(english["mt_llm"]))
+    ]
+    for code, row in results["languages"].items():
+        rows.append((code, f"{row['parallel_texts']:,}", *(_cell(row[reader]) for reader in READERS)))
+    rows.append(("mean, non-English", "", *(_cell(results["mean"][reader]) for reader in READERS)))
+    rows.append(("texts per second", "", "", "", f"{speed['translate_test']:,.0f}", f"{speed['mt_llm']:,.0f}"))
+    return rows
+
+
+HEADER = ("language", "parallel texts", *READERS.values())
+
+
+def print_demo(results: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title="Zero-shot accuracy, % (trained on English only)", header_style="bold")
+    for index, name in enumerate(HEADER):
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+    rows = table_rows(results)
+    for index, row in enumerate(rows):
+        if index in (1, len(rows) - 2):
+            table.add_section()
+        table.add_row(*row, style="bold" if index == len(rows) - 2 else None)
+    console.print(table)
+    for line in verdict(results):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def write_demo_report(results: dict[str, Any], scores: Scores, root: Path) -> None:
+    """Write results.json, report.md and scores.png under `root`."""
+    from ..reporting.score_figure import draw_scores
+
+    draw_scores(scores, root / "scores.png")
+    lines = ["# Miniworld demo", "", "Zero-shot accuracy in percent; all models learned the task in English only.", ""]
+    lines += ["| " + " | ".join(HEADER) + " |", "|" + " --- |" + " ---: |" * (len(HEADER) - 1)]
+    lines += ["| " + " | ".join(row) + " |" for row in table_rows(results)]
+    lines += ["", *(f"- {line.strip()}" for line in verdict(results)), "", "![Accuracy by language](scores.png)", ""]
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    size = f"{results['rows_per_language']} rows per language, {results['seconds']:.0f} s, seed {results['seed']}"
+    lines += [f"{size}; {versions}.", ""]
+    (root / "report.md").write_text("\n".join(lines), encoding="utf-8")
+    (root / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed) if listed else float("nan")
+
+
+def _cell(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:+.1f} points"
