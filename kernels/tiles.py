@@ -68,6 +68,46 @@ LINEAR_KL: dict[str, LinearKLTiles] = {
 }
 
 
+@dataclass(frozen=True)
+class StateTile:
+    """`rows` rows of states per step of one program, whole rows in registers."""
+
+    rows: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class HiddenMSETiles:
+    """Sizes of the CUDA/HIP path of `hidden_mse`.
+
+    Attributes:
+        piece: rows of a segment that one program sums. Fewer rows give more programs and more fp32 partial sums, which
+            cost `8 / (piece * itemsize)` of the traffic.
+        gradient_piece: rows of a segment whose gradient one program writes.
+        finish_block: states per step when the partial sums are combined.
+        values_per_thread: fp32 numbers of a tile in one thread's registers.
+    """
+
+    piece: int
+    gradient_piece: int
+    finish_block: int
+    values_per_thread: int
+
+    def for_width(self, width: int) -> StateTile:
+        """The tile for rows of `width` states, a power of 2."""
+        num_warps = min(16, max(4, width // (32 * self.values_per_thread)))
+        return StateTile(max(1, num_warps * 32 * self.values_per_thread // max(width, 1) // 2), num_warps)
+
+
+HIDDEN_MSE: dict[str, HiddenMSETiles] = {
+    "default": HiddenMSETiles(64, 16, 1024, 16),
+    "sm_80": HiddenMSETiles(64, 16, 1024, 16),
+    "sm_90": HiddenMSETiles(64, 16, 1024, 16),
+    "sm_100": HiddenMSETiles(64, 32, 1024, 16),
+    "gfx942": HiddenMSETiles(64, 16, 1024, 32),
+}
+
+
 def architecture() -> str:
     """Key of the current device in the tables: "sm_90", "gfx942", ..., "default" without one."""
     import torch

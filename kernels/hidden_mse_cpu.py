@@ -1,0 +1,250 @@
+"""CPU kernels of `hidden_mse`.
+
+Segment sums are `embedding_bag`: it reads rows where they lie, at memory bandwidth, weighted by 1/rms where the norm is
+an RMSNorm. Whatever needs a changed copy of the states (LayerNorm, 16-bit dtypes, gradients) goes in blocks of rows that
+stay in cache: fresh pages cost more than the arithmetic.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .gemms import accumulation_dtype
+from .linear_kl_cpu import check_rows
+from .segments import check_values, segment_ranges
+
+BLOCK_VALUES = 1 << 18  # values per block: 1 MiB of fp32
+
+
+def block_rows(width: int) -> int:
+    return max(16, BLOCK_VALUES // max(width, 1))
+
+
+def _covered_rows(starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows (R,) of all segments one after the other, offsets (S,) of each segment in them)."""
+    lengths = ends.long() - starts.long()
+    offsets = lengths.cumsum(0) - lengths
+    rows = torch.repeat_interleave(starts.long() - offsets, lengths)
+    return rows.add_(torch.arange(rows.shape[0])), offsets
+
+
+def normalised(block: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(rows of mean square 1, 1/rms or 1/std (n,), mean (n,)) of a block in the accumulation dtype."""
+    if norm == "none":
+        return block, None, None
+    if norm == "rms":
+        rstd = torch.linalg.vector_norm(block, dim=1).square_().div_(block.shape[1]).add_(eps).rsqrt_()
+        return block * rstd.unsqueeze(1), rstd, None
+    out, mean, rstd = torch.native_layer_norm(block, (block.shape[1],), None, None, eps)
+    return out, rstd.view(-1), mean.view(-1)
+
+
+def _segment_sums(x: Tensor, bounds: Tensor, pooling: str, norm: str, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(sums of normalised rows (S, D), lengths (S,), statistics (n, T) by row of x)."""
+    check_values(bounds, pooling, x.shape[0])
+    dtype = accumulation_dtype(x.dtype)
+    starts, ends = segment_ranges(bounds, pooling)
+    lengths = (ends - starts).long()
+    rows, offsets = _covered_rows(starts, ends)
+    count, width = starts.shape[0], x.shape[1]
+    stats = x.new_zeros({"none": 0, "rms": 1, "layer": 2}[norm], x.shape[0], dtype=dtype)
+    sums = x.new_zeros(count, width, dtype=dtype)
+    if rows.numel() == 0 or width == 0:
+        return sums, lengths, stats
+    if x.dtype == torch.float32 and norm != "layer":
+        weights = None
+        if norm == "rms":
+            rstd = torch.linalg.vector_norm(x, dim=1).square_().div_(width).add_(eps).rsqrt_()
+            stats[0], weights = rstd, rstd[rows]
+        return F.embedding_bag(rows, x.contiguous(), offsets, mode="sum", per_sample_weights=weights), lengths, stats
+    edges = torch.cat((offsets, offsets.new_tensor([rows.shape[0]])))
+    block = block_rows(width)
+    for start in range(0, rows.shape[0], block):
+        taken = rows[start : start + block]
+        values, rstd, mean = normalised(x.index_select(0, taken).to(dtype), norm, eps)
+        if rstd is not None:
+            stats[0, taken] = rstd
+        if mean is not None:
+            stats[1, taken] = mean
+        first = int(torch.searchsorted(edges, start, right=True)) - 1
+        last = int(torch.searchsorted(edges, start + taken.shape[0]))
+        inside = (offsets[first:last] - start).clamp_(0, taken.shape[0])
+        sums[first:last] += F.embedding_bag(torch.arange(taken.shape[0]), values, inside, mode="sum")
+    return sums, lengths, stats
+
+
+def segment_mean_cpu(
+    x: Tensor,  # (T, D)
+    bounds: Tensor,  # (S + 1,) or (S, 2)
+    pooling: str,
+    norm: str,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Mean (S, D) of each segment's rows, normalised without weight and bias; 1/rms, or 1/std and mean, per row."""
+    sums, lengths, stats = _segment_sums(x, bounds, pooling, norm, eps)
+    return sums.div_(lengths.clamp(min=1).unsqueeze(1)), stats
+
+
+def pooled_cpu(
+    student: Tensor,  # (T_s, D)
+    teacher: Tensor,  # (T_t, D)
+    bounds_s: Tensor,
+    bounds_t: Tensor,
+    pooling: str,
+    weight: Tensor | None,  # (S,)
+    norm: str,
+    norm_weight: Tensor | None,  # (D,)
+    eps: float,
+    need_dx: bool,
+    need_norm: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Values (S,), u (S, D) = d Σ weight · value / d (one row's share of the mean), statistics, norm weight's gradient.
+
+    The norm's weight is applied to means, not to rows, and its bias is the same on both sides and drops out.
+    """
+    dtype = accumulation_dtype(student.dtype)
+    width = student.shape[1]
+    mean_s, lengths_s, stats = _segment_sums(student, bounds_s, pooling, norm, eps)
+    mean_t, lengths_t, _ = _segment_sums(teacher, bounds_t, pooling, norm, eps)
+    share = lengths_s.clamp(min=1).to(dtype).unsqueeze(1)
+    mean_s.div_(share)
+    difference = mean_t.div_(lengths_t.clamp(min=1).to(dtype).unsqueeze(1)).neg_().add_(mean_s)
+    counts = (lengths_s > 0) & (lengths_t > 0)
+    if weight is not None:
+        counts &= weight != 0
+    difference.masked_fill_(~counts.unsqueeze(1), 0.0)
+    if norm_weight is not None:
+        difference.mul_(norm_weight.to(dtype))
+    values = torch.linalg.vector_norm(difference, dim=1).square_().div_(max(width, 1))
+    factor = torch.full_like(values, 2.0 / max(width, 1))
+    if weight is not None:
+        factor *= weight.to(dtype)
+    push = difference.mul_(factor.unsqueeze(1))
+    d_norm = push.new_zeros(1 if need_norm else 0, width).sum(0, keepdim=True)
+    if need_norm:
+        d_norm = (mean_s.masked_fill(~counts.unsqueeze(1), 0.0) * push).sum(0, keepdim=True)
+    if not need_dx:
+        return values, push.new_empty(0, width), stats[:, :0].clone(), d_norm
+    u = push.div_(share)
+    return values, u if norm_weight is None else u.mul_(norm_weight.to(dtype)), stats, d_norm
+
+
+def pairs_cpu(
+    student: Tensor,  # (T_s, D)
+    teacher: Tensor,  # (T_t, D)
+    rows_s: Tensor,  # (P,)
+    rows_t: Tensor,  # (P,)
+    weight: Tensor | None,  # (P,)
+    kind: str,
+) -> tuple[Tensor, Tensor]:
+    """Values (P,) and, for the cosine, 1 / (|s| |t|) and cos / |s|² (2, P); 0 where the weight is 0."""
+    check_rows(rows_s, student.shape[0], "rows_s")
+    check_rows(rows_t, teacher.shape[0], "rows_t")
+    dtype = accumulation_dtype(student.dtype)
+    pairs, width = rows_s.shape[0], student.shape[1]
+    values = student.new_zeros(pairs, dtype=dtype)
+    stats = student.new_zeros(2, pairs if kind == "cosine" else 0, dtype=dtype)
+    block = block_rows(width)
+    for start in range(0, pairs, block):
+        stop = min(start + block, pairs)
+        s = student.index_select(0, rows_s[start:stop]).to(dtype)
+        t = teacher.index_select(0, rows_t[start:stop]).to(dtype)
+        if kind == "mse":
+            values[start:stop] = torch.linalg.vector_norm(s.sub_(t), dim=1).square_().div_(max(width, 1))
+            continue
+        norm_s, norm_t = torch.linalg.vector_norm(s, dim=1), torch.linalg.vector_norm(t, dim=1)
+        inverse = torch.where(norm_s * norm_t == 0, 0.0, 1.0 / (norm_s * norm_t))
+        cosine = s.mul_(t).sum(1).mul_(inverse)
+        values[start:stop] = 1.0 - cosine
+        stats[0, start:stop] = inverse
+        stats[1, start:stop] = torch.where(inverse == 0, 0.0, cosine / norm_s.square())
+    if weight is not None:
+        left_out = weight == 0
+        values.masked_fill_(left_out, 0.0)
+        stats.masked_fill_(left_out, 0.0) if kind == "cosine" else stats
+    return values, stats
+
+
+def state_gradient_cpu(
+    scales: Tensor,  # (3,)
+    student: Tensor,  # (T, D)
+    teacher: Tensor | None,  # (T_t, D)
+    u: Tensor | None,  # (S, D)
+    bounds: Tensor | None,
+    pooling: str,
+    norm: str,
+    stats: Tensor,  # (n, T)
+    rows_s: Tensor | None,  # (P,)
+    rows_t: Tensor | None,  # (P,)
+    pair_weight: Tensor | None,  # (P,)
+    pair_stats: Tensor,  # (2, P)
+    kind: str,
+    rows_sorted: bool,
+    more: Tensor | None,  # (T, D)
+) -> Tensor:
+    """scales[0] · (pooled part from u) + scales[1] · (row pairs) + scales[2] · more, in the dtype of the states.
+
+    Every block of rows is finished while it is in cache. A pair whose row is named twice adds to the same row.
+    """
+    dtype = accumulation_dtype(student.dtype)
+    rows, width = student.shape
+    dx = student.new_empty(rows, width)
+    block = block_rows(width)
+    own = None
+    if u is not None:
+        assert bounds is not None
+        starts, ends = segment_ranges(bounds, pooling)
+        covered, _ = _covered_rows(starts, ends)
+        # Row S of u holds the zeros of rows that belong to no segment.
+        own = torch.full((rows,), u.shape[0], dtype=torch.int64)
+        own[covered] = torch.repeat_interleave(torch.arange(u.shape[0]), ends.long() - starts.long())
+        u = F.pad(u * scales[0], (0, 0, 0, 1))
+        dead = (u == 0).all(1)
+    order = edges = factor = None
+    if rows_s is not None and rows_s.shape[0] > 0:
+        if rows_sorted and bool((rows_s[1:] < rows_s[:-1]).any()):
+            raise ValueError("rows_s must ascend when rows_sorted is True")
+        order = torch.arange(rows_s.shape[0]) if rows_sorted else torch.argsort(rows_s, stable=True)
+        factor = scales[1].expand(order.shape[0])
+        if pair_weight is not None:
+            kept = pair_weight[order] != 0
+            order, factor = order[kept], factor[kept] * pair_weight[order[kept]].to(dtype)
+        targets = rows_s[order].long()
+        edges = torch.searchsorted(targets, torch.arange(0, rows + block, block)).tolist()
+    for index, start in enumerate(range(0, rows, block)):
+        stop = min(start + block, rows)
+        out = dx[start:stop]
+        total = out if out.dtype == dtype else out.new_empty(out.shape, dtype=dtype)
+        if u is not None and own is not None:
+            torch.index_select(u, 0, own[start:stop], out=total)
+            if norm != "none":
+                x = student[start:stop].to(dtype)
+                x = x - stats[1, start:stop].unsqueeze(1) if norm == "layer" else x
+                x = x * stats[0, start:stop].unsqueeze(1)
+                along = (x * total).mean(1, keepdim=True)
+                if norm == "layer":
+                    total.sub_(total.mean(1, keepdim=True))
+                total.addcmul_(x, along, value=-1.0).mul_(stats[0, start:stop].unsqueeze(1))
+                total.masked_fill_(dead[own[start:stop]].unsqueeze(1), 0.0)
+        else:
+            total.zero_()
+        if order is not None and edges is not None and factor is not None and edges[index] < edges[index + 1]:
+            assert teacher is not None and rows_t is not None
+            part = slice(edges[index], edges[index + 1])
+            pair = order[part]
+            s = student.index_select(0, targets[part]).to(dtype)
+            t = teacher.index_select(0, rows_t[pair]).to(dtype)
+            scale = factor[part].unsqueeze(1)
+            if kind == "mse":
+                s.sub_(t).mul_(scale * (2.0 / width))
+            else:
+                s.mul_(pair_stats[1, pair].unsqueeze(1)).addcmul_(t, pair_stats[0, pair].unsqueeze(1), value=-1.0)
+                s.mul_(scale)
+            total.index_add_(0, targets[part] - start, s)
+        if more is not None:
+            total.add_(more[start:stop].to(dtype) * scales[2])
+        if total is not out:
+            out.copy_(total)
+    return dx

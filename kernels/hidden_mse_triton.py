@@ -1,0 +1,338 @@
+"""Triton kernels of `hidden_mse`. Every one keeps a whole row in registers and reads or writes each row once.
+
+`pool_rows`       Σ of (normalised) rows over one piece of a segment, into the piece's slot; row statistics for backward.
+`pool_finish`     the slots of a segment, added in order, to its mean.
+`pool_compare`    the same for student and teacher at once: value of the segment and its gradient row u.
+`pair_values`     value of one row pair, and what the gradient of the cosine needs.
+`state_gradient`  all parts of the gradient of a state, written once: norm backward of u, row pairs, one more tensor.
+
+Slots and intervals: see `segments.py`. Sums are fp32; no atomics.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _interval_of(slot, edges_ptr, intervals, PIECE: tl.constexpr, STEPS: tl.constexpr):
+    """The last g with g + edges[g] // PIECE <= slot; these keys ascend strictly. 2 ** STEPS >= intervals."""
+    low = slot * 0
+    high = low + intervals
+    for _ in range(STEPS):
+        middle = (low + high) // 2
+        edge = tl.load(edges_ptr + middle, mask=middle < intervals, other=0).to(tl.int64)
+        here = (middle < intervals) & (middle + edge // PIECE <= slot)
+        low = tl.where(here, middle, low)
+        high = tl.where(here, high, middle)
+    return low
+
+
+@triton.jit
+def _edge(edges_ptr, interval, intervals, rows):
+    """First row of an interval, kept within the rows whatever the edges say."""
+    edge = tl.load(edges_ptr + interval, mask=interval < intervals, other=rows).to(tl.int64)
+    return tl.minimum(tl.maximum(edge, 0), rows)
+
+
+@triton.jit
+def _owner(order_ptr, interval, segments, IS_CU: tl.constexpr):
+    """The segment that owns an interval, or -1."""
+    if IS_CU:
+        owner = tl.where(interval < segments, interval, -1)
+    else:
+        odd = interval % 2 == 1
+        owner = tl.where(odd, tl.load(order_ptr + interval // 2, mask=odd, other=0), -1)
+    return owner.to(tl.int64)
+
+
+@triton.jit
+def pool_rows(
+    x_ptr,  # (T, D)
+    edges_ptr,  # (G,)
+    order_ptr,  # (S,) or unused
+    partial_ptr,  # (slots, D) fp32
+    stats_ptr,  # (n, T) fp32: 1/rms; 1/std and mean
+    stride_x,
+    width,
+    rows,
+    intervals,
+    segments,
+    eps,
+    NORM: tl.constexpr,
+    STORE_STATS: tl.constexpr,
+    IS_CU: tl.constexpr,
+    STEPS: tl.constexpr,
+    PIECE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    slot = tl.program_id(0).to(tl.int64)
+    interval = _interval_of(slot, edges_ptr, intervals, PIECE, STEPS)
+    start = _edge(edges_ptr, interval, intervals, rows)
+    end = _edge(edges_ptr, interval + 1, intervals, rows)
+    owner = _owner(order_ptr, interval, segments, IS_CU)
+    start += tl.maximum(slot - interval - start // PIECE, 0) * PIECE
+    end = tl.where(owner < 0, start, tl.minimum(start + PIECE, end))
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < width
+    total = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    for first in range(start, end, ROWS):
+        offs_t = first + tl.arange(0, ROWS)
+        mask = (offs_t < end)[:, None] & mask_d[None, :]
+        x = tl.load(x_ptr + offs_t[:, None] * stride_x + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        if NORM == "layer":
+            mean = tl.sum(x, 1) / width
+            x = tl.where(mask, x - mean[:, None], 0.0)
+            if STORE_STATS:
+                tl.store(stats_ptr + rows + offs_t, mean, mask=offs_t < end)
+        if NORM != "none":
+            rstd = tl.rsqrt(tl.sum(x * x, 1) / width + eps)
+            x *= rstd[:, None]
+            if STORE_STATS:
+                tl.store(stats_ptr + offs_t, rstd, mask=offs_t < end)
+        total += x
+    if start < end:
+        tl.store(partial_ptr + slot * width + offs_d, tl.sum(total, 0), mask=mask_d)
+
+
+@triton.jit
+def _mean_of(partial_ptr, edges_ptr, position_ptr, segment, intervals, rows, offs_d, mask_d, width,
+             IS_CU: tl.constexpr, PIECE: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """(mean of a segment over offs_d, its number of rows)."""
+    if IS_CU:
+        interval = segment
+    else:
+        interval = tl.load(position_ptr + segment)
+    start = _edge(edges_ptr, interval, intervals, rows)
+    length = tl.maximum(_edge(edges_ptr, interval + 1, intervals, rows) - start, 0)
+    slot = interval + start // PIECE
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for k in range(0, (length + PIECE - 1) // PIECE):
+        total += tl.load(partial_ptr + (slot + k) * width + offs_d, mask=mask_d, other=0.0)
+    return total / tl.maximum(length, 1).to(tl.float32), length
+
+
+@triton.jit
+def pool_finish(
+    partial_ptr,  # (slots, D) fp32
+    edges_ptr,  # (G,)
+    position_ptr,  # (S,) or unused
+    mean_ptr,  # (S, D) fp32
+    width,
+    rows,
+    intervals,
+    IS_CU: tl.constexpr,
+    PIECE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    segment = tl.program_id(0).to(tl.int64)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < width
+    mean, _ = _mean_of(
+        partial_ptr, edges_ptr, position_ptr, segment, intervals, rows, offs_d, mask_d, width, IS_CU, PIECE, BLOCK_D
+    )
+    tl.store(mean_ptr + segment * width + offs_d, mean, mask=mask_d)
+
+
+@triton.jit
+def pool_compare(
+    partial_s_ptr,  # (slots_s, D) fp32
+    partial_t_ptr,  # (slots_t, D) fp32
+    edges_s_ptr,  # (G_s,)
+    edges_t_ptr,  # (G_t,)
+    position_s_ptr,  # (S,) or unused
+    position_t_ptr,  # (S,) or unused
+    weight_ptr,  # (S,) fp32 or unused
+    norm_weight_ptr,  # (D,) fp32 or unused
+    value_ptr,  # (S,) fp32
+    u_ptr,  # (S, D) fp32
+    mean_ptr,  # (S, D) fp32: the student's normalised mean before the norm's weight
+    push_ptr,  # (S, D) fp32: d value / d pooled
+    width,
+    rows_s,
+    rows_t,
+    intervals_s,
+    intervals_t,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_NORM_WEIGHT: tl.constexpr,
+    NEED_U: tl.constexpr,
+    NEED_NORM: tl.constexpr,
+    IS_CU_S: tl.constexpr,
+    IS_CU_T: tl.constexpr,
+    PIECE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    segment = tl.program_id(0).to(tl.int64)
+    weight = 1.0
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + segment)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, width, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D)
+        mask_d = offs_d < width
+        mean_s, length_s = _mean_of(
+            partial_s_ptr, edges_s_ptr, position_s_ptr, segment, intervals_s, rows_s, offs_d, mask_d, width,
+            IS_CU_S, PIECE, BLOCK_D,
+        )  # fmt: skip
+        mean_t, length_t = _mean_of(
+            partial_t_ptr, edges_t_ptr, position_t_ptr, segment, intervals_t, rows_t, offs_d, mask_d, width,
+            IS_CU_T, PIECE, BLOCK_D,
+        )  # fmt: skip
+        counts = (length_s > 0) & (length_t > 0) & (weight != 0.0)
+        scale = 1.0
+        if HAS_NORM_WEIGHT:
+            scale = tl.load(norm_weight_ptr + offs_d, mask=mask_d, other=0.0)
+        difference = tl.where(counts, (mean_s - mean_t) * scale, 0.0)
+        total += difference * difference
+        push = difference * (2.0 * weight / width)
+        if NEED_U:
+            u = push * scale / tl.maximum(length_s, 1).to(tl.float32)
+            tl.store(u_ptr + segment * width + offs_d, u, mask=mask_d)
+        if NEED_NORM:
+            tl.store(mean_ptr + segment * width + offs_d, tl.where(counts, mean_s, 0.0), mask=mask_d)
+            tl.store(push_ptr + segment * width + offs_d, push, mask=mask_d)
+    tl.store(value_ptr + segment, tl.sum(total, 0) / width)
+
+
+@triton.jit
+def pair_values(
+    s_ptr,  # (T_s, D)
+    t_ptr,  # (T_t, D)
+    rows_s_ptr,  # (P,)
+    rows_t_ptr,  # (P,)
+    weight_ptr,  # (P,) fp32 or unused
+    value_ptr,  # (P,) fp32
+    stats_ptr,  # (2, P) fp32: 1 / (|s| |t|) and cos / |s|², cosine only
+    stride_s,
+    stride_t,
+    width,
+    pairs,
+    HAS_WEIGHT: tl.constexpr,
+    COSINE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    pair = tl.program_id(0).to(tl.int64)
+    stop = width
+    if HAS_WEIGHT:
+        stop = tl.where(tl.load(weight_ptr + pair) == 0.0, 0, width)
+    s_row = s_ptr + tl.load(rows_s_ptr + pair).to(tl.int64) * stride_s
+    t_row = t_ptr + tl.load(rows_t_ptr + pair).to(tl.int64) * stride_t
+    a = tl.zeros((BLOCK_D,), tl.float32)
+    s_square = tl.zeros((BLOCK_D,), tl.float32)
+    t_square = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, stop, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D)
+        mask_d = offs_d < width
+        s = tl.load(s_row + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+        t = tl.load(t_row + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+        if COSINE:
+            a += s * t
+            s_square += s * s
+            t_square += t * t
+        else:
+            a += (s - t) * (s - t)
+    value = tl.sum(a, 0)
+    if COSINE:
+        norms = tl.sqrt(tl.sum(s_square, 0)) * tl.sqrt(tl.sum(t_square, 0))
+        inverse = tl.where(norms == 0.0, 0.0, 1.0 / norms)
+        tl.store(stats_ptr + pair, inverse)
+        squared = tl.sum(s_square, 0)
+        tl.store(stats_ptr + pairs + pair, tl.where(norms == 0.0, 0.0, value * inverse / squared))
+        value = 1.0 - value * inverse
+        if HAS_WEIGHT:
+            value = tl.where(stop == 0, 0.0, value)
+    else:
+        value = value / width
+    tl.store(value_ptr + pair, value)
+
+
+@triton.jit
+def state_gradient(
+    dx_ptr,  # (T, D)
+    x_ptr,  # (T, D) student states, or unused
+    t_ptr,  # (T_t, D) teacher states, or unused
+    u_ptr,  # (S, D) fp32 gradient of one pooled row's summand, or unused
+    more_ptr,  # (T, D) a further gradient, or unused
+    scales_ptr,  # (3,) fp32: factors on u, on the pairs, on `more`
+    edges_ptr,  # (G,)
+    order_ptr,  # (S,) or unused
+    stats_ptr,  # (n, T) fp32 of pool_rows, or unused
+    pair_edges_ptr,  # (T + 1,) first entry of each row in pair_order, or unused
+    pair_order_ptr,  # (P,) pairs sorted by row
+    rows_t_ptr,  # (P,)
+    pair_weight_ptr,  # (P,) fp32 or unused
+    pair_stats_ptr,  # (2, P) fp32 of pair_values, or unused
+    stride_x,
+    stride_t,
+    stride_more,
+    width,
+    rows,
+    intervals,
+    segments,
+    pairs,
+    NORM: tl.constexpr,
+    HAS_POOL: tl.constexpr,
+    HAS_PAIRS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    COSINE: tl.constexpr,
+    HAS_MORE: tl.constexpr,
+    IS_CU: tl.constexpr,
+    STEPS: tl.constexpr,
+    PIECE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    slot = tl.program_id(0).to(tl.int64)
+    interval = _interval_of(slot, edges_ptr, intervals, PIECE, STEPS)
+    start = _edge(edges_ptr, interval, intervals, rows)
+    end = _edge(edges_ptr, interval + 1, intervals, rows)
+    start += tl.maximum(slot - interval - start // PIECE, 0) * PIECE
+    end = tl.minimum(start + PIECE, end)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < width
+    u = tl.zeros((BLOCK_D,), tl.float32)
+    live = width
+    if HAS_POOL:
+        owner = _owner(order_ptr, interval, segments, IS_CU)
+        mask_u = mask_d & (owner >= 0)
+        u = tl.load(u_ptr + owner * width + offs_d, mask=mask_u, other=0.0) * tl.load(scales_ptr)
+        # A segment of weight 0 has u = 0, and then whatever its states hold must not count.
+        live = tl.where(tl.sum(tl.where(u != 0.0, 1.0, 0.0), 0) > 0.0, width, 0)
+    if HAS_PAIRS:
+        pair_scale = tl.load(scales_ptr + 1)
+    if HAS_MORE:
+        more_scale = tl.load(scales_ptr + 2)
+    for row in range(start, end):
+        gradient = u
+        if NORM != "none":
+            x = tl.load(x_ptr + row * stride_x + offs_d, mask=offs_d < live, other=0.0).to(tl.float32)
+            rstd = tl.where(live > 0, tl.load(stats_ptr + row), 0.0)
+            if NORM == "layer":
+                x -= tl.load(stats_ptr + rows + row)
+                gradient -= tl.sum(u, 0) / width
+            x = tl.where(offs_d < live, x * rstd, 0.0)
+            gradient = (gradient - x * (tl.sum(u * x, 0) / width)) * rstd
+        if HAS_PAIRS:
+            first = tl.load(pair_edges_ptr + row)
+            last = tl.load(pair_edges_ptr + row + 1)
+            paired = tl.where(first < last, width, 0)
+            s = tl.load(x_ptr + row * stride_x + offs_d, mask=offs_d < paired, other=0.0).to(tl.float32)
+            for index in range(first, last):
+                pair = tl.load(pair_order_ptr + index)
+                factor = pair_scale
+                if HAS_WEIGHT:
+                    factor *= tl.load(pair_weight_ptr + pair)
+                row_t = tl.load(rows_t_ptr + pair).to(tl.int64)
+                t = tl.load(t_ptr + row_t * stride_t + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+                if COSINE:
+                    part = s * tl.load(pair_stats_ptr + pairs + pair) - t * tl.load(pair_stats_ptr + pair)
+                else:
+                    part = (s - t) * (2.0 / width)
+                if HAS_WEIGHT:
+                    part = tl.where(tl.load(pair_weight_ptr + pair) == 0.0, 0.0, part)
+                gradient += factor * part
+        if HAS_MORE:
+            more = tl.load(more_ptr + row * stride_more + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+            gradient += more_scale * more
+        tl.store(dx_ptr + row * width + offs_d, gradient.to(dx_ptr.dtype.element_ty), mask=mask_d)
