@@ -1,0 +1,48 @@
+"""The README's Python runs as it stands, with tiny models in place of the named ones."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from tests.conftest import REPO
+from tests.tiny import LINES
+
+
+def _blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_training_loop(encoder_folder: str, llm_folder: str) -> None:
+    code = next(block for block in _blocks() if "MTLLM.stack" in block)
+    for name, folder in (("facebook/nllb-200-distilled-600M", encoder_folder), ("meta-llama/Meta-Llama-3-8B-Instruct", llm_folder)):
+        assert name in code
+        code = code.replace(name, folder)
+    assert len([line for line in code.splitlines() if line.strip() and "import" not in line]) <= 10
+    scope: dict = {"batches": [LINES] * 15, "__name__": "readme"}
+    losses: list[float] = []
+    code = code.replace(".backward()  #", ".backward(); record(terms)  #")
+    scope["record"] = lambda terms: losses.append(float(terms["pooled_mse"].sum.detach()))
+    exec(compile(code, "README.md", "exec"), scope)
+    assert len(losses) == 15
+    assert losses[-1] < losses[0]
+
+
+def test_linear_kl_alone() -> None:
+    code = next(block for block in _blocks() if "linear_kl(" in block)
+    student = torch.randn(7, 16, requires_grad=True)
+    scope = {"student_states": student, "teacher_states": torch.randn(7, 16), "lm_head_weight": torch.randn(40, 16)}
+    exec(compile(code, "README.md", "exec"), scope)
+    assert student.grad is not None
+    assert float(student.grad.abs().max()) > 0
+    assert float(scope["count"]) == 7
+
+
+def test_files_named_in_the_readme_exist() -> None:
+    tree = (REPO / "README.md").read_text(encoding="utf-8").split("## Files")[1]
+    names = re.findall(r"^(?:  )?(\S+/)(?: |$)|(\w+\.py)", tree, re.MULTILINE)
+    found = [a or b for a, b in names]
+    assert len(found) > 8
+    for name in found:
+        assert list(REPO.glob(name.rstrip("/"))) or list(REPO.glob(f"*/{name.rstrip('/')}")), name
