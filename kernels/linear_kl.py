@@ -129,6 +129,7 @@ def teacher_moments(
     Raises:
         TypeError, ValueError, IndexError: as `linear_kl`.
     """
+    check_matrix("h_t", h_t)
     h_t, w_t, w_s = autocast(h_t), autocast(gathered(w_t)), autocast(gathered(w_s))
     bias_t, bias_s = gathered(bias_t), gathered(bias_s)
     if w_s is None and bias_s is None:
@@ -210,6 +211,7 @@ def linear_kl(
         ValueError: shapes, devices, dtypes, vocabularies or options that do not fit together.
         IndexError: a row number out of range (on CUDA a device-side assertion instead, which does not stop the host).
     """
+    check_matrix("h_s", h_s)
     device = h_s.device
     h_s, h_t = autocast(h_s), autocast(h_t)
     w_s, w_t = autocast(gathered(w_s)), autocast(gathered(w_t))

@@ -15,14 +15,15 @@ FORMS = ("auto", "difference", "moments")
 T = TypeVar("T", Tensor, Tensor | None)
 
 
-def check_matrix(name: str, x: Tensor, device: torch.device) -> None:
+def check_matrix(name: str, x: Tensor, device: torch.device | None = None) -> None:
+    """`x` is a floating point matrix, on `device` if one is given."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if not x.dtype.is_floating_point:
         raise TypeError(f"{name} must be floating point, got {x.dtype}")
     if x.dim() != 2:
         raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(x.shape)}")
-    if x.device != device:
+    if device is not None and x.device != device:
         raise ValueError(f"{name} is on {x.device}, but h_s is on {device}; move it there")
 
 
@@ -68,8 +69,8 @@ def gathered(w: T) -> T:
 
 
 def autocast(x: T) -> T:
-    """What autocast does to an operand of F.linear; None unchanged."""
-    if x is None:
+    """What autocast does to an operand of F.linear; what is no tensor is returned as it is."""
+    if not isinstance(x, Tensor) or not torch.amp.is_autocast_available(x.device.type):
         return x
     kind = x.device.type
     cast = torch.is_autocast_enabled(kind) and x.dtype.is_floating_point and x.dtype != torch.float64

@@ -15,8 +15,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from . import tiles
 from .gemms import accumulation_dtype, cpu_nt
-from .tiles import LINEAR_KL_CPU, CpuChunks
+from .tiles import CpuChunks
 
 FORWARD, REVERSE, JSD = "forward", "reverse", "jsd"
 
@@ -265,10 +266,11 @@ def difference_cpu(
     need_dh: bool,
     need_dw: bool,
     need_db: bool,
-    sizes: CpuChunks = LINEAR_KL_CPU,
+    sizes: CpuChunks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(Σ weight · value, values (P,), dh (T_s, D), dw (V, D), db (V,)); gradients not asked for are empty tensors."""
     dtype = accumulation_dtype(h_s.dtype)
+    sizes = sizes or tiles.LINEAR_KL_CPU
     check_rows(rows_s, h_s.shape[0], "rows_s")
     check_rows(rows_t, h_t.shape[0], "rows_t")
     pairs = Pairs(h_s.shape[0] if rows_s is None else rows_s.shape[0], rows_s, rows_t, row_weight)

@@ -48,10 +48,10 @@ def _(
     h_s, w_s, h_t, w_t, bias_s, bias_t, rows_s, rows_t, row_weight, num_valid, temperature, scale, softcap, divergence,
     beta, need_dh, need_dw, need_db,
 ):  # fmt: skip
-    from . import linear_kl_launch
+    from .linear_kl_launch import difference_triton
 
     with torch.autocast("cuda", enabled=False):
-        return linear_kl_launch.difference_triton(
+        return difference_triton(
             *(h_s, w_s, h_t, w_t, bias_s, bias_t, rows_s, rows_t, row_weight, num_valid),
             *(temperature, scale, softcap, divergence, beta, need_dh, need_dw, need_db),
         )
@@ -100,10 +100,10 @@ def moment_step(
 def _(
     h_s, w_s, bias_s, m, entropy, bias_mean, rows_s, rows_t, row_weight, num_valid, temperature, scale, need_dh
 ):  # fmt: skip
-    from . import linear_kl_launch
+    from .linear_kl_launch import moment_step_triton
 
     with torch.autocast("cuda", enabled=False):
-        return linear_kl_launch.moment_step_triton(
+        return moment_step_triton(
             *(h_s, w_s, bias_s, m, entropy, bias_mean, rows_s, rows_t, row_weight, num_valid),
             *(temperature, scale, need_dh),
         )
@@ -139,10 +139,10 @@ def moments_of(
 
 @moments_of.register_kernel("cuda")
 def _(h_t, w_t, w_s, bias_t, bias_s, rows, temperature, softcap):
-    from . import linear_kl_launch
+    from .linear_kl_launch import teacher_moments_triton
 
     with torch.autocast("cuda", enabled=False):
-        return linear_kl_launch.teacher_moments_triton(h_t, w_t, w_s, bias_t, bias_s, rows, temperature, softcap)
+        return teacher_moments_triton(h_t, w_t, w_s, bias_t, bias_s, rows, temperature, softcap)
 
 
 @moments_of.register_fake

@@ -7,9 +7,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import tiles
 from .gemms import accumulation_dtype, cpu_nt
 from .linear_kl_cpu import Head, Pairs, block_softmax, check_rows, take
-from .tiles import LINEAR_KL_CPU, CpuChunks
+from .tiles import CpuChunks
 
 
 class RunningMoments:
@@ -54,10 +55,11 @@ def teacher_moments_cpu(
     rows: Tensor | None,  # (N,)
     temperature: float,
     softcap: float,
-    sizes: CpuChunks = LINEAR_KL_CPU,
+    sizes: CpuChunks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """m (N, D), entropy (N,), bias_mean (N,)."""
     dtype = accumulation_dtype(h_t.dtype)
+    sizes = sizes or tiles.LINEAR_KL_CPU
     check_rows(rows, h_t.shape[0], "rows")
     count = h_t.shape[0] if rows is None else rows.shape[0]
     head = Head(w_t, bias_t, sizes.block_v, temperature, softcap)
@@ -92,10 +94,11 @@ def moment_step_cpu(
     temperature: float,
     scale: float,
     need_dh: bool,
-    sizes: CpuChunks = LINEAR_KL_CPU,
+    sizes: CpuChunks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(Σ weight · value, values (P,), dh (T_s, D)) of the forward KL against cached teacher rows."""
     dtype = accumulation_dtype(h_s.dtype)
+    sizes = sizes or tiles.LINEAR_KL_CPU
     check_rows(rows_s, h_s.shape[0], "rows_s")
     check_rows(rows_t, m.shape[0], "rows_t")
     pairs = Pairs(h_s.shape[0] if rows_s is None else rows_s.shape[0], rows_s, rows_t, row_weight)

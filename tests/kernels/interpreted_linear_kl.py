@@ -1,0 +1,207 @@
+"""The Triton path of linear_kl against fp64, on CPU tensors in the interpreter.
+
+Triton decides at import whether it interprets, so `test_triton_interpreter.py` runs this file in a process of its own.
+The interpreter truncates fp32 to bf16 where hardware rounds, which doubles that error: bf16 limits are twice as wide.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from mtllm_fast.kernels import linear_kl_launch as launch
+from mtllm_fast.kernels.tiles import LinearKLTiles, RowTile
+
+from tests.kernels.linear_kl_cases import LIMITS, check, make_case
+
+TILES = LinearKLTiles(4, RowTile(64, 1), RowTile(128, 1), RowTile(16, 1))
+WIDE = {torch.bfloat16: 2.0}
+FLAGS = ("separate", "bias", "rows", "weights")
+NAMES = ("total", "values", "dh", "dw", "db")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def difference(case, *, num_valid: int = -1, tiles=TILES, need=(True, True, True)):
+    o = case.options
+    tau, divergence = o.get("temperature", 1.0), o.get("divergence", "forward")
+    tensors = (case.h_s, case.w_s, case.h_t, case.w_t, o.get("bias_s"), o.get("bias_t"))
+    options = (tau, tau**2, o.get("softcap", 0.0), divergence, o.get("beta", 0.5), *need)
+    rows = (o.get("rows_s"), o.get("rows_t"), o.get("row_weight"), num_valid)
+    return dict(zip(NAMES, launch.difference_triton(*tensors, *rows, *options, tiles=tiles)))
+
+
+def compare(case, **extra) -> None:
+    dtype = case.h_s.dtype
+    limit = LIMITS[dtype] * WIDE.get(dtype, 1.0)
+    got, exact = difference(case, **extra), case.exact()
+    for key, value in exact.items():
+        if key in got:
+            check(got[key] * (0.5 if key in ("dh", "dw", "db") else 1.0), value, limit)
+
+
+def small(dtype=torch.float32, **options):
+    return make_case(dtype, **{"pairs": 6, "width": 8, "vocab": 150, **options})
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("on", [(), ("bias",), ("separate", "rows"), ("rows", "weights"), FLAGS])
+def test_difference(divergence, on):
+    compare(small(**dict.fromkeys(on, True), divergence=divergence, beta=0.3, temperature=1.7))
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_difference_in_half_precision(divergence, dtype):
+    compare(small(dtype, divergence=divergence))
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+def test_softcap(divergence):
+    compare(small(bias=True, separate=True, softcap=4.0, temperature=0.8, divergence=divergence))
+
+
+@pytest.mark.parametrize("pairs", [1, 63, 64, 65])
+def test_lengths(pairs):
+    compare(small(pairs=pairs, vocab=70))
+
+
+@pytest.mark.parametrize("vocab", [1, 63, 64, 65, 129])
+def test_vocabularies(vocab):
+    if vocab == 1:
+        got = difference(small(vocab=1))
+        assert max(float(got[key].abs().max()) for key in NAMES) < 1e-6
+    else:
+        compare(small(torch.bfloat16, vocab=vocab))
+        compare(small(vocab=vocab))
+
+
+def test_num_valid_cuts_the_masked_pairs_off():
+    case = small(rows=True, weights=True)
+    valid = int((case.options["row_weight"] != 0).sum())
+    whole, cut = difference(case), difference(case, num_valid=valid)
+    assert valid < 6
+    for key, value in whole.items():
+        check(cut[key], value, 1e-6)
+    compare(case, num_valid=valid)
+    with pytest.raises(RuntimeError, match="more than num_valid"):
+        difference(case, num_valid=valid - 1)
+
+
+def test_rows_out_of_range():
+    case = small(rows=True)
+    case.options["rows_s"][1] = 12
+    with pytest.raises(RuntimeError, match="rows_s holds a row number outside 0 to 11"):
+        difference(case)
+
+
+def test_all_masked_and_no_pairs():
+    for case in (
+        small(row_weight=torch.zeros(6)),
+        small(rows_s=torch.zeros(0, dtype=torch.long), rows_t=torch.zeros(0, dtype=torch.long)),
+    ):
+        got = difference(case)
+        assert not any(got[key].any() for key in NAMES)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+def test_nan_and_inf(divergence, bad):
+    case = small(torch.bfloat16, divergence=divergence)
+    case.h_s[2, 1] = bad
+    assert difference(case)["total"].isnan()
+    case.options["row_weight"] = torch.tensor([1.0, 1, 0, 1, 1, 1])
+    got = difference(case)
+    for key in NAMES:
+        assert got[key].isfinite().all(), key
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+def test_minus_inf_bias(divergence):
+    case = small(bias=True, divergence=divergence)
+    gone = torch.zeros(150, dtype=torch.bool)
+    gone[:70] = True
+    gone[149] = True
+    case.options["bias_s"][gone] = -torch.inf
+    kept = small(bias=True, divergence=divergence)
+    kept.w_s, kept.options["bias_s"] = kept.w_s[~gone], kept.options["bias_s"][~gone]
+    got, exact = difference(case), kept.exact()
+    check(got["total"], exact["total"], 1e-5)
+    check(got["dh"] * 0.5, exact["dh"], 1e-5)
+    check(got["dw"][~gone] * 0.5, exact["dw"], 1e-5)
+    assert not got["dw"][gone].any()
+
+
+def test_bitwise_repeatable_and_independent_of_what_empty_holds():
+    case = small(torch.bfloat16, bias=True, rows=True, weights=True, vocab=101)
+    first = difference(case)
+    torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
+    try:
+        second = difference(case)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for key in NAMES:
+        assert torch.equal(first[key], second[key]), key
+        assert first[key].isfinite().all()
+
+
+def test_gradients_not_needed_are_not_made():
+    got = difference(small(bias=True), need=(False, False, False))
+    assert [got[key].shape[0] for key in ("dh", "dw", "db")] == [0, 0, 0]
+    check(got["total"], small(bias=True).exact()["total"], 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("on", [(), ("bias",), FLAGS])
+def test_moments(dtype, on):
+    case = small(dtype, **dict.fromkeys(on, True), temperature=1.6)
+    o, exact = case.options, case.exact()
+    limit = LIMITS[dtype] * WIDE.get(dtype, 1.0) * (1.0 if dtype == torch.float32 else 2.0)
+    head = (case.w_s, None, o.get("bias_s")) if case.w_t is None else (case.w_t, case.w_s, o.get("bias_t"))
+    for cached_rows in (False, True):
+        rows = o.get("rows_t") if cached_rows else None
+        m = launch.teacher_moments_triton(case.h_t, *head, o.get("bias_s"), rows, 1.6, 0.0, tiles=TILES)
+        rows_t = None if cached_rows else o.get("rows_t")
+        valid = int((o["row_weight"] != 0).sum()) if "row_weight" in o and cached_rows else -1
+        selection = (o.get("rows_s"), rows_t, o.get("row_weight"), valid)
+        total, values, dh = launch.moment_step_triton(
+            case.h_s, case.w_s, o.get("bias_s"), *m, *selection, 1.6, 1.6**2, True, tiles=TILES
+        )
+        check(total, exact["total"], limit)
+        check(values, exact["values"], limit)
+        check(dh * 0.5, exact["dh"], limit)
+        without = launch.moment_step_triton(
+            case.h_s, case.w_s, o.get("bias_s"), *m, *selection, 1.6, 1.6**2, False, tiles=TILES
+        )
+        assert torch.equal(without[0], total)
+
+
+def test_teacher_entropy_with_soft_capping():
+    case = small(bias=True)
+    z = (case.h_t @ case.w_s.t() + case.options["bias_s"]).double()
+    p = torch.softmax(3 * torch.tanh(z / 3) / 1.5, -1)
+    m, entropy, bias_mean = launch.teacher_moments_triton(
+        case.h_t, case.w_s, None, case.options["bias_s"], case.options["bias_s"], None, 1.5, 3.0, tiles=TILES
+    )
+    check(m, p @ case.w_s.double(), 1e-5)
+    check(entropy, -(p * p.log()).sum(-1), 1e-5)
+    check(bias_mean, p @ case.options["bias_s"].double(), 1e-5)
+
+
+def test_row_kernel_by_itself_in_fp32():
+    """One launch of kl_rows, without the GEMMs: exact logits in, value and gradient out, padding untouched by them."""
+    from mtllm_fast.kernels.linear_kl_triton import kl_rows
+
+    vocab, padded = 100, 128
+    z_s, z_t = torch.randn(3, padded) * 3, torch.randn(3, padded) * 3
+    z_s[:, vocab:], z_t[:, vocab:] = torch.nan, torch.nan
+    log_s, log_t = (torch.log_softmax(z[:, :vocab].double(), -1) for z in (z_s, z_t))
+    value, grad = torch.full((3,), torch.nan), torch.full((3, padded), torch.nan)
+    kl_rows[(3,)](
+        z_s, z_t, grad, value, value, value, value, padded, padded, padded, vocab, padded,
+        1.0, 0.0, 2.0, 0.5, math.log(0.5), math.log(0.5), 1.0,
+        DIVERGENCE="forward", HAS_BIAS_S=False, HAS_BIAS_T=False, HAS_WEIGHT=False, HAS_SOFTCAP=False, NEED_GRAD=True,
+        BARRIER=False, BLOCK_V=64,
+    )  # fmt: skip
+    check(value, 2 * (log_t.exp() * (log_t - log_s)).sum(-1), 1e-6)
+    check(grad[:, :vocab], log_s.exp() - log_t.exp(), 1e-6)

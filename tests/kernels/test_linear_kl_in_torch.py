@@ -1,0 +1,186 @@
+"""linear_kl inside torch: opcheck, compile, autocast, checkpointing, repeated use, DDP and FSDP2."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mtllm_fast.kernels import LinearKL, linear_kl, teacher_moments
+from mtllm_fast.kernels import linear_kl_ops as ops
+from torch.utils.checkpoint import checkpoint
+
+from tests.kernels.linear_kl_cases import check, make_case
+
+
+def test_opcheck():
+    for flags in ({}, {"separate": True, "bias": True, "rows": True, "weights": True}):
+        (h_s, w_s, h_t, w_t), o = make_case(pairs=5, width=8, vocab=19, **flags).arguments()
+        rows = (o.get("rows_s"), o.get("rows_t"), o.get("row_weight"), -1)
+        biases = (o.get("bias_s"), o.get("bias_t"))
+        for divergence in ("forward", "jsd"):
+            options = (2.0, 4.0, 3.0, divergence, 0.5, True, True, bool(flags))
+            torch.library.opcheck(ops.difference, (h_s, w_s, h_t, w_t, *biases, *rows, *options))
+        head, bias = w_s.detach(), None if biases[0] is None else biases[0].detach()
+        teacher = (h_t, head if w_t is None else w_t, None if w_t is None else head, biases[1], bias, None, 2.0, 0.0)
+        torch.library.opcheck(ops.moments_of, teacher)
+        cached = ops.moments_of(*teacher)
+        torch.library.opcheck(ops.moment_step, (h_s, head, bias, *cached, *rows, 2.0, 4.0, True))
+    torch.library.opcheck(ops.scale_gradient, (torch.randn(3, 2, dtype=torch.bfloat16), torch.tensor(0.3)))
+
+
+@pytest.mark.parametrize("form", ["difference", "moments"])
+def test_compiles_without_a_graph_break(form):
+    case = make_case(rows=True, weights=True)
+    (h_s, w_s, h_t, _), options = case.arguments()
+    w_s = w_s.detach()
+
+    def loss(h, w, teacher):
+        total, count = linear_kl(h * 2, w, teacher, form=form, **options)
+        return total / count
+
+    eager = loss(h_s, w_s, h_t)
+    (expected,) = torch.autograd.grad(eager, h_s)
+    fused = torch.compile(loss, backend="aot_eager", fullgraph=True)(h_s, w_s, h_t)
+    (got,) = torch.autograd.grad(fused, h_s)
+    assert torch.equal(fused, eager)
+    assert torch.equal(got, expected)
+
+
+def test_autocast_rounds_the_operands_and_nothing_else():
+    case = make_case(pairs=32, width=64, vocab=1000, noise=0.05)
+    rounded = make_case(torch.bfloat16, pairs=32, width=64, vocab=1000, noise=0.05)
+    exact = rounded.exact()
+    (h_s, w_s, h_t, _), _ = case.arguments()
+    with torch.autocast("cpu", torch.bfloat16):
+        total, _ = linear_kl(h_s, w_s, h_t)
+    (total * 0.5).backward()
+    assert total.dtype == h_s.grad.dtype == w_s.grad.dtype == torch.float32
+    check(total, exact["total"], 1e-3)  # a value of 0.004 per row, from fp32 logits
+    check(h_s.grad, exact["dh"], 4e-3)
+    check(w_s.grad, exact["dw"], 4e-3)
+
+
+def test_gradient_checkpointing_and_double_use():
+    case = make_case()
+    (h_s, w_s, h_t, _), _ = case.arguments()
+
+    def loss(h):
+        return linear_kl(h, w_s, h_t)[0]
+
+    (plain,) = torch.autograd.grad(loss(h_s), h_s)
+    (saved,) = torch.autograd.grad(checkpoint(loss, h_s, use_reentrant=False), h_s)
+    assert torch.equal(saved, plain)
+    (twice,) = torch.autograd.grad(loss(h_s) + 3 * loss(h_s), h_s)
+    torch.testing.assert_close(twice, 4 * plain)
+    total = loss(h_s)
+    first, second = (torch.autograd.grad(total, h_s, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_a_second_derivative_raises():
+    (h_s, w_s, h_t, _), _ = make_case().arguments()
+    total = linear_kl(h_s, w_s.detach(), h_t)[0] ** 2
+    (grad,) = torch.autograd.grad(total, h_s, create_graph=True)
+    with pytest.raises(RuntimeError, match="scale_gradient"):
+        grad.sum().backward()
+
+
+def test_teacher_gets_no_gradient():
+    (h_s, w_s, h_t, w_t), options = make_case(separate=True, bias=True).arguments()
+    h_t.requires_grad_()
+    w_t.requires_grad_()
+    linear_kl(h_s, w_s, h_t, w_t, **options)[0].backward()
+    assert h_t.grad is None
+    assert w_t.grad is None
+    assert not teacher_moments(h_t, w_t).m.requires_grad
+
+
+WORKER = """
+import sys
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from mtllm_fast.kernels import LinearKL
+
+class Student(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head, self.kl = nn.Linear(16, 16), nn.Linear(16, 64), LinearKL(temperature=2.0)
+    def forward(self, x, teacher):
+        return self.kl(self.body(x), self.head.weight, teacher, bias_s=self.head.bias)
+
+def build():
+    torch.manual_seed(0)
+    return Student()
+
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+torch.manual_seed(1)
+x, teacher = torch.randn(12, 16), torch.randn(12, 16)
+whole = build()
+total, count = whole(x, teacher)
+(total / count).backward()
+mine = slice(rank * 6, rank * 6 + 6)
+for wrap in ("ddp", "fsdp2"):
+    model = build()
+    wrapped = DistributedDataParallel(model) if wrap == "ddp" else fully_shard(model)
+    total, count = wrapped(x[mine], teacher[mine])
+    dist.all_reduce(count)
+    (total * world / count).backward()
+    for (name, p), q in zip(model.named_parameters(), whole.parameters()):
+        grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        torch.testing.assert_close(grad, q.grad, rtol=1e-4, atol=1e-7, msg=f"{wrap} {name}")
+# A sharded head outside any wrapped forward reaches the loss as a DTensor.
+model = build()
+fully_shard(model)
+total, count = LinearKL()(x[mine], model.head.weight, teacher[mine], bias_s=model.head.bias)
+total.backward()
+grad = model.head.weight.grad.full_tensor()
+dense = build()
+LinearKL()(x, dense.head.weight, teacher, bias_s=dense.head.bias)[0].backward()
+assert grad.abs().sum() > 0
+print("rank", rank, "ok")
+dist.destroy_process_group()
+"""
+
+
+def test_ddp_and_fsdp2_give_the_gradient_of_the_whole_batch(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+    }
+    root = Path(__file__).resolve().parents[2]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(script)],
+            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=root,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for rank, worker in enumerate(workers):
+        output, _ = worker.communicate(timeout=120)
+        assert worker.returncode == 0, output
+        assert f"rank {rank} ok" in output
+
+
+def test_module_has_no_state():
+    assert not LinearKL().state_dict()
