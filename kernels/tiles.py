@@ -108,6 +108,42 @@ HIDDEN_MSE: dict[str, HiddenMSETiles] = {
 }
 
 
+@dataclass(frozen=True)
+class GemmTile:
+    """`block_t` rows by `block_d` columns of the result per program, `block_e` of the inner dimension per step."""
+
+    block_t: int
+    block_d: int
+    block_e: int
+    group_t: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class ProjectionTiles:
+    """Sizes of the CUDA/HIP path of `packed_projection`.
+
+    Attributes:
+        gemm: tile of the fused GEMM.
+        fused_up_to: encoder widths up to this one take the fused GEMM, wider ones the library's GEMM after a gather and
+            norm pass. A pass over the result costs 51 % of the GEMM at width 1024, 26 % at 2048 and 13 % at 4096
+            (arithmetic on an H100's ceilings, not yet timed), and a Triton GEMM 5 to 15 % more than cuBLAS.
+    """
+
+    gemm: GemmTile
+    fused_up_to: int
+
+
+PACKED_PROJECTION: dict[str, ProjectionTiles] = {
+    "default": ProjectionTiles(GemmTile(128, 128, 64, 8, 8, 3), 2048),
+    "sm_80": ProjectionTiles(GemmTile(128, 128, 64, 8, 8, 3), 2048),
+    "sm_90": ProjectionTiles(GemmTile(128, 256, 64, 8, 8, 4), 2048),
+    "sm_100": ProjectionTiles(GemmTile(128, 256, 64, 8, 8, 4), 1024),
+    "gfx942": ProjectionTiles(GemmTile(256, 128, 32, 8, 8, 2), 2048),
+}
+
+
 def architecture() -> str:
     """Key of the current device in the tables: "sm_90", "gfx942", ..., "default" without one."""
     import torch

@@ -1,0 +1,214 @@
+"""CPU kernels of `packed_projection`, and the backward that every device shares: GEMMs around row blocks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .gemms import accumulation_dtype, cpu_nt, mm_f32_add
+from .hidden_mse_cpu import normalised
+from .linear_kl_cpu import check_rows
+from .segments import assert_values, check_values
+
+BLOCK_ROWS = 1024  # rows per GEMM on the CPU: enough to pay for packing the weight, few enough to stay in cache
+
+ACTIVATIONS = {"none": lambda z: z, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+
+
+def boundary_rows(cu_seqlens: Tensor, tokens: int, before: int, after: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of the result that hold tokens (T,), prefixes (B, before) and suffixes (B, after)."""
+    device = cu_seqlens.device
+    cu = cu_seqlens.long()
+    count = cu.shape[0] - 1
+    index = torch.arange(tokens, device=device)
+    own = torch.searchsorted(cu[1:].contiguous(), index, right=True)
+    first = cu[:-1] + torch.arange(count, device=device) * (before + after)
+    prefix = first.unsqueeze(1) + torch.arange(before, device=device)
+    suffix = (first + cu.diff() + before).unsqueeze(1) + torch.arange(after, device=device)
+    return index + own * (before + after) + before, prefix, suffix
+
+
+def check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
+    """The sequences must hold every token, or the rows of the result would have gaps."""
+    if cu_seqlens.is_cuda:
+        assert_values(cu_seqlens, "mean", tokens)
+        torch._assert_async(cu_seqlens[-1] == tokens, f"cu_seqlens must end at {tokens}, the number of tokens")
+        return
+    check_values(cu_seqlens, "mean", tokens)
+    if int(cu_seqlens[-1]) != tokens:
+        raise ValueError(f"cu_seqlens ends at {int(cu_seqlens[-1])}, but there are {tokens} tokens")
+
+
+def place_boundaries(y: Tensor, rows: Tensor, embeddings: Tensor) -> None:
+    """y[rows (B, n)] = embeddings, (n, D) for every sequence or (B, n, D)."""
+    values = embeddings.to(y.dtype).expand(*rows.shape, y.shape[1]).reshape(-1, y.shape[1])
+    y.index_copy_(0, rows.flatten(), values)
+
+
+def gathered_rows(x: Tensor, rows: Tensor | None, start: int, stop: int) -> Tensor:
+    return x[start:stop] if rows is None else x.index_select(0, rows[start:stop])
+
+
+def _linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    if x.dtype in (torch.float32, torch.float64):
+        return cpu_nt(x.contiguous(), w, bias)
+    return F.linear(x, w, bias)
+
+
+def packed_linear_cpu(
+    x: Tensor,  # (N, E)
+    rows: Tensor | None,  # (T,)
+    w: Tensor,  # (D, E)
+    bias: Tensor | None,  # (D,)
+    norm: str,
+    norm_weight: Tensor | None,  # (E,)
+    norm_bias: Tensor | None,  # (E,)
+    eps: float,
+    scale: float,
+    activation: str,
+    cu_seqlens: Tensor | None,  # (B + 1,)
+    prefix: Tensor | None,  # (n, D) or (B, n, D)
+    suffix: Tensor | None,
+    dtype: torch.dtype,
+    need_pre: bool,
+) -> tuple[Tensor, Tensor]:
+    """scale · act(norm(x[rows]) wᵀ + bias) between the boundary rows (T_out, D), and the argument of act (T, D)."""
+    check_rows(rows, x.shape[0], "rows")
+    tokens = x.shape[0] if rows is None else rows.shape[0]
+    bias = None if bias is None else bias.to(w.dtype)
+    pre = w.new_empty(tokens if need_pre else 0, w.shape[0])
+    before, after = (0 if e is None else e.shape[-2] for e in (prefix, suffix))
+    out_rows = None
+    if before + after:
+        assert cu_seqlens is not None
+        check_boundaries(cu_seqlens, tokens)
+        out_rows, prefix_rows, suffix_rows = boundary_rows(cu_seqlens, tokens, before, after)
+        y = w.new_empty(tokens + (cu_seqlens.shape[0] - 1) * (before + after), w.shape[0], dtype=dtype)
+        for embeddings, at in ((prefix, prefix_rows), (suffix, suffix_rows)):
+            if embeddings is not None:
+                place_boundaries(y, at, embeddings)
+    elif norm == "none" and activation == "none" and dtype == w.dtype:
+        y = _linear(gathered_rows(x, rows, 0, tokens).to(w.dtype), w, bias)
+        return (y if scale == 1.0 else y.mul_(scale)), pre
+    else:
+        y = w.new_empty(tokens, w.shape[0], dtype=dtype)
+    for start in range(0, tokens, BLOCK_ROWS):
+        stop = min(start + BLOCK_ROWS, tokens)
+        block = gathered_rows(x, rows, start, stop)
+        if norm != "none":
+            block = weighted(normalised(block.to(accumulation_dtype(x.dtype)), norm, eps)[0], norm_weight, norm_bias)
+        z = _linear(block.to(w.dtype), w, bias)
+        if need_pre:
+            pre[start:stop] = z
+        z = ACTIVATIONS[activation](z)
+        z = z if scale == 1.0 else z.mul_(scale) if activation == "none" else z * scale
+        if out_rows is None:
+            y[start:stop] = z
+        else:
+            y.index_copy_(0, out_rows[start:stop], z.to(dtype))
+    return y, pre
+
+
+def weighted(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x · weight + bias, in place where it is the caller's own copy."""
+    if weight is not None:
+        x = x.mul_(weight.to(x.dtype))
+    return x if bias is None else x.add_(bias.to(x.dtype))
+
+
+def _through_activation(dy: Tensor, z: Tensor, activation: str) -> Tensor:
+    """dy · act'(z)."""
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(dy, z, 0)
+    if activation == "gelu":
+        return torch.ops.aten.gelu_backward(dy, z)
+    return torch.ops.aten.silu_backward(dy, z)
+
+
+def packed_linear_backward(
+    dy: Tensor,  # (T_out, D)
+    x: Tensor,  # (N, E)
+    rows: Tensor | None,  # (T,)
+    w: Tensor,  # (D, E)
+    norm: str,
+    norm_weight: Tensor | None,  # (E,)
+    norm_bias: Tensor | None,  # (E,)
+    eps: float,
+    scale: float,
+    activation: str,
+    pre: Tensor,  # (T, D)
+    cu_seqlens: Tensor | None,
+    before: int,
+    after: int,
+    per_sequence: list[bool],
+    need_dx: bool,
+    need_dw: bool,
+    need_db: bool,
+    need_norm: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx (N, E), dw (D, E), db (D,), d_norm (2, E) of weight and bias, d_prefix, d_suffix; fp32 sums of 16-bit operands.
+
+    Normalised rows are computed again, block by block: saving them would cost as much memory as the encoder states.
+    """
+    dtype = accumulation_dtype(w.dtype)
+    tokens = x.shape[0] if rows is None else rows.shape[0]
+    out_rows = None
+    boundaries = [dy.new_empty(0, dy.shape[1], dtype=dtype) for _ in range(2)]
+    if before + after:
+        assert cu_seqlens is not None
+        out_rows, *placed = boundary_rows(cu_seqlens, tokens, before, after)
+        for index, at in enumerate(placed):
+            taken = dy.index_select(0, at.flatten()).view(*at.shape, dy.shape[1]).to(dtype)
+            boundaries[index] = taken if per_sequence[index] else taken.sum(0)
+    width_out, width = w.shape
+    dw = w.new_zeros((width_out if need_dw else 0, width), dtype=dtype)
+    db = w.new_zeros(width_out if need_db else 0, dtype=dtype)
+    d_norm = w.new_zeros((2, width if need_norm else 0), dtype=dtype)
+    dx = w.new_zeros((x.shape[0] if need_dx else 0, width), dtype=dtype)
+    block = BLOCK_ROWS if x.device.type == "cpu" else max(tokens, 1)
+    for start in range(0, tokens, block):
+        stop = min(start + block, tokens)
+        dz = dy[start:stop] if out_rows is None else dy.index_select(0, out_rows[start:stop])
+        dz = dz.to(w.dtype)
+        dz = dz if scale == 1.0 else dz * scale
+        if activation != "none":
+            dz = _through_activation(dz, pre[start:stop], activation)
+        if need_db:
+            db += dz.sum(0, dtype=dtype)
+        if not (need_dw or need_dx or need_norm):
+            continue
+        taken = gathered_rows(x, rows, start, stop)
+        unit, rstd, _ = normalised(taken.to(dtype), norm, eps) if norm != "none" else (taken, None, None)
+        if need_dw:
+            own = weighted(unit if norm_weight is None and norm_bias is None else unit.clone(), norm_weight, norm_bias)
+            own = own.to(w.dtype)
+            if x.device.type == "cpu" and w.dtype in (torch.float32, torch.float64):
+                part = cpu_nt(dz.t(), own.t())
+                dw = part if start == 0 else dw.add_(part)
+            elif w.dtype == torch.float64:
+                dw.addmm_(dz.t(), own)
+            else:
+                mm_f32_add(dw, dz.t(), own, 1.0)
+        if not (need_dx or need_norm):
+            continue
+        d_unit = (dz @ w).to(dtype)
+        if need_norm:
+            d_norm[0] += (d_unit * unit).sum(0)
+            d_norm[1] += d_unit.sum(0)
+        if not need_dx:
+            continue
+        if norm_weight is not None:
+            d_unit.mul_(norm_weight.to(dtype))
+        if rstd is not None:
+            along = (d_unit * unit).mean(1, keepdim=True)
+            if norm == "layer":
+                d_unit.sub_(d_unit.mean(1, keepdim=True))
+            d_unit.addcmul_(unit, along, value=-1.0).mul_(rstd.unsqueeze(1))
+        if rows is None:
+            dx[start:stop] = d_unit
+        elif dx.is_cuda:
+            dx.index_put_((rows[start:stop].long(),), d_unit, accumulate=True)
+        else:
+            dx.index_add_(0, rows[start:stop], d_unit)
+    return dx.to(x.dtype), dw.to(w.dtype), db, d_norm, *boundaries
