@@ -4,11 +4,25 @@ Dimension legend: B sequences, T packed tokens, P aligned pairs, E encoder width
 """
 
 if __name__ == "mtllm_fast.kernels":
+    from .distillation_loss import DistillationTerms, distillation_loss
     from .hidden_mse import paired_mse, pooled_mse, segment_mean
     from .linear_kl import LinearKL, linear_kl, teacher_moments
     from .moments import TeacherMoments
+    from .packed_projection import packed_projection, with_boundaries
 
-    __all__ = ["LinearKL", "TeacherMoments", "linear_kl", "paired_mse", "pooled_mse", "segment_mean", "teacher_moments"]
+    __all__ = [
+        "DistillationTerms",
+        "LinearKL",
+        "TeacherMoments",
+        "distillation_loss",
+        "linear_kl",
+        "packed_projection",
+        "paired_mse",
+        "pooled_mse",
+        "segment_mean",
+        "teacher_moments",
+        "with_boundaries",
+    ]
 else:
     # In a checkout this folder is also importable as `kernels`, the name of a Hugging Face package that transformers
     # looks for. It must be able to look, and find nothing; a person who imports it gets told the right name.

@@ -15,8 +15,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import linear_kl_triton
+from .aot_cases import hidden_mse_cases, packed_projection_cases
 from .tiles import LINEAR_KL, RowTile
 
 ARCHITECTURES = {
@@ -141,7 +143,11 @@ def linear_kl_cases(arch: str) -> Iterator[Case]:
         )
 
 
-CASES = (linear_kl_cases,)
+CASES: tuple[Callable[[str], Iterator[Case]], ...] = (
+    linear_kl_cases,
+    partial(hidden_mse_cases, Case),
+    partial(packed_projection_cases, Case),
+)
 
 
 def compile_case(case: Case, arch: str) -> Any:

@@ -1,8 +1,8 @@
 """CPU kernels of `hidden_mse`.
 
-Segment sums are `embedding_bag`: it reads rows where they lie, at memory bandwidth, weighted by 1/rms where the norm is
-an RMSNorm. Whatever needs a changed copy of the states (LayerNorm, 16-bit dtypes, gradients) goes in blocks of rows that
-stay in cache: fresh pages cost more than the arithmetic.
+Segment sums are `embedding_bag`: it reads rows where they lie, at memory bandwidth, weighted by 1/rms where the norm
+is an RMSNorm. Whatever needs a changed copy of the states (LayerNorm, 16-bit dtypes, gradients) goes in blocks of rows
+that stay in cache: fresh pages cost more than the arithmetic.
 """
 
 from __future__ import annotations

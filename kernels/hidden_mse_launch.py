@@ -42,7 +42,7 @@ def _pool(x: Tensor, parts: Partition, norm: str, eps: float, store_stats: bool,
     partial = x.new_empty(parts.slots(tiles.piece), width, dtype=torch.float32)
     stats = x.new_empty({"none": 0, "rms": 1, "layer": 2}[norm], x.shape[0] if store_stats else 0, dtype=torch.float32)
     block = power_of_two(width)
-    tile = tiles.for_width(block)
+    tile = tiles.for_width(block, x.element_size())
     pool_rows[(partial.shape[0],)](
         x, parts.edges, parts.edges if parts.order is None else parts.order, partial, stats,
         x.stride(0), width, parts.rows, parts.intervals, parts.segments, eps,
@@ -149,7 +149,7 @@ def pairs_triton(
             student, teacher, rows_s, rows_t, values if weight is None else weight.float(), values, stats,
             student.stride(0), teacher.stride(0), width, pairs,
             HAS_WEIGHT=weight is not None, COSINE=kind == "cosine", BLOCK_D=block,
-            num_warps=tiles.for_width(block).num_warps,
+            num_warps=tiles.for_width(block, student.element_size()).num_warps,
         )  # fmt: skip
     return values, stats
 
@@ -200,6 +200,6 @@ def state_gradient_triton(
         NORM="none" if u is None else norm, HAS_POOL=u is not None, HAS_PAIRS=has_pairs,
         HAS_WEIGHT=pair_weight is not None, COSINE=kind == "cosine", HAS_MORE=more is not None,
         IS_CU=parts.order is None, STEPS=_steps(parts), PIECE=tiles.gradient_piece, BLOCK_D=block,
-        num_warps=tiles.for_width(block).num_warps,
+        num_warps=tiles.for_width(block, student.element_size()).num_warps,
     )  # fmt: skip
     return dx

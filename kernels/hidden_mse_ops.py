@@ -93,8 +93,8 @@ def _weighted_sum(values: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def _hidden_loss(
-    kernels, path, student, teacher, bounds_s, bounds_t, pooling, segment_weight, norm, norm_weight, eps, rows_s, rows_t,
-    pair_weight, kind, need_dx, need_norm,
+    kernels, path, student, teacher, bounds_s, bounds_t, pooling, segment_weight, norm, norm_weight, eps, rows_s,
+    rows_t, pair_weight, kind, need_dx, need_norm,
 ):  # fmt: skip
     dtype = accumulation_dtype(student.dtype)
     nothing = student.new_zeros(0, dtype=dtype)
@@ -106,7 +106,8 @@ def _hidden_loss(
         )
     if rows_s is not None:
         pair_values, pair_stats = getattr(kernels, f"pairs_{path}")(student, teacher, rows_s, rows_t, pair_weight, kind)
-    pooled, paired = _weighted_sum(values, segment_weight), _weighted_sum(pair_values, pair_weight)
+    pooled = _weighted_sum(values, segment_weight if bounds_s is not None else None)
+    paired = _weighted_sum(pair_values, pair_weight if rows_s is not None else None)
     return pooled, paired, values, pair_values, u, stats, pair_stats, d_norm
 
 

@@ -1,6 +1,6 @@
 """Triton kernels of `hidden_mse`. Every one keeps a whole row in registers and reads or writes each row once.
 
-`pool_rows`       Σ of (normalised) rows over one piece of a segment, into the piece's slot; row statistics for backward.
+`pool_rows`       Σ of (normalised) rows over one piece of a segment, into the piece's slot; row statistics.
 `pool_finish`     the slots of a segment, added in order, to its mean.
 `pool_compare`    the same for student and teacher at once: value of the segment and its gradient row u.
 `pair_values`     value of one row pair, and what the gradient of the cosine needs.

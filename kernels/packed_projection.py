@@ -13,6 +13,8 @@ bias, scale, cast or insertion of boundary rows would each read and write their 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -52,7 +54,7 @@ def reference(
         assert cu_seqlens is not None
         parts = []
         edges = cu_seqlens.tolist()
-        for b, (start, end) in enumerate(zip(edges[:-1], edges[1:])):
+        for b, (start, end) in enumerate(pairwise(edges)):
             own = [e if e is None or e.dim() == 2 else e[b] for e in (prefix, suffix)]
             parts += [e.to(y.dtype) for e in (own[0], y[start:end], own[1]) if e is not None]
         y = torch.cat(parts)

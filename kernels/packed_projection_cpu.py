@@ -147,7 +147,7 @@ def packed_linear_backward(
     need_db: bool,
     need_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx (N, E), dw (D, E), db (D,), d_norm (2, E) of weight and bias, d_prefix, d_suffix; fp32 sums of 16-bit operands.
+    """dx (N, E), dw (D, E), db (D,), d_norm (2, E) of weight and bias, d_prefix, d_suffix; fp32 sums.
 
     Normalised rows are computed again, block by block: saving them would cost as much memory as the encoder states.
     """

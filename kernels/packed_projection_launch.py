@@ -123,7 +123,7 @@ def _fused(
             HAS_BIAS=bias is not None, HAS_WEIGHT=norm_weight is not None, HAS_NORM_BIAS=norm_bias is not None,
             BLOCK_E=block, num_warps=min(16, max(1, block // 512)),
         )  # fmt: skip
-    tile = tiles.gemm
+    tile = tiles.gemm if activation == "none" else tiles.activated
     if tokens == 0 or width_out == 0:
         return
     grid = (-(-tokens // tile.block_t) * -(-width_out // tile.block_d),)

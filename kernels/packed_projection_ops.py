@@ -30,7 +30,7 @@ def packed_linear(
     dtype: torch.dtype,
     need_pre: bool,
 ) -> tuple[Tensor, Tensor]:
-    """scale · act(norm(x[rows]) wᵀ + bias) between the boundary rows (T_out, D), and the argument of act (T or 0, D)."""
+    """scale · act(norm(x[rows]) wᵀ + bias) between the boundary rows (T_out, D), and act's argument (T or 0, D)."""
     with torch.autocast("cpu", enabled=False):
         return shared.packed_linear_cpu(
             x, rows, w, bias, norm, norm_weight, norm_bias, eps, scale, activation, cu_seqlens, prefix, suffix, dtype,

@@ -4,7 +4,7 @@
 of start and end rows, which may come in any order but must not overlap. An empty segment is legal.
 
 A `Partition` cuts [0, T) into intervals, each owned by one segment or by none, so that a kernel can visit every row
-once. Interval g is rows edges[g] to edges[g + 1]. Its pieces of C rows, counted from the interval's start, get the slots
+once. Interval g is rows edges[g] to edges[g + 1]. Its pieces of C rows, counted from its start, get the slots
 `g + edges[g] // C + k`: the slots of different intervals never meet, there are at most G + T // C, and which rows share
 a slot depends on the segment alone. So sums over slots have no order to race for, and do not change with the packing.
 """
@@ -12,6 +12,7 @@ a slot depends on the segment alone. So sums over slots have no order to race fo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def check_values(bounds: Tensor, pooling: str, rows: int) -> None:
         values = bounds.tolist()
         if values[0] != 0:
             raise ValueError(f"cu_seqlens must start at 0, got {values[0]}")
-        if any(b < a for a, b in zip(values, values[1:])):
+        if any(b < a for a, b in pairwise(values)):
             raise ValueError(f"cu_seqlens must not descend, got {values if len(values) < 20 else 'a descending pair'}")
         if values[-1] > rows:
             raise ValueError(f"cu_seqlens ends at {values[-1]}, but there are {rows} rows")

@@ -93,9 +93,9 @@ class HiddenMSETiles:
     finish_block: int
     values_per_thread: int
 
-    def for_width(self, width: int) -> StateTile:
-        """The tile for rows of `width` states, a power of 2."""
-        num_warps = min(16, max(4, width // (32 * self.values_per_thread)))
+    def for_width(self, width: int, itemsize: int = 2) -> StateTile:
+        """The tile for rows of `width` states, a power of 2, of `itemsize` bytes."""
+        num_warps = min(16, max(4, width * max(itemsize // 2, 1) // (32 * self.values_per_thread)))
         return StateTile(max(1, num_warps * 32 * self.values_per_thread // max(width, 1) // 2), num_warps)
 
 
@@ -126,21 +126,26 @@ class ProjectionTiles:
 
     Attributes:
         gemm: tile of the fused GEMM.
+        activated: the same for a hidden layer, whose epilogue needs more registers.
         fused_up_to: encoder widths up to this one take the fused GEMM, wider ones the library's GEMM after a gather and
             norm pass. A pass over the result costs 51 % of the GEMM at width 1024, 26 % at 2048 and 13 % at 4096
             (arithmetic on an H100's ceilings, not yet timed), and a Triton GEMM 5 to 15 % more than cuBLAS.
     """
 
     gemm: GemmTile
+    activated: GemmTile
     fused_up_to: int
 
 
+_SQUARE = GemmTile(128, 128, 64, 8, 8, 3)
+_WIDE_GEMM = GemmTile(128, 256, 64, 8, 8, 4)
+_HIP = GemmTile(256, 128, 32, 8, 8, 2)
 PACKED_PROJECTION: dict[str, ProjectionTiles] = {
-    "default": ProjectionTiles(GemmTile(128, 128, 64, 8, 8, 3), 2048),
-    "sm_80": ProjectionTiles(GemmTile(128, 128, 64, 8, 8, 3), 2048),
-    "sm_90": ProjectionTiles(GemmTile(128, 256, 64, 8, 8, 4), 2048),
-    "sm_100": ProjectionTiles(GemmTile(128, 256, 64, 8, 8, 4), 1024),
-    "gfx942": ProjectionTiles(GemmTile(256, 128, 32, 8, 8, 2), 2048),
+    "default": ProjectionTiles(_SQUARE, _SQUARE, 2048),
+    "sm_80": ProjectionTiles(_SQUARE, _SQUARE, 2048),
+    "sm_90": ProjectionTiles(_WIDE_GEMM, _SQUARE, 2048),
+    "sm_100": ProjectionTiles(_WIDE_GEMM, _SQUARE, 1024),
+    "gfx942": ProjectionTiles(_HIP, _HIP, 2048),
 }
 
 
