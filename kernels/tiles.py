@@ -144,7 +144,7 @@ PACKED_PROJECTION: dict[str, ProjectionTiles] = {
     "default": ProjectionTiles(_SQUARE, _SQUARE, 2048),
     "sm_80": ProjectionTiles(_SQUARE, _SQUARE, 2048),
     "sm_90": ProjectionTiles(_WIDE_GEMM, _SQUARE, 2048),
-    "sm_100": ProjectionTiles(_WIDE_GEMM, _SQUARE, 1024),
+    "sm_100": ProjectionTiles(_SQUARE, _SQUARE, 1024),
     "gfx942": ProjectionTiles(_HIP, _HIP, 2048),
 }
 

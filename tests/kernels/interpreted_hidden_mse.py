@@ -1,0 +1,214 @@
+"""The Triton path of hidden_mse against fp64, on CPU tensors in the interpreter.
+
+`test_triton_interpreter.py` runs this file in a process of its own. The interpreter truncates fp32 to bf16 where
+hardware rounds, which doubles that error: bf16 limits are twice as wide.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mtllm_fast.kernels import hidden_mse_launch as launch
+from mtllm_fast.kernels.hidden_mse import reference_mean
+from mtllm_fast.kernels.tiles import HiddenMSETiles
+
+from tests.kernels.hidden_cases import (
+    check_all,
+    cu,
+    exact_paired,
+    exact_pooled,
+    norm_parameters,
+    pairs,
+    random_lengths,
+    states,
+)
+from tests.kernels.linear_kl_cases import check
+
+# Pieces far shorter than the dominant sequence, so that segments are split.
+TILES = HiddenMSETiles(piece=64, gradient_piece=64, finish_block=16, values_per_thread=8)
+WIDE = {torch.bfloat16: 2.0}
+ONE = torch.tensor([1.0, 0.0, 0.0])
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def run_pooled(student, teacher, bounds_s, bounds_t, pooling="mean", weight=None, norm=None, norm_weight=None, eps=1e-6,
+               norm_bias=None, tiles=TILES):  # fmt: skip
+    norm = norm or "none"
+    values, u, stats, d_norm = launch.pooled_triton(
+        student, teacher, bounds_s, bounds_t, pooling, weight, norm, norm_weight, eps, True, norm_weight is not None,
+        tiles,
+    )  # fmt: skip
+    dx = launch.state_gradient_triton(
+        ONE, student, None, u, bounds_s, pooling, norm, stats, None, None, None, stats[:0], "mse", False, None, tiles
+    )
+    found = {"total": (values if weight is None else values * weight).sum(), "dx": dx, "values": values}
+    return found if norm_weight is None else {**found, "d_norm": d_norm[0]}
+
+
+def run_paired(student, teacher, rows_s, rows_t, weight, kind, rows_sorted=False, more=None):
+    values, stats = launch.pairs_triton(student, teacher, rows_s, rows_t, weight, kind, TILES)
+    scales = torch.tensor([0.0, 1.0, 2.0])
+    dx = launch.state_gradient_triton(
+        scales, student, teacher, None, None, "mean", "none", stats[:0], rows_s, rows_t, weight, stats, kind,
+        rows_sorted, more, TILES,
+    )  # fmt: skip
+    return {"total": (values if weight is None else values * weight).sum(), "dx": dx}
+
+
+@pytest.mark.parametrize("lengths", ["edges", "dominant", "tiny"])
+@pytest.mark.parametrize("norm", [None, "rms", "layer"])
+def test_pooled(lengths, norm):
+    student, teacher, *bounds = states(lengths, width=20)
+    options = norm_parameters(norm, 20, torch.float32)
+    options.pop("norm_bias", None)
+    check_all(run_pooled(student, teacher, *bounds, **options), exact_pooled(student, teacher, *bounds, **options),
+              torch.float32)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("norm", [None, "rms", "layer"])
+def test_half_precision(dtype, norm):
+    student, teacher, *bounds = states("edges", dtype=dtype)
+    options = norm_parameters(norm, 24, dtype)
+    options.pop("norm_bias", None)
+    got, exact = (f(student, teacher, *bounds, **options) for f in (run_pooled, exact_pooled))
+    check_all(got, exact, dtype, WIDE.get(dtype, 1.0))
+
+
+@pytest.mark.parametrize("pooling", ["first", "last"])
+def test_poolings(pooling):
+    student, teacher, *bounds = states("edges")
+    options = {"pooling": pooling, "weight": torch.rand(7), **norm_parameters("rms", 24, torch.float32)}
+    got, exact = (f(student, teacher, *bounds, **options) for f in (run_pooled, exact_pooled))
+    check_all(got, exact, torch.float32)
+
+
+@pytest.mark.parametrize("norm", [None, "layer"])
+def test_spans(norm):
+    student, teacher, *_ = states("edges")
+    own = torch.tensor([[70, 90], [60, 64], [0, 5], [8, 8], [91, 130], [131, 132]])
+    other = torch.tensor([[10, 12], [60, 64], [0, 5], [8, 9], [91, 130], [131, 132]])
+    options = {"pooling": "spans", **norm_parameters(norm, 24, torch.float32)}
+    options.pop("norm_bias", None)
+    got, exact = (f(student, teacher, own, other, **options) for f in (run_pooled, exact_pooled))
+    check_all(got, exact, torch.float32)
+    mean, _ = launch.segment_mean_triton(student, own, "spans", "none", 1e-6, TILES)
+    check(mean, reference_mean(student.double(), own, "spans"), 1e-5)
+    with pytest.raises(RuntimeError, match="overlap"):
+        launch.segment_mean_triton(student, torch.tensor([[0, 4], [3, 5]]), "spans", "none", 1e-6, TILES)
+
+
+@pytest.mark.parametrize("kind", ["mse", "cosine"])
+@pytest.mark.parametrize("count", [1, 65])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_paired(kind, count, dtype):
+    student, teacher, *_ = states("edges", dtype=dtype)
+    rows_s, rows_t, weight = pairs(student, teacher, count, zeros=count > 1)
+    exact = exact_paired(student, teacher, rows_s, rows_t, weight, kind)
+    check_all(run_paired(student, teacher, rows_s, rows_t, weight, kind), exact, dtype, WIDE.get(dtype, 1.0))
+    order = torch.argsort(rows_s, stable=True)
+    got = run_paired(student, teacher, rows_s[order], rows_t[order], weight[order], kind, rows_sorted=True)
+    check_all(got, exact, dtype, WIDE.get(dtype, 1.0))
+
+
+def test_all_parts_of_the_gradient_at_once():
+    student, teacher, *bounds = states("edges")
+    rows_s, rows_t, weight = pairs(student, teacher, 40)
+    more = torch.randn_like(student)
+    _, u, stats, _ = launch.pooled_triton(
+        student, teacher, *bounds, "mean", None, "none", None, 0.0, True, False, TILES
+    )
+    _, pair_stats = launch.pairs_triton(student, teacher, rows_s, rows_t, weight, "cosine", TILES)
+    scales = torch.tensor([0.3, 0.5, 0.7])
+    got = launch.state_gradient_triton(
+        scales, student, teacher, u, bounds[0], "mean", "none", stats, rows_s, rows_t, weight, pair_stats, "cosine",
+        False, more, TILES,
+    )  # fmt: skip
+    exact = 0.3 * exact_pooled(student, teacher, *bounds)["dx"] + 0.7 * more.double()
+    exact += 0.5 * exact_paired(student, teacher, rows_s, rows_t, weight, "cosine")["dx"]
+    check(got, exact, 1e-5)
+
+
+def test_a_segment_gives_the_same_bits_in_any_pack():
+    """Split points depend on the segment alone."""
+    student, teacher, *_ = states("dominant", width=20, tail=0)
+    alone = run_pooled(student[:700], teacher[:650], cu([700]), cu([650]), norm="rms")
+    shifted = (torch.cat([student[700:], student[:700]]), torch.cat([teacher[650:], teacher[:650]]))
+    behind = run_pooled(*shifted, cu([1, 2, 3, 700]), cu([2, 1, 3, 650]), norm="rms")
+    assert torch.equal(alone["values"][0], behind["values"][3])
+    assert torch.equal(alone["dx"], behind["dx"][6:])
+
+
+def test_masked_segments_and_pairs_hide_nan():
+    student, teacher, *bounds = states("edges")
+    student[1:64] = torch.nan
+    weight = torch.tensor([1.0, 1, 0, 1, 1, 1, 1])
+    for norm in (None, "rms", "layer"):
+        got = run_pooled(student, teacher, *bounds, weight=weight, norm=norm)
+        assert got["total"].isfinite()
+        assert got["dx"].isfinite().all()
+    weight[1] = 0.0
+    rows = torch.arange(1, 8)
+    for kind in ("mse", "cosine"):
+        got = run_paired(student, teacher, rows, rows, torch.zeros(7), kind)
+        assert got["total"] == 0
+        assert not got["dx"].any()
+        assert run_paired(student, teacher, rows, rows, None, kind)["total"].isnan()
+
+
+def test_bitwise_repeatable_and_independent_of_what_empty_holds():
+    student, teacher, *bounds = states("edges", dtype=torch.bfloat16)
+    rows_s, rows_t, weight = pairs(student, teacher, 20)
+    options = norm_parameters("layer", 24, torch.bfloat16)
+    options.pop("norm_bias")
+
+    def everything():
+        return [
+            *run_pooled(student, teacher, *bounds, **options).values(),
+            *run_pooled(student, teacher, *bounds, pooling="last").values(),
+            *run_paired(student, teacher, rows_s, rows_t, weight, "cosine").values(),
+        ]
+
+    first = everything()
+    torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
+    try:
+        second = everything()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip(first, second):
+        assert torch.equal(a, b)
+        assert a.isfinite().all()
+
+
+def test_bad_values_are_asserted_on_the_device():
+    x = torch.randn(8, 4)
+    for bad in ([1, 4, 8], [0, 6, 4], [0, 6, 9]):
+        with pytest.raises(RuntimeError, match="cu_seqlens must start at 0"):
+            launch.segment_mean_triton(x, torch.tensor(bad), "mean", "none", 1e-6, TILES)
+    rows = torch.tensor([0, 8])
+    with pytest.raises(RuntimeError, match="rows_t holds a row number outside 0 to 7"):
+        launch.pairs_triton(x, x, torch.tensor([0, 1]), rows, None, "mse", TILES)
+    with pytest.raises(TypeError, match="student is"):
+        launch.pairs_triton(x.double(), x.double(), rows[:1], rows[:1], None, "mse", TILES)
+
+
+def test_random_packs():
+    for seed in range(30):
+        own, other = random_lengths(seed, largest=7, most=4)
+        g = torch.Generator().manual_seed(seed)
+        width = 1 + seed % 7
+        student = torch.randn(sum(own), width, generator=g)
+        teacher = torch.randn(sum(other), width, generator=g)
+        options = {
+            "norm": [None, "rms", "layer"][seed % 3],
+            "pooling": ["mean", "first", "last"][seed % 7 % 3],
+            "weight": torch.rand(len(own), generator=g),
+            "eps": 1e-2,
+        }
+        small = HiddenMSETiles(piece=2, gradient_piece=4, finish_block=4, values_per_thread=1)
+        if not own or not student.numel():
+            continue
+        got = run_pooled(student, teacher, cu(own), cu(other), tiles=small, **options)
+        exact = exact_pooled(student, teacher, cu(own), cu(other), **options)
+        for name, value in exact.items():
+            assert float((got[name] - value).abs().max()) <= 2e-5 * float(value.abs().max().clamp(min=1e-2)), seed
