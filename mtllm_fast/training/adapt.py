@@ -94,5 +94,5 @@ def adapt(config: AdaptConfig, rows: Iterable[TextRow], source: dict[str, Any] |
     assert student.tokenizer is not None
     step = AdaptStep(student, config.loss)
     metrics = run_stage(step, rows, config.train, run, sides=("mt", "llm"), align=config.loss.needs_pairs)
-    student.save_pretrained(run.folder, include_base=config.include_base or None)
+    run.save(student, include_base=config.include_base)
     return metrics

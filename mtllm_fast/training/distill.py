@@ -131,5 +131,5 @@ def distill(
         validate=validate,
     )
     student.llm.remove_adapter(TEACHER)
-    student.save_pretrained(run.folder, include_base=config.include_base or None)
+    run.save(student, include_base=config.include_base)
     return metrics

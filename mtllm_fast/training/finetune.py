@@ -119,5 +119,5 @@ def finetune(
         student.projection.requires_grad_(False)
     validate = validation(student, valid_rows, config.train.tokens) if valid_rows else None
     metrics = run_stage(TaskStep(student), rows, config.train, run, sides=(student.side,), validate=validate)
-    student.save_pretrained(run.folder, include_base=config.include_base or None)
+    run.save(student, include_base=config.include_base)
     return metrics

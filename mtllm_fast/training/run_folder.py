@@ -6,7 +6,10 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..models import MTLLM
 
 RUN_FILE = "run.json"
 MARKER = "complete.json"
@@ -60,6 +63,11 @@ class RunFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / RUN_FILE).is_file() and not int(os.environ.get("RANK", "0")):
             write_json(self.folder / RUN_FILE, self.settings)
+
+    def save(self, student: MTLLM, *, include_base: bool) -> None:
+        """Write the finished model into the folder, once."""
+        if not int(os.environ.get("RANK", "0")):
+            student.save_pretrained(self.folder, include_base=include_base or None)
 
 
 def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

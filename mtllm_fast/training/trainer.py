@@ -201,6 +201,9 @@ class PackedTrainer(Trainer):
         checkpoint = last_complete(folder) if resume else None
         if checkpoint is not None:
             steps = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+            if steps >= self.args.max_steps:  # finished; the Trainer would take one step more
+                load_own_state(self.step_module.student, checkpoint)
+                return json.loads((folder / "metrics.json").read_text()) if (folder / "metrics.json").is_file() else {}
             self.start_batch = steps * self.args.gradient_accumulation_steps
         output = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         metrics = dict(output.metrics)
@@ -211,6 +214,8 @@ class PackedTrainer(Trainer):
 
 def training_arguments(optim: OptimSettings, folder: Path, steps: int, validate_steps: int | None) -> TrainingArguments:
     """Map `OptimSettings` to `TrainingArguments`."""
+    if optim.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda': no CUDA device is visible; see `mtllm doctor`")
     report: str | list[str] = "none"
     if optim.report_to == "auto":
         from importlib.util import find_spec
@@ -250,7 +255,7 @@ def training_arguments(optim: OptimSettings, folder: Path, steps: int, validate_
         remove_unused_columns=False,
         report_to=report,
         disable_tqdm=not optim.progress,
-        use_cpu=optim.device == "cpu",
+        use_cpu=optim.device == "cpu" or not torch.cuda.is_available(),
         average_tokens_across_devices=False,
         ddp_find_unused_parameters=False,
         **options,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import REPO
+from tests.tiny import LINES
 
 TOLERANCE = 1e-6
 
@@ -76,3 +78,22 @@ def test_control_mean_of_pack_means_is_another_gradient(tmp_path, one_pack, enco
     """The check can fail: weighting every pack alike, as the plain Trainer does, moves the gradient by far more."""
     packs = _gradient(tmp_path / "g.safetensors", encoder_folder, llm_folder, 42, 3, per_pack=True)
     assert _distance(packs, one_pack) > 1000 * TOLERANCE
+
+
+def test_torchrun_command(tmp_path, encoder_folder, llm_folder) -> None:
+    """`torchrun ... mtllm_fast.cli adapt` trains one model on two processes and resumes it."""
+    (tmp_path / "text.txt").write_text("\n".join(LINES * 4) + "\n")
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0", "-m", "mtllm_fast.cli", "adapt", "--encoder", encoder_folder, "--llm", llm_folder,
+        "--text", str(tmp_path / "text.txt"), "--output", str(tmp_path / "run"), "--max-steps", "6", "--save-steps", "4",
+        "--log-steps", "2", "--tokens", "64", "--max-length", "32", "--no-progress", "--report-to", "none",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for more in ([], ["--resume"]):
+        done = subprocess.run([*command, *more], env=environment, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("adapt:") == 1
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log if "loss" in entry] == [2, 4, 6]
+    assert {path.name for path in (tmp_path / "run" / "checkpoint-6").glob("rng*")} == {"rng_state_0.pth", "rng_state_1.pth"}
