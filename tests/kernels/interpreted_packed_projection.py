@@ -1,0 +1,84 @@
+"""The Triton path of packed_projection against fp64, in the interpreter; bf16 GEMMs upcast their operands there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mtllm_fast.kernels import packed_projection_launch as launch
+from mtllm_fast.kernels.tiles import GemmTile, ProjectionTiles
+
+from tests.kernels.linear_kl_cases import LIMITS, check
+from tests.kernels.projection_cases import make, reference
+
+TILE = GemmTile(block_t=32, block_d=32, block_e=16, group_t=2, num_warps=4, num_stages=1)
+TILES = ProjectionTiles(TILE, TILE, 9999)
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def run(case, fused, **changes):
+    c = {"activation": "none", "scale": 1.0, **case, **changes}
+    w = c["weight"]
+    return launch.packed_linear_triton(
+        c["x"].reshape(-1, c["x"].shape[-1]), c.get("rows"), w, c.get("bias"), c.get("norm") or "none",
+        c.get("norm_weight"), c.get("norm_bias"), 1e-5, c["scale"], c["activation"], c.get("cu_seqlens"),
+        c.get("prefix"), c.get("suffix"), w.dtype, c.get("need_pre", False), fused, TILES,
+    )  # fmt: skip
+
+
+def exact(case):
+    return reference(**{k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in case.items()})  # fmt: skip
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("norm", [None, "rms", "layer"])
+@pytest.mark.parametrize("width", [24, 32])
+def test_matches_fp64(fused, norm, width):
+    case = make("edges", norm=norm, width=width, boundaries=True, scale=1.7)
+    check(run(case, fused)[0], exact(case), 1e-5)
+    case = make("tiny", norm=norm, width=width, padded=False)
+    check(run(case, fused)[0], exact(case), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("norm", [None, "rms", "layer"])
+def test_half_precision(dtype, norm):
+    """The interpreter truncates to bf16, and W' is rounded once more than W."""
+    case = make(dtype=dtype, norm=norm)
+    check(run(case, True)[0], exact(case), 3 * LIMITS[dtype])
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_activation_and_its_argument(activation, fused):
+    case = make(norm="layer")
+    y, pre = run(case, fused, activation=activation, need_pre=True)
+    right = exact(case)
+    check(pre, right, 1e-5)
+    check(y, getattr(torch.nn.functional, activation)(right), 1e-5)
+
+
+def test_large_means_cancel_exactly():
+    """|mean| 100 times the deviation: the sums are taken over the W' that the GEMM reads."""
+    case = make(dtype=torch.float16, norm="layer", mean=100.0)
+    check(run(case, True)[0], exact(case), 3 * LIMITS[torch.float16])
+
+
+def test_empty_and_bad_rows():
+    case = make(padded=False, rows=torch.zeros(0, dtype=torch.long))
+    assert run(case, True)[0].shape == (0, 40)
+    case = make(padded=False, rows=torch.tensor([0, 10_000]))
+    with pytest.raises(RuntimeError, match="rows holds a row number outside"):
+        run(case, True)
+
+
+def test_bitwise_repeatable_and_independent_of_what_empty_holds():
+    case = make(norm="layer", boundaries=True)
+    first = run(case, True, need_pre=True)
+    torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
+    try:
+        second = run(case, True, need_pre=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip(first, second):
+        assert torch.equal(a, b)
+        assert a.isfinite().all()
