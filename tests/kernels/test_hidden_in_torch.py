@@ -1,0 +1,209 @@
+"""The ops of hidden_mse, packed_projection and distillation_loss inside torch: opcheck, compile, DDP and FSDP2."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mtllm_fast.kernels import distillation_loss, packed_projection, paired_mse, pooled_mse, segment_mean
+from mtllm_fast.kernels import hidden_mse_ops as ops
+from mtllm_fast.kernels import packed_projection_ops as projection_ops
+from mtllm_fast.kernels.distillation_loss import _distillation
+
+from tests.kernels.hidden_cases import pairs, states
+from tests.kernels.projection_cases import make
+
+SPANS = torch.tensor([[4, 9], [0, 2]])
+
+
+def problem():
+    student, teacher, *bounds = states("edges", width=8)
+    rows_s, rows_t, weight = pairs(student, teacher, 9)
+    return student.requires_grad_(), teacher, bounds, rows_s, rows_t, weight
+
+
+def test_opcheck_of_the_losses():
+    student, teacher, bounds, rows_s, rows_t, weight = problem()
+    for norm in ("none", "layer"):
+        torch.library.opcheck(ops.segment_mean, (student, bounds[0], "mean", norm, 1e-5))
+    torch.library.opcheck(ops.segment_mean, (student, SPANS, "spans", "rms", 1e-5))
+    scale = torch.ones(8, requires_grad=True)
+    for kind in ("mse", "cosine"):
+        paired = (rows_s, rows_t, weight, kind, False)
+        torch.library.opcheck(
+            ops.hidden_loss, (student, teacher, *bounds, "last", torch.ones(7), "rms", scale, 1e-5, *paired, True, True)
+        )
+    nothing = (None, None, None, "mse", False)
+    torch.library.opcheck(
+        ops.hidden_loss, (student, teacher, SPANS, SPANS, "spans", None, "none", None, 0.0, *nothing, True, False)
+    )
+    torch.library.opcheck(
+        ops.hidden_loss, (student, teacher, None, None, "mean", None, "none", None, 0.0, *paired, True, False)
+    )
+    u, stats = torch.randn(7, 8), torch.rand(2, student.shape[0])
+    torch.library.opcheck(
+        ops.state_gradient,
+        (torch.ones(3), student.detach(), teacher, u, bounds[0], "mean", "layer", stats, rows_s, rows_t, weight,
+         torch.rand(2, 9), "cosine", False, torch.randn(student.shape)),
+    )  # fmt: skip
+    head = torch.randn(20, 8, requires_grad=True)
+    bias = torch.randn(20, requires_grad=True)
+    fixed = (-1, 2.0, 4.0, 0.0)
+    for kind in ("", "mse", "cosine"):
+        torch.library.opcheck(
+            _distillation,
+            (student, teacher, *bounds, "mean", None, rows_s, rows_t, weight, kind, False, head, bias, None, None, None,
+             *fixed, True, True, True),
+        )  # fmt: skip
+    torch.library.opcheck(
+        _distillation,
+        (student, teacher, None, None, "mean", None, rows_s, rows_t, weight, "mse", False, None, None, None, None, None,
+         *fixed, True, False, False),
+    )  # fmt: skip
+
+
+def test_opcheck_of_the_projection():
+    for boundaries in (False, True):
+        c = make(width=6, out=8, norm="layer", boundaries=boundaries)
+        leaves = [c[n].requires_grad_() for n in ("weight", "bias", "norm_weight", "norm_bias")]
+        x = c["x"].view(-1, 6).requires_grad_()
+        ends = [c.get(n) for n in ("cu_seqlens", "prefix", "suffix")]
+        for e in ends[1:]:
+            if e is not None:
+                e.requires_grad_()
+        arguments = (x, c["rows"], *leaves[:2], "layer", *leaves[2:], 1e-5, 1.7)
+        torch.library.opcheck(
+            projection_ops.packed_linear,
+            (*arguments, "none" if boundaries else "gelu", *ends, torch.float32, not boundaries),
+        )
+        rows, tokens = c["rows"], c["rows"].shape[0]
+        total = tokens + (7 * 3 if boundaries else 0)
+        torch.library.opcheck(
+            projection_ops.packed_linear_backward,
+            (torch.randn(total, 8), x.detach(), rows, leaves[0].detach(), "layer", leaves[2].detach(),
+             leaves[3].detach(), 1e-5, 1.7, "none", torch.empty(0, 8), ends[0], 2 * boundaries, 1 * boundaries,
+             [False, boundaries], True, True, True, True),
+        )  # fmt: skip
+
+
+def losses(student, teacher, bounds, rows_s, rows_t, weight):
+    """A function of the student for each op, and what it needs to be compiled."""
+    head = torch.randn(20, 8, generator=torch.Generator().manual_seed(3))
+    scale = torch.rand(8) + 0.5
+    ends = {"cu_seqlens_s": bounds[0], "cu_seqlens_t": bounds[1]}
+    return {
+        "segment_mean": lambda x: segment_mean(x * 2, bounds[0], norm="rms", norm_weight=scale).square().sum(),
+        "pooled_mse": lambda x: torch.stack(pooled_mse(x * 2, teacher, *bounds, norm="layer")).prod(),
+        "paired_mse": lambda x: paired_mse(x * 2, teacher, rows_s, rows_t, weight=weight, kind="cosine")[0],
+        "packed_projection": lambda x: packed_projection(x, head, norm="rms", prefix=head[:1, :1].expand(1, 20),
+                                                         cu_seqlens=torch.tensor([0, x.shape[0]])).square().sum(),
+        "distillation_loss": lambda x: sum(
+            value for value, _ in distillation_loss(x * 2, teacher, **ends, paired="mse", rows_s=rows_s, rows_t=rows_t,
+                                                    pair_weight=weight, head=head)
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("op", ["segment_mean", "pooled_mse", "paired_mse", "packed_projection", "distillation_loss"])
+def test_compiles_without_a_graph_break(op):
+    case = problem()
+    student = case[0]
+    function = losses(*case)[op]
+    eager = function(student)
+    (expected,) = torch.autograd.grad(eager, student)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)(student)
+    (got,) = torch.autograd.grad(compiled, student)
+    assert torch.equal(compiled, eager)
+    assert torch.equal(got, expected)
+
+
+def test_autocast_projects_in_bf16():
+    c = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = packed_projection(**c)
+    assert y.dtype == torch.bfloat16
+
+
+WORKER = """
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from mtllm_fast.kernels import distillation_loss, packed_projection
+
+class Student(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.body = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 16)
+        self.bos = nn.Parameter(torch.randn(1, 16))
+        self.head = nn.Linear(16, 40)
+    def forward(self, x, cu, teacher, cu_t, rows):
+        y = packed_projection(x, self.up.weight, self.up.bias, norm="layer", norm_weight=self.norm.weight,
+                              norm_bias=self.norm.bias, cu_seqlens=cu, prefix=self.bos)
+        terms = distillation_loss(self.body(y), teacher, cu_seqlens_s=cu_t, cu_seqlens_t=cu_t, paired="mse",
+                                  rows_s=rows, rows_t=rows, head=self.head.weight, head_bias=self.head.bias)
+        return sum(value for value, _ in terms)
+
+def build():
+    torch.manual_seed(0)
+    return Student()
+
+def part(start, stop):
+    cu = torch.arange(stop - start + 1) * 3
+    cu_t = torch.arange(stop - start + 1) * 4
+    return x[start * 3 : stop * 3], cu, teacher[start * 4 : stop * 4], cu_t, torch.arange(0, (stop - start) * 4, 2)
+
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+torch.manual_seed(1)
+x, teacher = torch.randn(12, 8), torch.randn(16, 16)
+whole = build()
+whole(*part(0, 4)).backward()
+for wrap in ("ddp", "fsdp2"):
+    model = build()
+    wrapped = DistributedDataParallel(model) if wrap == "ddp" else fully_shard(model)
+    (wrapped(*part(2 * rank, 2 * rank + 2)) * world).backward()
+    for (name, p), q in zip(model.named_parameters(), whole.parameters()):
+        grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        assert q.grad.abs().sum() > 0
+        torch.testing.assert_close(grad, q.grad, rtol=1e-4, atol=1e-6, msg=f"{wrap} {name}")
+print("rank", rank, "ok")
+dist.destroy_process_group()
+"""
+
+
+def test_ddp_and_fsdp2_give_the_gradient_of_the_whole_batch(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+    }
+    root = Path(__file__).resolve().parents[2]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(script)],
+            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=root,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for rank, worker in enumerate(workers):
+        output, _ = worker.communicate(timeout=180)
+        assert worker.returncode == 0, output
+        assert f"rank {rank} ok" in output
