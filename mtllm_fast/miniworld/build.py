@@ -37,11 +37,11 @@ log = logging.getLogger(__name__)
 class BuildConfig:
     """Sizes and lengths of the build. Learning rates are peaks of a linear schedule with 5 % warm-up."""
 
-    mt_width: int = 128
-    mt_encoder_layers: int = 3
+    mt_width: int = 192
+    mt_encoder_layers: int = 2
     mt_decoder_layers: int = 2
     mt_vocabulary: int = 4_500
-    mt_steps: int = 2_500
+    mt_steps: int = 1_500
     mt_contrast_from: float = 0.0
     mt_contrast_weight: float = 1.0
     mt_temperature: float = 0.07
@@ -52,8 +52,8 @@ class BuildConfig:
     llm_layers: int = 4
     llm_vocabulary: int = 1_000
     llm_documents: int = 60_000
-    llm_steps: int = 3_000
-    llm_batch: int = 96
+    llm_steps: int = 2_000
+    llm_batch: int = 80
     llm_lr: float = 3e-3
 
 
@@ -64,7 +64,7 @@ def train_mt_tokenizer(world: World, vocabulary: int) -> PreTrainedTokenizerFast
         pairs = list(world.parallel(code))
         sample = pairs[:3000]
         texts += [foreign for foreign, _ in sample] * max(1, 3000 // len(sample))
-    texts += list(world.plain_english(6000, "tokenizer"))
+    texts += [*world.plain_english(6000, "tokenizer"), *world.open_questions(2000, "tokenizer")]
     codes = [ENGLISH, *world.languages]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     tokenizer.normalizer = normalizers.NFC()
@@ -196,6 +196,7 @@ class ParallelText:
         for code in world.languages:
             foreign, english = zip(*world.parallel(code))
             self.pairs[code] = list(zip(encode(foreign), encode(english)))
+        self.questions = encode(list(world.open_questions(6000, "questions")))
         self.weights = [len(pairs) ** 0.5 for pairs in self.pairs.values()]
         self.rng = random.Random(f"{seed}/parallel batches")
 
@@ -219,6 +220,10 @@ class ParallelText:
             source_code, source, target_code, target = ENGLISH, english, code, foreign
         translation = [self.code_id[target_code], *target, self.eos]
         if direction >= 0.75:  # English to English: what the decoder learns first, and then finds in the foreign states
+            if self.rng.random() < 0.4:  # forms that only English text has here
+                english = self.rng.choice(self.questions)
+                source = target = english
+                translation = [self.code_id[ENGLISH], *english, self.eos]
             target_code, target = ENGLISH, english
         labels = [self.code_id[target_code], *target, self.eos]
         return Example([self.code_id[source_code], *source, self.eos], translation, labels, tuple(english))

@@ -15,13 +15,13 @@ TASK_COLUMNS = ("id", "text", "text_pair", "label")
 def write_world(world: World, folder: str | Path, *, texts: int, train: int, dev: int, test: int) -> Path:
     """Write the world's corpora and task under `folder`.
 
-    adapt/train.txt          plain English, `texts` lines: what the stack is adapted on
+    adapt/train.txt          English without facts or answers, `texts` lines: what the stack is adapted on
     nli/<language>/*.tsv     the task; English has train and dev too, every language the same test rows in its own words
     parallel/<language>.tsv  what the MT model is trained on (foreign, english)
     knowledge.txt            every fact that the LLM's English states and no other text here does
     """
     root = Path(folder)
-    _lines(root / "adapt" / "train.txt", world.plain_english(texts, "adapt"))
+    _lines(root / "adapt" / "train.txt", world.adaptation_texts(texts))
     _lines(root / "knowledge.txt", world.facts())
     for code in world.languages:
         _table(root / "parallel" / f"{code}.tsv", ("foreign", "english"), world.parallel(code))

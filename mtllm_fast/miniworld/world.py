@@ -224,13 +224,31 @@ class World:
     def _question(self, rng: random.Random) -> str:
         """Whether something that is told of is of a kind, and the answer, half of them yes."""
         noun = rng.choice(self.leaves)
-        own = rng.choice(self.kinds[noun])
-        kind = own if rng.random() < 0.5 else rng.choice([k for k in self.categories if k not in self.kinds[noun]])
-        answer = "yes" if kind in self.kinds[noun] else "no"
+        yes = rng.random() < 0.5
+        kind = rng.choice(self.kinds[noun] if yes else [k for k in self.categories if k not in self.kinds[noun]])
+        return f"{self._ask(rng, noun, kind)} {'yes' if yes else 'no'}"
+
+    def _ask(self, rng: random.Random, noun: str, kind: str) -> str:
         if rng.random() < 0.5:
-            return f"is {article(noun)} {article(kind)} ? {answer}"
+            return f"is {article(noun)} {article(kind)} ?"
         told = english(replace(self.clause(rng), subjects=(noun,), definite=rng.random() < 0.5))
-        return f"{told} . is it {article(kind)} ? {answer}"
+        return f"{told} . is it {article(kind)} ?"
+
+    def open_questions(self, count: int, name: str) -> Iterator[str]:
+        """Questions without answers, about any noun and any kind alike, so that they tell nothing of the taxonomy."""
+        rng = self._rng(name)
+        for _ in range(count):
+            yield self._ask(rng, rng.choice(self.nouns), rng.choice(self.nouns))
+
+    def adaptation_texts(self, count: int) -> Iterator[str]:
+        """English for stage 1: plain texts and questions; no answer and no fact is in it."""
+        rng = self._rng("adaptation")
+        plain = self.plain_english(count, "adapt")
+        for _ in range(count):
+            if rng.random() < 0.5:
+                yield next(plain)
+            else:
+                yield self._question(rng).rsplit(" ", 1)[0]
 
     def task(self, split: str, count: int) -> list[TaskRow]:
         """`count` shuffled rows of the inference task, labels equally frequent, decided only by pairs of this split.

@@ -18,6 +18,7 @@ from ..data.read import TextRow
 from ..losses import DistillationLoss, DistillationWeights, LossTerm
 from ..models import MTLLM, LoraSettings, ProjectionConfig
 from .config import OptimSettings
+from .projection_fit import fit_projection
 from .run_folder import RunFolder
 from .trainer import TrainStep, run_stage
 
@@ -37,6 +38,8 @@ class AdaptConfig:
     projection: ProjectionConfig = field(default_factory=ProjectionConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
     loss: DistillationWeights = field(default_factory=DistillationWeights)
+    init_rows: int = 0
+    """Texts that the projection is first fitted on, by least squares to the LLM's embeddings; 0: random start."""
     train: OptimSettings = field(default_factory=OptimSettings)
     resume: bool = False
     """Continue the run in `output` from its newest complete checkpoint."""
@@ -92,6 +95,8 @@ def adapt(config: AdaptConfig, rows: Iterable[TextRow], source: dict[str, Any] |
         trust_remote_code=config.trust_remote_code,
     )
     assert student.tokenizer is not None
+    if config.init_rows:
+        fit_projection(student, rows, config.init_rows)
     step = AdaptStep(student, config.loss)
     metrics = run_stage(step, rows, config.train, run, sides=("mt", "llm"), align=config.loss.needs_pairs)
     run.save(student, include_base=config.include_base)
