@@ -21,7 +21,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass
 class Record:
-    """One variant of one case. Times in ms; memory in MiB; None where not measured."""
+    """One variant of one case. `time_ms` is forward + backward; times in ms, memory in MiB; None where not measured."""
 
     case: str
     shape: dict[str, int]
@@ -35,6 +35,7 @@ class Record:
     forward_ms: float | None = None
     peak_incremental_mib: float | None = None
     floor_ms: float | None = None
+    host_syncs: int | None = None
     gate_detail: dict[str, float] = field(default_factory=dict)
     notes: str = ""
     versions: dict[str, str] = field(default_factory=dict)

@@ -12,6 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,8 +44,10 @@ GPU_SHAPES = [
 # Gradient error that a variant may have against fp64, by input dtype. In bf16 the logit rounding of the baselines is
 # no failure of theirs to compute what they say, so the gate only asks for the right gradient, not for a good one.
 GATE = {"fp32": 1e-4, "bf16": 0.5, "fp16": 0.1}
-GEMM_FLOPS = {"NVIDIA H100": 795e12, "NVIDIA H200": 790e12}
-GEMMS_PER_ROW = {"ours-moments": 2, "ours-moments-uncached": 4}
+# Sustained bf16 GEMM FLOP/s and copy bytes/s, for floors and predictions.
+CEILINGS = {"NVIDIA H100": (795e12, 3.0e12), "NVIDIA H200": (790e12, 4.0e12)}
+# (GEMMs, bytes per logit that the row kernels move) with a frozen head.
+WORK = {"ours": (3, 18), "ours-moments": (2, 10), "ours-moments-uncached": (4, 20)}
 
 VARIANTS: dict[str, Callable[[Problem], object]] = {
     "ours": variants_.ours,
@@ -74,80 +77,147 @@ GATE_ROWS = 64
 
 
 def gate(name: str, problem: Problem, dtype: str) -> tuple[str, dict[str, float]]:
-    """Compare a variant's loss over, and gradient of, the first rows with fp64."""
+    """Compare a variant's loss over, and gradients of, the first rows with fp64."""
     if name.startswith("gemms"):
         return "none", {}
     rows = min(GATE_ROWS, problem.rows)
-    small = Problem(problem.h_s.detach()[:rows].clone().requires_grad_(), problem.h_t[:rows], problem.w)
-    loss = VARIANTS.get(name, GPU_VARIANTS[name])(small)
-    h = small.h_s.detach().double().requires_grad_()
-    total, _, _ = reference(h, problem.w.double(), small.h_t.double())
-    (total / rows).backward()
-    assert h.grad is not None
-    assert small.h_s.grad is not None
-    errors = {"loss": relative_error(loss, total.detach() / rows), "gradient": relative_error(small.h_s.grad, h.grad)}
-    return ("pass" if errors["gradient"] <= GATE[dtype] and errors["loss"] <= GATE[dtype] else "fail"), errors
+    mask = None if problem.mask is None else problem.mask[:rows]
+    train_head = problem.w.requires_grad
+    head = problem.w.detach().clone().requires_grad_() if train_head else problem.w
+    small = Problem(problem.h_s.detach()[:rows].clone().requires_grad_(), problem.h_t[:rows], head, mask)
+    loss = GPU_VARIANTS[name](small)
+    h, w = (x.detach().double().requires_grad_(x.requires_grad) for x in (small.h_s, head))
+    total, count, _ = reference(h, w, small.h_t.double(), row_weight=mask)
+    (total / count).backward()
+    errors = {"loss": relative_error(loss, total.detach() / count), "gradient": _error(small.h_s, h)}
+    if train_head:
+        errors["head_gradient"] = _error(head, w)
+    return ("pass" if max(errors.values()) <= GATE[dtype] else "fail"), errors
 
 
-def measure_memory(name: str, shape: tuple[int, int, int], dtype: str, device: str) -> float:
+def _error(got: torch.Tensor, want: torch.Tensor) -> float:
+    assert got.grad is not None
+    assert want.grad is not None
+    return relative_error(got.grad, want.grad)
+
+
+def predicted(name: str, shape: tuple[int, int, int], device: str, share: float = 1.0) -> tuple[float, float] | None:
+    """(GEMM floor, predicted time) in ms of a variant of ours with a frozen head; `share` of the rows count."""
+    ceiling = next((c for key, c in CEILINGS.items() if key in device), None)
+    if ceiling is None or name not in WORK:
+        return None
+    rows, width, vocab = shape
+    gemms, moved = WORK[name]
+    floor = gemms * 2e3 * rows * share * width * vocab / ceiling[0]
+    return floor, floor + moved * 1e3 * rows * share * vocab / ceiling[1]
+
+
+def measure_memory(name: str, shape: tuple[int, int, int], dtype: str, device: str, **problem: object) -> float:
     """Peak incremental memory of one step; on the CPU in a process of its own."""
-    if device == "cpu":
-        command = [sys.executable, "-m", "benchmarks.linear_kl", "--memory-of", name, "--dtype", dtype]
-        command += ["--shape", "x".join(map(str, shape)), "--threads", str(torch.get_num_threads())]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-        if done.returncode:
-            raise RuntimeError(f"measuring the memory of {name} failed:\n{done.stderr}")
-        return float(json.loads(done.stdout.splitlines()[-1]))
-    return memory_here(name, shape, dtype, device)
+    if device != "cpu":
+        return memory_here(name, shape, dtype, device, **problem)
+    command = [sys.executable, "-m", "benchmarks.linear_kl", "--memory-of", name, "--dtype", dtype]
+    command += ["--shape", "x".join(map(str, shape)), "--threads", str(torch.get_num_threads())]
+    command += ["--masked", str(problem["masked"])] + (["--train-head"] if problem["train_head"] else [])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    if done.returncode:
+        raise RuntimeError(f"measuring the memory of {name} failed:\n{done.stderr}")
+    return float(json.loads(done.stdout.splitlines()[-1]))
 
 
-def memory_here(name: str, shape: tuple[int, int, int], dtype: str, device: str) -> float:
+def memory_here(name: str, shape: tuple[int, int, int], dtype: str, device: str, **problem: object) -> float:
     """Peak incremental memory of one step in this process, libraries warmed up on a small problem first."""
     run = GPU_VARIANTS[name]
-    run(make_problem(32, 64, 512, DTYPES[dtype], device))
-    problem = make_problem(*shape, DTYPES[dtype], device)
-    if "moments" in name and "uncached" not in name:
-        problem.cached_moments()
-    return peak_incremental_mib(lambda: run(problem), device)
+    run(make_problem(32, 64, 512, DTYPES[dtype], device, **problem))
+    large = make_problem(*shape, DTYPES[dtype], device, **problem)
+    if name == "ours-moments":
+        large.cached_moments()
+    return peak_incremental_mib(lambda: run(large), device)
+
+
+def host_syncs(run: Callable[[], object]) -> int:
+    """How often a CUDA step stops the host."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(w.message) for w in caught)
 
 
 def run_case(
-    shape: tuple[int, int, int], dtype: str, device: str, names: list[str], repeats: int, memory: bool
+    shape: tuple[int, int, int],
+    dtype: str,
+    device: str,
+    names: list[str],
+    repeats: int,
+    memory: bool,
+    **options: object,
 ) -> list[Record]:
-    """All variants of one shape, interleaved."""
+    """All variants of one shape, interleaved. `options`: masked, train_head."""
     rows, width, vocab = shape
-    problem = make_problem(*shape, DTYPES[dtype], device)
-    table = GPU_VARIANTS
+    problem = make_problem(*shape, DTYPES[dtype], device, **options)
+    case = (
+        "linear_kl"
+        + (" trained head" if options["train_head"] else "")
+        + (f" {options['masked']:.0%} masked" if options["masked"] else "")
+    )
     records, runs = [], {}
     for name in names:
+        if options["train_head"] and "moments" in name:
+            continue
         verdict, errors = gate(name, problem, dtype)
-        record = Record(
-            "linear_kl forward+backward", {"T": rows, "D": width, "V": vocab}, dtype, device_name(device), name, verdict
-        )
+        record = Record(case, {"T": rows, "D": width, "V": vocab}, dtype, device_name(device), name, verdict)
         record.gate_detail, record.versions, record.commit = errors, versions(), commit()
-        peak = next((flops for key, flops in GEMM_FLOPS.items() if key in record.device), None)
-        if peak:
-            record.floor_ms = GEMMS_PER_ROW.get(name, 3) * 2e3 * rows * width * vocab / peak
+        expected = predicted(name, shape, record.device, problem.valid / rows)
+        record.floor_ms = expected[0] if expected else None
         records.append(record)
         if verdict != "fail":
-            runs[name] = lambda name=name: _step(table[name], problem)
+            runs[name] = lambda name=name: _step(GPU_VARIANTS[name], problem)
         print(f"gate {name:22} {verdict} {errors}", file=sys.stderr)
     if "ours-moments" in runs:
         problem.cached_moments()
-    times = interleaved(runs, device, repeats, lambda text: print(text, file=sys.stderr))
+    log = lambda text: print(text, file=sys.stderr)  # noqa: E731
+    times = interleaved(runs, device, repeats, log)
+    problem.backward = False
+    forward = interleaved({n: r for n, r in runs.items() if not n.startswith("gemms")}, device, 3, log)
+    problem.backward = True
     for record in records:
         if record.variant not in times:
             continue
         values = times[record.variant]
         record.time_ms, record.time_ms_p20, record.time_ms_p80 = (percentile(values, q) for q in (0.5, 0.2, 0.8))
+        if record.variant in forward:
+            record.forward_ms = percentile(forward[record.variant], 0.5)
+        if device != "cpu":
+            record.host_syncs = host_syncs(runs[record.variant])
         if memory and record.gate == "pass":
-            record.peak_incremental_mib = measure_memory(record.variant, shape, dtype, device)
+            record.peak_incremental_mib = measure_memory(record.variant, shape, dtype, device, **options)
     return records
 
 
 def _step(run: Callable[[Problem], object], problem: Problem) -> None:
-    problem.h_s.grad = None
+    problem.h_s.grad = problem.w.grad = None
     run(problem)
+
+
+def predictions(shapes: list[tuple[int, int, int]]) -> list[Record]:
+    """Records of what an H100 should need, for a reader without one: times are predicted, nothing is measured."""
+    records = []
+    for rows, width, vocab in shapes:
+        for name in WORK:
+            expected = predicted(name, (rows, width, vocab), "NVIDIA H100")
+            assert expected is not None
+            record = Record(
+                "linear_kl", {"T": rows, "D": width, "V": vocab}, "bf16", "NVIDIA H100 80GB HBM3", name, "none"
+            )
+            record.floor_ms, record.versions, record.commit = expected[0], versions(), commit()
+            record.notes = f"not measured; predicted {expected[1]:.1f} ms"
+            records.append(record)
+            print(f"{rows:6} {width:5} {vocab:7}  {name:22} floor {expected[0]:6.1f} ms  {record.notes}")
+    return records
 
 
 def ratios(records: list[Record]) -> list[dict[str, object]]:
@@ -187,17 +257,21 @@ def print_table(records: list[Record]) -> None:
     first = records[0]
     print(f"\n{first.case}  {first.shape}  {first.dtype}  {first.device}  commit {first.commit}")
     print("  ".join(f"{k} {v}" for k, v in first.versions.items()))
+    columns = "{:22} {:5} {:>9} {:>9} {:>9} {:>9} {:>9} {:>7} {:>5} {:>9}"
     print(
-        f"{'variant':22} {'gate':5} {'p50 ms':>9} {'p20':>9} {'p80':>9} {'peak MiB':>9} {'% floor':>8} {'grad err':>9}"
+        columns.format("variant", "gate", "p50 ms", "p20", "p80", "forward", "peak MiB", "% floor", "syncs", "grad err")
     )
+
+    def number(value: float | None, form: str = ".1f") -> str:
+        return "-" if value is None else format(value, form)
+
     for r in records:
-        numbers = [
-            f"{x:9.1f}" if x is not None else f"{'-':>9}"
-            for x in (r.time_ms, r.time_ms_p20, r.time_ms_p80, r.peak_incremental_mib)
-        ]
-        floor = f"{100 * r.floor_ms / r.time_ms:8.1f}" if r.floor_ms and r.time_ms else f"{'-':>8}"
-        error = f"{r.gate_detail['gradient']:9.1e}" if r.gate_detail else f"{'-':>9}"
-        print(f"{r.variant:22} {r.gate:5} {' '.join(numbers)} {floor} {error}")
+        share = 100 * r.floor_ms / r.time_ms if r.floor_ms and r.time_ms else None
+        times = (
+            number(x) for x in (r.time_ms, r.time_ms_p20, r.time_ms_p80, r.forward_ms, r.peak_incremental_mib, share)
+        )
+        syncs, error = number(r.host_syncs, "d"), number(r.gate_detail.get("gradient"), ".1e")
+        print(columns.format(r.variant, r.gate, *times, syncs, error))
     for row in ratios(records):
         print(
             f"{row['ratio']:32} {row['of']:7} {row['value']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]  "
@@ -222,6 +296,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--variants", nargs="+", choices=sorted(GPU_VARIANTS))
     parser.add_argument("--repeats", type=int, default=7, help="timed rounds after one warm-up round")
     parser.add_argument("--threads", type=int, help="CPU threads; default: all")
+    parser.add_argument("--masked", type=float, default=0.0, help="share of rows that do not count")
+    parser.add_argument("--train-head", action="store_true", help="the head gets a gradient too (no moment form)")
+    parser.add_argument(
+        "--predict", action="store_true", help="print an H100's floors and predicted times, run nothing"
+    )
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
     parser.add_argument("--memory-of", choices=sorted(GPU_VARIANTS), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -229,14 +308,22 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     dtype = options.dtype or ("fp32" if options.device == "cpu" else "bf16")
     shapes = options.shape or (CPU_SHAPES if options.device == "cpu" else GPU_SHAPES)
+    kind = {"masked": options.masked, "train_head": options.train_head}
     if options.memory_of:
-        print(json.dumps(memory_here(options.memory_of, shapes[0], dtype, options.device)))
+        print(json.dumps(memory_here(options.memory_of, shapes[0], dtype, options.device, **kind)))
         return 0
+    if options.predict:
+        records = predictions(options.shape or GPU_SHAPES)
+        if options.json:
+            write(options.json, records)
+        return 0
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda, but torch sees no GPU; --predict prints what one should need")
     names = options.variants or list(VARIANTS if options.device == "cpu" else GPU_VARIANTS)
     synchronise(options.device)
-    records: list[Record] = []
+    records = []
     for shape in shapes:
-        case = run_case(shape, dtype, options.device, names, options.repeats, not options.no_memory)
+        case = run_case(shape, dtype, options.device, names, options.repeats, not options.no_memory, **kind)
         print_table(case)
         records += case
         if options.json:

@@ -6,7 +6,7 @@ Every variant is a function of one `Problem` that leaves `problem.h_s.grad` and 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -18,21 +18,33 @@ from torch import Tensor
 
 @dataclass
 class Problem:
-    """A teacher, a student near it, one shared frozen head; forward KL at temperature 1 over all rows."""
+    """A teacher, a student near it, one shared head; forward KL at temperature 1, mean over the rows of weight 1."""
 
     h_s: Tensor  # (T, D), requires a gradient
     h_t: Tensor  # (T, D)
-    w: Tensor  # (V, D)
+    w: Tensor  # (V, D), requires a gradient when the head trains
+    mask: Tensor | None = None  # (T,) bool, rows that count
+    backward: bool = True
     moments: TeacherMoments | None = None
+    valid: int = field(init=False)  # rows that count, known to the host
+
+    def __post_init__(self) -> None:
+        self.valid = self.rows if self.mask is None else int(self.mask.sum())
 
     @property
     def rows(self) -> int:
         return self.h_s.shape[0]
 
-    def cached_moments(self) -> TeacherMoments:
+    def cached_moments(self, dtype: torch.dtype | None = None) -> TeacherMoments:
         if self.moments is None:
             self.moments = teacher_moments(self.h_t, self.w)
-        return self.moments
+        return self.moments.to(dtype=dtype)
+
+    def finish(self, loss: Tensor) -> Tensor:
+        """Backward, unless only the forward is timed."""
+        if self.backward:
+            loss.backward()
+        return loss.detach()
 
 
 def make_problem(
@@ -44,11 +56,14 @@ def make_problem(
     *,
     noise: float = 0.1,
     spread: float = 3.0,
-    seed=0,
+    masked: float = 0.0,
+    train_head: bool = False,
+    seed: int = 0,
 ) -> Problem:
     """Random states whose logits have the standard deviation `spread`; the student's differ by `noise`, relative.
 
-    Head rows differ in norm by a factor of three, so that rows are peaked over part of the vocabulary.
+    Head rows differ in norm by a factor of three, so that rows are peaked over part of the vocabulary. `masked` is the
+    share of rows that do not count.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -58,73 +73,66 @@ def make_problem(
     w = normal(vocab, width) * (0.5 + torch.rand(vocab, 1, generator=generator)) * (spread / width**0.5)
     h_t = normal(rows, width)
     h_s = h_t + noise * normal(rows, width)
-    h_s = h_s.to(device, dtype).requires_grad_()
-    return Problem(h_s, h_t.to(device, dtype), w.to(device, dtype))
+    mask = (torch.rand(rows, generator=generator) >= masked).to(device) if masked else None
+    w = w.to(device, dtype).requires_grad_(train_head)
+    return Problem(h_s.to(device, dtype).requires_grad_(), h_t.to(device, dtype), w, mask)
 
 
 def ours(p: Problem) -> Tensor:
     """Difference form."""
-    total, count = linear_kl(p.h_s, p.w, p.h_t)
-    loss = total / count
-    loss.backward()
-    return loss.detach()
+    total, _ = linear_kl(p.h_s, p.w, p.h_t, row_weight=p.mask, num_valid=p.valid)
+    return p.finish(total / p.valid)
 
 
 def ours_moments(p: Problem) -> Tensor:
     """Moment form with a cached teacher."""
-    total, count = linear_kl(p.h_s, p.w, teacher=p.cached_moments())
-    loss = total / count
-    loss.backward()
-    return loss.detach()
+    total, _ = linear_kl(p.h_s, p.w, teacher=p.cached_moments(), row_weight=p.mask, num_valid=p.valid)
+    return p.finish(total / p.valid)
 
 
 def ours_moments_bf16(p: Problem) -> Tensor:
     """Moment form with a teacher cached in bf16."""
-    total, count = linear_kl(p.h_s, p.w, teacher=p.cached_moments().to(dtype=torch.bfloat16))
-    loss = total / count
-    loss.backward()
-    return loss.detach()
+    total, _ = linear_kl(p.h_s, p.w, teacher=p.cached_moments(torch.bfloat16), row_weight=p.mask, num_valid=p.valid)
+    return p.finish(total / p.valid)
 
 
 def ours_moments_uncached(p: Problem) -> Tensor:
     """Moment form including the teacher's part: what a first epoch costs."""
-    total, count = linear_kl(p.h_s, p.w, p.h_t, form="moments")
-    loss = total / count
-    loss.backward()
-    return loss.detach()
+    total, _ = linear_kl(p.h_s, p.w, p.h_t, form="moments", row_weight=p.mask, num_valid=p.valid)
+    return p.finish(total / p.valid)
+
+
+def _kl(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+    """Sum of the KL over rows of log-probabilities."""
+    if mask is None:
+        return F.kl_div(student, teacher, reduction="sum", log_target=True)
+    values = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+    return values.masked_fill(~mask, 0.0).sum()
 
 
 def unfused(p: Problem) -> Tensor:
     """F.linear, log_softmax, kl_div, in the inputs' dtype."""
     with torch.no_grad():
         teacher = F.log_softmax(F.linear(p.h_t, p.w), -1)
-    student = F.log_softmax(F.linear(p.h_s, p.w), -1)
-    loss = F.kl_div(student, teacher, reduction="sum", log_target=True) / p.rows
-    loss.backward()
-    return loss.detach()
+    return p.finish(_kl(F.log_softmax(F.linear(p.h_s, p.w), -1), teacher, p.mask) / p.valid)
 
 
 def unfused_upcast(p: Problem) -> Tensor:
     """Logits in the inputs' dtype, everything after them in fp32: what trainers usually do."""
     with torch.no_grad():
         teacher = F.log_softmax(F.linear(p.h_t, p.w).float(), -1)
-    student = F.log_softmax(F.linear(p.h_s, p.w).float(), -1)
-    loss = F.kl_div(student, teacher, reduction="sum", log_target=True) / p.rows
-    loss.backward()
-    return loss.detach()
+    return p.finish(_kl(F.log_softmax(F.linear(p.h_s, p.w).float(), -1), teacher, p.mask) / p.valid)
 
 
 def chunked(p: Problem, chunk: int = 256) -> Tensor:
-    """A plain loop of `unfused` over row chunks, each with its own backward."""
+    """A plain loop of `unfused_upcast` over row chunks, each with its own backward."""
     total = torch.zeros((), device=p.w.device)
     for start in range(0, p.rows, chunk):
         rows = slice(start, start + chunk)
         with torch.no_grad():
             teacher = F.log_softmax(F.linear(p.h_t[rows], p.w).float(), -1)
         student = F.log_softmax(F.linear(p.h_s[rows], p.w).float(), -1)
-        loss = F.kl_div(student, teacher, reduction="sum", log_target=True) / p.rows
-        loss.backward()
-        total += loss.detach()
+        total += p.finish(_kl(student, teacher, None if p.mask is None else p.mask[rows]) / p.valid)
     return total
 
 
@@ -134,27 +142,26 @@ def liger_chunked(p: Problem) -> Tensor:
 
     module = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=p.w.is_cuda)
     labels = torch.zeros(p.rows, dtype=torch.long, device=p.w.device)
-    loss = module(p.h_s, p.w, p.h_t, p.w, labels)
-    loss.backward()
-    return loss.detach()
+    if p.mask is not None:
+        labels.masked_fill_(~p.mask, -100)
+    return p.finish(module(p.h_s, p.w, p.h_t, p.w, labels))
 
 
 def liger_fused_jsd(p: Problem) -> Tensor:
     """Liger's Triton fused linear JSD at beta 0 (CUDA only)."""
     from liger_kernel.transformers import LigerFusedLinearJSD
 
-    loss = LigerFusedLinearJSD(jsd_beta=0.0)(p.h_s, p.w, p.h_t, p.w)
-    loss.backward()
-    return loss.detach()
+    labels = None
+    if p.mask is not None:
+        labels = torch.zeros(p.rows, dtype=torch.long, device=p.w.device).masked_fill_(~p.mask, -100)
+    return p.finish(LigerFusedLinearJSD(jsd_beta=0.0)(p.h_s, p.w, p.h_t, p.w, labels))
 
 
 def compiled(p: Problem) -> Tensor:
     """torch.compile of `unfused_upcast`'s forward."""
     with torch.no_grad():
         teacher = _compiled_log_probs(p.h_t, p.w)
-    loss = F.kl_div(_compiled_log_probs(p.h_s, p.w), teacher, reduction="sum", log_target=True) / p.rows
-    loss.backward()
-    return loss.detach()
+    return p.finish(_kl(_compiled_log_probs(p.h_s, p.w), teacher, p.mask) / p.valid)
 
 
 _COMPILED: list[Callable[[Tensor, Tensor], Tensor]] = []

@@ -75,8 +75,9 @@ class Head:
         self.input_scale = 1.0 if softcap else 1.0 / temperature
         self.bias = None if bias is None else bias.to(self.dtype) * self.input_scale
         self.ranges = [(v, min(v + block_v, vocab)) for v in range(0, vocab, block_v)]
+        self.width = min(block_v, vocab)  # of the widest block
         cast = weight.dtype != self.dtype
-        self._scratch = weight.new_empty((min(block_v, vocab), width), dtype=self.dtype) if cast else None
+        self._scratch = weight.new_empty((self.width, width), dtype=self.dtype) if cast else None
 
     def block(self, start: int, stop: int) -> Tensor:
         """Head rows [start, stop); valid until the next call."""
@@ -122,10 +123,9 @@ class PairLogits:
         self.ranges = student.ranges
         self.store = store
         vocab = student.weight.shape[0]
-        self.width = max(stop - start for start, stop in self.ranges)
-        size = rows * (vocab if store else self.width)
+        size = rows * (vocab if store else student.width)
         self._buffers = torch.empty(2, size, dtype=student.dtype)
-        self._scratch = torch.empty(rows * self.width, dtype=student.dtype)
+        self._scratch = torch.empty(rows * student.width, dtype=student.dtype)
 
     def load(self, x_s: Tensor, x_t: Tensor) -> None:
         """Set the chunk: states (C, D) and (C, D_t)."""

@@ -16,10 +16,13 @@ from .tiles import CpuChunks
 class RunningMoments:
     """Expectations under the softmax of rows whose logits arrive in blocks.
 
-    After `add` of all blocks: `lse` (C, 1), `z_mean` = Σ p z (C, 1), `mean` = p @ values (C, D), `bias_mean` (C, 1).
+    After `add` of all blocks: `lse` (C, 1), `mean` = p @ values (C, D), and for a teacher `z_mean` = Σ p z (C, 1) and
+    `bias_mean` (C, 1).
     """
 
-    def __init__(self, rows: int, width: int, dtype: torch.dtype):
+    def __init__(self, rows: int, width: int, scratch: Tensor, *, teacher: bool):
+        dtype = scratch.dtype
+        self.teacher, self._scratch = teacher, scratch
         self.lse = torch.full((rows, 1), -torch.inf, dtype=dtype)
         self.z_mean = torch.zeros(rows, 1, dtype=dtype)
         self.bias_mean = torch.zeros(rows, 1, dtype=dtype)
@@ -27,12 +30,11 @@ class RunningMoments:
 
     def add(self, z: Tensor, values: Tensor | None, value_bias: Tensor | None, masked: bool) -> None:
         """Logits z (C, v), overwritten; head rows `values` (v, D) or None, their bias (v,) or None."""
-        p = torch.empty_like(z)
+        p = self._scratch[: z.numel()].view_as(z)
         block_lse = block_softmax(z, p, masked)
         joint = torch.logaddexp(self.lse, block_lse)
         old, new = (self.lse - joint).exp(), (block_lse - joint).exp()
         if masked:
-            z.masked_fill_(p == 0, 0.0)
             nothing_yet = joint == -torch.inf
             old.masked_fill_(nothing_yet, 0.0)
             new.masked_fill_(nothing_yet, 0.0)
@@ -43,7 +45,10 @@ class RunningMoments:
             # 0 times a bias of -inf, an entry that both sides mask, counts 0.
             product = (p * value_bias).masked_fill_(p == 0, 0.0)
             self.bias_mean.mul_(old).addcmul_(product.sum(1, keepdim=True), new)
-        self.z_mean.mul_(old).addcmul_(z.mul_(p).sum(1, keepdim=True), new)
+        if self.teacher:
+            if masked:
+                z.masked_fill_(p == 0, 0.0)
+            self.z_mean.mul_(old).addcmul_(z.mul_(p).sum(1, keepdim=True), new)
 
 
 def teacher_moments_cpu(
@@ -68,10 +73,11 @@ def teacher_moments_cpu(
     width = values.weight.shape[1]
     m = torch.empty(count, width, dtype=dtype)
     entropy, bias_mean = torch.empty(count, dtype=dtype), torch.empty(count, dtype=dtype)
+    scratch = torch.empty(min(sizes.chunk_rows, count) * head.width, dtype=dtype)
     for start in range(0, count, sizes.chunk_rows):
         stop = min(start + sizes.chunk_rows, count)
         x = head.states(take(h_t, rows, start, stop, dtype))
-        running = RunningMoments(stop - start, width, dtype)
+        running = RunningMoments(stop - start, width, scratch, teacher=True)
         for v0, v1 in head.ranges:
             block_bias = None if value_bias is None else value_bias[v0:v1]
             running.add(head.logits(x, v0, v1), values.block(v0, v1), block_bias, bias_t is not None)
@@ -108,11 +114,12 @@ def moment_step_cpu(
         (h_s.shape[0] if need_dh else 0, width), dtype=h_s.dtype
     )
     head = Head(w_s, bias_s, sizes.block_v, temperature, 0.0)
+    scratch = torch.empty(min(sizes.chunk_rows, pairs.count) * head.width, dtype=dtype)
     for start in range(0, pairs.count, sizes.chunk_rows):
         stop = min(start + sizes.chunk_rows, pairs.count)
         x = take(h_s, pairs.rows_s, start, stop, dtype)
         m_t, h_t, b_t = (take(part, pairs.rows_t, start, stop, dtype) for part in (m, entropy, bias_mean))
-        running = RunningMoments(stop - start, width if need_dh else 0, dtype)
+        running = RunningMoments(stop - start, width if need_dh else 0, scratch, teacher=False)
         scaled = head.states(x)
         for v0, v1 in head.ranges:
             z = head.logits(scaled, v0, v1)
