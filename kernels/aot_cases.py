@@ -48,14 +48,14 @@ def hidden_mse_cases(make: Callable[..., Any], arch: str) -> Iterator[Any]:
             for norm in ("none", "rms", "layer"):
                 yield _case(
                     make, hidden_mse_triton.pool_rows, f"{dtype} {norm} D={width}", {"x_ptr": dtype}, row,
-                    NORM=norm, STORE_STATS=norm != "none", IS_CU=True, STEPS=9, PIECE=tiles.piece, ROWS=tile.rows,
+                    NORM=norm, STORE_STATS=norm != "none", IS_CU=True, PIECE=tiles.piece, ROWS=tile.rows,
                     BLOCK_D=width,
                 )  # fmt: skip
                 yield _case(
                     make, hidden_mse_triton.state_gradient, f"pooled {dtype} {norm} D={width}",
                     {"dx_ptr": dtype, "x_ptr": dtype, "t_ptr": dtype, "more_ptr": dtype}, row,
                     NORM=norm, HAS_POOL=True, HAS_PAIRS=False, HAS_WEIGHT=False, COSINE=False, HAS_MORE=False,
-                    IS_CU=True, STEPS=9, PIECE=tiles.gradient_piece, BLOCK_D=width,
+                    IS_CU=True, PIECE=tiles.gradient_piece, BLOCK_D=width,
                 )  # fmt: skip
             for cosine in (False, True):
                 kind = "cosine" if cosine else "mse"
@@ -67,7 +67,7 @@ def hidden_mse_cases(make: Callable[..., Any], arch: str) -> Iterator[Any]:
                     make, hidden_mse_triton.state_gradient, f"pooled {kind} more {dtype} D={width}",
                     {"dx_ptr": dtype, "x_ptr": dtype, "t_ptr": dtype, "more_ptr": dtype}, row,
                     NORM="none", HAS_POOL=True, HAS_PAIRS=True, HAS_WEIGHT=True, COSINE=cosine, HAS_MORE=True,
-                    IS_CU=False, STEPS=9, PIECE=tiles.gradient_piece, BLOCK_D=width,
+                    IS_CU=False, PIECE=tiles.gradient_piece, BLOCK_D=width,
                 )  # fmt: skip
     block = RowTile(tiles.finish_block, 4)
     for is_cu in (True, False):

@@ -32,10 +32,6 @@ def _checked(x: Tensor, name: str) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _steps(parts: Partition) -> int:
-    return max(parts.intervals - 1, 0).bit_length()
-
-
 def _pool(x: Tensor, parts: Partition, norm: str, eps: float, store_stats: bool, tiles: HiddenMSETiles):
     """(partial sums (slots, D) fp32, statistics (n, T))."""
     width = x.shape[1]
@@ -46,7 +42,7 @@ def _pool(x: Tensor, parts: Partition, norm: str, eps: float, store_stats: bool,
     pool_rows[(partial.shape[0],)](
         x, parts.edges, parts.edges if parts.order is None else parts.order, partial, stats,
         x.stride(0), width, parts.rows, parts.intervals, parts.segments, eps,
-        NORM=norm, STORE_STATS=store_stats and norm != "none", IS_CU=parts.order is None, STEPS=_steps(parts),
+        NORM=norm, STORE_STATS=store_stats and norm != "none", IS_CU=parts.order is None,
         PIECE=tiles.piece, ROWS=tile.rows, BLOCK_D=block, num_warps=tile.num_warps,
     )  # fmt: skip
     return partial, stats
@@ -199,7 +195,7 @@ def state_gradient_triton(
         width, rows, parts.intervals, parts.segments, 0 if rows_s is None else rows_s.shape[0],
         NORM="none" if u is None else norm, HAS_POOL=u is not None, HAS_PAIRS=has_pairs,
         HAS_WEIGHT=pair_weight is not None, COSINE=kind == "cosine", HAS_MORE=more is not None,
-        IS_CU=parts.order is None, STEPS=_steps(parts), PIECE=tiles.gradient_piece, BLOCK_D=block,
+        IS_CU=parts.order is None, PIECE=tiles.gradient_piece, BLOCK_D=block,
         num_warps=tiles.for_width(block, student.element_size()).num_warps,
     )  # fmt: skip
     return dx

@@ -16,14 +16,13 @@ import triton.language as tl
 
 
 @triton.jit
-def _interval_of(slot, edges_ptr, intervals, PIECE: tl.constexpr, STEPS: tl.constexpr):
-    """The last g with g + edges[g] // PIECE <= slot; these keys ascend strictly. 2 ** STEPS >= intervals."""
+def _interval_of(slot, edges_ptr, intervals, PIECE: tl.constexpr):
+    """The last g with g + edges[g] // PIECE <= slot, by bisection: these keys ascend strictly."""
     low = slot * 0
     high = low + intervals
-    for _ in range(STEPS):
+    while low + 1 < high:
         middle = (low + high) // 2
-        edge = tl.load(edges_ptr + middle, mask=middle < intervals, other=0).to(tl.int64)
-        here = (middle < intervals) & (middle + edge // PIECE <= slot)
+        here = middle + tl.load(edges_ptr + middle).to(tl.int64) // PIECE <= slot
         low = tl.where(here, middle, low)
         high = tl.where(here, high, middle)
     return low
@@ -63,13 +62,12 @@ def pool_rows(
     NORM: tl.constexpr,
     STORE_STATS: tl.constexpr,
     IS_CU: tl.constexpr,
-    STEPS: tl.constexpr,
     PIECE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     slot = tl.program_id(0).to(tl.int64)
-    interval = _interval_of(slot, edges_ptr, intervals, PIECE, STEPS)
+    interval = _interval_of(slot, edges_ptr, intervals, PIECE)
     start = _edge(edges_ptr, interval, intervals, rows)
     end = _edge(edges_ptr, interval + 1, intervals, rows)
     owner = _owner(order_ptr, interval, segments, IS_CU)
@@ -279,12 +277,11 @@ def state_gradient(
     COSINE: tl.constexpr,
     HAS_MORE: tl.constexpr,
     IS_CU: tl.constexpr,
-    STEPS: tl.constexpr,
     PIECE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     slot = tl.program_id(0).to(tl.int64)
-    interval = _interval_of(slot, edges_ptr, intervals, PIECE, STEPS)
+    interval = _interval_of(slot, edges_ptr, intervals, PIECE)
     start = _edge(edges_ptr, interval, intervals, rows)
     end = _edge(edges_ptr, interval + 1, intervals, rows)
     start += tl.maximum(slot - interval - start // PIECE, 0) * PIECE
