@@ -1,0 +1,183 @@
+"""Everything that needs a GPU, unattended: all `gpu` tests, then the benchmarks, within a time budget.
+
+    python -m benchmarks.gpu_suite OUT [--budget 520]
+
+Each step is a process of its own with its own limit, and its log in OUT; results are JSON, figures PNG. A step that
+fails or runs out of time is named in the table at the end and does not stop the others. Needs torch and triton with a
+GPU, pytest and numpy; what else is missing (liger-kernel, matplotlib) is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+OPTIONAL = {"liger_kernel": "Liger baselines", "matplotlib": "figures", "pytest": "tests"}
+# What the tests outside tests/kernels import; without one of these only the kernels' own tests run.
+WHOLE_SUITE = ("transformers", "peft", "accelerate", "datasets", "safetensors", "hypothesis", "yaml")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process. `share` is its limit as a part of the budget; unused time goes to the steps after it."""
+
+    name: str
+    command: tuple[str, ...]
+    share: float
+
+
+@dataclass
+class Outcome:
+    step: str
+    status: str  # "ok", "failed (n)", "out of time", "no time left"
+    seconds: float
+    log: str
+    last_line: str = ""
+
+
+def steps(out: Path) -> list[Step]:
+    """The suite, most important first."""
+
+    def benchmark(module: str, *arguments: str) -> tuple[str, ...]:
+        return (sys.executable, "-m", f"benchmarks.{module}", *arguments)
+
+    shapes = ("2048x4096x128256", "8192x4096x128256", "4096x2048x32000")
+    whole = all(importlib.util.find_spec(name) is not None for name in WHOLE_SUITE)
+    tests = (sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-ra", "--tb=short", "-o",
+             "addopts=--import-mode=importlib", "--continue-on-collection-errors", f"--junitxml={out / 'tests.xml'}",
+             *(("tests",) if whole else ("--noconftest", "tests/kernels")))  # fmt: skip
+    return [
+        Step("kernel benchmarks", benchmark("packed_kernels", "--json", str(out / "packed_kernels.json")), 0.15),
+        Step("tests", tests, 0.40),
+        Step("linear_kl", benchmark("linear_kl", "--device", "cuda", "--repeats", "5", "--shape", *shapes, "--json",
+                                    str(out / "linear_kl.json")), 0.30),
+        Step("packed path", benchmark("packed_path", "--device", "cuda", "--json",
+                                      str(out / "packed_path.json")), 0.10),
+        Step("gradient accuracy", benchmark("kl_accuracy", "--device", "cuda", "--json",
+                                            str(out / "kl_accuracy.json")), 0.05),
+    ]  # fmt: skip
+
+
+def run_step(step: Step, out: Path, limit: float, environment: dict[str, str]) -> Outcome:
+    """Run one step under `limit` seconds, its output in a log."""
+    log = out / f"{step.name.replace(' ', '_')}.log"
+    start = time.monotonic()
+    with log.open("w") as file:
+        try:
+            code = subprocess.run(
+                step.command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=limit, env=environment
+            ).returncode
+            status = "ok" if code == 0 else f"failed ({code})"
+        except subprocess.TimeoutExpired:
+            status = "out of time"
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return Outcome(step.name, status, time.monotonic() - start, log.name, lines[-1][:100] if lines else "")
+
+
+def time_figure(out: Path) -> str | None:
+    """times.png from every JSON result; the reason where there is none."""
+    records = []
+    for path in sorted(out.glob("*.json")):
+        found = json.loads(path.read_text())
+        records += [r for r in found if isinstance(r, dict) and r.get("time_ms")] if isinstance(found, list) else []
+    if not records:
+        return "no timed results"
+    if importlib.util.find_spec("matplotlib") is None:
+        return "matplotlib is missing"
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cases = sorted({f"{r['case']} {r['shape']}" for r in records})
+    figure, axes = pyplot.subplots(len(cases), 1, figsize=(9, 0.6 + 1.5 * len(cases)), squeeze=False)
+    for axis, case in zip(axes[:, 0], cases):
+        rows = [r for r in records if f"{r['case']} {r['shape']}" == case]
+        axis.barh([r["variant"] for r in rows], [r["time_ms"] for r in rows])
+        axis.set_title(case, fontsize=8)
+        axis.tick_params(labelsize=7)
+    axes[-1, 0].set_xlabel("time (ms)")
+    figure.tight_layout()
+    figure.savefig(out / "times.png", dpi=120)
+    return None
+
+
+def machine() -> dict[str, object]:
+    """Device, driver, versions."""
+    import torch
+
+    from benchmarks.common import commit, versions
+
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
+    try:
+        smi = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        smi = "nvidia-smi did not answer"
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    wanted = {**dict.fromkeys(WHOLE_SUITE, "tests outside tests/kernels"), **OPTIONAL}
+    missing = [f"{n} ({why})" for n, why in wanted.items() if importlib.util.find_spec(n) is None]
+    return {
+        "device": name,
+        "smi": smi,
+        "host": platform.platform(),
+        "missing": missing,
+        "commit": commit(),
+        **versions(),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the suite; 0 when every step is ok, 2 without a GPU."""
+    parser = argparse.ArgumentParser(prog="benchmarks.gpu_suite", description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path, help="folder for results, figures and logs")
+    parser.add_argument("--budget", type=float, default=520.0, help="seconds in all")
+    options = parser.parse_args(argv)
+    out: Path = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    import torch
+
+    about = machine()
+    (out / "machine.txt").write_text("\n".join(f"{k}: {v}" for k, v in about.items()) + "\n")
+    print("\n".join(f"{k}: {v}" for k, v in about.items()), flush=True)
+    if not torch.cuda.is_available():
+        print("no GPU: nothing to run", file=sys.stderr)
+        return 2
+    begin = time.monotonic()
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    outcomes: list[Outcome] = []
+    carried = 0.0
+    for step in steps(out):
+        limit = min(step.share * options.budget + carried, options.budget - (time.monotonic() - begin))
+        if limit < 5:
+            outcomes.append(Outcome(step.name, "no time left", 0.0, ""))
+            continue
+        outcomes.append(run_step(step, out, limit, environment))
+        carried = max(0.0, limit - outcomes[-1].seconds)
+        print(f"{step.name}: {outcomes[-1].status}, {outcomes[-1].seconds:.0f} s", flush=True)
+    reason = time_figure(out)
+    write_summary(out, outcomes)
+    if reason:
+        print(f"times.png: not drawn, {reason}")
+    print(f"\n{'step':18} {'status':14} {'s':>5}  last line")
+    for o in outcomes:
+        print(f"{o.step:18} {o.status:14} {o.seconds:5.0f}  {o.last_line}")
+    print(f"{time.monotonic() - begin:.0f} s in all; results in {out}")
+    return int(any(o.status != "ok" for o in outcomes))
+
+
+def write_summary(out: Path, outcomes: list[Outcome]) -> None:
+    """summary.json: one entry per step (not a list of records, so that it is not taken for results)."""
+    (out / "summary.json").write_text(json.dumps({o.step: asdict(o) for o in outcomes}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""hidden_mse, packed_projection and distillation_loss on a GPU: `pytest -m gpu tests/kernels`. Skipped without one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mtllm_fast.kernels import distillation_loss, linear_kl, packed_projection, paired_mse, pooled_mse, segment_mean
+from mtllm_fast.kernels import packed_projection_launch as launch
+from mtllm_fast.kernels.hidden_mse import reference_mean
+
+from tests.kernels.hidden_cases import (
+    LENGTHS,
+    check_all,
+    cu,
+    exact_paired,
+    exact_pooled,
+    norm_parameters,
+    pairs,
+    random_lengths,
+    states,
+)
+from tests.kernels.linear_kl_cases import LIMITS, check
+from tests.kernels.projection_cases import exact, make, run
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+WIDTHS = [24, 1024, 4096]
+
+
+@pytest.fixture(autouse=True)
+def exact_fp32_gemms():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def moved(value):
+    return value.cuda() if isinstance(value, torch.Tensor) else value
+
+
+def on_gpu(function, student, *arguments, **options):
+    x = student.detach().cuda().requires_grad_()
+    options = {k: moved(v) for k, v in options.items()}
+    if "norm_weight" in options:
+        options["norm_weight"].requires_grad_()
+    total, count = function(x, *map(moved, arguments), **options)
+    total.backward()
+    found = {"total": total.detach(), "dx": x.grad, "count": count}
+    return found | ({"d_norm": options["norm_weight"].grad} if "norm_weight" in options else {})
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("norm", [None, "rms", "layer"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_pooled(lengths, norm, dtype, width):
+    student, teacher, *bounds = states(lengths, width=width, dtype=dtype)
+    options = norm_parameters(norm, width, dtype)
+    right = exact_pooled(student, teacher, *bounds, **options)
+    check_all(on_gpu(pooled_mse, student, teacher, *bounds, **options), right, dtype)
+
+
+@pytest.mark.parametrize("pooling", ["first", "last"])
+@pytest.mark.parametrize("norm", [None, "rms", "layer"])
+def test_poolings(pooling, norm):
+    student, teacher, *bounds = states("edges", width=100)
+    options = {**norm_parameters(norm, 100, torch.float32), "pooling": pooling, "weight": torch.rand(7)}
+    right = exact_pooled(student, teacher, *bounds, **options)
+    check_all(on_gpu(pooled_mse, student, teacher, *bounds, **options), right, torch.float32)
+
+
+def test_segment_mean_of_spans():
+    student, *_ = states("edges", width=64)
+    spans = torch.tensor([[70, 90], [60, 64], [0, 5], [8, 8], [91, 130], [131, 132]])
+    check(segment_mean(student.cuda(), spans=spans.cuda()), reference_mean(student.double(), spans, "spans"), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mse", "cosine"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_paired(kind, dtype, width):
+    student, teacher, *_ = states("edges", width=width, dtype=dtype)
+    rows_s, rows_t, weight = pairs(student, teacher, 300)
+    right = exact_paired(student, teacher, rows_s, rows_t, weight, kind)
+    check_all(on_gpu(paired_mse, student, teacher, rows_s, rows_t, weight=weight, kind=kind), right, dtype)
+
+
+@pytest.mark.parametrize("norm", [None, "rms", "layer"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [0, 96])
+def test_projection(norm, dtype, hidden):
+    case = make(dtype=dtype, norm=norm, width=64, out=136, hidden=hidden, activation="gelu", boundaries=True, scale=1.7)
+    wider = 1.0 if dtype == torch.float32 else 3.0
+    check_all(run(packed_projection, case, device="cuda"), exact(case), dtype, wider)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mean", [0.5, 100.0])
+def test_both_paths_of_the_projection(fused, dtype, mean):
+    case = make(
+        dtype=dtype, norm="layer", width=1024, out=512, padded=False, mean=mean if dtype == torch.float16 else 0.5
+    )
+    c = {k: moved(v) for k, v in case.items()}
+    y, _ = launch.packed_linear_triton(
+        c["x"], None, c["weight"], c["bias"], "layer", c["norm_weight"], c["norm_bias"], 1e-5, 1.0, "none", None, None,
+        None, dtype, False, fused,
+    )  # fmt: skip
+    right = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in case.items()}
+    check(y, packed_projection(**right), 3 * LIMITS[dtype])
+
+
+def test_distillation_equals_the_separate_terms():
+    student, teacher, *bounds = (moved(v) for v in states("edges", width=64, dtype=torch.bfloat16))
+    rows_s, rows_t, weight = (v.cuda() for v in pairs(student.cpu(), teacher.cpu(), 60))
+    head = torch.randn(1000, 64, device="cuda", dtype=torch.bfloat16)
+    gradients = []
+    for joint in (True, False):
+        x = student.detach().requires_grad_()
+        if joint:
+            terms = distillation_loss(
+                x, teacher, cu_seqlens_s=bounds[0], cu_seqlens_t=bounds[1], paired="mse", rows_s=rows_s, rows_t=rows_t,
+                pair_weight=weight, head=head,
+            )  # fmt: skip
+        else:
+            terms = (
+                pooled_mse(x, teacher, *bounds),
+                paired_mse(x, teacher, rows_s, rows_t, weight=weight),
+                linear_kl(x, head, teacher, rows_s=rows_s, rows_t=rows_t, row_weight=weight),
+            )
+        (0.3 * terms[0][0] + 0.5 * terms[1][0] + 0.7 * terms[2][0]).backward()
+        gradients.append(x.grad)
+    check(gradients[0], gradients[1].double().cpu(), 1e-2)
+
+
+def test_bitwise_repeatable_in_any_pack():
+    """Split points depend on a segment alone, and nothing is added by atomics."""
+    student, teacher, *bounds = states("dominant", width=512, dtype=torch.bfloat16, tail=0)
+    first = on_gpu(pooled_mse, student, teacher, *bounds, norm="rms")
+    for _ in range(3):
+        again = on_gpu(pooled_mse, student, teacher, *bounds, norm="rms")
+        assert all(torch.equal(first[name], again[name]) for name in first)
+    alone = segment_mean(student[:700].cuda(), cu([700]).cuda(), norm="rms")
+    behind = segment_mean(torch.cat([student[700:], student[:700]]).cuda(), cu([1, 2, 3, 700]).cuda(), norm="rms")
+    assert torch.equal(alone[0], behind[3])
+
+
+def test_nothing_waits_for_the_device():
+    student, teacher, *bounds = (moved(v) for v in states("edges", width=64, dtype=torch.bfloat16))
+    rows = torch.arange(20, device="cuda")
+    x = student.requires_grad_()
+    case = {k: moved(v) for k, v in make(dtype=torch.bfloat16, norm="layer", width=64, boundaries=True).items()}
+    pooled_mse(x, teacher, *bounds)[0].backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pooled_mse(x, teacher, *bounds, norm="rms")[0].backward()
+        paired_mse(x, teacher, rows, rows)[0].backward()
+        packed_projection(**case)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_more_than_2_31_values():
+    """Rows beyond 2^31 values are addressed in 64 bits."""
+    if torch.cuda.get_device_properties(0).total_memory < 30 * 2**30:
+        pytest.skip("needs 30 GiB")
+    rows = 2**31 // 4096 + 64
+    x = torch.zeros(rows, 4096, device="cuda", dtype=torch.bfloat16)
+    x[-10:] = 1.0
+    ends = torch.tensor([0, rows - 10, rows], device="cuda", dtype=torch.int32)
+    assert torch.equal(segment_mean(x, ends)[1], torch.ones(4096, device="cuda"))
+    last = torch.arange(rows - 10, rows, device="cuda")
+    w = torch.eye(4096, device="cuda", dtype=torch.bfloat16)[:128]
+    assert torch.equal(packed_projection(x, w, rows=last), torch.ones(10, 128, device="cuda", dtype=torch.bfloat16))
+
+
+def test_random_packs():
+    for seed in range(60):
+        own, other = random_lengths(seed, largest=200, most=9)
+        g = torch.Generator().manual_seed(seed)
+        student, teacher = torch.randn(sum(own), 72, generator=g), torch.randn(sum(other), 72, generator=g)
+        options = {"norm": [None, "rms", "layer"][seed % 3], "pooling": ["mean", "first", "last"][seed % 7 % 3]}
+        right = exact_pooled(student, teacher, cu(own), cu(other), **options)
+        got = on_gpu(pooled_mse, student, teacher, cu(own), cu(other), **options)
+        for name, value in right.items():
+            if value.numel():
+                assert float((got[name].cpu() - value).abs().max()) <= 1e-5 * float(value.abs().max().clamp(min=1e-2))
