@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..kernels import linear_kl
+from ..kernels import distillation_loss
 from ..models.heads import TaskHead, segment_mean, span_mean
-from .reference import kl, mse
+from .reference import kl
 
 if TYPE_CHECKING:
     from ..data.collate import Batch
@@ -95,41 +95,42 @@ class DistillationLoss(nn.Module):
                 raise ValueError(f"{name} has {states.shape[0]} rows, its packed batch has {side.num_tokens} tokens")
         if student.shape[1] != teacher.shape[1]:
             raise ValueError(f"student states are {student.shape[1]} wide, teacher states {teacher.shape[1]}")
+        choices = batch.mt_spans is not None
+        if weights.needs_pairs and (batch.mt_rows is None or batch.llm_rows is None):
+            raise ValueError("paired_mse and kl need aligned rows: collate the batch with align=True")
+        if weights.kl and lm_head is None:
+            raise ValueError("kl > 0 needs lm_head, the LLM's output head")
+        if weights.head_kl and task_head is None:
+            raise ValueError("head_kl > 0 needs task_head, the frozen head of the task teacher")
         terms: dict[str, LossTerm] = {}
-        if weights.pooled_mse or weights.head_kl:
-            if batch.mt_spans is not None:
-                assert batch.llm_spans is not None
-                pooled_s, pooled_t = span_mean(student, batch.mt_spans), span_mean(teacher, batch.llm_spans)
+        if weights.pooled_mse or weights.needs_pairs:
+            fused = distillation_loss(
+                student,
+                teacher.to(student.dtype),
+                pooled=weights.pooled_mse > 0,
+                cu_seqlens_s=None if choices else batch.mt.cu_seqlens,
+                cu_seqlens_t=None if choices else batch.llm.cu_seqlens,
+                spans_s=batch.mt_spans,
+                spans_t=batch.llm_spans,
+                paired="mse" if weights.paired_mse else None,
+                rows_s=batch.mt_rows if weights.needs_pairs else None,
+                rows_t=batch.llm_rows if weights.needs_pairs else None,
+                head=lm_head.weight.detach() if weights.kl and lm_head else None,
+                head_bias=lm_head.bias.detach() if weights.kl and lm_head and lm_head.bias is not None else None,
+                temperature=weights.temperature,
+                softcap=lm_head.softcap if weights.kl and lm_head else None,
+            )
+            terms = {name: LossTerm(*term) for name, term in fused._asdict().items() if term is not None}
+            if choices and "pooled_mse" in terms:  # counted in texts, as everything else
+                per_text = batch.mt_spans.shape[1]  # type: ignore[union-attr]
+                terms["pooled_mse"] = LossTerm(*(value / per_text for value in terms["pooled_mse"]))
+        if weights.head_kl:
+            assert task_head is not None
+            if batch.mt_spans is not None and batch.llm_spans is not None:
+                pooled = span_mean(student, batch.mt_spans), span_mean(teacher, batch.llm_spans)
             else:
-                pooled_s, pooled_t = segment_mean(student, batch.mt), segment_mean(teacher, batch.llm)
-            if weights.pooled_mse:
-                total, count = mse(pooled_s.flatten(0, -2), pooled_t.flatten(0, -2))
-                choices = pooled_s.shape[1] if pooled_s.dim() == 3 else 1
-                terms["pooled_mse"] = LossTerm(total / choices, count / choices)
-            if weights.head_kl:
-                if task_head is None:
-                    raise ValueError("head_kl > 0 needs task_head, the frozen head of the task teacher")
-                terms["head_kl"] = LossTerm(*kl(task_head(pooled_s), task_head(pooled_t), weights.temperature))
-        if weights.needs_pairs:
-            if batch.mt_rows is None or batch.llm_rows is None:
-                raise ValueError("paired_mse and kl need aligned rows: collate the batch with align=True")
-            if weights.paired_mse:
-                rows = student.index_select(0, batch.mt_rows), teacher.index_select(0, batch.llm_rows)
-                terms["paired_mse"] = LossTerm(*mse(*rows))
-            if weights.kl:
-                if lm_head is None:
-                    raise ValueError("kl > 0 needs lm_head, the LLM's output head")
-                total, count = linear_kl(
-                    student,
-                    lm_head.weight.detach(),
-                    teacher,
-                    bias_s=None if lm_head.bias is None else lm_head.bias.detach(),
-                    rows_s=batch.mt_rows,
-                    rows_t=batch.llm_rows,
-                    temperature=weights.temperature,
-                    softcap=lm_head.softcap,
-                )
-                terms["kl"] = LossTerm(total, count)
+                pooled = segment_mean(student, batch.mt), segment_mean(teacher, batch.llm)
+            terms["head_kl"] = LossTerm(*kl(task_head(pooled[0]), task_head(pooled[1]), weights.temperature))
         return terms
 
     def total(self, terms: dict[str, LossTerm], counts: dict[str, float]) -> Tensor:

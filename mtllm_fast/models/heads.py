@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
+from ..kernels import hidden_mse
 from ..data.pack import PackedBatch
 
 
@@ -24,19 +24,12 @@ class HeadConfig:
 
 def segment_mean(states: Tensor, batch: PackedBatch) -> Tensor:
     """Mean state of every sequence: (T, D) -> (B, D) in float32; an empty sequence gives zeros."""
-    lengths = torch.diff(batch.cu_seqlens).long()
-    sums = torch.segment_reduce(states.float(), "sum", lengths=lengths, axis=0, unsafe=True)
-    return sums / lengths.clamp(min=1)[:, None]
+    return hidden_mse.segment_mean(states, batch.cu_seqlens)
 
 
 def span_mean(states: Tensor, spans: Tensor) -> Tensor:
     """Mean state of row spans: states (T, D), spans (B, C, 2) start/end packed rows -> (B, C, D) in float32."""
-    starts, ends = spans.unbind(-1)
-    lengths = (ends - starts).flatten()
-    rows = torch.repeat_interleave(starts.flatten() - torch.cumsum(lengths, 0) + lengths, lengths)
-    rows = rows + torch.arange(rows.numel(), device=rows.device)
-    sums = torch.segment_reduce(states.index_select(0, rows).float(), "sum", lengths=lengths, axis=0, unsafe=True)
-    return (sums / lengths.clamp(min=1)[:, None]).unflatten(0, starts.shape)
+    return hidden_mse.segment_mean(states, spans=spans)
 
 
 class TaskHead(nn.Module):
