@@ -23,6 +23,15 @@ def has_onednn_fp32() -> bool:
     )
 
 
+@cache
+def has_fast_bf16() -> bool:
+    """Whether `torch.mm` of bf16 operands is faster than of fp32 ones: a processor with bf16 instructions."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Logits, statistics and gradient sums are fp32, or fp64 for fp64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import tiles
-from .gemms import accumulation_dtype, cpu_nt
+from .gemms import accumulation_dtype, cpu_nt, has_fast_bf16
 from .tiles import CpuChunks
 
 FORWARD, REVERSE, JSD = "forward", "reverse", "jsd"
@@ -289,6 +289,11 @@ def difference_cpu(
     teacher = None if w_t is None else Head(w_t, bias_t, sizes.block_v, temperature, softcap)
     pair = PairLogits(student, teacher, min(chunk, pairs.count), store)
 
+    # The result is bf16 anyway, so p_s - p_t may be too: 0.24 % gradient error instead of 0.17 %, at any KL. The logits
+    # must not: bf16 GEMMs of the CPU round what they return.
+    in_bf16 = need_dh and h_s.dtype == torch.bfloat16 and has_fast_bf16()
+    grad_bf16 = torch.empty((min(chunk, pairs.count), vocab) if in_bf16 else (0, 0), dtype=torch.bfloat16)
+
     for start in range(0, pairs.count, chunk):
         stop = min(start + chunk, pairs.count)
         x_s = take(h_s, pairs.rows_s, start, stop, dtype)
@@ -305,13 +310,17 @@ def difference_cpu(
         x_scaled = x_s * row_scale if need_dw else x_s
         dx = torch.zeros_like(x_s)
         for (v0, v1), grad in zip(pair.ranges, gradients, strict=True):
-            if need_dh:
+            if in_bf16:
+                grad_bf16[: stop - start, v0:v1] = grad
+            elif need_dh:
                 dx += cpu_nt(grad, student.block(v0, v1).t())
             if need_dw:
                 dw[v0:v1] += cpu_nt(grad.t(), x_scaled.t())
             if need_db:
                 db[v0:v1].addmv_(grad.t(), row_scale[:, 0])
         if need_dh:
+            if in_bf16:
+                dx = torch.mm(grad_bf16[: stop - start], w_s).to(dtype)
             dx = dx.mul_(row_scale).to(h_s.dtype)
             if pairs.rows_s is None:
                 dh[start:stop] = dx

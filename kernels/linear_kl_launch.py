@@ -17,8 +17,9 @@ from .linear_kl_cpu import JSD
 from .linear_kl_triton import exp_rows, finish_moments, kl_rows
 from .tiles import LINEAR_KL, LinearKLTiles, architecture
 
-# fp16 cannot hold probabilities below 6e-8, so they are stored times 2^14; bf16 and fp32 have the range.
-FP16_SCALE = 16384.0
+# fp16 cannot hold probabilities below 6e-8, so they are stored times 2^10, which leaves room for the p (r - K) of the
+# reverse KL; bf16 and fp32 have the range.
+FP16_SCALE = 1024.0
 
 
 def _tiles(device: torch.device) -> LinearKLTiles:
