@@ -6,7 +6,8 @@
 `pair_values`     value of one row pair, and what the gradient of the cosine needs.
 `state_gradient`  all parts of the gradient of a state, written once: norm backward of u, row pairs, one more tensor.
 
-Slots and intervals: see `segments.py`. Sums are fp32; no atomics.
+Slots and intervals: see `segments.py`. Sums are fp32; no atomics. Sizes that change from pack to pack are not
+specialised on: every pack runs the same compiled code.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def _owner(order_ptr, interval, segments, IS_CU: tl.constexpr):
     return owner.to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "intervals", "segments"])
 def pool_rows(
     x_ptr,  # (T, D)
     edges_ptr,  # (G,)
@@ -112,7 +113,7 @@ def _mean_of(partial_ptr, edges_ptr, position_ptr, segment, intervals, rows, off
     return total / tl.maximum(length, 1).to(tl.float32), length
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "intervals"])
 def pool_finish(
     partial_ptr,  # (slots, D) fp32
     edges_ptr,  # (G,)
@@ -134,7 +135,7 @@ def pool_finish(
     tl.store(mean_ptr + segment * width + offs_d, mean, mask=mask_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_s", "rows_t", "intervals_s", "intervals_t"])
 def pool_compare(
     partial_s_ptr,  # (slots_s, D) fp32
     partial_t_ptr,  # (slots_t, D) fp32
@@ -194,7 +195,7 @@ def pool_compare(
     tl.store(value_ptr + segment, tl.sum(total, 0) / width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def pair_values(
     s_ptr,  # (T_s, D)
     t_ptr,  # (T_t, D)
@@ -246,7 +247,7 @@ def pair_values(
     tl.store(value_ptr + pair, value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "intervals", "segments", "pairs"])
 def state_gradient(
     dx_ptr,  # (T, D)
     x_ptr,  # (T, D) student states, or unused

@@ -103,7 +103,7 @@ def _activated(z, ACTIVATION: tl.constexpr):
     return z
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def projection_gemm(
     x_ptr,  # (N, E)
     rows_ptr,  # (T,) rows of x, or unused

@@ -9,8 +9,10 @@ from __future__ import annotations
 import pytest
 import torch
 from mtllm_fast.kernels import hidden_mse_launch as launch
+from mtllm_fast.kernels import hidden_mse_ops as ops
 from mtllm_fast.kernels.hidden_mse import reference_mean
 from mtllm_fast.kernels.tiles import HiddenMSETiles
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.kernels.hidden_cases import (
     check_all,
@@ -190,6 +192,32 @@ def test_bad_values_are_asserted_on_the_device():
         launch.pairs_triton(x, x, torch.tensor([0, 1]), rows, None, "mse", TILES)
     with pytest.raises(TypeError, match="student is"):
         launch.pairs_triton(x.double(), x.double(), rows[:1], rows[:1], None, "mse", TILES)
+
+
+def test_cuda_kernels_of_the_ops_return_what_their_fakes_say():
+    student, teacher, *bounds = states("edges", dtype=torch.bfloat16)
+    rows_s, rows_t, weight = pairs(student, teacher, 12)
+    scale = torch.ones(24, dtype=torch.bfloat16)
+    pooled = (*bounds, "mean", torch.ones(7), "layer", scale, 1e-5)
+    nothing = (None, None, "mean", None, "none", None, 0.0)
+    paired = (rows_s, rows_t, weight, "cosine", False)
+    unpaired = (None, None, None, "mse", False)
+    for first, second in ((pooled, paired), (pooled, unpaired), (nothing, paired)):
+        for need in (True, False):
+            arguments = (student, teacher, *first, *second, need, need and first is pooled)
+            compare_with_fake(ops.hidden_loss, arguments)
+    compare_with_fake(ops.segment_mean, (student, bounds[0], "last", "rms", 1e-5))
+    u, stats = torch.randn(7, 24), torch.rand(2, student.shape[0])
+    arguments = (torch.ones(3), student, teacher, u, bounds[0], "mean", "layer", stats)
+    compare_with_fake(ops.state_gradient, (*arguments, *paired[:3], torch.rand(2, 12), "cosine", False, student))
+
+
+def compare_with_fake(op, arguments):
+    got = op._backend_fns["cuda"](*arguments)
+    with FakeTensorMode() as mode:
+        said = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+    got, said = ((x,) if isinstance(x, torch.Tensor) else x for x in (got, said))
+    assert [(x.shape, x.dtype) for x in got] == [(x.shape, x.dtype) for x in said]
 
 
 def test_random_packs():

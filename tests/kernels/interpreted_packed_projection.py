@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from mtllm_fast.kernels import packed_projection_launch as launch
+from mtllm_fast.kernels.packed_projection_ops import packed_linear
 from mtllm_fast.kernels.tiles import GemmTile, ProjectionTiles
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.kernels.linear_kl_cases import LIMITS, check
 from tests.kernels.projection_cases import make, reference
@@ -61,6 +63,19 @@ def test_large_means_cancel_exactly():
     """|mean| 100 times the deviation: the sums are taken over the W' that the GEMM reads."""
     case = make(dtype=torch.float16, norm="layer", mean=100.0)
     check(run(case, True)[0], exact(case), 3 * LIMITS[torch.float16])
+
+
+@pytest.mark.parametrize("boundaries", [False, True])
+@pytest.mark.parametrize("need_pre", [False, True])
+def test_cuda_kernel_of_the_op_returns_what_its_fake_says(boundaries, need_pre):
+    c = make(dtype=torch.bfloat16, norm="layer", boundaries=boundaries)
+    ends = (c.get("cu_seqlens"), c.get("prefix"), c.get("suffix"))
+    arguments = (c["x"].view(-1, 24), c["rows"], c["weight"], c["bias"], "layer", c["norm_weight"], c["norm_bias"])
+    arguments += (1e-5, 1.0, "gelu" if need_pre else "none", *ends, torch.float32, need_pre)
+    got = packed_linear._backend_fns["cuda"](*arguments)
+    with FakeTensorMode() as mode:
+        said = packed_linear(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+    assert [(x.shape, x.dtype) for x in got] == [(x.shape, x.dtype) for x in said]
 
 
 def test_empty_and_bad_rows():
