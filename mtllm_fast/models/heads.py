@@ -7,8 +7,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from ..kernels import hidden_mse
 from ..data.pack import PackedBatch
+from ..kernels import hidden_mse
 
 
 @dataclass(frozen=True)
