@@ -178,11 +178,12 @@ def linear_kl(
     """Σ_i row_weight[i] · D(softmax(w_t h_t[rows_t[i]] / τ), softmax(w_s h_s[rows_s[i]] / τ)), and the weights' sum.
 
     Args:
-        h_s: (T_s, D) student states, fp32, bf16, fp16 (or fp64 on the CPU). Gets a gradient.
+        h_s: (T_s, D) student states, fp32, bf16, fp16 (or fp64 on the CPU). Gets a gradient. GEMM results are fp32 for
+            16-bit inputs; for fp32 inputs on CUDA they are what `torch.set_float32_matmul_precision` says.
         w_s: (V, D) student head in the same dtype. Gets a gradient (of the student's side only) if it requires one.
         h_t: (T_t, D_t) teacher states. Always a constant.
         w_t: (V, D_t) teacher head; None shares the student's head and bias. Always a constant.
-        bias_s: (V,) bias of the student head; -inf removes an entry.
+        bias_s: (V,) bias of the student head; -inf removes an entry (not together with softcap, which caps it).
         bias_t: (V,) bias of the teacher head; with w_t=None the student's is shared and this must be None.
         rows_s: (P,) rows of h_s, one per pair; None takes row i for pair i. Rows may repeat.
         rows_t: (P,) rows of h_t, or of `teacher`.

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from mtllm_fast.kernels import LinearKL, linear_kl, tiles
+from mtllm_fast.kernels import LinearKL, gemms, linear_kl, linear_kl_cpu, tiles
 from mtllm_fast.kernels.linear_kl import reference
 
 from tests.kernels.linear_kl_cases import LIMITS, check, make_case
@@ -38,6 +38,20 @@ def test_matches_fp64(small_blocks, divergence, flags):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_dtypes(small_blocks, divergence, dtype):
     compare(make_case(dtype, bias=True, divergence=divergence), LIMITS[dtype])
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_bf16_with_and_without_a_bf16_gemm(small_blocks, monkeypatch, fast):
+    monkeypatch.setattr(linear_kl_cpu, "has_fast_bf16", lambda: fast)
+    compare(make_case(torch.bfloat16, rows=True, weights=True, temperature=1.5), LIMITS[torch.bfloat16])
+
+
+@pytest.mark.parametrize("onednn", [False, True])
+def test_fp32_with_and_without_onednn(small_blocks, monkeypatch, onednn):
+    if onednn and not torch.backends.mkldnn.is_available():
+        pytest.skip("this build has no oneDNN")
+    monkeypatch.setattr(gemms, "has_onednn_fp32", lambda: onednn)
+    compare(make_case(bias=True, separate=True), LIMITS[torch.float32])
 
 
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
