@@ -219,6 +219,8 @@ def _save_hidden_loss(ctx, inputs, output):
     _, _, _, _, u, stats, pair_stats, d_norm = output
     ctx.norm_dtype = None if norm_weight is None else norm_weight.dtype
     ctx.set_materialize_grads(False)
+    # Only row pairs need the teacher again.
+    teacher = teacher if rows_s is not None else None
     ctx.save_for_backward(student, teacher, bounds_s, rows_s, rows_t, pair_weight, u, stats, pair_stats, d_norm)
 
 

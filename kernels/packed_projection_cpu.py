@@ -211,4 +211,5 @@ def packed_linear_backward(
             dx.index_put_((rows[start:stop].long(),), d_unit, accumulate=True)
         else:
             dx.index_add_(0, rows[start:stop], d_unit)
-    return dx.to(x.dtype), dw.to(w.dtype), db, d_norm, *boundaries
+    d_prefix, d_suffix = boundaries
+    return dx.to(x.dtype), dw.to(w.dtype), db, d_norm, d_prefix, d_suffix

@@ -221,7 +221,7 @@ def compare_with_fake(op, arguments):
 
 
 def test_random_packs():
-    for seed in range(30):
+    for seed in range(16):
         own, other = random_lengths(seed, largest=7, most=4)
         g = torch.Generator().manual_seed(seed)
         width = 1 + seed % 7

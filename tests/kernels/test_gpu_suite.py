@@ -14,14 +14,19 @@ from benchmarks.gpu_suite import Step, run_step
 
 
 def step(code: str) -> Step:
-    return Step("a step", (sys.executable, "-c", code), 1.0)
+    return Step("a step", {"log": (sys.executable, "-c", code)}, 1.0)
+
+
+def run(code: str, folder, limit: float = 60.0):
+    (outcome,) = run_step(step(code), folder, limit, dict(os.environ))
+    return outcome
 
 
 def test_a_step_is_ok_fails_or_runs_out_of_time(tmp_path):
-    ok = run_step(step("print('first'); print('last')"), tmp_path, 60, dict(os.environ))
+    ok = run("print('first'); print('last')", tmp_path)
     assert (ok.status, ok.last_line) == ("ok", "last")
-    assert run_step(step("raise SystemExit(3)"), tmp_path, 60, dict(os.environ)).status == "failed (3)"
-    late = run_step(step("import time; print('began', flush=True); time.sleep(60)"), tmp_path, 2, dict(os.environ))
+    assert run("raise SystemExit(3)", tmp_path).status == "failed (3)"
+    late = run("import time; print('began', flush=True); time.sleep(60)", tmp_path, 2)
     assert (late.status, late.last_line) == ("out of time", "began")
     assert late.seconds < 10
 
@@ -29,7 +34,8 @@ def test_a_step_is_ok_fails_or_runs_out_of_time(tmp_path):
 def test_limits_stay_within_the_budget(tmp_path):
     found = gpu_suite.steps(tmp_path)
     assert sum(s.share for s in found) <= 1.0
-    assert all(str(tmp_path) in " ".join(s.command) for s in found)
+    assert all(str(tmp_path) in " ".join(command) for s in found for command in s.commands.values())
+    assert {"test_hidden_gpu", "test_linear_kl_gpu"} <= set(gpu_suite.test_commands(tmp_path))
 
 
 def test_figure(tmp_path):

@@ -122,6 +122,30 @@ def test_compiles_without_a_graph_break(op):
     assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("op", ["segment_mean", "pooled_mse", "paired_mse", "packed_projection", "distillation_loss"])
+def test_a_second_derivative_raises(op):
+    case = problem()
+    total = losses(*case)[op](case[0]) ** 2
+    (grad,) = torch.autograd.grad(total, case[0], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"state_gradient|packed_linear_backward"):
+        grad.sum().backward()
+
+
+def test_views_and_checkpointing():
+    from torch.utils.checkpoint import checkpoint
+
+    student, teacher, bounds, *_ = problem()
+    wide = student.detach().repeat(1, 2)[:, ::2].requires_grad_()
+    assert not wide.is_contiguous()
+    plain = wide.detach().contiguous().requires_grad_()
+    other = teacher.repeat(1, 2)[:, ::2]
+    (got,) = torch.autograd.grad(pooled_mse(wide, other, *bounds, norm="rms")[0], wide)
+    (right,) = torch.autograd.grad(pooled_mse(plain, other.contiguous(), *bounds, norm="rms")[0], plain)
+    assert torch.equal(got, right)
+    saved = checkpoint(lambda x: pooled_mse(x, other, *bounds, norm="rms")[0], plain, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(saved, plain)[0], right)
+
+
 def test_autocast_projects_in_bf16():
     c = make()
     with torch.autocast("cpu", torch.bfloat16):
