@@ -12,6 +12,7 @@ help:
 	@echo "make test   the test suite"
 	@echo "make lint   ruff and mypy"
 	@echo "make aot    compile every kernel for sm_80, sm_90, sm_100 and gfx942, no GPU needed"
+	@echo "make gpu    every GPU test and benchmark with this machine's own Python and torch, unattended (OUT=folder)"
 	@echo "make venv   .venv with pinned versions"
 
 venv: $(STAMP)
@@ -36,6 +37,11 @@ lint: venv
 
 aot: venv
 	@$(BIN)/python -m mtllm_fast.kernels.aot
+
+# On a machine with a GPU, with its own Python and torch and no network: the only install is this package itself.
+gpu:
+	@$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@$(PYTHON) -m benchmarks.gpu_suite $(OUT)
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
