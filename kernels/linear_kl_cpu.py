@@ -114,7 +114,8 @@ def block_softmax(z: Tensor, out: Tensor, masked: bool) -> Tensor:
 
 
 class PairLogits:
-    """Logits of one chunk's row pairs, block by block, and the two (C, V) buffers when a gradient follows."""
+    """Logits of one chunk's row pairs, block by block: student rows above teacher rows in one (2C, v) tensor, so that a
+    pass over both is one call. Holds a (2C, V) buffer when a gradient follows."""
 
     def __init__(self, student: Head, teacher: Head | None, rows: int, store: bool):
         self.student, self.shared = student, teacher is None
@@ -122,10 +123,9 @@ class PairLogits:
         self.masked = student.bias is not None or self.teacher.bias is not None
         self.ranges = student.ranges
         self.store = store
-        vocab = student.weight.shape[0]
-        size = rows * (vocab if store else student.width)
-        self._buffers = torch.empty(2, size, dtype=student.dtype)
-        self._scratch = torch.empty(rows * student.width, dtype=student.dtype)
+        size = 2 * rows * (student.weight.shape[0] if store else student.width)
+        self._buffer = torch.empty(size, dtype=student.dtype)
+        self._scratch = torch.empty(2 * rows * student.width, dtype=student.dtype)
 
     def load(self, x_s: Tensor, x_t: Tensor) -> None:
         """Set the chunk: states (C, D) and (C, D_t)."""
@@ -133,47 +133,50 @@ class PairLogits:
         self._x_s, self._x_t = self.student.states(x_s), self.teacher.states(x_t)
         self._x_both = torch.cat([self._x_s, self._x_t]) if self.shared else None
 
-    def compute(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Logits (C, v) of student and teacher in one block."""
+    def compute(self, start: int, stop: int) -> Tensor:
+        """Logits (2C, v) of one block."""
         if self._x_both is not None:
-            both = self.student.logits(self._x_both, start, stop)
-            return both[: self.rows], both[self.rows :]
-        return self.student.logits(self._x_s, start, stop), self.teacher.logits(self._x_t, start, stop)
+            return self.student.logits(self._x_both, start, stop)
+        z_s, z_t = self.student.logits(self._x_s, start, stop), self.teacher.logits(self._x_t, start, stop)
+        return torch.cat([z_s, z_t])
 
-    def buffer(self, side: int, start: int, stop: int) -> Tensor:
-        """The buffer of one block, contiguous (C, v); side 0 student, 1 teacher."""
-        offset = self.rows * start if self.store else 0
-        size = self.rows * (stop - start)
-        return self._buffers[side, offset : offset + size].view(self.rows, stop - start)
+    def buffer(self, start: int, stop: int) -> Tensor:
+        """The buffer of one block, contiguous (2C, v)."""
+        offset = 2 * self.rows * start if self.store else 0
+        return self._buffer[offset : offset + 2 * self.rows * (stop - start)].view(2 * self.rows, stop - start)
 
     def scratch(self, like: Tensor) -> Tensor:
         """A scratch block shaped like `like`."""
         return self._scratch[: like.numel()].view_as(like)
 
+    def halves(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        """(student, teacher) rows."""
+        return both[: self.rows], both[self.rows :]
+
 
 def _forward_kl(pair: PairLogits) -> tuple[Tensor, Iterator[Tensor]]:
     """Row values of KL(p_t || p_s) and an iterator over the gradient blocks p_s - p_t."""
-    stats = []
+    block_lse, dots = [], []
     for start, stop in pair.ranges:
-        z_s, z_t = pair.compute(start, stop)
-        p_s, p_t = pair.buffer(0, start, stop), pair.buffer(1, start, stop)
-        lse_s = block_softmax(z_s, p_s, pair.masked)
-        lse_t = block_softmax(z_t, p_t, pair.masked)
+        z, p = pair.compute(start, stop), pair.buffer(start, stop)
+        block_lse.append(block_softmax(z, p, pair.masked))
+        (z_s, z_t), (_, p_t) = pair.halves(z), pair.halves(p)
         diff = torch.sub(z_t, z_s, out=pair.scratch(z_s))
         if pair.masked:
             diff.masked_fill_(p_t == 0, 0.0)
-        stats.append(torch.cat([lse_s, lse_t, diff.mul_(p_t).sum(1, keepdim=True)], 1))
-    block_lse_s, block_lse_t, dot = torch.stack(stats).unbind(2)  # (blocks, C) each
-    lse_s, lse_t = torch.logsumexp(block_lse_s, 0), torch.logsumexp(block_lse_t, 0)
-    scale_s, scale_t = (block_lse_s - lse_s).exp(), (block_lse_t - lse_t).exp()
-    rows = (dot * scale_t).sum(0) - lse_t + lse_s
+        dots.append(diff.mul_(p_t).sum(1, keepdim=True))
+    all_lse = torch.stack(block_lse)  # (blocks, 2C, 1)
+    lse = torch.logsumexp(all_lse, 0)
+    scale = (all_lse - lse).exp()
+    lse_s, lse_t = pair.halves(lse)
+    rows = (torch.stack(dots) * scale[:, pair.rows :]).sum(0) - lse_t + lse_s
 
     def gradients() -> Iterator[Tensor]:
         for k, (start, stop) in enumerate(pair.ranges):
-            p_s, p_t = pair.buffer(0, start, stop), pair.buffer(1, start, stop)
-            yield p_s.mul_(scale_s[k].unsqueeze(1)).addcmul_(p_t, scale_t[k].unsqueeze(1), value=-1.0)
+            p_s, p_t = pair.halves(pair.buffer(start, stop).mul_(scale[k]))
+            yield p_s.sub_(p_t)
 
-    return rows, gradients()
+    return rows.squeeze(1), gradients()
 
 
 def _any_divergence(pair: PairLogits, divergence: str, beta: float) -> tuple[Tensor, Iterator[Tensor]]:
@@ -183,23 +186,23 @@ def _any_divergence(pair: PairLogits, divergence: str, beta: float) -> tuple[Ten
     forward Σ -p_t r, gradient p_s - p_t; reverse Σ p_s r =: K, gradient p_s (r - K);
     JSD β Σ p_t v + (1-β) U with U = Σ p_s u, gradient (1-β) p_s (u - U).
     """
-    per_block: tuple[list[Tensor], list[Tensor]] = ([], [])
+    block_lse = []
     for start, stop in pair.ranges:
-        for side, z in enumerate(pair.compute(start, stop)):
-            per_block[side].append(block_softmax(z, pair.scratch(z), pair.masked))
-            if pair.store:
-                pair.buffer(side, start, stop).copy_(z)
-    lse_s, lse_t = (torch.logsumexp(torch.stack(side), 0) for side in per_block)  # (C, 1)
+        z = pair.compute(start, stop)
+        block_lse.append(block_softmax(z, pair.scratch(z), pair.masked))
+        if pair.store:
+            pair.buffer(start, stop).copy_(z)
+    lse = torch.logsumexp(torch.stack(block_lse), 0)  # (2C, 1)
     log_t, log_s = (math.log(beta), math.log(1.0 - beta)) if divergence == JSD else (0.0, 0.0)
 
     def block(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """z_s, p_s, p_t and the log ratio r of one block."""
-        if pair.store:
-            z_s, z_t = pair.buffer(0, start, stop), pair.buffer(1, start, stop)
-        else:
-            z_s, z_t = pair.compute(start, stop)
-        log_p_s, log_p_t = z_s - lse_s, z_t - lse_t
-        return z_s, log_p_s.exp(), log_p_t.exp(), log_p_s - log_p_t
+        z = pair.buffer(start, stop) if pair.store else pair.compute(start, stop)
+        log_p = z - lse
+        log_p_s, log_p_t = pair.halves(log_p)
+        ratio = log_p_s - log_p_t
+        p_s, p_t = pair.halves(log_p.exp_())
+        return pair.halves(z)[0], p_s, p_t, ratio
 
     def over_mixture(ratio: Tensor, log_own: float, log_other: float) -> Tensor:
         """log p - log(own p + other q), given ratio = log p - log q."""
@@ -211,8 +214,8 @@ def _any_divergence(pair: PairLogits, divergence: str, beta: float) -> tuple[Ten
             product.masked_fill_(p == 0, 0.0)
         return product.sum(1, keepdim=True)
 
-    values = torch.zeros_like(lse_s)
-    mean = torch.zeros_like(lse_s)
+    values = lse.new_zeros(pair.rows, 1)
+    mean = torch.zeros_like(values)
     for start, stop in pair.ranges:
         _, p_s, p_t, ratio = block(start, stop)
         if divergence == FORWARD:
