@@ -15,8 +15,8 @@ class CpuChunks:
 
     Attributes:
         chunk_rows: row pairs per chunk. The GEMM repacks the head once per chunk, so fewer rows cost GEMM speed.
-        block_v: vocabulary entries per GEMM call; a block of the logits should stay in the last-level cache (16 MiB here),
-            and larger blocks mean fewer parallel regions, which matters when the cores are shared.
+        block_v: vocabulary entries per GEMM call; a block of both rows' logits should stay in the last-level cache
+            (16 MiB here), and larger blocks mean fewer parallel regions, which matters when the cores are shared.
         max_buffer_mib: upper limit of the two logits buffers together; `chunk_rows` shrinks to keep it.
     """
 
