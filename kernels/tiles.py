@@ -140,12 +140,13 @@ class ProjectionTiles:
 
 _SQUARE = GemmTile(128, 128, 64, 8, 8, 3)
 _WIDE_GEMM = GemmTile(128, 256, 64, 8, 8, 4)
+_DEEP = GemmTile(128, 128, 128, 8, 8, 2)  # the other two spill on sm_100
 _HIP = GemmTile(256, 128, 32, 8, 8, 2)
 PACKED_PROJECTION: dict[str, ProjectionTiles] = {
     "default": ProjectionTiles(_SQUARE, _SQUARE, 2048),
     "sm_80": ProjectionTiles(_SQUARE, _SQUARE, 2048),
     "sm_90": ProjectionTiles(_WIDE_GEMM, _SQUARE, 2048),
-    "sm_100": ProjectionTiles(_SQUARE, _SQUARE, 1024),
+    "sm_100": ProjectionTiles(_DEEP, _DEEP, 1024),
     "gfx942": ProjectionTiles(_HIP, _HIP, 2048),
 }
 
