@@ -182,7 +182,9 @@ def run_case(
     log = lambda text: print(text, file=sys.stderr)  # noqa: E731
     times = interleaved(runs, device, repeats, log)
     problem.backward = False
-    forward = interleaved({n: r for n, r in runs.items() if not n.startswith("gemms")}, device, 3, log)
+    forward = interleaved(
+        {n: r for n, r in runs.items() if not n.startswith("gemms")}, device, 1 if device == "cpu" else 3, log
+    )
     problem.backward = True
     for record in records:
         if record.variant not in times:

@@ -73,9 +73,10 @@ def teacher_moments_cpu(
     width = values.weight.shape[1]
     m = torch.empty(count, width, dtype=dtype)
     entropy, bias_mean = torch.empty(count, dtype=dtype), torch.empty(count, dtype=dtype)
-    scratch = torch.empty(min(sizes.chunk_rows, count) * head.width, dtype=dtype)
-    for start in range(0, count, sizes.chunk_rows):
-        stop = min(start + sizes.chunk_rows, count)
+    chunk = 2 * sizes.chunk_rows  # one row each, where the difference form has two
+    scratch = torch.empty(min(chunk, count) * head.width, dtype=dtype)
+    for start in range(0, count, chunk):
+        stop = min(start + chunk, count)
         x = head.states(take(h_t, rows, start, stop, dtype))
         running = RunningMoments(stop - start, width, scratch, teacher=True)
         for v0, v1 in head.ranges:
@@ -114,9 +115,10 @@ def moment_step_cpu(
         (h_s.shape[0] if need_dh else 0, width), dtype=h_s.dtype
     )
     head = Head(w_s, bias_s, sizes.block_v, temperature, 0.0)
-    scratch = torch.empty(min(sizes.chunk_rows, pairs.count) * head.width, dtype=dtype)
-    for start in range(0, pairs.count, sizes.chunk_rows):
-        stop = min(start + sizes.chunk_rows, pairs.count)
+    chunk = 2 * sizes.chunk_rows
+    scratch = torch.empty(min(chunk, pairs.count) * head.width, dtype=dtype)
+    for start in range(0, pairs.count, chunk):
+        stop = min(start + chunk, pairs.count)
         x = take(h_s, pairs.rows_s, start, stop, dtype)
         m_t, h_t, b_t = (take(part, pairs.rows_t, start, stop, dtype) for part in (m, entropy, bias_mean))
         running = RunningMoments(stop - start, width if need_dh else 0, scratch, teacher=False)

@@ -16,7 +16,7 @@ class CpuChunks:
     Attributes:
         chunk_rows: row pairs per chunk. The GEMM repacks the head once per chunk, so fewer rows cost GEMM speed.
         block_v: vocabulary entries per GEMM call; a block of both rows' logits should stay in the last-level cache
-            (16 MiB here), and larger blocks mean fewer parallel regions, which matters when the cores are shared.
+            (8 MiB here); larger blocks mean fewer parallel regions, which matters only when the cores are shared.
         max_buffer_mib: upper limit of the two logits buffers together; `chunk_rows` shrinks to keep it.
     """
 
@@ -30,7 +30,7 @@ class CpuChunks:
         return max(1, min(pairs, self.chunk_rows, max(fitting, 32)))
 
 
-LINEAR_KL_CPU = CpuChunks(chunk_rows=256, block_v=8192, max_buffer_mib=512)
+LINEAR_KL_CPU = CpuChunks(chunk_rows=256, block_v=4096, max_buffer_mib=512)
 
 
 @dataclass(frozen=True)
