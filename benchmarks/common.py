@@ -21,7 +21,8 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass
 class Record:
-    """One variant of one case. `time_ms` is forward + backward; times in ms, memory in MiB; None where not measured."""
+    """One variant of one case. `time_ms` is forward + backward, the median of `round_ms`, whose entry k was taken side by
+    side with entry k of the other variants; times in ms, memory in MiB; None where not measured."""
 
     case: str
     shape: dict[str, int]
@@ -32,6 +33,7 @@ class Record:
     time_ms: float | None = None
     time_ms_p20: float | None = None
     time_ms_p80: float | None = None
+    round_ms: list[float] = field(default_factory=list)
     forward_ms: float | None = None
     peak_incremental_mib: float | None = None
     floor_ms: float | None = None

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -189,7 +190,7 @@ def run_case(
     for record in records:
         if record.variant not in times:
             continue
-        values = times[record.variant]
+        values = record.round_ms = times[record.variant]
         record.time_ms, record.time_ms_p20, record.time_ms_p80 = (percentile(values, q) for q in (0.5, 0.2, 0.8))
         if record.variant in forward:
             record.forward_ms = percentile(forward[record.variant], 0.5)
@@ -223,7 +224,7 @@ def predictions(shapes: list[tuple[int, int, int]]) -> list[Record]:
 
 
 def ratios(records: list[Record]) -> list[dict[str, object]]:
-    """The ratios of the issue, with the range that p20/p80 of both sides allow."""
+    """The ratios of the issue: median, p20 and p80 of the ratios within each round, where both ran side by side."""
     by_name = {r.variant: r for r in records}
     rows: list[dict[str, object]] = []
     for top, bottom, quantity, aim in RATIOS:
@@ -236,10 +237,10 @@ def ratios(records: list[Record]) -> list[dict[str, object]]:
             value = a.peak_incremental_mib / b.peak_incremental_mib
             low = high = value
         else:
-            if a.time_ms is None or b.time_ms is None:
+            rounds = [x / y for x, y in zip(a.round_ms, b.round_ms, strict=True)]
+            if not rounds:
                 continue
-            value = a.time_ms / b.time_ms
-            low, high = a.time_ms_p20 / b.time_ms_p80, a.time_ms_p80 / b.time_ms_p20
+            value, low, high = (percentile(rounds, q) for q in (0.5, 0.2, 0.8))
         rows.append(
             {
                 "ratio": f"{top} / {bottom}",
@@ -303,6 +304,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--predict", action="store_true", help="print an H100's floors and predicted times, run nothing"
     )
+    parser.add_argument("--show", type=Path, help="print the tables of a result file, run nothing")
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
     parser.add_argument("--memory-of", choices=sorted(GPU_VARIANTS), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -313,6 +315,13 @@ def main(argv: list[str] | None = None) -> int:
     kind = {"masked": options.masked, "train_head": options.train_head}
     if options.memory_of:
         print(json.dumps(memory_here(options.memory_of, shapes[0], dtype, options.device, **kind)))
+        return 0
+    if options.show:
+        for _, group in groupby(
+            (Record(**row) for row in json.loads(options.show.read_text())),
+            key=lambda r: (r.case, r.shape, r.dtype, r.device),
+        ):
+            print_table(list(group))
         return 0
     if options.predict:
         records = predictions(options.shape or GPU_SHAPES)
