@@ -11,7 +11,7 @@ from .hidden_mse_cpu import normalised
 from .linear_kl_cpu import check_rows
 from .segments import assert_values, check_values
 
-BLOCK_ROWS = 1024  # rows per GEMM on the CPU: enough to pay for packing the weight, few enough to stay in cache
+BLOCK_ROWS = 512  # rows per GEMM on the CPU: enough to pay for packing the weight, few enough to stay in cache
 
 ACTIVATIONS = {"none": lambda z: z, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
@@ -171,7 +171,8 @@ def packed_linear_backward(
         stop = min(start + block, tokens)
         dz = dy[start:stop] if out_rows is None else dy.index_select(0, out_rows[start:stop])
         dz = dz.to(w.dtype)
-        dz = dz if scale == 1.0 else dz * scale
+        if scale != 1.0:
+            dz = dz * scale if out_rows is None else dz.mul_(scale)
         if activation != "none":
             dz = _through_activation(dz, pre[start:stop], activation)
         if need_db:
@@ -181,11 +182,13 @@ def packed_linear_backward(
         taken = gathered_rows(x, rows, start, stop)
         unit, rstd, _ = normalised(taken.to(dtype), norm, eps) if norm != "none" else (taken, None, None)
         if need_dw:
-            own = weighted(unit if norm_weight is None and norm_bias is None else unit.clone(), norm_weight, norm_bias)
-            own = own.to(w.dtype)
+            changes = norm_weight is not None or norm_bias is not None
+            own = unit.clone() if changes and (need_dx or need_norm) else unit
+            own = weighted(own, norm_weight, norm_bias).to(w.dtype)
             if x.device.type == "cpu" and w.dtype in (torch.float32, torch.float64):
-                part = cpu_nt(dz.t(), own.t())
-                dw = part if start == 0 else dw.add_(part)
+                for first in range(0, width_out, BLOCK_ROWS):
+                    block_d = slice(first, first + BLOCK_ROWS)
+                    dw[block_d] += cpu_nt(dz[:, block_d].t(), own.t())
             elif w.dtype == torch.float64:
                 dw.addmm_(dz.t(), own)
             else:
