@@ -21,8 +21,8 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass
 class Record:
-    """One variant of one case. `time_ms` is forward + backward, the median of `round_ms`, whose entry k was taken side by
-    side with entry k of the other variants; times in ms, memory in MiB; None where not measured."""
+    """One variant of one case. `time_ms` is forward + backward, the median of `round_ms`, whose entry k was taken next
+    to entry k of the other variants; times in ms, memory in MiB; None where not measured."""
 
     case: str
     shape: dict[str, int]
