@@ -9,6 +9,7 @@ import argparse
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,9 @@ class BuildConfig:
     mt_steps: int = 1_500
     mt_contrast_from: float = 0.0
     mt_contrast_weight: float = 1.0
+    mt_words_from: float = 0.25
     mt_temperature: float = 0.07
+    mt_word_temperature: float = 0.2
     mt_batch: int = 96
     mt_dropout: float = 0.0
     mt_lr: float = 3e-3
@@ -174,12 +177,16 @@ def schedule(step: int, steps: int) -> float:
 
 
 class Example(NamedTuple):
-    """Token ids: what the encoder reads, its translation, what the decoder writes; the English as a key."""
+    """Token ids: what the encoder reads, its translation, what the decoder writes; the English as a key.
+
+    `links` are aligned words: last token in the source, last token in the translation, number of the English word.
+    """
 
     source: list[int]
     translation: list[int]
     labels: list[int]
     meaning: tuple[int, ...]
+    links: list[tuple[int, int, int]]
 
 
 class ParallelText:
@@ -192,10 +199,24 @@ class ParallelText:
         vocabulary = tokenizer.get_vocab()
         self.eos = vocabulary["</s>"]
         self.code_id = {code: vocabulary[code] for code in (ENGLISH, *world.languages)}
-        self.pairs: dict[str, list[tuple[list[int], list[int]]]] = {}
+        self.pairs: dict[str, list[tuple[list[int], list[int], list[tuple[int, int, int]]]]] = {}
+        numbers: dict[str, int] = {}
         for code in world.languages:
             foreign, english = zip(*world.parallel(code))
-            self.pairs[code] = list(zip(encode(foreign), encode(english)))
+            sides = [tokenizer(list(texts), add_special_tokens=False) for texts in (foreign, english)]
+            ends = [[_word_ends(side.word_ids(row)) for row in range(len(foreign))] for side in sides]
+            links = align_words([text.split() for text in foreign], [text.split() for text in english])
+            self.pairs[code] = [
+                (
+                    sides[0]["input_ids"][row],
+                    sides[1]["input_ids"][row],
+                    [
+                        (ends[0][row][i], ends[1][row][j], numbers.setdefault(word, len(numbers)))
+                        for i, j, word in links[row]
+                    ],
+                )
+                for row in range(len(foreign))
+            ]
         self.questions = encode(list(world.open_questions(6000, "questions")))
         self.weights = [len(pairs) ** 0.5 for pairs in self.pairs.values()]
         self.rng = random.Random(f"{seed}/parallel batches")
@@ -213,24 +234,86 @@ class ParallelText:
 
     def example(self) -> Example:
         (code,) = self.rng.choices(list(self.pairs), self.weights)
-        foreign, english = self.rng.choice(self.pairs[code])
+        foreign, english, links = self.rng.choice(self.pairs[code])
         source_code, source, target_code, target = code, foreign, ENGLISH, english
         direction = self.rng.random()
         if direction >= 0.55:
             source_code, source, target_code, target = ENGLISH, english, code, foreign
+            links = [(there, here, word) for here, there, word in links]
         translation = [self.code_id[target_code], *target, self.eos]
         if direction >= 0.75:  # English to English: what the decoder learns first, and then finds in the foreign states
             if self.rng.random() < 0.4:  # forms that only English text has here
                 english = self.rng.choice(self.questions)
                 source = target = english
-                translation = [self.code_id[ENGLISH], *english, self.eos]
+                translation, links = [self.code_id[ENGLISH], *english, self.eos], []
             target_code, target = ENGLISH, english
         labels = [self.code_id[target_code], *target, self.eos]
-        return Example([self.code_id[source_code], *source, self.eos], translation, labels, tuple(english))
+        return Example([self.code_id[source_code], *source, self.eos], translation, labels, tuple(english), links)
+
+
+def _word_ends(word_ids: Sequence[int | None]) -> list[int]:
+    """Position of the last token of each word, counted from the language token."""
+    return [
+        index + 1 for index, word in enumerate(word_ids) if index + 1 == len(word_ids) or word_ids[index + 1] != word
+    ]
+
+
+def align_words(foreign: Sequence[list[str]], english: Sequence[list[str]]) -> list[list[tuple[int, int, str]]]:
+    """Links (foreign place, English place, English word) per text pair, from the pairs alone.
+
+    Two words are linked where each is the other's best by the Dice coefficient of occurring in the same pair; words
+    that stand twice in a text are left out.
+    """
+    count: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
+    both: Counter[tuple[str, str]] = Counter()
+    for left, right in zip(foreign, english):
+        count[0].update(set(left))
+        count[1].update(set(right))
+        both.update((one, other) for one in set(left) for other in set(right))
+
+    def dice(one: str, other: str) -> float:
+        return 2 * both[one, other] / (count[0][one] + count[1][other])
+
+    found = []
+    for left, right in zip(foreign, english):
+        links = []
+        for j, other in enumerate(right):
+            if right.count(other) > 1 or not left:
+                continue
+            i = max(range(len(left)), key=lambda place: dice(left[place], other))
+            if left.count(left[i]) == 1 and other == max(right, key=lambda word: dice(left[i], word)):
+                links.append((i, j, other))
+        found.append(links)
+    return found
 
 
 def pooled(states: Tensor, mask: Tensor) -> Tensor:
     return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+def text_contrast(x: Tensor, x_mask: Tensor, y: Tensor, y_mask: Tensor, temperature: float) -> Tensor:
+    """InfoNCE between the mean states of N texts and of their translations: x (N, L, E), y (N, M, E), masks alike."""
+    mean_x, mean_y = F.normalize(pooled(x, x_mask), dim=-1), F.normalize(pooled(y, y_mask), dim=-1)
+    return _both_ways(mean_x @ mean_y.T / temperature, torch.arange(len(x)))
+
+
+def word_contrast(x: Tensor, y: Tensor, words: Tensor, temperature: float) -> Tensor:
+    """Draws states x (P, E) of words to the states y (P, E) of the words that they were aligned with.
+
+    A supervised contrast over `words` (P,), word numbers: every place of a word is a positive of every other; plus the
+    squared distance of the aligned states over their variance. Mean states alone leave it open at which token a meaning
+    stands, and in which directions; a projection that was fitted on English tokens then misreads foreign ones.
+    """
+    logits = F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).T / temperature
+    same = (words[:, None] == words[None]).to(x.dtype)
+    loss = torch.zeros(())
+    for scores in (logits, logits.T):
+        loss = loss - ((same * scores.log_softmax(-1)).sum(-1) / same.sum(-1)).mean() / 2
+    return loss + 5 * (x - y).square().sum(-1).mean() / x.detach().var(0).sum()
+
+
+def _both_ways(logits: Tensor, target: Tensor) -> Tensor:
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 def train_mt(
@@ -272,10 +355,12 @@ def train_mt(
         if contrast:
             # equal meanings would be false negatives of each other
             keep = torch.tensor(list({row.meaning: index for index, row in enumerate(batch)}.values()))
-            means = F.normalize(pooled(states, mask), dim=-1)
-            similarity = means[:rows][keep] @ means[rows:][keep].T / config.mt_temperature
-            target = torch.arange(len(keep))
-            info = (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
+            x, y, x_mask, y_mask = states[:rows], states[rows:], mask[:rows], mask[rows:]
+            info = text_contrast(x[keep], x_mask[keep], y[keep], y_mask[keep], config.mt_temperature)
+            if step >= config.mt_words_from * config.mt_steps:
+                links = torch.tensor([[index, *link] for index, row in enumerate(batch) for link in row.links])
+                at, here, there, words = links.T
+                info = info + word_contrast(x[at, here], y[at, there], words, config.mt_word_temperature)
         (loss + config.mt_contrast_weight * info).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

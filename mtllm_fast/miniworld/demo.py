@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .languages import ENGLISH
-from .world import LABELS, World
+from .world import World
 
 ASSETS = Path(__file__).parent / "assets"
 MARKER = "demo.json"
@@ -27,21 +27,28 @@ READERS = ("direct", "encoder_only", "translate_test", "mt_llm")
 class DemoConfig:
     """Sizes and settings of the demo; what they were chosen by stands in miniworld/README.md."""
 
-    texts: int = 40_000
+    texts: int = 20_000
+    unlabelled: int = 6_000
     train_rows: int = 3_000
-    dev_rows: int = 300
+    dev_rows: int = 240
     test_rows: int = 300
     causal: bool = True
+    init_rows: int = 4_000
+    teacher: dict[str, Any] = field(
+        default_factory=lambda: {"lr": 1e-3, "max_steps": 150, "max_rows": 64, "warmup": 0.05}
+    )
+    encoder: dict[str, Any] = field(
+        default_factory=lambda: {"lr": 2e-3, "max_steps": 400, "max_rows": 64, "warmup": 0.05}
+    )
     adapt: dict[str, Any] = field(
-        default_factory=lambda: {"lr": 2e-3, "max_steps": 800, "max_rows": 64, "warmup": 0.05}
+        default_factory=lambda: {"lr": 2e-4, "max_steps": 200, "max_rows": 64, "warmup": 0.05}
     )
-    adapt_loss: dict[str, float] = field(default_factory=lambda: {"pooled_mse": 1.0, "paired_mse": 1.0, "kl": 0.0})
-    task: dict[str, Any] = field(default_factory=lambda: {"lr": 2e-3, "max_steps": 600, "max_rows": 64, "warmup": 0.05})
+    adapt_loss: dict[str, float] = field(default_factory=lambda: {"pooled_mse": 1.0, "paired_mse": 1.0})
     distill: dict[str, Any] = field(
-        default_factory=lambda: {"lr": 1e-3, "max_steps": 500, "max_rows": 64, "warmup": 0.05}
+        default_factory=lambda: {"lr": 2e-3, "max_steps": 500, "max_rows": 64, "warmup": 0.05}
     )
-    distill_loss: dict[str, float] = field(default_factory=lambda: {"pooled_mse": 1.0, "paired_mse": 1.0})
-    num_beams: int = 1
+    distill_loss: dict[str, float] = field(default_factory=lambda: {"pooled_mse": 1.0, "head_kl": 1.0})
+    num_beams: int = 5
 
 
 def run_demo(
@@ -78,7 +85,13 @@ def run_demo(
     world = World(seed=seed if from_scratch else 0)
     say(f"[1/7] Writing a world of {len(world.languages)} languages and English to {root / 'world'}")
     write_world(
-        world, root / "world", texts=config.texts, train=config.train_rows, dev=config.dev_rows, test=config.test_rows
+        world,
+        root / "world",
+        texts=config.texts,
+        unlabelled=config.unlabelled,
+        train=config.train_rows,
+        dev=config.dev_rows,
+        test=config.test_rows,
     )
     mt, llm = base_models(world, root / "models", seed=seed, from_scratch=from_scratch, say=say)
 
@@ -88,23 +101,23 @@ def run_demo(
         )
 
     def task_rows(split: str) -> Any:
-        path = root / "world" / "nli" / ENGLISH / f"{split}.tsv"
-        return read_rows(path, pair_column="text_pair", label_column="label", labels=LABELS, id_column="id")
+        path = root / "world" / "kinds" / ENGLISH / f"{split}.tsv"
+        return read_rows(path, label_column="label", labels=world.categories, id_column="id")
 
     dev = list(task_rows("dev"))
     folders = {part: str(root / part) for part in PARTS}
     say("[2/7] Task teacher: the LLM learns the task in English")
     finetune(
-        FinetuneConfig(llm=llm, output=folders["teacher"], causal=config.causal, train=optim(config.task)),
+        FinetuneConfig(llm=llm, output=folders["teacher"], causal=config.causal, train=optim(config.teacher)),
         task_rows("train"),
-        LABELS,
+        world.categories,
         dev,
     )
     say("[3/7] Baseline: the MT encoder alone learns the task in English")
     finetune(
-        FinetuneConfig(encoder=mt, output=folders["encoder_only"], train=optim(config.task)),
+        FinetuneConfig(encoder=mt, output=folders["encoder_only"], train=optim(config.encoder)),
         task_rows("train"),
-        LABELS,
+        world.categories,
         dev,
     )
     say("[4/7] Stage 1: the LLM learns from itself to read through the MT encoder, on plain English")
@@ -114,6 +127,7 @@ def run_demo(
             llm=llm,
             output=folders["adapted"],
             causal=config.causal,
+            init_rows=config.init_rows,
             loss=_loss(config.adapt_loss),
             train=optim(config.adapt),
         ),
@@ -128,7 +142,7 @@ def run_demo(
             loss=_loss(config.distill_loss),
             train=optim(config.distill),
         ),
-        task_rows("train"),
+        read_rows(root / "world" / "unlabelled" / "train.txt"),
         dev,
     )
     say("[6/7] Zero-shot evaluation in every language")
@@ -139,8 +153,8 @@ def run_demo(
     scores = evaluate(
         models,
         "folder",
-        root / "world" / "nli",
-        translator=Translator.from_pretrained(mt),
+        root / "world" / "kinds",
+        translator=Translator.from_pretrained(mt, device="cpu"),
         teacher=models["direct"],
         num_beams=config.num_beams,
         progress=False,
@@ -148,7 +162,14 @@ def run_demo(
     say("[7/7] Writing the report")
     from .report import print_demo, summarise, write_demo_report
 
-    results = summarise(scores, world, seconds=time.perf_counter() - started, seed=seed, from_scratch=from_scratch)
+    results = summarise(
+        scores,
+        world,
+        seconds=time.perf_counter() - started,
+        seed=seed,
+        from_scratch=from_scratch,
+        num_beams=config.num_beams,
+    )
     write_demo_report(results, scores, root)
     print_demo(results)
     say(f"results.json, report.md, scores.png and every model are in {root}")

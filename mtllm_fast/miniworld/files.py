@@ -6,35 +6,46 @@ import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .languages import ENGLISH
+from .languages import ENGLISH, english
 from .world import LABELS, World
 
-TASK_COLUMNS = ("id", "text", "text_pair", "label")
+PAIR_COLUMNS = ("id", "text", "text_pair", "label")
+COLUMNS = ("id", "text", "label")
 
 
-def write_world(world: World, folder: str | Path, *, texts: int, train: int, dev: int, test: int) -> Path:
-    """Write the world's corpora and task under `folder`.
+def write_world(
+    world: World, folder: str | Path, *, texts: int, unlabelled: int, train: int, dev: int, test: int
+) -> Path:
+    """Write the world's corpora and tasks under `folder`.
 
     adapt/train.txt          English without facts or answers, `texts` lines: what the stack is adapted on
-    nli/<language>/*.tsv     the task; English has train and dev too, every language the same test rows in its own words
+    unlabelled/train.txt     English clauses like the task's about all nouns, without labels: text of stage 3
+    kinds/<language>/*.tsv   the task; English has train and dev too, every language the same test rows in its own words
+    nli/<language>/*.tsv     a harder task of the same world, which the demo does not run
     parallel/<language>.tsv  what the MT model is trained on (foreign, english)
     knowledge.txt            every fact that the LLM's English states and no other text here does
     """
     root = Path(folder)
     _lines(root / "adapt" / "train.txt", world.adaptation_texts(texts))
+    _lines(
+        root / "unlabelled" / "train.txt", (english(clause) for clause, _ in world.kind_task("unlabelled", unlabelled))
+    )
     _lines(root / "knowledge.txt", world.facts())
     for code in world.languages:
         _table(root / "parallel" / f"{code}.tsv", ("foreign", "english"), world.parallel(code))
-    nli = root / "nli"
+    kinds, nli = root / "kinds", root / "nli"
+    _lines(kinds / "labels.txt", world.categories)
     _lines(nli / "labels.txt", LABELS)
     for split, name, count in (("train", "train", train), ("validation", "dev", dev), ("test", "test", test)):
-        rows = world.task(split, count)
+        rows, pairs = world.kind_task(split, count), world.task(split, count)
         for code in (ENGLISH, *(world.languages if split == "test" else ())):
-            table = (
-                (str(index), world.render(code, row.premise), world.render(code, row.hypothesis), LABELS[row.label])
-                for index, row in enumerate(rows)
-            )
-            _table(nli / code / f"{name}.tsv", TASK_COLUMNS, table)
+            table = [(str(i), world.render(code, clause), world.categories[k]) for i, (clause, k) in enumerate(rows)]
+            _table(kinds / code / f"{name}.tsv", COLUMNS, table)
+            paired = [
+                (str(i), world.render(code, row.premise), world.render(code, row.hypothesis), LABELS[row.label])
+                for i, row in enumerate(pairs)
+            ]
+            _table(nli / code / f"{name}.tsv", PAIR_COLUMNS, paired)
     return root
 
 

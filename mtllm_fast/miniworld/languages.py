@@ -107,10 +107,11 @@ class Language:
             word = self.words[clause.object] + self.object_case
             parts["O"] = self._mark(word, self.the, self.definite, clause.object_definite)
         sentence = [parts[slot] for slot in self.order if parts[slot]]
-        tail = self.words[clause.adverb] if clause.adverb else ""
+        tails = [self.words[clause.adverb]] if clause.adverb else []
         if clause.place:
             pair = [self.words[clause.preposition], self.words[clause.place]]
-            tail = " ".join(reversed(pair) if self.postpositions else pair)
+            tails += reversed(pair) if self.postpositions else pair
+        tail = " ".join(tails)
         if tail:
             # In verb-final languages adverbials stand before the verb, elsewhere at the end.
             sentence.insert(len(sentence) - 1 if self.order.endswith("V") else len(sentence), tail)

@@ -6,8 +6,11 @@ Everything is a function of one seed. The pieces, and who gets to read them:
   the adaptation;
 * knowledge ("every fox is a mammal", "no bird is a fish"): English only, LLM only. Nouns are drawn uniformly in plain
   clauses, so that which noun is what kind of thing cannot be read off parallel text;
-* an inference task: "the fox or crow waits here" against "a mammal waits here". *Entailment* when both nouns are of the
-  kind named, *neutral* when one is, *contradiction* when none is. The three labels are equally frequent, and no label
+* the kind task, which the demo runs: "the fox waits here near the river" is about a *mammal*, one of twelve
+  kinds. Labels are given for half of the nouns; the others' kinds are known from the LLM's English alone;
+* an inference task, harder: "the fox or crow waits here" against "a mammal waits here". *Entailment* when both nouns
+  are of the kind named, *neutral* when one is, *contradiction* when none is. The three labels are equally frequent,
+  and no label
   can be told from word forms or word order: the taxonomy is needed. Pairs (noun, kind) are split into train,
   validation and test, so that no pair that decides a test row occurs in a row of training; so are premises, and no
   premise of validation or test occurs in any other text.
@@ -249,6 +252,41 @@ class World:
                 yield next(plain)
             else:
                 yield self._question(rng).rsplit(" ", 1)[0]
+
+    @cached_property
+    def noun_split(self) -> dict[str, str]:
+        """Each leaf noun -> "train", "validation" or "test" of the kind task: 5, 2 and 3 of ten per category."""
+        rng = self._rng("nouns")
+        split = {}
+        for category in self.categories:
+            members = [noun for noun in self.leaves if self.kinds[noun][0] == category]
+            rng.shuffle(members)
+            split.update(
+                {noun: "train" if i < 5 else "validation" if i < 7 else "test" for i, noun in enumerate(members)}
+            )
+        return split
+
+    def kind_task(self, split: str, count: int) -> list[tuple[Clause, int]]:
+        """`count` (clause, index into `categories`): of what kind is the thing that the clause tells of?
+
+        The nouns of a split are its own, so a test row's (noun, kind) is in no labelled row of training. Split
+        "unlabelled" has all nouns: what the teacher may label. Clauses have an adverb and a place, which no clause of
+        any corpus has.
+        """
+        if split not in ("train", "validation", "test", "unlabelled"):
+            raise ValueError(f"split must be train, validation, test or unlabelled, got {split!r}")
+        rng = self._rng(f"kinds {split}")
+        nouns = [noun for noun in self.leaves if split in ("unlabelled", self.noun_split[noun])]
+        rows: dict[Clause, int] = {}
+        while len(rows) < count:
+            noun = nouns[len(rows) % len(nouns)]
+            frame = replace(self._any_clause(rng), adjective=None, object=None, verb=rng.choice(INTRANSITIVE))
+            clause = replace(frame, subjects=(noun,), adverb=rng.choice(ADVERBS), place=rng.choice(PLACES))
+            if zlib.crc32(english(replace(clause, subjects=("it",))).encode()) % 4 == (0 if split == "test" else 1):
+                rows[clause] = self.categories.index(self.kinds[noun][0])
+        shuffled = list(rows.items())
+        rng.shuffle(shuffled)
+        return shuffled
 
     def task(self, split: str, count: int) -> list[TaskRow]:
         """`count` shuffled rows of the inference task, labels equally frequent, decided only by pairs of this split.

@@ -39,7 +39,9 @@ class AdaptConfig:
     lora: LoraSettings = field(default_factory=LoraSettings)
     loss: DistillationWeights = field(default_factory=DistillationWeights)
     init_rows: int = 0
-    """Texts that the projection is first fitted on, by least squares to the LLM's embeddings; 0: random start."""
+    """Texts that the projection is first fitted on, to pick out the LLM's own embeddings; 0 starts at random."""
+    train_projection: bool = True
+    """False keeps the projection as it starts, for one that was fitted with init_rows."""
     train: OptimSettings = field(default_factory=OptimSettings)
     resume: bool = False
     """Continue the run in `output` from its newest complete checkpoint."""
@@ -97,6 +99,8 @@ def adapt(config: AdaptConfig, rows: Iterable[TextRow], source: dict[str, Any] |
     assert student.tokenizer is not None
     if config.init_rows:
         fit_projection(student, rows, config.init_rows)
+    assert student.projection is not None
+    student.projection.requires_grad_(config.train_projection)
     step = AdaptStep(student, config.loss)
     metrics = run_stage(step, rows, config.train, run, sides=("mt", "llm"), align=config.loss.needs_pairs)
     run.save(student, include_base=config.include_base)

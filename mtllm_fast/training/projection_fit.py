@@ -1,4 +1,4 @@
-"""A start for the projection: least squares from encoder states to the LLM's embeddings of the same characters."""
+"""A start for the projection: projected encoder states pick out the LLM's own embedding of the same characters."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from itertools import islice
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.collate import collate
@@ -15,58 +16,87 @@ from ..models import MTLLM
 CHUNK = 256
 
 
-@torch.no_grad()
-def fit_projection(student: MTLLM, rows: Iterable[TextRow], count: int, *, ridge: float = 1e-3) -> float:
-    """Set a linear projection so that projected states come near the LLM's own embeddings of the same characters.
+def fit_projection(
+    student: MTLLM,
+    rows: Iterable[TextRow],
+    count: int,
+    *,
+    steps: int = 150,
+    max_pairs: int = 20_000,
+    penalty: float = 1e-4,
+) -> float:
+    """Set a linear projection by a softmax regression from encoder states to the LLM's tokens.
 
-    Minimises `mean |W x + b - e|^2 + ridge * |W|^2` over the row pairs that end at the same character, where x (E,) is
-    the encoder's state and e (D,) the LLM's input embedding; solved from E x E sums in float64: memory does not grow.
+    With x (E,) an encoder state and t the LLM token that ends at the same character, it minimises the cross-entropy of
+    `softmax((W x + b) . e_v)` at t over the tokens v that occur, every token type weighing the same, plus
+    `penalty / 2 * |W|^2`; e_v are the LLM's centred embeddings at length 1. The result is scaled to the embeddings'
+    length. A least-squares fit explains more of the English embeddings, but by directions that are English only.
 
     Args:
         student: a stack with a linear projection and a tokenizer.
-        rows: texts; the first `count` are used.
+        rows: texts; the first `count` are read, and at most `max_pairs` aligned tokens of them used.
 
     Returns:
-        The share of the embeddings' variance that the projection explains, 0 to 1.
+        The share of these tokens that the projected states pick out, 0 to 1.
 
     Raises:
-        ValueError: the projection is not linear, or no row pair ends at the same character.
+        ValueError: the projection is not linear, or no tokens of the two sides end at the same character.
     """
     projection = student.projection.layers if student.projection is not None else None
     if not isinstance(projection, nn.Linear):
         raise ValueError(
-            "init_rows: least squares fits a linear projection; use projection.kind='linear' or init_rows=0"
+            "init_rows: only a linear projection can be fitted; use projection.kind='linear' or init_rows=0"
         )
-    assert student.encoder is not None and student.llm is not None and student.tokenizer is not None
-    embeddings = student.llm.model.get_input_embeddings()
-    device = projection.weight.device
-    student.eval()
-    totals: list[Tensor] = []
-    pairs = 0
-    stream = iter(islice(rows, count))
-    while chunk := list(islice(stream, CHUNK)):
+    assert student.llm is not None
+    states, tokens = _pairs(student, islice(rows, count), max_pairs)
+    if len(tokens) == 0:
+        raise ValueError(
+            f"init_rows={count}: no tokens of the two sides end at the same character; give more rows or 0"
+        )
+    types, target, frequency = tokens.unique(return_inverse=True, return_counts=True)
+    table = student.llm.model.get_input_embeddings().weight.detach()[types].float()
+    centre = table.mean(0)
+    directions = F.normalize(table - centre, dim=-1)  # (V', D)
+    share = 1 / frequency.float()[target]
+    share = share / share.sum()
+    weight = torch.zeros(projection.weight.shape, device=states.device, requires_grad=True)
+    bias = torch.zeros(projection.weight.shape[0], device=states.device, requires_grad=True)
+    optimizer = torch.optim.Adam([weight, bias], lr=0.02)
+    with torch.enable_grad():
+        for _ in range(steps):
+            logits = (states @ weight.T + bias) @ directions.T
+            loss = (
+                share * F.cross_entropy(logits, target, reduction="none")
+            ).sum() + penalty / 2 * weight.square().sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        projected = states @ weight.T + bias
+        found = (projected @ directions.T).argmax(-1) == target
+        scale = (table - centre).norm(dim=-1).mean() / projected.norm(dim=-1).mean()
+        projection.weight.copy_(scale * weight)
+        if projection.bias is not None:
+            projection.bias.copy_(scale * bias + centre)
+    return float(found.float().mean())
+
+
+@torch.no_grad()
+def _pairs(student: MTLLM, rows: Iterable[TextRow], limit: int) -> tuple[Tensor, Tensor]:
+    """Encoder states (P, E) float32 and the LLM tokens (P,) that end at the same characters."""
+    assert student.encoder is not None and student.projection is not None and student.tokenizer is not None
+    device = next(student.projection.parameters()).device
+    states, tokens, stream, total = [], [], iter(rows), 0
+    student.encoder.eval()
+    while total < limit and (chunk := list(islice(stream, CHUNK))):
         batch = collate(chunk, student.tokenizer, sides=("mt", "llm"), align=True).to(device)
         assert (
             batch.mt is not None and batch.llm is not None and batch.mt_rows is not None and batch.llm_rows is not None
         )
-        x = student.encoder(batch.mt)[batch.mt_rows].double()  # (P, E)
-        e = embeddings(batch.llm.input_ids[batch.llm_rows]).double()  # (P, D)
-        sums = [x.sum(0), e.sum(0), x.T @ x, x.T @ e, e.square().sum()]
-        totals = [total + part for total, part in zip(totals, sums)] if totals else sums
-        pairs += len(x)
+        states.append(student.encoder(batch.mt)[batch.mt_rows].float())
+        tokens.append(batch.llm.input_ids[batch.llm_rows])
+        total += len(tokens[-1])
     student.train()
-    if pairs == 0:
-        raise ValueError(
-            f"init_rows={count}: no tokens of the two sides end at the same character; give more rows or 0"
-        )
-    mean_x, mean_e, xx, xe, ee = (total / pairs for total in totals)
-    covariance = xx - torch.outer(mean_x, mean_x)
-    cross = xe - torch.outer(mean_x, mean_e)
-    damped = covariance + ridge * torch.eye(len(mean_x), dtype=torch.float64, device=device)
-    solution = torch.linalg.solve(damped, cross)  # (E, D)
-    projection.weight.copy_(solution.T)
-    if projection.bias is not None:
-        projection.bias.copy_(mean_e - mean_x @ solution)
-    variance = ee - mean_e.square().sum()
-    left = variance - 2 * (solution * cross).sum() + (solution * (covariance @ solution)).sum()
-    return float(1 - left / variance)
+    if not total:
+        return torch.zeros(0, 1), torch.zeros(0, dtype=torch.long)
+    return torch.cat(states)[:limit], torch.cat(tokens)[:limit]

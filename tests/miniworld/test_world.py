@@ -106,3 +106,22 @@ def test_english_agrees(world: World) -> None:
     clause = world.task("test", 3)[0].premise
     assert english(clause).startswith("the ")
     assert world.render(ENGLISH, clause) == english(clause)
+
+
+def test_no_noun_of_a_test_row_is_labelled_in_training(world: World) -> None:
+    nouns = {part: {c.subjects[0] for c, _ in world.kind_task(part, 200)} for part in ("train", "validation", "test")}
+    assert not nouns["train"] & nouns["test"]
+    assert not nouns["train"] & nouns["validation"]
+    assert not nouns["validation"] & nouns["test"]
+    unlabelled = world.kind_task("unlabelled", 400)
+    assert {c.subjects[0] for c, _ in unlabelled} == set(world.leaves)
+    test = {english(c) for c, _ in world.kind_task("test", 300)}
+    assert not test & {english(c) for c, _ in unlabelled}, "sentences are held out, from unlabelled text too"
+    for clause, kind in unlabelled[:50]:
+        assert world.categories[kind] in world.kinds[clause.subjects[0]]
+
+
+def test_no_sentence_of_the_kind_task_can_stand_in_a_corpus(world: World) -> None:
+    rng = world._rng("control")
+    assert not any(c.adverb and c.place for c in (world.clause(rng) for _ in range(2000)))
+    assert all(c.adverb and c.place for c, _ in world.kind_task("test", 100))
