@@ -28,7 +28,7 @@ class DemoConfig:
     """Sizes and settings of the demo; what they were chosen by stands in miniworld/README.md."""
 
     texts: int = 20_000
-    unlabelled: int = 6_000
+    unlabelled: int = 12_000
     train_rows: int = 3_000
     dev_rows: int = 240
     test_rows: int = 300
@@ -45,7 +45,7 @@ class DemoConfig:
     )
     adapt_loss: dict[str, float] = field(default_factory=lambda: {"pooled_mse": 1.0, "paired_mse": 1.0})
     distill: dict[str, Any] = field(
-        default_factory=lambda: {"lr": 2e-3, "max_steps": 500, "max_rows": 64, "warmup": 0.05}
+        default_factory=lambda: {"lr": 2e-3, "max_steps": 700, "max_rows": 64, "warmup": 0.05}
     )
     distill_loss: dict[str, float] = field(default_factory=lambda: {"pooled_mse": 1.0, "head_kl": 1.0})
     num_beams: int = 5

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .languages import ENGLISH, english
+from .languages import ENGLISH
 from .world import LABELS, World
 
 PAIR_COLUMNS = ("id", "text", "text_pair", "label")
@@ -27,9 +27,7 @@ def write_world(
     """
     root = Path(folder)
     _lines(root / "adapt" / "train.txt", world.adaptation_texts(texts))
-    _lines(
-        root / "unlabelled" / "train.txt", (english(clause) for clause, _ in world.kind_task("unlabelled", unlabelled))
-    )
+    _lines(root / "unlabelled" / "train.txt", world.unlabelled(unlabelled))
     _lines(root / "knowledge.txt", world.facts())
     for code in world.languages:
         _table(root / "parallel" / f"{code}.tsv", ("foreign", "english"), world.parallel(code))

@@ -99,7 +99,8 @@ def verdict(results: dict[str, Any]) -> list[str]:
     )
     lines.append(
         f"Translate-test decodes with {results['num_beams']} beams, M2M100's default. The task names the kind of a "
-        "thing whose noun has no labelled row; stage 3 needs no labels, and its English text has all nouns."
+        "thing whose noun has no labelled row; stage 3 needs no labels, "
+        "and its English text has all nouns, three in four clauses in telegraphic English of any word order."
     )
     lines.append(CAVEAT)
     return lines
@@ -128,7 +129,7 @@ def print_demo(results: dict[str, Any]) -> None:
     console = Console()
     table = Table(title="Zero-shot accuracy, % (trained on English only)", header_style="bold")
     for index, name in enumerate(HEADER):
-        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
     rows = table_rows(results)
     for index, row in enumerate(rows):
         if index in (1, len(rows) - 2):

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from .languages import ENGLISH, Clause, Language, english, make_languages
+from .languages import ENGLISH, Clause, Language, english, english_verb, make_languages
 
 LABELS = ("entailment", "neutral", "contradiction")
 
@@ -287,6 +287,27 @@ class World:
         shuffled = list(rows.items())
         rng.shuffle(shuffled)
         return shuffled
+
+    def unlabelled(self, count: int) -> Iterator[str]:
+        """English for stage 3: clauses of the kind task about all nouns, three in four in telegraphic English.
+
+        Telegraphic English has any order of subject, verb, adverb and place, with or without articles. Where every text
+        says "the fox waits", the stack learns to look behind an article, which most languages do not have.
+        """
+        rng = self._rng("unlabelled texts")
+        for clause, _ in self.kind_task("unlabelled", count):
+            if rng.random() < 0.25:
+                yield english(clause)
+                continue
+            the = "the " if rng.random() < 0.3 else ""
+            parts = [
+                f"{the}{clause.subjects[0]}",
+                english_verb(clause.verb or "", clause.past),
+                clause.adverb or "",
+                rng.choice((f"{clause.preposition} {the}{clause.place}", f"{clause.place} {clause.preposition}")),
+            ]
+            rng.shuffle(parts)
+            yield " ".join(parts)
 
     def task(self, split: str, count: int) -> list[TaskRow]:
         """`count` shuffled rows of the inference task, labels equally frequent, decided only by pairs of this split.
