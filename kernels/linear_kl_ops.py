@@ -172,12 +172,15 @@ def _save_difference(ctx, inputs, output):
     _, _, dh, dw, db = output
     ctx.need_dh, ctx.need_dw, ctx.need_db = inputs[-3:]
     ctx.bias_dtype = None if inputs[4] is None else inputs[4].dtype
+    ctx.set_materialize_grads(False)  # or backward would allocate zeros for dh and dw, which have no derivative
     ctx.save_for_backward(dh, dw, db)
 
 
 def _difference_backward(ctx, grad_total, *_unused):
     dh, dw, db = ctx.saved_tensors
     gradients: list[Tensor | None] = [None] * 18
+    if grad_total is None:
+        return tuple(gradients)
     if ctx.need_dh:
         gradients[0] = scale_gradient(dh, grad_total)
     if ctx.need_dw:
@@ -189,12 +192,14 @@ def _difference_backward(ctx, grad_total, *_unused):
 
 def _save_moment_step(ctx, inputs, output):
     ctx.need_dh = inputs[-1]
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[2])
 
 
 def _moment_step_backward(ctx, grad_total, *_unused):
     (dh,) = ctx.saved_tensors
-    return (scale_gradient(dh, grad_total) if ctx.need_dh else None, *([None] * 12))
+    wanted = ctx.need_dh and grad_total is not None
+    return (scale_gradient(dh, grad_total) if wanted else None, *([None] * 12))
 
 
 difference.register_autograd(_difference_backward, setup_context=_save_difference)

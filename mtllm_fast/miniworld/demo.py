@@ -33,7 +33,6 @@ class DemoConfig:
     dev_rows: int = 240
     test_rows: int = 300
     causal: bool = True
-    init_rows: int = 4_000
     teacher: dict[str, Any] = field(
         default_factory=lambda: {"lr": 1e-3, "max_steps": 150, "max_rows": 64, "warmup": 0.05}
     )
@@ -41,13 +40,15 @@ class DemoConfig:
         default_factory=lambda: {"lr": 2e-3, "max_steps": 400, "max_rows": 64, "warmup": 0.05}
     )
     adapt: dict[str, Any] = field(
-        default_factory=lambda: {"lr": 2e-4, "max_steps": 200, "max_rows": 64, "warmup": 0.05}
+        default_factory=lambda: {"lr": 4e-4, "max_steps": 400, "max_rows": 64, "warmup": 0.05}
     )
     adapt_loss: dict[str, float] = field(default_factory=lambda: {"pooled_mse": 1.0, "paired_mse": 1.0})
     distill: dict[str, Any] = field(
-        default_factory=lambda: {"lr": 2e-3, "max_steps": 700, "max_rows": 64, "warmup": 0.05}
+        default_factory=lambda: {"lr": 1.5e-3, "max_steps": 650, "max_rows": 64, "warmup": 0.05}
     )
-    distill_loss: dict[str, float] = field(default_factory=lambda: {"pooled_mse": 1.0, "head_kl": 1.0})
+    distill_loss: dict[str, float] = field(
+        default_factory=lambda: {"pooled_mse": 1.0, "paired_mse": 0.3, "head_kl": 1.0}
+    )
     num_beams: int = 5
 
 
@@ -97,7 +98,7 @@ def run_demo(
 
     def optim(settings: dict[str, Any]) -> Any:
         return OptimSettings(
-            seed=seed, device="cpu", report_to="none", save_steps=10**6, shuffle_buffer=2048, **settings
+            seed=seed, device="cpu", report_to="none", save_steps=10**6, log_steps=100, shuffle_buffer=2048, **settings
         )
 
     def task_rows(split: str) -> Any:
@@ -127,7 +128,6 @@ def run_demo(
             llm=llm,
             output=folders["adapted"],
             causal=config.causal,
-            init_rows=config.init_rows,
             loss=_loss(config.adapt_loss),
             train=optim(config.adapt),
         ),
@@ -139,6 +139,7 @@ def run_demo(
             model=folders["adapted"],
             teacher=folders["teacher"],
             output=folders["mt_llm"],
+            train_projection=True,
             loss=_loss(config.distill_loss),
             train=optim(config.distill),
         ),
