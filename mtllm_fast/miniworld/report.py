@@ -100,7 +100,7 @@ def verdict(results: dict[str, Any]) -> list[str]:
     lines.append(
         f"Translate-test decodes with {results['num_beams']} beams, M2M100's default. The task names the kind of a "
         "thing whose noun has no labelled row; stage 3 needs no labels, "
-        "and its English text has all nouns, three in five clauses in freer English: other word orders, articles dropped."
+        "and its English text has all nouns, three in five clauses in freer English: other orders, articles dropped."
     )
     lines.append(CAVEAT)
     return lines
