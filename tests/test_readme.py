@@ -16,7 +16,10 @@ def _blocks() -> list[str]:
 
 def test_training_loop(encoder_folder: str, llm_folder: str) -> None:
     code = next(block for block in _blocks() if "MTLLM.stack" in block)
-    for name, folder in (("facebook/nllb-200-distilled-600M", encoder_folder), ("meta-llama/Meta-Llama-3-8B-Instruct", llm_folder)):
+    for name, folder in (
+        ("facebook/nllb-200-distilled-600M", encoder_folder),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", llm_folder),
+    ):
         assert name in code
         code = code.replace(name, folder)
     assert len([line for line in code.splitlines() if line.strip() and "import" not in line]) <= 10

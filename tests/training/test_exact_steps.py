@@ -91,9 +91,14 @@ def test_torchrun_command(tmp_path, encoder_folder, llm_folder) -> None:
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for more in ([], ["--resume"]):
-        done = subprocess.run([*command, *more], env=environment, capture_output=True, text=True, timeout=240, check=False)
+        done = subprocess.run(
+            [*command, *more], env=environment, capture_output=True, text=True, timeout=240, check=False
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("adapt:") == 1
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log if "loss" in entry] == [2, 4, 6]
-    assert {path.name for path in (tmp_path / "run" / "checkpoint-6").glob("rng*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+    assert {path.name for path in (tmp_path / "run" / "checkpoint-6").glob("rng*")} == {
+        "rng_state_0.pth",
+        "rng_state_1.pth",
+    }
