@@ -44,7 +44,7 @@ class DemoConfig:
     )
     adapt_loss: dict[str, float] = field(default_factory=lambda: {"pooled_mse": 1.0, "paired_mse": 1.0})
     distill: dict[str, Any] = field(
-        default_factory=lambda: {"lr": 1.5e-3, "max_steps": 650, "max_rows": 64, "warmup": 0.05}
+        default_factory=lambda: {"lr": 1.5e-3, "max_steps": 1300, "max_rows": 64, "warmup": 0.05}
     )
     distill_loss: dict[str, float] = field(
         default_factory=lambda: {"pooled_mse": 1.0, "paired_mse": 0.3, "head_kl": 1.0}
