@@ -310,7 +310,7 @@ def paired_mse(
 
     Raises:
         TypeError, ValueError: arguments that do not fit together.
-        IndexError: a row number out of range (on CUDA a device-side assertion instead).
+        IndexError: a row number out of range (on CUDA a device-side assertion, unless MTLLM_DEBUG=1).
     """
     check_two_sides(student, teacher)
     check_pairs(student, rows_s, rows_t, weight)

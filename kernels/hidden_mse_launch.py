@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .device_checks import require, require_rows
 from .hidden_mse_triton import pair_values, pool_compare, pool_finish, pool_rows, state_gradient
 from .segments import Partition, assert_values, partition
 from .tiles import HIDDEN_MSE, HiddenMSETiles, architecture
@@ -135,8 +136,7 @@ def pairs_triton(
     )
     pairs, width = rows_s.shape[0], student.shape[1]
     for name, rows, x in (("rows_s", rows_s, student), ("rows_t", rows_t, teacher)):
-        good = ((rows >= 0) & (rows < x.shape[0])).all()
-        torch._assert_async(good, f"{name} holds a row number outside 0 to {x.shape[0] - 1}")
+        require_rows(rows, x.shape[0], name)
     values = student.new_empty(pairs, dtype=torch.float32)
     stats = student.new_empty(2, pairs if kind == "cosine" else 0, dtype=torch.float32)
     if pairs:
@@ -179,7 +179,7 @@ def state_gradient_triton(
         assert rows_s is not None and rows_t is not None and teacher is not None
         teacher = _checked(teacher, "teacher")
         if rows_sorted:
-            torch._assert_async((rows_s[1:] >= rows_s[:-1]).all(), "rows_s must ascend when rows_sorted is True")
+            require((rows_s[1:] >= rows_s[:-1]).all(), "rows_s must ascend when rows_sorted is True")
             pair_order, ascending = torch.arange(rows_s.shape[0], device=rows_s.device), rows_s
         else:
             ascending, pair_order = torch.sort(rows_s, stable=True)

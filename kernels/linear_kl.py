@@ -210,7 +210,7 @@ def linear_kl(
     Raises:
         TypeError: a tensor of a wrong kind of dtype.
         ValueError: shapes, devices, dtypes, vocabularies or options that do not fit together.
-        IndexError: a row number out of range (on CUDA a device-side assertion instead, which does not stop the host).
+        IndexError: a row number out of range (on CUDA a device-side assertion, unless MTLLM_DEBUG=1).
     """
     check_matrix("h_s", h_s)
     device = h_s.device

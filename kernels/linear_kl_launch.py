@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from .device_checks import require, require_rows
 from .gemms import mm_f32, mm_f32_add
 from .linear_kl_cpu import JSD
 from .linear_kl_triton import exp_rows, finish_moments, kl_rows
@@ -26,11 +27,6 @@ def _tiles(device: torch.device) -> LinearKLTiles:
     return LINEAR_KL.get(architecture(), LINEAR_KL["default"]) if device.type == "cuda" else LINEAR_KL["default"]
 
 
-def _assert_rows(rows: Tensor | None, limit: int, name: str) -> None:
-    if rows is not None and rows.numel():
-        torch._assert_async(((rows >= 0) & (rows < limit)).all(), f"{name} holds a row number outside 0 to {limit - 1}")
-
-
 class _Pairs:
     """Row pairs in the order they are computed: weight 0 last, and cut off there where `num_valid` says so."""
 
@@ -41,9 +37,7 @@ class _Pairs:
         if weight is None:
             return
         if num_valid >= 0:
-            torch._assert_async(
-                (weight != 0).sum() <= num_valid, f"more than num_valid={num_valid} pairs have a weight"
-            )
+            require((weight != 0).sum() <= num_valid, f"more than num_valid={num_valid} pairs have a weight")
             self.count = num_valid
         order = torch.argsort((weight == 0).to(torch.int8), stable=True)[: self.count]
         self.order, self.weight = order, weight[order].float()
@@ -124,8 +118,8 @@ def difference_triton(
     """As `linear_kl_cpu.difference_cpu`, 3 GEMMs and one row kernel per chunk."""
     _require_triton_dtype(h_s)
     tiles = tiles or _tiles(h_s.device)
-    _assert_rows(rows_s, h_s.shape[0], "rows_s")
-    _assert_rows(rows_t, h_t.shape[0], "rows_t")
+    require_rows(rows_s, h_s.shape[0], "rows_s")
+    require_rows(rows_t, h_t.shape[0], "rows_t")
     pairs = _Pairs(h_s.shape[0] if rows_s is None else rows_s.shape[0], rows_s, rows_t, row_weight, num_valid)
     vocab, width = w_s.shape
     store = need_dh or need_dw or need_db
@@ -192,7 +186,7 @@ def teacher_moments_triton(
     """As `moments_cpu.teacher_moments_cpu`, 2 GEMMs and one row kernel per chunk."""
     _require_triton_dtype(h_t)
     tiles = tiles or _tiles(h_t.device)
-    _assert_rows(rows, h_t.shape[0], "rows")
+    require_rows(rows, h_t.shape[0], "rows")
     count = h_t.shape[0] if rows is None else rows.shape[0]
     values = w_t if w_s is None else w_s
     vocab = w_t.shape[0]
@@ -239,8 +233,8 @@ def moment_step_triton(
     """As `moments_cpu.moment_step_cpu`, 2 GEMMs and two row kernels per chunk."""
     _require_triton_dtype(h_s)
     tiles = tiles or _tiles(h_s.device)
-    _assert_rows(rows_s, h_s.shape[0], "rows_s")
-    _assert_rows(rows_t, m.shape[0], "rows_t")
+    require_rows(rows_s, h_s.shape[0], "rows_s")
+    require_rows(rows_t, m.shape[0], "rows_t")
     pairs = _Pairs(h_s.shape[0] if rows_s is None else rows_s.shape[0], rows_s, rows_t, row_weight, num_valid)
     vocab, width = w_s.shape
     values, lse, inv_sum = (h_s.new_empty(pairs.count, dtype=torch.float32) for _ in range(3))

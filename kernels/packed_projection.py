@@ -135,7 +135,7 @@ def packed_projection(
 
     Raises:
         TypeError, ValueError: arguments that do not fit together.
-        IndexError: a row number out of range (on CUDA a device-side assertion instead).
+        IndexError: a row number out of range (on CUDA a device-side assertion, unless MTLLM_DEBUG=1).
     """
     if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
         raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .device_checks import require
 from .gemms import accumulation_dtype, cpu_nt, mm_f32_add
 from .hidden_mse_cpu import normalised
 from .linear_kl_cpu import check_rows
@@ -33,7 +34,7 @@ def check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
     """The sequences must hold every token, or the rows of the result would have gaps."""
     if cu_seqlens.is_cuda:
         assert_values(cu_seqlens, "mean", tokens)
-        torch._assert_async(cu_seqlens[-1] == tokens, f"cu_seqlens must end at {tokens}, the number of tokens")
+        require(cu_seqlens[-1] == tokens, f"cu_seqlens must end at {tokens}, the number of tokens")
         return
     check_values(cu_seqlens, "mean", tokens)
     if int(cu_seqlens[-1]) != tokens:

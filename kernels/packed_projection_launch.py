@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .device_checks import require_rows
 from .hidden_mse_launch import MAX_WIDTH, power_of_two
 from .packed_projection_cpu import ACTIVATIONS, boundary_rows, check_boundaries, gathered_rows, place_boundaries
 from .packed_projection_triton import fold_norm, norm_rows, projection_gemm
@@ -65,9 +66,7 @@ def packed_linear_triton(
     width_out, width = w.shape
     if width > MAX_WIDTH:
         raise ValueError(f"x is {width} wide, but the kernels take at most {MAX_WIDTH}")
-    if rows is not None and rows.numel():
-        good = ((rows >= 0) & (rows < x.shape[0])).all()
-        torch._assert_async(good, f"rows holds a row number outside 0 to {x.shape[0] - 1}")
+    require_rows(rows, x.shape[0], "rows")
     x, w = (value if value.stride(1) == 1 else value.contiguous() for value in (x, w))
     tokens = x.shape[0] if rows is None else rows.shape[0]
     before, after = (0 if e is None else e.shape[-2] for e in (prefix, suffix))

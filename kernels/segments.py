@@ -17,6 +17,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .device_checks import require
+
 POOLINGS = ("mean", "first", "last")
 SPANS = "spans"
 
@@ -73,14 +75,14 @@ def check_values(bounds: Tensor, pooling: str, rows: int) -> None:
 
 
 def assert_values(bounds: Tensor, pooling: str, rows: int) -> None:
-    """CUDA: the same as a device-side assertion, which does not stop the host."""
+    """CUDA: the same as a device-side assertion; a ValueError in debug."""
     flat = bounds.flatten()
     if pooling != SPANS:
         good = (flat[0] == 0) & (flat[1:] >= flat[:-1]).all() & (flat[-1] <= rows)
-        torch._assert_async(good, f"cu_seqlens must start at 0, not descend, and end within the {rows} rows")
+        require(good, f"cu_seqlens must start at 0, not descend, and end within the {rows} rows")
         return
     inside = ((bounds[:, 0] >= 0) & (bounds[:, 1] >= bounds[:, 0]) & (bounds[:, 1] <= rows)).all()
-    torch._assert_async(inside, f"spans must be ascending and within the {rows} rows")
+    require(inside, f"spans must be ascending and within the {rows} rows")
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def partition(bounds: Tensor | None, pooling: str, rows: int, device: torch.devi
     order = torch.argsort(starts.masked_fill(empty, -1), stable=True)
     starts, ends = starts.masked_fill(empty, 0)[order], ends.masked_fill(empty, 0)[order]
     if pooling == SPANS and count > 1:
-        torch._assert_async((starts[1:] >= ends[:-1]).all(), "spans must not overlap")
+        require((starts[1:] >= ends[:-1]).all(), "spans must not overlap")
     edges = torch.stack((starts, ends), 1).flatten()
     position = torch.empty_like(order)
     position[order] = torch.arange(count, device=device) * 2 + 1

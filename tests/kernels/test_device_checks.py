@@ -1,0 +1,31 @@
+"""Checks of device values: an assertion on the device, or a named error on the host with MTLLM_DEBUG=1."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mtllm_fast.kernels.device_checks import require, require_rows
+from mtllm_fast.kernels.segments import assert_values
+
+
+@pytest.mark.parametrize("rows", [[0, 3], [-1, 0]])
+def test_debug_names_the_argument_on_the_host(monkeypatch, rows):
+    monkeypatch.setenv("MTLLM_DEBUG", "1")
+    with pytest.raises(IndexError, match="rows_t holds a row number outside 0 to 2"):
+        require_rows(torch.tensor(rows), 3, "rows_t")
+    require_rows(torch.tensor([0, 2]), 3, "rows_t")
+    require_rows(torch.tensor([], dtype=torch.int64), 0, "rows_t")
+
+
+def test_debug_checks_cu_seqlens(monkeypatch):
+    monkeypatch.setenv("MTLLM_DEBUG", "1")
+    with pytest.raises(ValueError, match="cu_seqlens must start at 0"):
+        assert_values(torch.tensor([1, 3]), "mean", 3)
+    assert_values(torch.tensor([0, 3]), "mean", 3)
+
+
+def test_without_debug_the_device_asserts(monkeypatch):
+    monkeypatch.setenv("MTLLM_DEBUG", "0")
+    with pytest.raises(RuntimeError, match="rows_s holds"):  # the CPU's own assertion
+        require_rows(torch.tensor([5]), 3, "rows_s")
+    require(torch.tensor(True), "never")
