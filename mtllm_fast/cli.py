@@ -1,26 +1,34 @@
 """The `mtllm` command: picks the subcommand, reads YAML, and turns errors into one line.
 
-The options of every subcommand are the fields of its dataclass in `commands.py`.
+The options of every subcommand are the fields of its dataclass in `commands/`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import os
 import sys
 import typing
 from typing import Any
 
+# name: (module:class in mtllm_fast.commands, what it does)
 COMMANDS = {
-    "demo": "watch the whole method in a generated world, with no download (about ten minutes on 2 cores)",
-    "adapt": "stage 1: stack an MT encoder into an LLM by self-distillation on English text",
-    "finetune": "stage 2: train the task teacher (--llm), or a baseline (--encoder, --model)",
-    "distill": "stage 3: distil the task teacher into an adapted stack",
-    "evaluate": "zero-shot scores of models in every language of a task, against translate-test",
-    "translate": "translate texts with the MT model",
-    "encode": "embed texts in any language of the MT encoder",
-    "doctor": "versions, devices, and which attention backends and kernels will run here, and why not",
+    "demo": (
+        "demo:Demo",
+        "watch the whole method in a generated world, with no download (about ten minutes on 2 cores)",
+    ),
+    "adapt": ("train:Adapt", "stage 1: stack an MT encoder into an LLM by self-distillation on English text"),
+    "finetune": ("train:Finetune", "stage 2: train the task teacher (--llm), or a baseline (--encoder, --model)"),
+    "distill": ("train:Distill", "stage 3: distil the task teacher into an adapted stack"),
+    "evaluate": ("evaluate:Evaluate", "zero-shot scores of models in every language of a task, against translate-test"),
+    "translate": ("translate:Translate", "translate texts with the MT model"),
+    "encode": ("encode:Encode", "embed texts in any language of the MT encoder"),
+    "doctor": (
+        "doctor:Doctor",
+        "versions, devices, attention backends and kernels: what will run here, and why not",
+    ),
 }
 
 USAGE = """usage: mtllm COMMAND [options]
@@ -36,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         width = max(map(len, COMMANDS))
-        print(USAGE.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())))
+        print(USAGE.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())))
         raise SystemExit(0 if arguments else 2)
     if arguments[0] in ("-V", "--version"):
         from . import __version__
@@ -65,9 +73,8 @@ def run(name: str, arguments: list[str]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import tyro
 
-    from . import commands
-
-    settings_type = commands.SETTINGS[name]
+    module, _, settings_name = COMMANDS[name][0].partition(":")
+    settings_type = getattr(importlib.import_module(f"mtllm_fast.commands.{module}"), settings_name)
     default, arguments = yaml_default(settings_type, arguments)
     settings = tyro.cli(
         settings_type,

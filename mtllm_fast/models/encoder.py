@@ -1,6 +1,7 @@
 """MT encoders on packed rows.
 
-A family is one function `(encoder, batch, plan) -> (T, E)` and one line in `FAMILIES`. Positions restart at every
+A family is one function `(encoder, batch, plan) -> (T, E)`, the states before the final norm, and one line in `FAMILIES`
+with the name of that norm. Positions restart at every
 sequence, with the family's own offset, so that a packed batch gives the rows that Hugging Face gives on a padded one.
 """
 
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.pack import PackedBatch
 from .adapters import AdaptedModel
@@ -29,11 +30,11 @@ def packed_m2m100(encoder: Any, batch: PackedBatch, plan: AttentionPlan) -> Tens
     hidden = F.dropout(hidden, encoder.dropout, encoder.training)[None]
     for layer in encoder.layers:
         hidden = layer(hidden, None, plan=plan)
-    return encoder.layer_norm(hidden)[0]
+    return hidden[0]
 
 
-FAMILIES: dict[str, Callable[[Any, PackedBatch, AttentionPlan], Tensor]] = {
-    "m2m_100": packed_m2m100,  # NLLB-200 and M2M-100
+FAMILIES: dict[str, tuple[Callable[[Any, PackedBatch, AttentionPlan], Tensor], str]] = {
+    "m2m_100": (packed_m2m100, "layer_norm"),  # NLLB-200 and M2M-100
 }
 
 
@@ -55,7 +56,7 @@ class PackedEncoder(AdaptedModel):
                 0.0  # layers are not dropped here: the encoder is distilled, not pre-trained
             )
         encoder.set_attn_implementation(NAME)
-        self._run = FAMILIES[family]
+        self._run, self._norm = FAMILIES[family]
 
     @classmethod
     def from_pretrained(
@@ -78,6 +79,12 @@ class PackedEncoder(AdaptedModel):
     def vocab_size(self) -> int:
         return int(self.model.config.vocab_size)
 
-    def forward(self, batch: PackedBatch, plan: AttentionPlan | None = None) -> Tensor:
-        """Last hidden states (T, E) of the packed MT tokens."""
-        return self._run(self.model, batch, plan or AttentionPlan(batch, causal=False))
+    @property
+    def final_norm(self) -> nn.LayerNorm:
+        """The norm that ends the encoder."""
+        return getattr(self.model, self._norm)
+
+    def forward(self, batch: PackedBatch, plan: AttentionPlan | None = None, *, final_norm: bool = True) -> Tensor:
+        """Last hidden states (T, E) of the packed MT tokens; without `final_norm` as they come from the last layer."""
+        states = self._run(self.model, batch, plan or AttentionPlan(batch, causal=False))
+        return self.final_norm(states) if final_norm else states

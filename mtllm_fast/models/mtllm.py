@@ -244,13 +244,13 @@ class MTLLM(nn.Module):
             return self.encoder(batch)
         assert self.projection is not None and self.llm is not None
         if any(parameter.requires_grad for parameter in self.encoder.parameters()):
-            states = self.encoder(batch)
+            states = self.encoder(batch, final_norm=False)
         else:
             with torch.no_grad():
-                states = self.encoder(batch)
-        weight = next(self.projection.parameters())
-        embeds = self.projection(states.to(weight.dtype))
-        return self.llm(batch, embeds=embeds.to(self.llm.model.dtype))  # the residual stream keeps the LLM's dtype
+                states = self.encoder(batch, final_norm=False)
+        # the residual stream keeps the LLM's dtype
+        embeds = self.projection(states, self.encoder.final_norm, self.llm.model.dtype)
+        return self.llm(batch, embeds=embeds)
 
     @torch.no_grad()
     def teacher_states(self, batch: PackedBatch, adapter: str | None = None) -> Tensor:

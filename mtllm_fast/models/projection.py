@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from ..kernels import packed_projection
 
 
 @dataclass(frozen=True)
@@ -44,5 +46,18 @@ class Projection(nn.Module):
             for parameter in last.parameters():
                 parameter.mul_(std / current)
 
-    def forward(self, states: Tensor) -> Tensor:
-        return self.layers(states)
+    def forward(self, states: Tensor, norm: nn.LayerNorm | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Project packed states (T, E) to (T, D) of `dtype` (the weights' own by default), by `packed_projection`.
+
+        Args:
+            norm: the encoder's final norm, where the states come from before it; it is then part of the same op.
+        """
+        options: dict[str, Any] = {}
+        last = self.layers
+        if isinstance(self.layers, nn.Sequential):
+            hidden, last = self.layers[0], self.layers[-1]
+            options = {"hidden_weight": hidden.weight, "hidden_bias": hidden.bias}
+        if norm is not None:
+            options |= {"norm": "layer", "norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
+        states = states.to(last.weight.dtype)  # type: ignore[arg-type]
+        return packed_projection(states, last.weight, last.bias, dtype=dtype, **options)  # type: ignore[arg-type]

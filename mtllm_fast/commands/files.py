@@ -1,0 +1,34 @@
+"""What commands share that read a file and write one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..data.read import TextRow
+
+
+def output_file(command: Any, endings: tuple[str, ...]) -> Path:
+    """The checked output path of a command with `model`, `input` and `output`."""
+    for name in ("model", "input", "output"):
+        if not getattr(command, name):
+            raise ValueError(f"--{name} is missing")
+    path = Path(command.output)
+    if path.suffix not in endings:
+        raise ValueError(f"--output {command.output}: expected a name ending in {' or '.join(endings)}")
+    if path.exists() and not command.overwrite:
+        raise ValueError(f"--output {command.output}: exists; pass --overwrite to replace it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def windows(rows: Iterable[TextRow], size: int) -> Iterable[list[TextRow]]:
+    window: list[TextRow] = []
+    for row in rows:
+        window.append(row)
+        if len(window) == size:
+            yield window
+            window = []
+    if window:
+        yield window
