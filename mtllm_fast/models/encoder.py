@@ -1,8 +1,8 @@
 """MT encoders on packed rows.
 
-A family is one function `(encoder, batch, plan) -> (T, E)`, the states before the final norm, and one line in `FAMILIES`
-with the name of that norm. Positions restart at every
-sequence, with the family's own offset, so that a packed batch gives the rows that Hugging Face gives on a padded one.
+A family is one function `(encoder, batch, plan) -> (T, E)`, the states before the final norm, with the name of that
+norm, and one line in `FAMILIES`. Positions restart at every sequence, with the family's own offset, so that a packed
+batch gives the rows that Hugging Face gives on a padded one.
 """
 
 from __future__ import annotations
