@@ -3,8 +3,9 @@
     python -m mtllm_fast.kernels.aot [--arch sm_90 ...] [--json FILE]
 
 A row fails when the kernel spills (a stack frame, LDL/STL, scratch), asks for more shared memory than a block may have
-(the compiler does not refuse that), or is a GEMM without warp-group instructions on sm_90. Registers, shared memory and
-the share of 128-bit global accesses are printed for the reader.
+(the compiler does not refuse that), is a GEMM without warp-group instructions on sm_90, or is a streaming kernel on CUDA
+with less than 90 % of its row loads 128 bits wide. Row loads are the global loads but for those of single numbers
+(bounds, row numbers, weights of a row), which the kernel's Triton IR counts.
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ class Report:
     stack_bytes: int
     spill_instructions: int
     shared_bytes: int
-    wide_accesses: int
-    accesses: int
+    wide_loads: int
+    row_loads: int
     hgmma: int
     problems: tuple[str, ...]
 
@@ -167,38 +168,42 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(BIN / name), *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def _read_cubin(cubin: bytes) -> dict[str, int]:
+def _row_loads(loads: list[str], wide: str, ir: str) -> dict[str, int]:
+    """128-bit loads, and all loads but as many narrow ones as the IR has loads of single numbers."""
+    single = len(re.findall(r"tt\.load [^\n]*: !tt\.ptr", ir))
+    count = sum(wide in op for op in loads)
+    return {"wide_loads": count, "row_loads": count + max(0, len(loads) - count - single)}
+
+
+def _read_cubin(cubin: bytes, ir: str) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
         code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", _tool("nvdisasm", "-c", file.name))
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", usage)}
-    accesses = [op for op in code if op.startswith(("LDG", "STG"))]
     return {
         "registers": numbers["REG"],
         "stack_bytes": numbers["STACK"],
         "spill_instructions": sum(op.startswith(("LDL", "STL")) for op in code),
-        "wide_accesses": sum(".128" in op for op in accesses),
-        "accesses": len(accesses),
         "hgmma": sum("HGMMA" in op for op in code),
+        **_row_loads([op for op in code if op.startswith("LDG")], ".128", ir),
     }
 
 
-def _read_amdgcn(code: str) -> dict[str, int]:
+def _read_amdgcn(code: str, ir: str) -> dict[str, int]:
     def number(key: str) -> int:
         found = re.search(rf"\.{key}:?\s+(\d+)", code)
         assert found is not None, f"no .{key} in the amdgcn text"
         return int(found.group(1))
 
-    accesses = re.findall(r"^\s+((?:global|buffer)_(?:load|store)_\w+)", code, re.MULTILINE)
+    loads = re.findall(r"^\s+((?:global|buffer)_load_\w+)", code, re.MULTILINE)
     return {
         "registers": number("vgpr_count"),
         "stack_bytes": number("private_segment_fixed_size"),
         "spill_instructions": number("vgpr_spill_count") + len(re.findall(r"^\s+scratch_(?:load|store)", code, re.M)),
-        "wide_accesses": sum(op.endswith("dwordx4") for op in accesses),
-        "accesses": len(accesses),
         "hgmma": 0,
+        **_row_loads(loads, "dwordx4", ir),
     }
 
 
@@ -206,7 +211,8 @@ def inspect(case: Case, arch: str) -> Report:
     """Compile one case and judge it."""
     compiled = compile_case(case, arch)
     is_cuda = "cubin" in compiled.asm
-    numbers = _read_cubin(compiled.asm["cubin"]) if is_cuda else _read_amdgcn(compiled.asm["amdgcn"])
+    ir = compiled.asm["ttgir"]
+    numbers = _read_cubin(compiled.asm["cubin"], ir) if is_cuda else _read_amdgcn(compiled.asm["amdgcn"], ir)
     shared, limit = compiled.metadata.shared, ARCHITECTURES[arch][1]
     problems = []
     if numbers["stack_bytes"] or numbers["spill_instructions"]:
@@ -215,6 +221,8 @@ def inspect(case: Case, arch: str) -> Report:
         problems.append(f"shared memory above {limit}")
     if case.gemm and arch == "sm_90" and not numbers["hgmma"]:
         problems.append("no HGMMA")
+    if is_cuda and not case.gemm and numbers["wide_loads"] < 0.9 * numbers["row_loads"]:
+        problems.append("narrow loads")
     block = next(value for name, value in case.constexprs.items() if name.startswith("BLOCK"))
     tile = f"{block}x{case.tile.num_warps}w{case.tile.num_stages}s"
     return Report(
@@ -243,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     reports = []
     for r in run(options.arch):
         reports.append(r)
-        wide = f"{r.wide_accesses}/{r.accesses}"
+        wide = f"{r.wide_loads}/{r.row_loads}"
         verdict = ", ".join(r.problems) or "ok"
         print(
             line.format(
