@@ -3,8 +3,8 @@
     python -m mtllm_fast.kernels.aot [--arch sm_90 ...] [--json FILE]
 
 A row fails when the kernel spills (a stack frame, LDL/STL, scratch), asks for more shared memory than a block may have
-(the compiler does not refuse that), is a GEMM without warp-group instructions on sm_90, or is a streaming kernel on CUDA
-with less than 90 % of its row loads 128 bits wide. Row loads are the global loads but for those of single numbers
+(the compiler does not refuse that), is a GEMM without warp-group instructions on sm_90, or is a streaming kernel for
+CUDA with less than 90 % of its row loads 128 bits wide. Row loads are the global loads but for those of single numbers
 (bounds, row numbers, weights of a row), which the kernel's Triton IR counts.
 """
 

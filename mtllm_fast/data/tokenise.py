@@ -43,7 +43,7 @@ class TokenizedSide:
         ids: per row (n,) int64 token ids, special tokens included.
         ends: per row (n,) int32, exclusive character end of each token in `text + "\\n" + text_pair` (choices: in
             `text` followed by the choice segments); -1 for special and separator tokens and for tokens that hold no
-            character.
+            character. Empty where the ends were not asked for.
         truncated: number of rows that were cut to the limit.
         spans: per row (C, 2) int32 token ranges of the choices, or None where no row has choices.
     """
@@ -183,8 +183,11 @@ class StackTokenizer:
         nearest = ", ".join(_nearest(code, self.languages))
         raise ValueError(f"language {code!r} is unknown to the MT tokenizer; nearest valid codes: {nearest}")
 
-    def mt_side(self, rows: Sequence[TextRow]) -> TokenizedSide:
+    def mt_side(self, rows: Sequence[TextRow], *, ends: bool = True) -> TokenizedSide:
         """`[lang] A </s>` per row; see the module docstring for pairs and choices.
+
+        Args:
+            ends: also find where each token ends, which alignment needs and nothing else.
 
         Raises:
             ValueError: no MT tokenizer, an unknown language, or choices that do not fit in `max_mt_tokens`.
@@ -195,10 +198,10 @@ class StackTokenizer:
             prefixes = [[self.language_id(row.language)] for row in rows]
         else:
             prefixes = [self._mt_prefix] * len(rows)
-        return self._side("max_mt_tokens", self.mt, self.max_mt_tokens, prefixes, self._mt_template, rows)
+        return self._side("max_mt_tokens", self.mt, self.max_mt_tokens, prefixes, self._mt_template, rows, ends)
 
-    def llm_side(self, rows: Sequence[TextRow]) -> TokenizedSide:
-        """`[BOS] A` per row; see the module docstring for pairs and choices.
+    def llm_side(self, rows: Sequence[TextRow], *, ends: bool = True) -> TokenizedSide:
+        """`[BOS] A` per row; see the module docstring for pairs and choices, and `mt_side` for `ends`.
 
         Raises:
             ValueError: no LLM tokenizer, a pair separator without tokens, or choices that do not fit.
@@ -208,7 +211,7 @@ class StackTokenizer:
         separator = self._separator_ids if any(row.text_pair is not None for row in rows) else []
         template = _Template(suffix=[], separator=separator)
         return self._side(
-            "max_llm_tokens", self.llm, self.max_llm_tokens, [self._llm_prefix] * len(rows), template, rows
+            "max_llm_tokens", self.llm, self.max_llm_tokens, [self._llm_prefix] * len(rows), template, rows, ends
         )
 
     @cached_property
@@ -251,6 +254,7 @@ class StackTokenizer:
         prefixes: list[list[int]],
         template: _Template,
         rows: Sequence[TextRow],
+        with_ends: bool,
     ) -> TokenizedSide:
         segments: list[str] = []
         counts: list[int] = []
@@ -258,12 +262,18 @@ class StackTokenizer:
             texts = _segments(row)
             segments.extend(texts)
             counts.append(len(texts))
-        token_ids, offsets = _encode(tokenizer, segments)
+        token_ids, offsets = _encode(tokenizer, segments, with_ends)
 
         all_ids: list[NDArray[np.int64]] = []
         all_ends: list[NDArray[np.int32]] = []
         spans: list[NDArray[np.int32]] = []
         truncated = 0
+        if not with_ends and len(segments) == len(rows):
+            for prefix, ids in zip(prefixes, token_ids, strict=True):
+                room = max(limit - len(prefix) - len(template.suffix), 0)
+                truncated += len(ids) > room
+                all_ids.append(np.array([*prefix, *ids[:room], *template.suffix], dtype=np.int64))
+            return TokenizedSide(all_ids, all_ends, truncated)
         first = 0
         for row, prefix, count in zip(rows, prefixes, counts, strict=True):
             stop = first + count
@@ -282,8 +292,9 @@ class StackTokenizer:
                 # multiple choice keeps the end of the text, everything else the beginning
                 part = slice(lengths[k] - keep[k], None) if row.choices is not None and k == 0 else slice(0, keep[k])
                 ids += token_ids[first + k][part]
-                # an end of 0 has read no character (a lone `▁` before the text)
-                ends += [end + base if end > 0 else -1 for _, end in offsets[first + k][part]]
+                if with_ends:
+                    # an end of 0 has read no character (a lone `▁` before the text)
+                    ends += [end + base if end > 0 else -1 for _, end in offsets[first + k][part]]
                 base += len(segments[first + k])
                 if row.choices is not None and k > 0 and k % 2 == 0:
                     row_spans.append((begin, len(ids)))
@@ -294,7 +305,8 @@ class StackTokenizer:
             ids += template.suffix
             ends += [-1] * len(template.suffix)
             all_ids.append(np.array(ids, dtype=np.int64))
-            all_ends.append(np.array(ends, dtype=np.int32))
+            if with_ends:
+                all_ends.append(np.array(ends, dtype=np.int32))
             spans.append(np.array(row_spans, dtype=np.int32).reshape(-1, 2))
             first = stop
         has_choices = any(row.choices is not None for row in rows)
@@ -340,22 +352,20 @@ def _longest_first(lengths: list[int], room: int) -> list[int]:
     return keep
 
 
-def _encode(tokenizer: Any, texts: list[str]) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
+def _encode(
+    tokenizer: Any, texts: list[str], with_offsets: bool = False
+) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
     """Token ids and character offsets without special tokens; special-token strings in the text are plain text."""
     if not texts:
         return [], []
+    # what tokenizer(texts, ...) calls in the end, without its detour through a dictionary per text
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
     try:
-        encoded = tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            split_special_tokens=True,
-            truncation=False,
-            padding=False,
-            verbose=False,
-        )
+        encode = backend.encode_batch if with_offsets else backend.encode_batch_fast
+        encoded = encode(texts, add_special_tokens=False)
     except (UnicodeEncodeError, TypeError, ValueError):
         for text in texts:
             if not isinstance(text, str):
@@ -363,7 +373,7 @@ def _encode(tokenizer: Any, texts: list[str]) -> tuple[list[list[int]], list[lis
             if any("\ud800" <= c <= "\udfff" for c in text):
                 raise ValueError(f"text {text[:40]!r} holds a lone surrogate: it is not valid Unicode") from None
         raise
-    return encoded["input_ids"], encoded["offset_mapping"]
+    return [e.ids for e in encoded], [e.offsets for e in encoded] if with_offsets else []
 
 
 def _check_tokenizer(name: str, tokenizer: Any) -> None:

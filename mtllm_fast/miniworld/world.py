@@ -296,17 +296,7 @@ class World:
         """
         rng = self._rng("unlabelled texts")
         for clause, _ in self.kind_task("unlabelled", count):
-            if rng.random() < 0.4:
-                yield english(clause)
-                continue
-            article_ = "" if rng.random() < 0.5 else "the "
-            subject = f"{article_}{clause.subjects[0]}"
-            verb = english_verb(clause.verb or "", clause.past)
-            place = f"{clause.preposition} {article_}{clause.place}"
-            if rng.random() < 0.4:
-                place = f"{clause.place} {clause.preposition}"
-            rest = f"{clause.adverb} {place}"
-            yield rng.choice((f"{subject} {verb} {rest}", f"{subject} {rest} {verb}", f"{verb} {subject} {rest}"))
+            yield free_english(clause, rng)
 
     def task(self, split: str, count: int) -> list[TaskRow]:
         """`count` shuffled rows of the inference task, labels equally frequent, decided only by pairs of this split.
@@ -359,6 +349,26 @@ def sentence_split(clause: Clause) -> str:
     """Which split of the task may have this clause as a premise: one in ten validation, three in ten test."""
     bucket = zlib.crc32(english(clause).encode()) % 10
     return "test" if bucket < 3 else "validation" if bucket == 3 else "train"
+
+
+def free_english(clause: Clause, rng: random.Random) -> str:
+    """An intransitive clause in English, three times in five with its verb first, second or last and articles dropped
+    half of the time."""
+    if rng.random() < 0.4:
+        return english(clause)
+    article_ = "" if rng.random() < 0.5 else "the "
+    subject = f" {clause.conjunction} ".join(f"{article_}{noun}" for noun in clause.subjects)
+    plural = len(clause.subjects) > 1 and clause.conjunction == "and"
+    verb = (clause.verb or "") if plural and not clause.past else english_verb(clause.verb or "", clause.past)
+    parts = [clause.adverb] if clause.adverb else []
+    if clause.place:
+        place = f"{clause.preposition} {article_}{clause.place}"
+        if rng.random() < 0.4:
+            place = f"{clause.place} {clause.preposition}"
+        parts.append(place)
+    rest = " ".join(parts)
+    orders = ((subject, verb, rest), (subject, rest, verb), (verb, subject, rest))
+    return " ".join(part for part in rng.choice(orders) if part)
 
 
 def article(noun: str) -> str:

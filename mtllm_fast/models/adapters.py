@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class AdaptedModel(nn.Module):
         self.name = name
         self.adapters: dict[str, LoraSettings] = {}
         self._tuned: list[Any] = []
+        self._unmerged: list[tuple[Any, Tensor | None]] = []
 
     @property
     def layers_root(self) -> nn.Module:
@@ -108,8 +110,38 @@ class AdaptedModel(nn.Module):
             for layer, (disabled, active) in zip(self._tuned, before):
                 layer._disable_adapters, layer._active_adapter = disabled, active
 
+    @torch.no_grad()
+    def merge_adapter(self, *, keep: bool = True) -> None:
+        """Add the active adapter into the base weights, in place, so that running it costs nothing.
+
+        Args:
+            keep: hold the base weights in host memory, for `unmerge_adapter` to put back bit for bit.
+        """
+        for layer in self._tuned:
+            if layer.merged or layer._disable_adapters:
+                continue
+            weight = layer.get_base_layer().weight
+            self._unmerged.append((layer, weight.detach().to("cpu", copy=True) if keep else None))
+            layer.merge()
+
+    @torch.no_grad()
+    def unmerge_adapter(self) -> None:
+        """Undo `merge_adapter`. Raises ValueError where it did not keep the base weights."""
+        if any(weight is None for _, weight in self._unmerged):
+            raise ValueError("the adapter was merged for good (keep=False): load the model again")
+        for layer, weight in self._unmerged:
+            layer.get_base_layer().weight.copy_(weight)
+            layer.merged_adapters.clear()
+        self._unmerged.clear()
+
     def save(self, folder: Any) -> None:
-        """Write the bare model (no adapters) as safetensors so that `from_pretrained` reads it back."""
+        """Write the bare model (no adapters) as safetensors so that `from_pretrained` reads it back.
+
+        Raises:
+            ValueError: an adapter is merged into the weights.
+        """
+        if self._unmerged:
+            raise ValueError("the adapter is merged into the base weights: unmerge it before saving")
         if not self.adapters:
             self.model.save_pretrained(folder)
             return

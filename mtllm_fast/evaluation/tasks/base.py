@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from ...data.read import TextRow
 
 # canonical split -> names it goes by in published sets
 SPLITS: dict[str, tuple[str, ...]] = {
     "train": ("train",),
-    "dev": ("dev", "valid", "validation"),
+    "dev": ("dev", "valid", "val", "validation", "dev_matched", "validation_matched"),
     "test": ("test",),
 }
 
@@ -29,8 +29,20 @@ class Task(Protocol):
     def name(self) -> str: ...
 
     @property
+    def kind(self) -> Literal["classification", "choice"]:
+        """The `HeadConfig.kind` it takes. Rows of a "choice" task have `choices`, and `label` says which is right."""
+
+    @property
     def labels(self) -> tuple[str, ...]:
-        """Label names; a row's `label` is an index into them."""
+        """Label names; a row's `label` is an index into them. "1", "2", ... where the label is a choice."""
+
+    @property
+    def default_source(self) -> str | None:
+        """Where the set is when the user names no source: its hub name, or the folder of a task file."""
+
+    @property
+    def notes(self) -> Mapping[str, str]:
+        """The set's code -> what a reader of scores has to know about how the MT model reads that language."""
 
     @property
     def english(self) -> str:
@@ -40,7 +52,7 @@ class Task(Protocol):
         """The set's codes of the languages that `source` holds, sorted."""
 
     def splits(self, source: str | Path, language: str) -> tuple[str, ...]:
-        """Which of "train", "dev", "test" `source` holds for a language."""
+        """Which of "train", "dev", "test" `source` holds for a language, in that order."""
 
     def mt_code(self, language: str) -> str | None:
         """The MT model's code for a language, None where it has none."""

@@ -1,60 +1,45 @@
-"""`FolderTask`: a task laid out as `<folder>/<language>/<split>.<ending>`, the one mechanism behind every task here."""
+"""`FolderTask`: a task in the files of a folder or on the hub, the one mechanism behind every task here."""
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ...data.read import TextRow
 from .base import SPLITS, canonical_split, nearest
-from .files import ENDINGS, columns, kind, records
+from .files import records
 from .hub import HubSet, hub_configs, hub_records, hub_splits, looks_like_hub_name
+from .layout import DataFile, Layout, find
+from .table import Table
 
-
-@dataclass(frozen=True)
-class Table:
-    """How the files of a set are written.
-
-    Fields:
-        text, pair, label, id: column names. `pair` and `id` may be None: no second text; the row number is the id.
-        header: column names of a table that has no header line (the last ones may be absent), or None.
-        quoted: csv quoting (see `files.records`).
-    """
-
-    text: str = "text"
-    pair: str | None = None
-    label: str = "label"
-    id: str | None = None
-    header: tuple[str, ...] | None = None
-    quoted: bool = True
-
-    def required(self) -> list[str]:
-        return [column for column in (self.text, self.pair, self.id) if column is not None]
-
-    def fits(self, path: Path) -> bool:
-        if self.header is not None and kind(path) not in ("tsv", "csv"):
-            return False
-        present = columns(path, header=self.header, quoted=self.quoted)
-        return all(column in present for column in self.required())
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class FolderTask:
-    """A task in a folder per language, or on the hub with a configuration per language.
+    """A task whose languages stand in files of a folder, or in configurations of a hub set.
 
     Fields:
         name: the task's name in reports.
-        labels: label names; string labels are looked up here, integer labels (parquet, JSON, hub) index it.
+        labels: label names; string labels are looked up here, integer labels count from the table's `base`. For a
+            choice task "1", "2", ..., one per choice.
         tables: how a file may be written; the first that fits its first row is used.
         english: the set's code of English.
         mt_codes: the set's codes -> MT codes, None where the MT model has none; a code that is not in it has none. If
             `mt_codes` is None itself, folder names are taken as MT codes.
         label_files: where labels that are not in the data files stand, relative to the folder, with "{split}"; a table
             with a `label` column, one line per row.
-        hub: how the set is laid out on the hub.
+        hubs: how the set is laid out on the hub; the first one is the default source and the pattern for mirrors.
+        layouts: how its files may be named.
+        kind: "choice" where rows have choices.
+        notes: remarks on how a language is read, e.g. where the MT code is that of a near relative.
+        home: the default source where there is no hub set.
+        fixed_words: English text that stands at the end of rows in every language and is not to be translated.
     """
 
     name: str
@@ -63,11 +48,19 @@ class FolderTask:
     english: str = "eng_Latn"
     mt_codes: Mapping[str, str | None] | None = None
     label_files: tuple[str, ...] = ()
-    hub: HubSet = field(default_factory=HubSet)
+    hubs: tuple[HubSet, ...] = ()
+    layouts: tuple[Layout, ...] = (Layout(),)
+    kind: Literal["classification", "choice"] = "classification"
+    notes: Mapping[str, str] = field(default_factory=dict)
+    home: str | None = None
+    fixed_words: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.labels) < 2 or len(set(self.labels)) != len(self.labels):
             raise ValueError(f"labels={self.labels!r}: expected at least two different names")
+        for table in self.tables:
+            if len(table.choices) != (len(self.labels) if self.kind == "choice" else 0):
+                raise ValueError(f"task {self.name!r}: {len(table.choices)} choice columns for {len(self.labels)} labels")
 
     @classmethod
     def from_folder(
@@ -92,7 +85,13 @@ class FolderTask:
         """
         table = Table(text=text_column, pair=pair_column, label=label_column, id=id_column)
         names = tuple(labels) if labels else _labels_of(Path(folder), english, table)
-        return cls(name or Path(folder).name, names, (table,), english=english, mt_codes=mt_codes)
+        return cls(
+            name or Path(folder).name, names, (table,), english=english, mt_codes=mt_codes, home=str(folder)
+        )
+
+    @property
+    def default_source(self) -> str | None:
+        return self.home or (self.hubs[0].name or None if self.hubs else None)
 
     def mt_code(self, language: str) -> str | None:
         return language if self.mt_codes is None else self.mt_codes.get(language)
@@ -100,8 +99,8 @@ class FolderTask:
     def languages(self, source: str | Path) -> list[str]:
         folder = self._folder(source)
         if folder is None:
-            return sorted(self.hub.language(config) for config in hub_configs(str(source)) if config not in _UNIONS)
-        found = sorted(path.name for path in folder.iterdir() if path.is_dir() and _split_files(path))
+            return self._hub(source).languages(hub_configs(str(source)))
+        found = sorted({item.language for item in find(folder, self.layouts, known=self.mt_codes)})
         if not found:
             raise ValueError(f"source={str(source)!r}: no <language>/<split> files in it for the task {self.name!r}")
         return found
@@ -109,8 +108,18 @@ class FolderTask:
     def splits(self, source: str | Path, language: str) -> tuple[str, ...]:
         folder = self._folder(source)
         if folder is None:
-            return hub_splits(str(source), self.hub.config(language))
-        return tuple(_split_files(self._language_folder(source, folder, language)))
+            return hub_splits(str(source), self._hub(source).config(language))
+        found = {item.split for item in self._files(source, folder, language)}
+        return tuple(split for split in SPLITS if split in found)
+
+    def empty_folders(self, source: str | Path) -> list[str]:
+        """Folders named like a language that hold no data file; such a language is not among `languages`."""
+        folder = self._folder(source)
+        if folder is None:
+            return []
+        names = {path.name for path in folder.iterdir() if path.is_dir()}
+        codes = {name for name in names if _CODE.fullmatch(name)} if self.mt_codes is None else names & set(self.mt_codes)
+        return sorted(codes - {item.language for item in find(folder, self.layouts, known=self.mt_codes)})
 
     def rows(
         self, source: str | Path, language: str, split: str = "test", *, limit: int | None = None, labelled: bool = True
@@ -132,11 +141,12 @@ class FolderTask:
             raise ValueError(f"limit={limit}: expected a positive number of rows")
         folder = self._folder(source)
         if folder is None:
-            where = f"{source}:{self.hub.config(language)}:{split}"
-            content = hub_records(str(source), self.hub.config(language), split)
+            config = self._hub(source).config(language)
+            where = f"{source}:{config}:{split}"
+            content = hub_records(str(source), config, split)
             table = next((t for t in self.tables if content and all(c in content[0] for c in t.required())), None)
         else:
-            path = self._file(source, folder, language, split)
+            path = self._file(source, folder, language, split).path
             where = str(path)
             table = next((t for t in self.tables if t.fits(path)), None)
             content = list(records(path, header=table.header, quoted=table.quoted)) if table else []
@@ -145,53 +155,59 @@ class FolderTask:
             raise ValueError(
                 f"source={str(source)!r}: {where!r} does not have the columns {wanted} of the task {self.name!r}"
             )
-        if not content:
-            raise ValueError(f"source={str(source)!r}: {where!r} holds no rows")
+        content = self._chosen(table, content, language, split, where)
         labels = self._label_column(folder, table, content, split, where, labelled)
         code = self.mt_code(language) or language
         rows = zip(content, labels, strict=True)
         return [
-            self._row(table, record, label, code, index, where)
-            for index, (record, label) in enumerate(islice(rows, limit))
+            table.row(record, label, code, index, where) for index, (record, label) in enumerate(islice(rows, limit))
         ]
 
-    def _row(self, table: Table, record: dict[str, Any], label: Any, code: str, index: int, where: str) -> TextRow:
-        texts = [record.get(column) for column in (table.text, table.pair) if column is not None]
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{where!r} row {index}: {table.text!r} and {table.pair!r} must be text, got {texts!r}")
-        return TextRow(
-            text=str(texts[0]),
-            language=code,
-            text_pair=str(texts[1]) if table.pair is not None else None,
-            label=None if label is None else self._label_index(label, where, index),
-            id=str(record[table.id]) if table.id is not None else str(index),
-        )
-
-    def _label_index(self, label: Any, where: str, index: int) -> int:
-        if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(self.labels):
-            return label
-        if isinstance(label, str) and label in self.labels:
-            return self.labels.index(label)
-        raise ValueError(f"{where!r} row {index}: label {label!r} is not one of {', '.join(self.labels)}")
+    def _chosen(
+        self, table: Table, content: list[dict[str, Any]], language: str, split: str, where: str
+    ) -> list[dict[str, Any]]:
+        """The records of one language and split that have a label; those without are counted."""
+        if table.language is not None:
+            content = [record for record in content if record[table.language] == language]
+        if table.split is not None:
+            content = [record for record in content if record[table.split] in SPLITS[split]]
+        if not content:
+            which = f" of {language!r}, {split!r}" if table.language or table.split else ""
+            raise ValueError(f"source: {where!r} holds no rows{which}")
+        kept = [record for record in content if record.get(table.label) not in table.unlabelled]
+        if len(kept) < len(content):
+            log.warning("%s: %d of %d rows were never given a label and are left out", where, len(content) - len(kept), len(content))
+        return kept
 
     def _label_column(
         self, folder: Path | None, table: Table, content: list[dict[str, Any]], split: str, where: str, labelled: bool
-    ) -> list[Any]:
-        """The raw label of each row, None throughout for an unlabelled split that need not be labelled."""
-        labels = [record.get(table.label) for record in content]
-        if all(label is None for label in labels):
+    ) -> list[int | None]:
+        """The class of each row, None throughout for an unlabelled split that need not be labelled."""
+        values = [_or_none(record.get(table.label)) for record in content]
+        if all(value is None for value in values):
             tried = [folder / pattern.format(split=split) for pattern in self.label_files] if folder else []
             path = next((path for path in tried if path.is_file()), None)
             if path is not None:
-                labels = [record.get(table.label) for record in records(path)]
-                if len(labels) != len(content):
-                    raise ValueError(f"{str(path)!r}: {len(labels)} labels for the {len(content)} rows of {where!r}")
+                values = [_or_none(record.get(table.label)) for record in records(path)]
+                if len(values) != len(content):
+                    raise ValueError(f"{str(path)!r}: {len(values)} labels for the {len(content)} rows of {where!r}")
             elif labelled:
                 hint = f"; {' or '.join(map(str, tried))} could hold them" if tried else ""
-                raise ValueError(f"split={split!r}: {where!r} has no labels (no column {table.label!r}){hint}")
-        if labelled and None in labels:
-            raise ValueError(f"split={split!r}: {where!r} row {labels.index(None)} has no label")
-        return labels
+                column = "empty" if content and table.label in content[0] else "no"
+                raise ValueError(f"split={split!r}: {where!r} has no labels ({column} column {table.label!r}){hint}")
+        if labelled and None in values:
+            count = sum(value is None for value in values)
+            raise ValueError(
+                f"split={split!r}: {where!r} row {values.index(None)} has no label ({count} of {len(values)} have none)"
+            )
+        choice = self.kind == "choice"
+        found = [None if value is None else table.index(value, self.labels, choice) for value in values]
+        wrong = [i for i, (value, label) in enumerate(zip(values, found)) if value is not None and label is None]
+        if wrong:
+            more = f" (and {len(wrong) - 1} rows more)" if len(wrong) > 1 else ""
+            right = f"{table.base} to {table.base + len(self.labels) - 1}" if choice else f"one of {', '.join(self.labels)}"
+            raise ValueError(f"{where!r} row {wrong[0]}: label {values[wrong[0]]!r} is not {right}{more}")
+        return found
 
     def _folder(self, source: str | Path) -> Path | None:
         """The local folder, or None when `source` is to be read from the hub."""
@@ -204,36 +220,37 @@ class FolderTask:
             return None
         raise ValueError(f"source={str(source)!r}: no such folder (and not the form of a hub name)")
 
-    def _language_folder(self, source: str | Path, folder: Path, language: str) -> Path:
-        path = folder / language
-        if not path.is_dir():
-            raise ValueError(
-                f"language={language!r}: not in {str(source)!r}; nearest: {nearest(language, self.languages(source))}"
-            )
-        return path
+    def _hub(self, source: str | Path) -> HubSet:
+        named = (hub for hub in self.hubs if hub.name == str(source))
+        return next(named, self.hubs[0] if self.hubs else HubSet())
 
-    def _file(self, source: str | Path, folder: Path, language: str, split: str) -> Path:
-        path = self._language_folder(source, folder, language)
-        found = _split_files(path)
-        if split not in found:
-            raise ValueError(f"split={split!r}: {str(path)!r} has only {', '.join(found) or 'no data files'}")
-        if len(found[split]) > 1:
-            raise ValueError(f"split={split!r}: {' and '.join(map(str, found[split]))} could both be meant; keep one")
-        return found[split][0]
+    def _files(self, source: str | Path, folder: Path, language: str) -> list[DataFile]:
+        found = find(folder, self.layouts, language, self.mt_codes)
+        if not found:
+            if (folder / language).is_dir():
+                raise ValueError(f"language={language!r}: {str(folder / language)!r} holds no data files")
+            near = nearest(language, self.languages(source))
+            raise ValueError(f"language={language!r}: not in {str(source)!r}; nearest: {near}")
+        return found
+
+    def _file(self, source: str | Path, folder: Path, language: str, split: str) -> DataFile:
+        found = self._files(source, folder, language)
+        chosen = [item for item in found if item.split == split]
+        if not chosen:
+            place = folder / language if (folder / language).is_dir() else folder
+            has = ", ".join(dict.fromkeys(item.split for item in found))
+            raise ValueError(f"split={split!r}: {str(place)!r} has only {has} for {language!r}")
+        if len(chosen) > 1:
+            paths = " and ".join(str(item.path) for item in chosen)
+            raise ValueError(f"split={split!r}: {paths} could both be meant; keep one")
+        return chosen[0]
 
 
-# configurations of multilingual hub sets that are unions of the others
-_UNIONS = ("all_languages", "all")
+_CODE = re.compile(r"[a-z]{2,3}(_[A-Z][a-z]{3})?")
 
 
-def _split_files(folder: Path) -> dict[str, list[Path]]:
-    """Canonical split -> its files in a language's folder."""
-    found = {}
-    for split, aliases in SPLITS.items():
-        paths = [folder / f"{alias}{ending}" for alias in aliases for ending in ENDINGS]
-        if existing := [path for path in paths if path.is_file()]:
-            found[split] = existing
-    return found
+def _or_none(value: Any) -> Any:
+    return None if value == "" or (value == -1 and not isinstance(value, bool)) else value
 
 
 def _labels_of(folder: Path, english: str, table: Table) -> tuple[str, ...]:
@@ -241,8 +258,8 @@ def _labels_of(folder: Path, english: str, table: Table) -> tuple[str, ...]:
     if listed.is_file():
         return tuple(line.strip() for line in listed.read_text(encoding="utf-8").split("\n") if line.strip())
     seen: set[str] = set()
-    for paths in _split_files(folder / english).values():
-        for record in records(paths[0], quoted=table.quoted):
+    for item in find(folder, (Layout(),), english):
+        for record in records(item.path, quoted=table.quoted):
             label = record.get(table.label)
             if isinstance(label, str):
                 seen.add(label)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .base import SPLITS
+from .base import SPLITS, nearest
 
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -18,16 +18,31 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 class HubSet:
     """How a task is laid out on the hub.
 
-    configs: the task's language code -> the hub's configuration; languages not named here keep their code.
+    Fields:
+        name: the hub name; "" stands for mirrors under any name.
+        configs: the task's language code -> the hub's configuration; languages not named here keep their code.
+        closed: only the languages in `configs` are there; other configurations hold something else.
     """
 
+    name: str = ""
     configs: Mapping[str, str] = field(default_factory=dict)
+    closed: bool = False
 
     def config(self, language: str) -> str:
+        """Raises ValueError for a language that a closed set does not have."""
+        if self.closed and language not in self.configs:
+            raise ValueError(f"language={language!r}: not in {self.name!r}; nearest: {nearest(language, self.configs)}")
         return self.configs.get(language, language)
 
-    def language(self, config: str) -> str:
-        return next((code for code, name in self.configs.items() if name == config), config)
+    def languages(self, configs: Iterable[str]) -> list[str]:
+        """The task's codes of the languages among a set's configurations, sorted."""
+        code = {config: language for language, config in self.configs.items()}
+        kept = (config for config in configs if config not in _UNIONS and (not self.closed or config in code))
+        return sorted(code.get(config, config) for config in kept)
+
+
+# configurations of multilingual hub sets that are unions of the others
+_UNIONS = ("all_languages", "all")
 
 
 def looks_like_hub_name(source: str) -> bool:

@@ -1,61 +1,32 @@
-"""Natural language inference: XNLI, AmericasNLI and MultiNLI files as one task, told apart by what stands in them.
+"""Natural language inference: the sets share labels and a head, and differ in files and languages.
 
-* XNLI (Conneau et al., EMNLP 2018), in the layout of XTREME: `<language>/{dev,test}.tsv[.gz]` without header or
-  quoting, premise, hypothesis, label; the test files have no label column, so `derived/test.labels.tsv` (or
-  `test.labels.tsv`), one line per row, gives them. 2,490 and 5,010 rows. Hub: `facebook/xnli` (with MultiNLI as its
-  train split).
-* AmericasNLI (Ebrahimi et al., ACL 2022): `<language>/{dev,test}.tsv` with header `id language premise hypothesis
-  label`, no quoting; up to 743 and 750 rows, joined to XNLI by id. Hub: `nala-cub/americas_nli`.
-* MultiNLI samples: `en/{train,dev}.json`, one object of `{text_a, text_b, label}` objects.
+`NLI` reads any of them and tells them apart by what stands in the files; the tasks named after one set only read that.
+
+* MultiNLI (Williams et al., NAACL 2018), English: `mnli.py`.
+* XNLI (Conneau et al., EMNLP 2018), 15 languages: `xnli.py`.
+* AmericasNLI (Ebrahimi et al., ACL 2022), 10 languages: `americasnli.py`.
+* Kardeş-NLU (Senel et al., EACL 2024), 5 Turkic languages: `kardesnlu.py`.
 * Parquet or JSON with premise, hypothesis and label: the NLLB translations that the authors of MT-LLM published.
 """
 
 from __future__ import annotations
 
-from .folder import FolderTask, Table
+from .americasnli import AMERICASNLI
+from .folder import FolderTask
+from .kardesnlu import KARDESNLU
+from .mnli import MNLI
+from .xnli import XNLI
 
-XNLI_CODES = {
-    "ar": "arb_Arab",
-    "bg": "bul_Cyrl",
-    "de": "deu_Latn",
-    "el": "ell_Grek",
-    "en": "eng_Latn",
-    "es": "spa_Latn",
-    "fr": "fra_Latn",
-    "hi": "hin_Deva",
-    "ru": "rus_Cyrl",
-    "sw": "swh_Latn",
-    "th": "tha_Thai",
-    "tr": "tur_Latn",
-    "ur": "urd_Arab",
-    "vi": "vie_Latn",
-    "zh": "zho_Hans",
-}
-# Bribri, Asháninka, Wixarika, Nahuatl, Otomí, Shipibo-Konibo and Rarámuri are not among NLLB's languages.
-AMERICASNLI_CODES: dict[str, str | None] = {
-    "aym": "ayr_Latn",
-    "bzd": None,
-    "cni": None,
-    "gn": "grn_Latn",
-    "hch": None,
-    "nah": None,
-    "oto": None,
-    "quy": "quy_Latn",
-    "shp": None,
-    "tar": None,
-}
-
+_SETS = (KARDESNLU, AMERICASNLI, MNLI, XNLI)
 
 NLI = FolderTask(
     name="nli",
-    labels=("entailment", "neutral", "contradiction"),
-    tables=(
-        Table("premise", "hypothesis", id="id", quoted=False),
-        Table("premise", "hypothesis", quoted=False),
-        Table("text_a", "text_b", quoted=False),
-        Table("premise", "hypothesis", header=("premise", "hypothesis", "label"), quoted=False),
-    ),
+    labels=XNLI.labels,
+    tables=tuple(dict.fromkeys(table for task in _SETS for table in task.tables)),
     english="en",
-    mt_codes={**XNLI_CODES, **AMERICASNLI_CODES},
-    label_files=("derived/{split}.labels.tsv", "{split}.labels.tsv"),
+    mt_codes={code: mt for task in (XNLI, AMERICASNLI, KARDESNLU) for code, mt in (task.mt_codes or {}).items()},
+    label_files=XNLI.label_files,
+    hubs=tuple(hub for task in (XNLI, AMERICASNLI, MNLI) for hub in task.hubs),
+    layouts=tuple(layout for task in _SETS for layout in task.layouts),
+    notes={code: note for task in _SETS for code, note in task.notes.items()},
 )

@@ -7,8 +7,9 @@ quoting and newlines inside fields; on the hub `indonlp/NusaX-senti`, whose conf
 
 from __future__ import annotations
 
-from .folder import FolderTask, Table
+from .folder import FolderTask
 from .hub import HubSet
+from .table import Table
 
 # language -> (NLLB code, hub configuration). NLLB-200 knows neither Madurese, nor Ngaju, nor Toba Batak; the authors
 # of MT-LLM fed Ngaju's ISO code to it, which the tokenizer turned into <unk>. Here such a language runs only with an
@@ -34,5 +35,5 @@ NUSAX = FolderTask(
     tables=(Table(text="text", label="label", id="id"),),
     english="english",
     mt_codes={language: code for language, (code, _) in LANGUAGES.items()},
-    hub=HubSet({language: config for language, (_, config) in LANGUAGES.items()}),
+    hubs=(HubSet("indonlp/NusaX-senti", {language: config for language, (_, config) in LANGUAGES.items()}),),
 )

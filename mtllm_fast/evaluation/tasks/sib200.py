@@ -6,7 +6,9 @@ with header and csv quoting; on the hub `Davlan/sib200`.
 
 from __future__ import annotations
 
-from .folder import FolderTask, Table
+from .folder import FolderTask
+from .hub import HubSet
+from .table import Table
 
 # The set's names are FLORES-200 codes. NLLB-200 uses the same ones verbatim, except for the four below, which it
 # cannot be told to read: Arabic and Minangkabau in the other script, N'Ko, and Santali (which it calls sat_Beng
@@ -42,4 +44,5 @@ SIB200 = FolderTask(
     tables=(Table(text="text", label="category", id="index_id"),),
     english="eng_Latn",
     mt_codes={code: None if code in WITHOUT_MT_CODE else code for code in LANGUAGES},
+    hubs=(HubSet("Davlan/sib200"),),
 )
