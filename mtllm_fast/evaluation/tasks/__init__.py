@@ -5,47 +5,90 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .americasnli import AMERICASNLI
 from .base import SPLITS, Task, canonical_split, nearest
-from .folder import FolderTask, Table
+from .belebele import BELEBELE
+from .checks import RowIssues, SourceIssues, check_rows, check_source, overlap
+from .copa import COPA, XCOPA
+from .custom import from_yaml
+from .folder import FolderTask
 from .hub import HubSet
+from .kardesnlu import KARDESNLU
+from .layout import Layout
+from .mnli import MNLI
 from .nli import NLI
 from .nusax import NUSAX
 from .sib200 import SIB200
+from .table import Table
+from .xnli import XNLI
 
-TASKS: dict[str, Task] = {task.name: task for task in (SIB200, NUSAX, NLI)}
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        SIB200,
+        NUSAX,
+        NLI,
+        MNLI,
+        XNLI,
+        AMERICASNLI,
+        KARDESNLU,
+        BELEBELE,
+        XCOPA,
+        COPA,
+    )
+}
 
-__all__ = ["SPLITS", "TASKS", "FolderTask", "HubSet", "Table", "Task", "canonical_split", "get_task", "nearest"]
+__all__ = [
+    "SPLITS",
+    "TASKS",
+    "FolderTask",
+    "HubSet",
+    "Layout",
+    "RowIssues",
+    "SourceIssues",
+    "Table",
+    "Task",
+    "canonical_split",
+    "check_rows",
+    "check_source",
+    "from_yaml",
+    "get_task",
+    "nearest",
+    "overlap",
+]
 
 
-def get_task(task: str | Task, source: str | Path | None = None) -> Task:
+def get_task(task: str | Path | Task, source: str | Path | None = None) -> Task:
     """A task by name; "folder" makes one from the folder `source` (columns text, text_pair where present, label, id
-    where present).
+    where present); a path ending in .yaml or .yml is read by `from_yaml`.
 
     Raises:
-        ValueError: no task of that name.
+        ValueError: no task of that name, or a YAML file that describes none.
     """
-    if not isinstance(task, str):
+    if not isinstance(task, str | Path):
         return task
-    if task in TASKS:
-        return TASKS[task]
-    if task == "folder" and source is not None:
+    name = str(task)
+    if name.endswith((".yaml", ".yml")):
+        return from_yaml(name, source)
+    if name in TASKS:
+        return TASKS[name]
+    if name == "folder" and source is not None:
         return FolderTask.from_folder(source, **_columns(Path(source)))
     raise ValueError(
-        f"task={task!r}: expected one of {', '.join(TASKS)}, or 'folder' with a folder of <language>/<split> files"
+        f"task={name!r}: expected one of {', '.join(TASKS)}, 'folder' with a folder of <language>/<split> files, "
+        "or a .yaml file that describes one"
     )
 
 
 def _columns(folder: Path) -> dict[str, Any]:
-    from .files import ENDINGS, columns
+    from .files import columns
+    from .layout import find
 
     if not folder.is_dir():
         raise ValueError(f"source={str(folder)!r}: no such folder")
-    splits = {alias for aliases in SPLITS.values() for alias in aliases}
-    files = [
-        path for path in sorted(folder.glob("*/*")) if path.name.endswith(ENDINGS) and path.name.split(".")[0] in splits
-    ]
+    files = find(folder, (Layout(),))
     if not files:
         raise ValueError(f"source={str(folder)!r}: no <language>/<split> files in it")
-    present = columns(files[0])
+    present = columns(files[0].path)
     optional = {"pair_column": "text_pair", "id_column": "id"}
     return {argument: column for argument, column in optional.items() if column in present}

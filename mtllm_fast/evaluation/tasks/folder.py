@@ -60,7 +60,9 @@ class FolderTask:
             raise ValueError(f"labels={self.labels!r}: expected at least two different names")
         for table in self.tables:
             if len(table.choices) != (len(self.labels) if self.kind == "choice" else 0):
-                raise ValueError(f"task {self.name!r}: {len(table.choices)} choice columns for {len(self.labels)} labels")
+                raise ValueError(
+                    f"task {self.name!r}: {len(table.choices)} choice columns for {len(self.labels)} labels"
+                )
 
     @classmethod
     def from_folder(
@@ -85,9 +87,7 @@ class FolderTask:
         """
         table = Table(text=text_column, pair=pair_column, label=label_column, id=id_column)
         names = tuple(labels) if labels else _labels_of(Path(folder), english, table)
-        return cls(
-            name or Path(folder).name, names, (table,), english=english, mt_codes=mt_codes, home=str(folder)
-        )
+        return cls(name or Path(folder).name, names, (table,), english=english, mt_codes=mt_codes, home=str(folder))
 
     @property
     def default_source(self) -> str | None:
@@ -118,7 +118,9 @@ class FolderTask:
         if folder is None:
             return []
         names = {path.name for path in folder.iterdir() if path.is_dir()}
-        codes = {name for name in names if _CODE.fullmatch(name)} if self.mt_codes is None else names & set(self.mt_codes)
+        codes = (
+            {name for name in names if _CODE.fullmatch(name)} if self.mt_codes is None else names & set(self.mt_codes)
+        )
         return sorted(codes - {item.language for item in find(folder, self.layouts, known=self.mt_codes)})
 
     def rows(
@@ -176,7 +178,12 @@ class FolderTask:
             raise ValueError(f"source: {where!r} holds no rows{which}")
         kept = [record for record in content if record.get(table.label) not in table.unlabelled]
         if len(kept) < len(content):
-            log.warning("%s: %d of %d rows were never given a label and are left out", where, len(content) - len(kept), len(content))
+            log.warning(
+                "%s: %d of %d rows were never given a label and are left out",
+                where,
+                len(content) - len(kept),
+                len(content),
+            )
         return kept
 
     def _label_column(
@@ -205,7 +212,9 @@ class FolderTask:
         wrong = [i for i, (value, label) in enumerate(zip(values, found)) if value is not None and label is None]
         if wrong:
             more = f" (and {len(wrong) - 1} rows more)" if len(wrong) > 1 else ""
-            right = f"{table.base} to {table.base + len(self.labels) - 1}" if choice else f"one of {', '.join(self.labels)}"
+            right = (
+                f"{table.base} to {table.base + len(self.labels) - 1}" if choice else f"one of {', '.join(self.labels)}"
+            )
             raise ValueError(f"{where!r} row {wrong[0]}: label {values[wrong[0]]!r} is not {right}{more}")
         return found
 

@@ -14,19 +14,23 @@ from __future__ import annotations
 from .americasnli import AMERICASNLI
 from .folder import FolderTask
 from .kardesnlu import KARDESNLU
+from .layout import Layout
 from .mnli import MNLI
 from .xnli import XNLI
 
-_SETS = (KARDESNLU, AMERICASNLI, MNLI, XNLI)
+_SETS = (XNLI, AMERICASNLI, KARDESNLU, MNLI)
+_TABLES = [table for task in _SETS for table in task.tables]
+# a table without header fits everything, and one that asks for fewer columns fits files of another: these come last
+_TABLES.sort(key=lambda table: (table.header is not None, -len(table.required())))
 
 NLI = FolderTask(
     name="nli",
     labels=XNLI.labels,
-    tables=tuple(dict.fromkeys(table for task in _SETS for table in task.tables)),
+    tables=tuple(table for index, table in enumerate(_TABLES) if table not in _TABLES[:index]),
     english="en",
     mt_codes={code: mt for task in (XNLI, AMERICASNLI, KARDESNLU) for code, mt in (task.mt_codes or {}).items()},
     label_files=XNLI.label_files,
     hubs=tuple(hub for task in (XNLI, AMERICASNLI, MNLI) for hub in task.hubs),
-    layouts=tuple(layout for task in _SETS for layout in task.layouts),
+    layouts=(Layout(), *(layout for task in _SETS for layout in task.layouts if layout != Layout())),
     notes={code: note for task in _SETS for code, note in task.notes.items()},
 )
