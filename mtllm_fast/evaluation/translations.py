@@ -1,0 +1,235 @@
+"""Translations that exist already, joined to the rows of a task: translate-test without running an MT model.
+
+Two formats are read. *Fields*, as `mtllm translate --task` writes them: one record per text, with the columns id,
+language (the set's code), field ("text", "text_pair", "choice1", ...), translation, and where they are known source and
+split; without a field column, every record is a "text". *Rows*: the task's own columns in the target language, as the
+authors of MT-LLM published them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ..data.read import TextRow
+from .tasks import SPLITS, Layout, Table, Task, canonical_split
+from .tasks.files import ENDINGS, columns, records
+from .tasks.layout import find
+
+_LAYOUTS = (Layout(), Layout("{language}_{split}"), Layout("{language}-{split}"), Layout("{split}/{language}"))
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Rows of a task in another language.
+
+    Fields:
+        rows: translated rows with the ids and labels of the task's rows, in their order.
+        indices: position of each among the rows that were asked for.
+        missing: ids of rows without a translation, or whose text is not the one that was translated.
+        unused: ids of translations that belong to no row.
+        by: "id", or "row" where the translations have no ids and were joined by their number.
+        duplicates: translations whose id was there before; the first one is used.
+    """
+
+    rows: list[TextRow]
+    indices: list[int]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+    by: str
+    duplicates: int = 0
+
+    def counts(self) -> dict[str, int]:
+        return {
+            "joined": len(self.rows),
+            "missing": len(self.missing),
+            "unused": len(self.unused),
+            "duplicates": self.duplicates,
+        }
+
+
+def fields(row: TextRow) -> dict[str, str]:
+    """The texts of a row by name: text, text_pair, choice1, choice2, ..."""
+    pair = {} if row.text_pair is None else {"text_pair": row.text_pair}
+    return {"text": row.text, **pair, **{f"choice{i}": text for i, text in enumerate(row.choices or (), 1)}}
+
+
+def with_fields(row: TextRow, texts: Mapping[str, str], language: str) -> TextRow:
+    """A row with its texts replaced by those of the same names."""
+    return replace(
+        row,
+        text=texts["text"],
+        language=language,
+        text_pair=None if row.text_pair is None else texts["text_pair"],
+        choices=None if row.choices is None else tuple(texts[f"choice{i + 1}"] for i in range(len(row.choices))),
+    )
+
+
+def has_translations(path: str | Path, task: Task, language: str, split: str = "test") -> bool:
+    """Whether there is anything for a language and split. Raises ValueError for no such path and for damaged files."""
+    return bool(_content(Path(path), task, language, canonical_split(split))[1])
+
+
+def join_translations(
+    path: str | Path,
+    task: Task,
+    rows: Sequence[TextRow],
+    *,
+    language: str,
+    split: str = "test",
+    target: str = "eng_Latn",
+) -> Joined:
+    """The rows of one language and split with their texts from `path`.
+
+    Args:
+        path: a parquet, jsonl, csv or tsv file, or a folder with `<language>/<split>`, `<language>_<split>` or
+            `<split>/<language>` files, in one of the formats above.
+        rows: from `task.rows`.
+        language: the set's code.
+        target: MT code of the language of the translations.
+
+    Raises:
+        ValueError: nothing at `path` for this language and split, a format that is neither, no translation that joins,
+            labels that differ from the rows', or another number of rows where there are no ids. It names the file.
+    """
+    where, content = _content(Path(path), task, language, canonical_split(split))
+    if not content:
+        raise ValueError(f"translations={str(path)!r}: {where} holds none of {language!r}, {split!r}")
+    if isinstance(content[0], TextRow):
+        return _join_rows(where, content, rows, target)
+    return _join_fields(where, content, rows, target)
+
+
+def _content(path: Path, task: Task, language: str, split: str) -> tuple[str, list[Any]]:
+    """Where the translations of a language and split stand, and they: records of fields, or TextRows."""
+    path, named = path.expanduser(), False
+    if path.is_dir():
+        found = [item.path for item in find(path, _LAYOUTS, language) if item.split == split]
+        named = bool(found)
+        found = found or [item for item in sorted(path.iterdir()) if item.is_file() and item.name.endswith(ENDINGS)]
+        if named and len(found) > 1:
+            raise ValueError(f"translations: {' and '.join(map(str, found))} could both be meant; keep one")
+    elif path.is_file():
+        found = [path]
+    else:
+        raise ValueError(f"translations={str(path)!r}: no such file or folder")
+    where = str(found[0]) if len(found) == 1 else str(path)
+    content: list[Any] = []
+    for file in found:
+        if "translation" in columns(file):
+            content += _of(file, language, split)
+        else:
+            content += _rows(file, task, language, split, whole=named)
+    return where, content
+
+
+def _of(file: Path, language: str, split: str) -> list[dict[str, Any]]:
+    """The records of one language and split; a file without such a column holds only that one."""
+    state = file.stat()
+    grouped = _grouped(file, state.st_mtime_ns, state.st_size)
+    splits = (None, *SPLITS[split])
+    return [record for code in (None, language) for name in splits for record in grouped.get((code, name), ())]
+
+
+@lru_cache(maxsize=2)
+def _grouped(file: Path, mtime_ns: int, size: int) -> dict[tuple[str | None, str | None], list[dict[str, Any]]]:
+    """The records of a file by language and split: one file may hold hundreds, which are asked for one by one."""
+    grouped: dict[tuple[str | None, str | None], list[dict[str, Any]]] = {}
+    for record in records(file):
+        grouped.setdefault((record.get("language"), record.get("split")), []).append(record)
+    return grouped
+
+
+def _rows(file: Path, task: Task, language: str, split: str, *, whole: bool) -> list[TextRow]:
+    tables: Sequence[Table] = getattr(task, "tables", ())
+    table = next((table for table in tables if table.fits(file)), None)
+    if table is None:
+        wanted = " or ".join("+".join(table.required()) for table in tables)
+        raise ValueError(
+            f"translations={str(file)!r}: has the columns {', '.join(columns(file))}, expected id+translation "
+            f"or those of the task {task.name!r} ({wanted})"
+        )
+    content = list(records(file, header=table.header, quoted=table.quoted))
+    if not whole:
+        content = [
+            record
+            for record in content
+            if record.get("language", language) == language and record.get("split", split) in SPLITS[split]
+        ]
+    out = []
+    for index, record in enumerate(content):
+        value = record.get(table.label)
+        label = None if value is None else table.index(value, task.labels, task.kind == "choice")
+        row = table.row(record, label, "", index, str(file))
+        out.append(row if table.id is not None else replace(row, id=None))
+    return out
+
+
+def _join_rows(where: str, translated: Sequence[TextRow], rows: Sequence[TextRow], target: str) -> Joined:
+    if any(row.id is None for row in translated):
+        if len(translated) != len(rows):
+            raise ValueError(
+                f"translations: {where} has no ids and {len(translated)} rows, so it cannot be joined to {len(rows)} rows"
+            )
+        pairs: list[tuple[int, TextRow]] = list(enumerate(translated))
+        by, unused, duplicates = "row", (), 0
+    else:
+        first: dict[str | None, TextRow] = {}
+        for row in translated:
+            first.setdefault(row.id, row)
+        pairs = [(index, first[row.id]) for index, row in enumerate(rows) if row.id in first]
+        wanted = {row.id for row in rows}
+        by, unused = "id", tuple(str(name) for name in first if name not in wanted)
+        duplicates = len(translated) - len(first)
+    joined = []
+    for index, found in pairs:
+        if found.label is not None and rows[index].label is not None and found.label != rows[index].label:
+            raise ValueError(
+                f"translations: {where} has the label {found.label} for row {rows[index].id!r}, the task has "
+                f"{rows[index].label}: it translates other rows"
+            )
+        joined.append(with_fields(rows[index], fields(found), target))
+    return _joined(where, joined, [index for index, _ in pairs], rows, unused, by, duplicates)
+
+
+def _join_fields(where: str, content: Sequence[Mapping[str, Any]], rows: Sequence[TextRow], target: str) -> Joined:
+    with_source = "source" in content[0]
+    found: dict[tuple[str, str, str | None], str] = {}
+    duplicates = 0
+    for record in content:
+        if record.get("id") is None or not isinstance(record.get("translation"), str):
+            raise ValueError(f"translations: {where} holds a record without id or translation: {dict(record)!r}"[:300])
+        key = (str(record["id"]), str(record.get("field") or "text"), record["source"] if with_source else None)
+        duplicates += key in found
+        found.setdefault(key, record["translation"])
+    joined, indices = [], []
+    for index, row in enumerate(rows):
+        keys = {name: (str(row.id), name, text if with_source else None) for name, text in fields(row).items()}
+        if all(key in found for key in keys.values()):
+            joined.append(with_fields(row, {name: found[key] for name, key in keys.items()}, target))
+            indices.append(index)
+    wanted = {str(row.id) for row in rows}
+    unused = tuple(dict.fromkeys(name for name, _, _ in found if name not in wanted))
+    return _joined(where, joined, indices, rows, unused, "id", duplicates)
+
+
+def _joined(
+    where: str,
+    joined: list[TextRow],
+    indices: list[int],
+    rows: Sequence[TextRow],
+    unused: tuple[str, ...],
+    by: str,
+    duplicates: int,
+) -> Joined:
+    if not joined:
+        ids = ", ".join(str(row.id) for row in rows[:3])
+        raise ValueError(
+            f"translations: none in {where} belongs to a row (ids {ids}, ...): other ids, or other source texts"
+        )
+    there = set(indices)
+    missing = tuple(str(row.id) for index, row in enumerate(rows) if index not in there)
+    return Joined(joined, indices, missing, unused, by, duplicates)
