@@ -169,13 +169,14 @@ def _rows(file: Path, task: Task, language: str, split: str, *, whole: bool) -> 
 
 
 def _join_rows(where: str, translated: Sequence[TextRow], rows: Sequence[TextRow], target: str) -> Joined:
+    unused: tuple[str, ...] = ()
     if any(row.id is None for row in translated):
         if len(translated) != len(rows):
             raise ValueError(
-                f"translations: {where} has no ids and {len(translated)} rows, so it cannot be joined to {len(rows)} rows"
+                f"translations: {where} has no ids and {len(translated)} rows: cannot be joined to {len(rows)} rows"
             )
         pairs: list[tuple[int, TextRow]] = list(enumerate(translated))
-        by, unused, duplicates = "row", (), 0
+        by, duplicates = "row", 0
     else:
         first: dict[str | None, TextRow] = {}
         for row in translated:

@@ -4,7 +4,8 @@ from collections import Counter
 
 import pytest
 
-from mtllm_fast.evaluation.tasks import TASKS
+from mtllm_fast.evaluation.tasks import TASKS, check_rows, check_source
+from mtllm_fast.evaluation.translations import has_translations, join_translations
 
 AMERICAS = {"cni": (658, 750), "nah": (585, 738), "oto": (222, 748)}
 
@@ -64,6 +65,7 @@ def test_nusax(folder, split, counts, newlines):
 def test_xnli(folder, split, count):
     rows = load(TASKS["nli"], folder("xnli"), split)
     assert len(rows) == 15
+    assert load(TASKS["xnli"], folder("xnli"), split) == rows
     labels = [row.label for row in rows["en"]]
     assert Counter(labels) == dict.fromkeys(range(3), count // 3)
     for found in rows.values():
@@ -78,10 +80,14 @@ def test_americasnli_joins_to_xnli(folder):
         english = task.rows(xnli, "en", split)
         rows = load(task, source, split)
         assert len(rows) == 10
+        assert sum(map(len, rows.values())) == (6666, 7486)[number]
+        assert load(TASKS["americasnli"], source, split) == rows
         for code, found in rows.items():
             assert len(found) == AMERICAS.get(code, (743, 750))[number]
             assert all(row.label == english[int(row.id) - first].label for row in found)
-    assert sum(not row.text.strip() for row in rows["nah"]) == 3
+    issues = check_rows(rows["nah"])
+    assert issues.blank == ("25576", "25577", "25578") and not issues.duplicate_ids
+    assert not any(check_rows(found) for code, found in rows.items() if code != "nah")
 
 
 def test_translated_americasnli_and_mnli(folder):
@@ -94,5 +100,41 @@ def test_translated_americasnli_and_mnli(folder):
                 assert [row.label for row in translated] == [row.label for row in source]
                 assert len(translated) == count
     train, dev = (task.rows(folder("mnli_sample"), "en", split) for split in ("train", "dev"))
+    assert TASKS["mnli"].rows(folder("mnli_sample"), "en", "train") == train
+    assert not check_rows(dev, train)
     assert [Counter(row.label for row in train)[i] for i in range(3)] == [3061, 2980, 2958]
     assert [Counter(row.label for row in dev)[i] for i in range(3)] == [347, 333, 320]
+
+
+def test_sib200_overlap_of_train_and_evaluation(folder):
+    # SOURCE.md: text of an evaluation row also in train
+    for split, where in (
+        ("test", {"ary_Arab": 15, "azb_Arab": 7, "dyu_Latn": 23, "kbp_Latn": 89, "lua_Latn": 86, "sat_Olck": 47}),
+        ("dev", {"bam_Latn": 56}),
+    ):
+        found = check_source(TASKS["sib200"], folder("sib200"), split, sorted(where))
+        assert not found.without_split and not found.empty_folders
+        for code, line in where.items():
+            rows = TASKS["sib200"].rows(folder("sib200"), code, split)
+            assert found.languages[code].in_train == (rows[line - 2].id,)  # file lines count from 1, after the header
+            assert not found.languages[code].blank and not found.languages[code].duplicate_ids
+    assert not check_source(TASKS["sib200"], folder("sib200"), "test", ["eng_Latn", "swh_Latn"]).lines()
+
+
+def test_nusax_has_no_overlap(folder):
+    assert not check_source(TASKS["nusax"], folder("nusax_senti"), "test").lines()
+
+
+@pytest.mark.parametrize(("name", "by"), [("amnli_nllb600m", "row"), ("amnli_nllb600m/derived", "id")])
+def test_published_translations_join(folder, name, by):
+    task, path = TASKS["americasnli"], folder(name)
+    for split, count in (("dev", 743), ("test", 750)):
+        for language in ("aym", "gn", "quy"):
+            rows = task.rows(folder("americasnli"), language, split)
+            joined = join_translations(path, task, rows, language=language, split=split)
+            assert joined.by == by
+            assert joined.counts() == {"joined": count, "missing": 0, "unused": 0, "duplicates": 0}
+            assert [(row.id, row.label) for row in joined.rows] == [(row.id, row.label) for row in rows]
+            assert {row.language for row in joined.rows} == {"eng_Latn"}
+            assert sum(new.text == old.text for new, old in zip(joined.rows, rows)) < 5
+        assert not has_translations(path, task, "nah", split)

@@ -87,8 +87,9 @@ class Table:
     def index(self, value: Any, labels: Sequence[str], choice: bool) -> int | None:
         """The class that a label value stands for; None where it is none of `labels`."""
         if isinstance(value, str):
-            if not choice and value in labels:
-                return labels.index(value)
+            names = self.choices if choice else labels  # SuperGLUE's hub set names the column of the right choice
+            if value in names:
+                return names.index(value)
             if not value.strip().isdecimal():
                 return None
             value = int(value)
