@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 NO_MT_CODE = "no MT code"
 METRICS = ("accuracy", "macro_f1")
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Accuracy of a model minus that of translate-test on the same rows.
+
+    Fields:
+        accuracy: the difference, -1 to 1; low, high: its bootstrap interval.
+        p: two-sided p-value of the paired test; p_holm: adjusted over the non-English languages of the model and task.
+            None where not tested (English, which needs no translation, and means over languages).
+    """
+
+    accuracy: float
+    low: float
+    high: float
+    p: float | None = None
+    p_holm: float | None = None
+
+    @property
+    def significant(self) -> bool:
+        return self.p_holm is not None and self.p_holm < 0.05
 
 
 @dataclass(frozen=True)
@@ -19,9 +41,13 @@ class LanguageScore:
         mapped: whether `mt_code` comes from the caller's `language_map` or the tokenizer's fallbacks, not from the
             task's table.
         rows: number of rows scored.
-        accuracy, macro_f1: 0 to 1.
+        accuracy, macro_f1: 0 to 1, means over the seeds.
         blank: rows with an empty text among them (scored all the same).
-        time_s: seconds spent predicting.
+        accuracy_interval, macro_f1_interval: bootstrap intervals over the rows.
+        accuracy_sd, macro_f1_sd: standard deviation over seeds (n - 1), None for one seed.
+        gap: against translate-test, None where there is none.
+        alignment: metrics of `alignment.METRICS`, means over the seeds; empty where not asked for.
+        time_s: seconds spent predicting, all seeds together.
     """
 
     mt_code: str | None
@@ -30,7 +56,26 @@ class LanguageScore:
     accuracy: float
     macro_f1: float
     blank: int
-    time_s: float
+    accuracy_interval: Interval | None = None
+    macro_f1_interval: Interval | None = None
+    accuracy_sd: float | None = None
+    macro_f1_sd: float | None = None
+    gap: Gap | None = None
+    alignment: dict[str, float] = field(default_factory=dict)
+    time_s: float = field(default=0.0, compare=False)
+
+
+@dataclass(frozen=True)
+class GroupScore:
+    """Unweighted mean of one model over the languages of a group, with the bootstrap interval of that mean (rows
+    resampled, languages fixed)."""
+
+    languages: int
+    accuracy: float
+    accuracy_interval: Interval
+    macro_f1: float
+    macro_f1_interval: Interval
+    gap: Gap | None = None
 
 
 @dataclass
@@ -43,7 +88,11 @@ class ModelScores:
         languages: the set's code -> score.
         skipped: the set's code -> why it was not run.
         notes: what a reader of the table has to know.
-        counts: things counted on the way, e.g. truncated texts.
+        counts: things counted on the way, e.g. truncated texts, all seeds together.
+        seeds: number of seeds behind the scores.
+        seed_means: per seed, the mean accuracy over the shared non-English languages.
+        groups: "all", "non_english", "shared", and "family", "script", "resource" with their groups below: means over
+            languages. "shared" and the three groupings hold the non-English languages that every model was run in.
     """
 
     name: str
@@ -52,10 +101,13 @@ class ModelScores:
     skipped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
+    seeds: int = 1
+    seed_means: list[float] = field(default_factory=list)
+    groups: dict[str, dict[str, GroupScore]] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
-        return sum(score.rows for score in self.languages.values())
+        return self.seeds * sum(score.rows for score in self.languages.values())
 
     @property
     def time_s(self) -> float:
@@ -73,6 +125,16 @@ class ModelScores:
         values = [getattr(self.languages[code], metric) for code in chosen]
         return sum(values) / len(values) if values else None
 
+    def overall(self, name: str) -> GroupScore | None:
+        """The group "all", "non_english" or "shared"."""
+        return self.groups.get("overall", {}).get(name)
+
+    def mean_alignment(self, languages: Iterable[str]) -> dict[str, float]:
+        """Mean of each alignment metric over those of `languages` that have it."""
+        found = [self.languages[code].alignment for code in languages if code in self.languages]
+        found = [values for values in found if values]
+        return {name: sum(values[name] for values in found) / len(found) for name in (found[0] if found else {})}
+
 
 @dataclass
 class Scores:
@@ -86,6 +148,10 @@ class Scores:
         models: in the order given.
         limit: rows per language, None for all.
         versions: package versions.
+        reference: name of the translate-test among the models, None without one.
+        resamples: of the bootstrap.
+        issues: what is odd about the data, counted.
+        described: the set's code -> name, family, script, resource.
     """
 
     task: str
@@ -98,6 +164,10 @@ class Scores:
     models: list[ModelScores]
     limit: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    reference: str | None = None
+    resamples: int = 0
+    issues: list[str] = field(default_factory=list)
+    described: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def foreign(self) -> list[str]:
         return [code for code in self.languages if code != self.english]
@@ -109,6 +179,13 @@ class Scores:
     def without_mt_code(self) -> list[str]:
         """Languages that some model did not run because there is no MT code for them."""
         return [code for code in self.languages if any(m.skipped.get(code) == NO_MT_CODE for m in self.models)]
+
+    def compared(self) -> list[ModelScores]:
+        """The models other than translate-test."""
+        return [model for model in self.models if model.name != self.reference]
+
+    def language_name(self, code: str) -> str:
+        return self.described.get(code, {}).get("name", code)
 
     def means(self, model: ModelScores) -> dict[str, dict[str, Any]]:
         """Means of one model over all its languages, the non-English ones, and those shared with the other models."""
@@ -122,43 +199,54 @@ class Scores:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; `from_dict` reads it back (it ignores the derived means and rates)."""
+        """Plain data for JSON, without times; `from_dict` reads it back (it ignores the derived means)."""
         content = {name: value for name, value in asdict(self).items() if name != "models"}
         content["labels"], content["languages"] = list(self.labels), list(self.languages)
-        content["models"] = [
-            {**asdict(model), "mean": self.means(model), "rows": model.rows, "rows_per_s": model.rows_per_s}
-            for model in self.models
-        ]
+        content["models"] = [{**asdict(model), "mean": self.means(model), "rows": model.rows} for model in self.models]
+        for model in content["models"]:
+            for score in model["languages"].values():
+                del score["time_s"]
         return content
+
+    def times(self) -> dict[str, Any]:
+        """Seconds and rows per second by model, and seconds by language."""
+        return {
+            model.name: {
+                "rows": model.rows,
+                "time_s": model.time_s,
+                "rows_per_s": model.rows_per_s,
+                "languages_s": {code: score.time_s for code, score in model.languages.items()},
+            }
+            for model in self.models
+        }
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Scores:
         """Raises ValueError for data that `to_dict` did not write."""
         try:
-            models = [
-                ModelScores(
-                    name=model["name"],
-                    method=model["method"],
-                    languages={code: LanguageScore(**score) for code, score in model["languages"].items()},
-                    skipped=dict(model["skipped"]),
-                    notes=list(model["notes"]),
-                    counts=dict(model["counts"]),
-                )
-                for model in content["models"]
-            ]
-            return cls(
-                task=content["task"],
-                source=content["source"],
-                split=content["split"],
-                labels=tuple(content["labels"]),
-                english=content["english"],
-                languages=tuple(content["languages"]),
-                language_map=dict(content["language_map"]),
-                models=models,
-                limit=content.get("limit"),
-                versions=dict(content.get("versions", {})),
-            )
+            values = {one.name: content[one.name] for one in fields(cls) if one.name in content}
+            values |= {"labels": tuple(content["labels"]), "languages": tuple(content["languages"])}
+            values["models"] = [_model(model) for model in content["models"]]
+            return cls(**values)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"scores: not a file written by `mtllm evaluate`: {type(error).__name__} {error}"
             ) from None
+
+
+def _model(content: Mapping[str, Any]) -> ModelScores:
+    values = {one.name: content[one.name] for one in fields(ModelScores) if one.name in content}
+    values["languages"] = {code: LanguageScore(**_typed(score)) for code, score in content["languages"].items()}
+    values["groups"] = {
+        by: {name: GroupScore(**_typed(score)) for name, score in groups.items()}
+        for by, groups in content.get("groups", {}).items()
+    }
+    return ModelScores(**values)
+
+
+def _typed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON's lists and mappings as the tuples and the `Gap` they were."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
+    if content.get("gap") is not None:
+        values["gap"] = Gap(**content["gap"])
+    return values

@@ -1,4 +1,4 @@
-"""From rows to predicted classes: by the model's task head, by a linear probe, or through translation."""
+"""From rows to logits of a task's labels: by the model's task head, by a linear probe, or through translation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..data.read import TextRow
 from .probe import LinearProbe, fit_probe
 from .tasks import Task, nearest
 
-Classes = npt.NDArray[np.int64]  # (N,)
+Logits = npt.NDArray[np.float32]  # (N, C)
 
 
 class Encoder(Protocol):
@@ -26,20 +26,32 @@ class Encoder(Protocol):
     def classify(self, rows: Iterable[TextRow]) -> npt.NDArray[np.float32]:
         """Logits (N, C)."""
 
+    def score_choices(self, rows: Iterable[TextRow]) -> npt.NDArray[np.float32]:
+        """Scores of the choices (N, C)."""
+
     def encode_rows(self, rows: Iterable[TextRow]) -> Iterator[npt.NDArray[np.float32]]:
         """Pooled states (n, D), a window at a time."""
 
 
 class Scorer(Protocol):
-    """Predicts classes of a task. `mt_languages` are the MT codes it can be told, None if it reads without any."""
+    """Reads rows of a task.
+
+    method: how, in words; notes: what a reader of its scores has to know; mt_languages: MT codes it can be told -> the
+    code it then uses, None if it reads without any.
+    """
 
     method: str
     notes: list[str]
     mt_languages: Mapping[str, str] | None
 
-    def predict(self, rows: Sequence[TextRow]) -> Classes: ...
+    def logits(self, rows: Sequence[TextRow]) -> Logits:
+        """One column per label of the task, in its order."""
 
-    def counts(self) -> dict[str, int]: ...
+    def states(self, rows: Sequence[TextRow]) -> npt.NDArray[np.float32] | None:
+        """Pooled hidden states (N, D); None where the rows are not what the model reads."""
+
+    def counts(self) -> dict[str, int]:
+        """Things counted since it was made, e.g. truncated texts."""
 
 
 def scorer(
@@ -71,6 +83,9 @@ class _EngineScorer:
         self.mt_languages = _mt_languages(engine.model)
         self._truncated_before = engine.truncated
 
+    def states(self, rows: Sequence[TextRow]) -> npt.NDArray[np.float32] | None:
+        return np.concatenate(list(self.engine.encode_rows(rows)))
+
     def counts(self) -> dict[str, int]:
         return {"truncated": self.engine.truncated - self._truncated_before}
 
@@ -83,22 +98,17 @@ class HeadScorer(_EngineScorer):
     def __init__(self, engine: Encoder, task: Task, name: str) -> None:
         super().__init__(engine)
         labels = engine.model.config.labels
-        if labels is None:
-            raise ValueError(
-                f"model={name!r}: its head scores choices, but {task.name!r} has the labels {', '.join(task.labels)}"
-            )
-        if sorted(labels) != sorted(task.labels):
-            raise ValueError(
-                f"model={name!r}: its head has the labels {', '.join(labels)}, "
-                f"but {task.name!r} has {', '.join(task.labels)}"
-            )
-        self.order = [list(labels).index(label) for label in task.labels]
+        check_labels(labels, task, name)
+        self.choice = task.kind == "choice"
+        self.order = [list(labels).index(label) for label in task.labels] if labels else []
 
-    def predict(self, rows: Sequence[TextRow]) -> Classes:
+    def logits(self, rows: Sequence[TextRow]) -> Logits:
+        if self.choice:
+            return _finite(self.engine.score_choices(rows), len(rows))
         logits = self.engine.classify(rows)
         if logits.shape != (len(rows), len(self.order)):
             raise ValueError(f"model: logits of shape {logits.shape} for {len(rows)} rows and {len(self.order)} labels")
-        return _argmax(logits[:, self.order])
+        return _finite(logits[:, self.order], len(rows))
 
 
 class ProbeScorer(_EngineScorer):
@@ -117,7 +127,12 @@ class ProbeScorer(_EngineScorer):
         language_map: Mapping[str, str],
     ) -> None:
         super().__init__(engine)
-        train, dev, held_out = _english(task, name, source, max_rows)
+        if task.kind == "choice":
+            raise ValueError(
+                f"model={name!r}: has no task head, and {task.name!r} is a multiple-choice task, for which there is no "
+                "probe; train a head with `mtllm finetune` or `mtllm distill`"
+            )
+        train, dev, held_out = probe_rows_of(task, name, source, max_rows)
         code = language_map.get(task.english)
         if code is not None:
             train, dev = ([replace(row, language=code) for row in rows] for rows in (train, dev))
@@ -134,8 +149,8 @@ class ProbeScorer(_EngineScorer):
     def _features(self, rows: Sequence[TextRow]) -> npt.NDArray[np.float32]:
         return np.concatenate(list(self.engine.encode_rows(rows)))
 
-    def predict(self, rows: Sequence[TextRow]) -> Classes:
-        return _argmax(self.probe.logits(self._features(rows)))
+    def logits(self, rows: Sequence[TextRow]) -> Logits:
+        return _finite(self.probe.logits(self._features(rows)), len(rows))
 
 
 class TranslateScorer:
@@ -156,7 +171,7 @@ class TranslateScorer:
             *classifier.notes,
         ]
 
-    def predict(self, rows: Sequence[TextRow]) -> Classes:
+    def logits(self, rows: Sequence[TextRow]) -> Logits:
         foreign = [index for index, row in enumerate(rows) if row.language != self.target]
         translated = self.translator.translate_rows(
             [rows[index] for index in foreign], target=self.target, **self.decoding
@@ -164,7 +179,10 @@ class TranslateScorer:
         english = list(rows)
         for index, row in zip(foreign, translated, strict=True):
             english[index] = row
-        return self.classifier.predict(english)
+        return self.classifier.logits(english)
+
+    def states(self, rows: Sequence[TextRow]) -> None:
+        return None
 
     def counts(self) -> dict[str, int]:
         truncated, unfinished = self._before
@@ -173,6 +191,45 @@ class TranslateScorer:
             "unfinished_translations": self.translator.unfinished - unfinished,
             **self.classifier.counts(),
         }
+
+
+class TranslatedScorer:
+    """Translate-test on rows that somebody has translated already: only the classifier is left to do."""
+
+    method = "translate-test"
+    mt_languages: Mapping[str, str] | None = None
+
+    def __init__(self, classifier: HeadScorer | ProbeScorer, *, source: str | Path, target: str) -> None:
+        self.classifier = classifier
+        self.notes = [f"translate-test: existing translations into {target} from {source}", *classifier.notes]
+
+    def logits(self, rows: Sequence[TextRow]) -> Logits:
+        return self.classifier.logits(rows)
+
+    def states(self, rows: Sequence[TextRow]) -> None:
+        return None
+
+    def counts(self) -> dict[str, int]:
+        return self.classifier.counts()
+
+
+def check_labels(labels: Sequence[str] | None, task: Task, name: str) -> None:
+    """ValueError unless a head with these labels (None: one that scores choices) can answer the task."""
+    if task.kind == "choice":
+        if labels is not None:
+            raise ValueError(
+                f"model={name!r}: its head has the labels {', '.join(labels)}, but {task.name!r} is multiple choice"
+            )
+        return
+    if labels is None:
+        raise ValueError(
+            f"model={name!r}: its head scores choices, but {task.name!r} has the labels {', '.join(task.labels)}"
+        )
+    if sorted(labels) != sorted(task.labels):
+        raise ValueError(
+            f"model={name!r}: its head has the labels {', '.join(labels)}, "
+            f"but {task.name!r} has {', '.join(task.labels)}"
+        )
 
 
 def _mt_languages(model: Any) -> Mapping[str, str] | None:
@@ -188,7 +245,7 @@ def _known_codes(languages: Sequence[str]) -> dict[str, str]:
     return {code.strip("_"): code for code in languages} | {code: code for code in languages}
 
 
-def _english(task: Task, name: str, source: str | Path, max_rows: int) -> tuple[list[TextRow], list[TextRow], str]:
+def probe_rows_of(task: Task, name: str, source: str | Path, max_rows: int) -> tuple[list[TextRow], list[TextRow], str]:
     """English training and dev rows for a probe; without a dev split every tenth training row is held out."""
     needs = f"model={name!r} has no task head, so a probe needs English training rows of the task {task.name!r}"
     remedy = "give a model with a head, or probe_source=<a source with an English train split>"
@@ -213,10 +270,13 @@ def _gold(rows: Sequence[TextRow]) -> list[int]:
     return [row.label for row in rows if row.label is not None]
 
 
-def _argmax(logits: npt.NDArray[np.float32]) -> Classes:
-    if not np.isfinite(logits).all():
+def _finite(logits: Logits, rows: int) -> Logits:
+    """The logits; -inf is how a row says that it has fewer choices than others."""
+    if len(logits) != rows:
+        raise ValueError(f"model: {len(logits)} rows of logits for {rows} rows")
+    if np.isnan(logits).any() or not np.isfinite(logits.max(axis=1, initial=-np.inf)).all():
         raise ValueError("model: its logits are not finite; was the training stable, and is the dtype wide enough?")
-    return logits.argmax(1).astype(np.int64)
+    return logits
 
 
 def check_codes(language_map: Mapping[str, str], languages: Sequence[str], known: Mapping[str, str] | None) -> None:

@@ -1,40 +1,46 @@
-"""`evaluate`: models x languages on one task, zero-shot."""
+"""`evaluate`: models x seeds x languages on one task, zero-shot, resumable language by language."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..data.read import TextRow
-from .metrics import accuracy, macro_f1
-from .results import NO_MT_CODE, LanguageScore, ModelScores, Scores
-from .scorers import Classes, Encoder, Scorer, TranslateScorer, check_codes, scorer
+from .aggregate import ModelCells, summarise
+from .cells import CellStore
+from .languages import describe
+from .results import Scores
+from .rows import TaskRows
+from .runs import TRANSLATE_TEST, Contestant, Lazy, Model, Options, Run, check_folder
+from .scorers import check_codes
+from .statistics import RESAMPLES
 from .tasks import Task, canonical_split, get_task, nearest
 from .translate_test import Translator
 
-Model = Any  # MTLLM, an engine around one, or a folder or hub name of one
+Models = Model | Sequence[Model] | Mapping[str, Model | Sequence[Model]]
 
 
 def evaluate(
-    models: Model | Sequence[Model] | Mapping[str, Model],
+    models: Models,
     task: str | Task,
-    source: str | Path,
+    source: str | Path | None = None,
     *,
     languages: str | Sequence[str] = "all",
     language_map: Mapping[str, str] | None = None,
     split: str = "test",
     limit: int | None = None,
     translator: Translator | str | Path | None = None,
-    teacher: Model | None = None,
+    translations: str | Path | None = None,
+    teacher: Model | Sequence[Model] | None = None,
     target: str = "eng_Latn",
     num_beams: int = 1,
     probe_source: str | Path | None = None,
     probe_rows: int = 20_000,
-    max_tokens: int = 8192,
+    alignment: bool = False,
+    cells: str | Path | CellStore | None = None,
+    resamples: int = RESAMPLES,
+    max_tokens: int | None = None,
     device: str | None = None,
     progress: bool = True,
 ) -> Scores:
@@ -43,84 +49,97 @@ def evaluate(
     A model with a task head for the task's labels is read by it. A model without a head (one that was only adapted) is
     read by a linear probe fitted on the English training split, and the scores say so. A language that the MT model
     has no code for is named in `ModelScores.skipped` and runs only if `language_map` says what it is to be read as.
+    Scores carry bootstrap intervals, and with translate-test an exact paired test against it (see `statistics`).
 
     Args:
-        models: one model, a list, or name -> model; each an MTLLM, an Engine, or a folder or hub name. May be empty
-            ({}) when only translate-test is wanted.
-        task: a name of `tasks.TASKS`, "folder", or a Task.
-        source: folder in the task's published format, or a hub name.
+        models: one model, a list, or name -> model; each an MTLLM, an Engine, or a folder or hub name. In a mapping a
+            list stands for the seeds of one model, whose scores are averaged. May be empty ({}) when only
+            translate-test is wanted.
+        task: a name of `tasks.TASKS`, "folder", a .yaml file that describes one, or a Task.
+        source: folder in the task's published format, or a hub name; None for the one the task names.
         languages: "all", or the set's codes as a list or a comma-separated string.
         language_map: the set's code -> MT code, overriding the task's table, e.g. {"arb_Latn": "arb_Arab"}.
         split: "test", "dev" or "train".
         limit: only the first rows of each language.
-        translator, teacher: both or neither: an MT model (a Translator, folder or hub name) and a classifier of the
-            target language; adds translate-test as one more model.
+        translator: an MT model (a Translator, folder or hub name) for translate-test, which becomes one more model.
+        translations: instead of it, translations that exist (see `translations.join_translations`).
+        teacher: the classifier of the target language that reads the translations; a list for several seeds.
         target: MT code of the language that translate-test translates into.
         num_beams: 1 for greedy decoding.
         probe_source: where a probe's English rows come from, if not from `source` (XNLI's folder has no training
             split).
         probe_rows: at most this many training rows for a probe, spread over the file.
-        max_tokens: token budget of one forward pass.
+        alignment: also compare the pooled states of every language with those of the English rows of the same id (for
+            sets whose rows with one id are translations of each other).
+        cells: folder for finished cells (or a CellStore). A run that is killed goes on there: each language of each
+            model is kept as soon as it is done, and computed again only where model, data or settings have changed.
+            Models must then be given by folder or hub name.
+        resamples: of the bootstrap.
+        max_tokens: token budget of one forward pass; None chooses it by device.
         device: where models given by name run; None: CUDA if there is one.
         progress: show a progress bar over languages.
 
     Raises:
-        ValueError: an unknown task, language, split or map entry; labels that differ; a split without labels; nothing
-            to run.
+        ValueError: an unknown task, language, split or map entry; labels that differ; nothing to run. Languages that
+            were named one by one must be readable; with "all", one that is not is left out and named.
+        OSError: a cell cannot be written; those before it are kept.
     """
     task, split = get_task(task, source), canonical_split(split)
-    overrides = dict(language_map or {})
+    source = source or task.default_source
+    if source is None:
+        raise ValueError(f"source is missing: the folder or hub name of the task {task.name!r}")
     available = task.languages(source)
     chosen, explicit = _choose(languages, available)
-    if (translator is None) != (teacher is None):
+    if (translator is None and translations is None) != (teacher is None):
         raise ValueError(
-            "translator and teacher: translate-test needs both, an MT model and a classifier of its output"
+            "translator and teacher: translate-test needs both, an MT model (or translations) and a classifier of its "
+            "output"
         )
-    if max_tokens < 1 or probe_rows < 2:
-        raise ValueError(f"max_tokens={max_tokens}, probe_rows={probe_rows}: expected at least 1 and 2")
-    if explicit:
-        for language in chosen:  # before any model is loaded
-            if split not in task.splits(source, language):
-                found = ", ".join(task.splits(source, language)) or "nothing"
-                raise ValueError(f"split={split!r}: {str(source)!r} has only {found} for {language!r}")
-
-    def make(model: Model, name: str) -> Scorer:
-        engine = _engine(model, max_tokens, device)
-        return scorer(
-            engine, task, name, probe_source=probe_source or source, probe_rows=probe_rows, language_map=overrides
-        )  # fmt: skip
-
-    scorers: dict[str, Scorer] = {name: make(model, name) for name, model in _named(models).items()}
-    if translator is not None:
-        if not isinstance(translator, Translator) and isinstance(translator, str | Path):
-            translator = Translator.from_pretrained(translator, device=device)
-        classifier: Any = make(teacher, "teacher")
-        scorers["translate-test"] = TranslateScorer(
-            translator, classifier, target=target, num_beams=num_beams, max_tokens=max_tokens
+    if translator is not None and translations is not None:
+        raise ValueError("translator and translations: give one of them")
+    if (max_tokens is not None and max_tokens < 1) or probe_rows < 2 or resamples < 1:
+        raise ValueError(
+            f"max_tokens={max_tokens}, probe_rows={probe_rows}, resamples={resamples}: expected at least 1, 2 and 1"
         )
-    if not scorers:
+    data = TaskRows(task, source, split, limit)
+    options = Options(
+        task=task,
+        data=data,
+        languages=chosen,
+        language_map=dict(language_map or {}),
+        probe_source=probe_source or source,
+        probe_rows=probe_rows,
+        max_tokens=max_tokens,
+        device=device,
+        alignment=alignment,
+        store=cells if isinstance(cells, CellStore) or cells is None else CellStore(cells),
+    )
+    contestants = [Contestant(name, seeds) for name, seeds in _named(models).items()]
+    if teacher is not None:
+        seeds = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
+        shared = Lazy(translator, device) if isinstance(translator, str | Path) else translator
+        contestants.append(Contestant(TRANSLATE_TEST, seeds, shared, translations, target, num_beams))
+    if not contestants:
         raise ValueError("models: none given, and no translator")
-    for one in scorers.values():
-        check_codes(overrides, available, one.mt_languages)
+    check_codes(options.language_map, available, None)
+    for contestant in contestants:  # before hours of evaluation
+        for model in contestant.models:
+            check_folder(model, task, contestant.name)
+    for language in chosen if explicit else ():
+        splits = task.splits(source, language)
+        if split not in splits:
+            found = ", ".join(splits) or "nothing"
+            raise ValueError(f"split={split!r}: {str(source)!r} has only {found} for {language!r}")
+        if problem := data.problem(language):
+            raise ValueError(problem)
 
-    results = {name: ModelScores(name, one.method, notes=list(one.notes)) for name, one in scorers.items()}
-    with _bar(len(chosen), task.name, progress) as advance:
-        for language in chosen:
-            advance(language)
-            if split not in task.splits(source, language):
-                for result in results.values():
-                    result.skipped[language] = f"no {split} split"
-                continue
-            rows = task.rows(source, language, split, limit=limit)
-            for name, one in scorers.items():
-                _run(one, results[name], task, language, rows, overrides)
-    if not any(result.languages for result in results.values()):
-        reasons = "; ".join(
-            f"{language}: {reason}" for result in results.values() for language, reason in result.skipped.items()
-        )
+    with _bar(len(chosen) * sum(len(one.models) for one in contestants), task.name, progress) as advance:
+        ran = [_run(one, options, advance) for one in contestants]
+    if all(cell.skipped for one in ran for seed in one.seeds for cell in seed.values()):
+        reasons = "; ".join(f"{language}: {cell.skipped}" for language, cell in ran[0].seeds[0].items())
         raise ValueError(f"languages: none of them can be run ({reasons[:300]}); language_map can name MT codes")
-    for name, one in scorers.items():
-        results[name].counts = one.counts()
+    described = {code: describe(code, task.mt_code(code)) for code in chosen}
+    reference = TRANSLATE_TEST if teacher is not None else None
     return Scores(
         task=task.name,
         source=str(source),
@@ -128,46 +147,44 @@ def evaluate(
         labels=task.labels,
         english=task.english,
         languages=tuple(chosen),
-        language_map=overrides,
-        models=list(results.values()),
+        language_map=options.language_map,
+        models=summarise(
+            ran,
+            described,
+            english=task.english,
+            num_classes=len(task.labels),
+            reference=reference,
+            resamples=resamples,
+        ),
         limit=limit,
         versions={package: version(package) for package in ("mtllm-fast", "torch", "transformers")},
+        reference=reference,
+        resamples=resamples,
+        issues=data.issues(chosen),
+        described={
+            code: {"name": one.name, "family": one.family, "script": one.script, "resource": one.resource}
+            for code, one in described.items()
+        },
     )
 
 
-def _run(
-    one: Scorer, result: ModelScores, task: Task, language: str, rows: Sequence[TextRow], overrides: Mapping[str, str]
-) -> None:
-    """Score one model in one language, or note why it is skipped."""
-    code, mapped = task.mt_code(language), language in overrides
-    if mapped:
-        code = overrides[language]
-    if one.mt_languages is not None:
-        if (
-            code is None and language in one.mt_languages
-        ):  # the model's tokenizer was saved with an explicit fallback for it
-            code = language
-        if code is None:
-            result.skipped[language] = NO_MT_CODE
-            return
-        if code not in one.mt_languages:
-            result.skipped[language] = f"MT code {code} unknown to the model"
-            return
-        mapped = mapped or one.mt_languages[code] != code
-        code = one.mt_languages[code]
-        rows = [row if row.language == code else replace(row, language=code) for row in rows]
-    start = time.perf_counter()
-    predictions: Classes = one.predict(rows)
-    time_s = time.perf_counter() - start
-    gold = [row.label for row in rows if row.label is not None]
-    result.languages[language] = LanguageScore(
-        mt_code=code if one.mt_languages is not None else None,
-        mapped=mapped and one.mt_languages is not None,
-        rows=len(rows),
-        accuracy=accuracy(predictions, gold),
-        macro_f1=macro_f1(predictions, gold, len(task.labels)),
-        blank=sum(not row.text.strip() or (row.text_pair is not None and not row.text_pair.strip()) for row in rows),
-        time_s=time_s,
+def _run(one: Contestant, options: Options, advance: Callable[[str], None]) -> ModelCells:
+    """All seeds of one contestant."""
+    runs = []
+    for index in range(len(one.models)):
+        run = Run(one, index, options)
+        runs.append(run)
+        for language in options.languages:
+            advance(f"{one.name} {language}")
+            run.do(language)
+        run.finish()
+    notes = list(dict.fromkeys(note for run in runs for note in run.notes))
+    return ModelCells(
+        name=one.name,
+        method=runs[0].method,
+        notes=notes,
+        seeds=[run.cells for run in runs],
+        alignment=[run.alignment for run in runs],
     )
 
 
@@ -185,36 +202,30 @@ def _choose(languages: str | Sequence[str], available: Sequence[str]) -> tuple[l
     return names, True
 
 
-def _named(models: Model | Sequence[Model] | Mapping[str, Model]) -> dict[str, Model]:
+def _named(models: Models) -> dict[str, list[Model]]:
+    """Name -> its seeds."""
     if isinstance(models, Mapping):
-        return {str(name): model for name, model in models.items()}
+        named = {
+            str(name): list(found) if isinstance(found, list | tuple) else [found] for name, found in models.items()
+        }
+        for name, seeds in named.items():
+            if not seeds:
+                raise ValueError(f"models: {name!r} has no seeds")
+            if name == TRANSLATE_TEST:
+                raise ValueError(f"models: {name!r} is the name of the baseline; choose another")
+        return named
     listed = list(models) if isinstance(models, list | tuple) else [models]
-    named: dict[str, Model] = {}
+    named = {}
     for index, model in enumerate(listed):
         name = str(model) if isinstance(model, str | Path) else ("model" if len(listed) == 1 else f"model {index + 1}")
         if name in named:
             raise ValueError(f"models: {name!r} is given twice")
-        named[name] = model
+        named[name] = [model]
     return named
 
 
-def _engine(model: Model, max_tokens: int, device: str | None) -> Encoder:
-    if hasattr(model, "classify") and hasattr(model, "encode_rows"):
-        return model
-    from ..inference.engine import Engine
-
-    if isinstance(model, str | Path):
-        import torch
-
-        from ..models import MTLLM
-
-        model = MTLLM.from_pretrained(model)
-        device = device or ("cuda" if torch.cuda.is_available() else None)
-    return Engine(model, max_tokens=max_tokens, device=device)
-
-
 class _bar:
-    """A progress bar over languages; entering gives a function that is told the language that comes next."""
+    """A progress bar; entering gives a function that is told what comes next."""
 
     def __init__(self, total: int, title: str, shown: bool) -> None:
         from rich.progress import (
@@ -241,8 +252,8 @@ class _bar:
         self.bar.start()
         return self._next
 
-    def _next(self, language: str) -> None:
-        self.bar.update(self.task, description=f"{self.title} {language}", advance=1 if self.started else 0)
+    def _next(self, title: str) -> None:
+        self.bar.update(self.task, description=f"{self.title} {title}", advance=1 if self.started else 0)
         self.started = True
 
     def __exit__(self, *error: Any) -> None:

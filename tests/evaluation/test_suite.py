@@ -214,7 +214,11 @@ def test_models_that_do_not_fit(source):
         run(Broken(["a", "b", "c"]), source)
 
 
-def test_label_outside_the_set_stops_the_run(source):
+def test_label_outside_the_set_costs_its_language_only(source):
     (source / "fra_Latn/test.tsv").write_text("text\tlabel\nx\tz\n")
+    scores = run(FakeEngine(["a", "b", "c"]), source)
+    assert set(scores.models[0].languages) == {"eng_Latn"}
+    assert "row 0: label 'z' is not one of a, b, c" in scores.models[0].skipped["fra_Latn"]
+    assert any(line.startswith("fra_Latn left out: ") for line in scores.issues)
     with pytest.raises(ValueError, match=r"fra_Latn/test\.tsv' row 0: label 'z' is not one of a, b, c"):
-        run(FakeEngine(["a", "b", "c"]), source)
+        run(FakeEngine(["a", "b", "c"]), source, languages="eng_Latn,fra_Latn")

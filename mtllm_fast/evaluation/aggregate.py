@@ -1,0 +1,187 @@
+"""From cells to scores: means over seeds, intervals, and the comparison with translate-test."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from .cells import Cell
+from .languages import GROUPINGS, Language
+from .metrics import accuracy, macro_f1
+from .results import Gap, GroupScore, LanguageScore, ModelScores
+from .statistics import holm, interval, macro_f1_samples, mean_samples, sign_flip_p
+
+Samples = npt.NDArray[np.floating]  # (R,)
+
+
+@dataclass(frozen=True)
+class ModelCells:
+    """A model's cells: per seed, the set's code -> cell; and per seed, code -> alignment metrics."""
+
+    name: str
+    method: str
+    notes: Sequence[str]
+    seeds: Sequence[Mapping[str, Cell]]
+    alignment: Sequence[Mapping[str, Mapping[str, float]]] = ()
+
+    def run(self, code: str) -> list[Cell]:
+        """The cells of a language in all seeds; [] where it was not run."""
+        cells = [seed[code] for seed in self.seeds if code in seed]
+        return cells if len(cells) == len(self.seeds) and not any(cell.skipped for cell in cells) else []
+
+    def correct(self, code: str) -> npt.NDArray[np.int64]:  # (N,)
+        """In how many seeds each row was classified right."""
+        return np.sum([cell.predictions == cell.gold for cell in self.run(code)], axis=0, dtype=np.int64)
+
+
+@dataclass
+class _Summary:
+    """A model's scores with the bootstrap samples behind them, by language."""
+
+    scores: ModelScores
+    accuracy: dict[str, Samples] = field(default_factory=dict)
+    macro_f1: dict[str, Samples] = field(default_factory=dict)
+    gap: dict[str, Samples] = field(default_factory=dict)
+
+
+def summarise(
+    models: Sequence[ModelCells],
+    described: Mapping[str, Language],
+    *,
+    english: str,
+    num_classes: int,
+    reference: str | None,
+    resamples: int,
+) -> list[ModelScores]:
+    """Scores of all models on one task.
+
+    Args:
+        described: the languages asked for, in order.
+        reference: name of the model that the others are compared with (translate-test), or None.
+    """
+    summaries = [_one(model, described, num_classes, resamples) for model in models]
+    against = next((model for model in models if model.name == reference), None)
+    if against is not None:
+        for model, summary in zip(models, summaries, strict=True):
+            if model is not against:
+                _compare(model, against, summary, english, resamples)
+    foreign = [code for code in described if code != english]
+    shared = [code for code in foreign if all(code in summary.scores.languages for summary in summaries)]
+    for model, summary in zip(models, summaries, strict=True):
+        overall = {"all": list(described), "non_english": foreign, "shared": shared}
+        summary.scores.groups["overall"] = _groups(summary, overall)
+        for by in GROUPINGS:
+            groups: dict[str, list[str]] = {}
+            for code in shared:
+                groups.setdefault(described[code].group(by), []).append(code)
+            summary.scores.groups[by] = _groups(summary, dict(sorted(groups.items(), key=lambda g: (-len(g[1]), g[0]))))
+        if shared:
+            summary.scores.seed_means = [
+                float(np.mean([accuracy(seed[code].predictions, seed[code].gold) for code in shared]))
+                for seed in model.seeds
+            ]
+    return [summary.scores for summary in summaries]
+
+
+def _one(model: ModelCells, described: Iterable[str], num_classes: int, resamples: int) -> _Summary:
+    scores = ModelScores(model.name, model.method, notes=list(model.notes), seeds=len(model.seeds))
+    summary = _Summary(scores)
+    counts: Counter[str] = Counter()
+    for code in described:
+        cells = model.run(code)
+        if not cells:
+            reasons = [seed[code].skipped for seed in model.seeds if code in seed and seed[code].skipped]
+            scores.skipped[code] = reasons[0] if reasons else "not run"
+            continue
+        for cell in cells:
+            counts.update(cell.counts)
+        hits = [accuracy(cell.predictions, cell.gold) for cell in cells]
+        f1 = [macro_f1(cell.predictions, cell.gold, num_classes) for cell in cells]
+        summary.accuracy[code] = mean_samples(model.correct(code) / len(cells), resamples)
+        summary.macro_f1[code] = np.mean(
+            [macro_f1_samples(cell.predictions, cell.gold, num_classes, resamples) for cell in cells], axis=0
+        )
+        scores.languages[code] = LanguageScore(
+            mt_code=cells[0].mt_code,
+            mapped=cells[0].mapped,
+            rows=len(cells[0].gold),
+            accuracy=float(np.mean(hits)),
+            macro_f1=float(np.mean(f1)),
+            blank=cells[0].blank,
+            accuracy_interval=interval(summary.accuracy[code]),
+            macro_f1_interval=interval(summary.macro_f1[code]),
+            accuracy_sd=float(np.std(hits, ddof=1)) if len(cells) > 1 else None,
+            macro_f1_sd=float(np.std(f1, ddof=1)) if len(cells) > 1 else None,
+            alignment=_alignment(model, code),
+            time_s=sum(cell.time_s for cell in cells),
+        )
+    scores.counts = dict(counts)
+    return summary
+
+
+def _alignment(model: ModelCells, code: str) -> dict[str, float]:
+    found = [seed[code] for seed in model.alignment if seed.get(code)]
+    return {name: float(np.mean([values[name] for values in found])) for name in (found[0] if found else {})}
+
+
+def _compare(model: ModelCells, against: ModelCells, summary: _Summary, english: str, resamples: int) -> None:
+    """Fill in the gaps of a model against translate-test, language by language."""
+    gaps: dict[str, Gap] = {}
+    for code in summary.scores.languages:
+        mine, theirs = model.run(code), against.run(code)
+        if not theirs:
+            continue
+        rows, other_rows = _same_rows(mine[0], theirs[0])
+        if not len(rows):
+            continue
+        # whole numbers: each side's count of right seeds, brought to the common denominator
+        differences = model.correct(code)[rows] * len(theirs) - against.correct(code)[other_rows] * len(mine)
+        scale = len(mine) * len(theirs)
+        samples = mean_samples(differences / scale, resamples)
+        p = None if code == english else sign_flip_p(differences)
+        gaps[code] = Gap(float(differences.mean()) / scale, *interval(samples), p)
+        summary.gap[code] = samples
+    tested = [code for code, gap in gaps.items() if gap.p is not None]
+    adjusted = dict(zip(tested, holm([gaps[code].p or 0.0 for code in tested]), strict=True))
+    for code, gap in gaps.items():
+        gap = replace(gap, p_holm=adjusted.get(code))
+        summary.scores.languages[code] = replace(summary.scores.languages[code], gap=gap)
+
+
+def _same_rows(mine: Cell, theirs: Cell) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Positions of the rows that both scored: all where the ids agree, else joined by ids that occur once."""
+    if mine.ids == theirs.ids:
+        every = np.arange(len(mine.ids))
+        return every, every
+    ours, others = Counter(mine.ids), Counter(theirs.ids)
+    where = {name: index for index, name in enumerate(theirs.ids) if others[name] == 1}
+    pairs = [(i, where[name]) for i, name in enumerate(mine.ids) if ours[name] == 1 and name in where]
+    joined = np.array(pairs, np.int64).reshape(-1, 2)
+    return joined[:, 0], joined[:, 1]
+
+
+def _groups(summary: _Summary, groups: Mapping[str, Sequence[str]]) -> dict[str, GroupScore]:
+    found = {}
+    for name, members in groups.items():
+        codes = [code for code in members if code in summary.scores.languages]
+        if not codes:
+            continue
+        scores = [summary.scores.languages[code] for code in codes]
+        compared = [code for code in codes if code in summary.gap]
+        gap = None
+        if compared:
+            values = [one.gap.accuracy for one in scores if one.gap is not None]
+            gap = Gap(float(np.mean(values)), *interval(np.mean([summary.gap[code] for code in compared], axis=0)))
+        found[name] = GroupScore(
+            languages=len(codes),
+            accuracy=float(np.mean([score.accuracy for score in scores])),
+            accuracy_interval=interval(np.mean([summary.accuracy[code] for code in codes], axis=0)),
+            macro_f1=float(np.mean([score.macro_f1 for score in scores])),
+            macro_f1_interval=interval(np.mean([summary.macro_f1[code] for code in codes], axis=0)),
+            gap=gap,
+        )
+    return found

@@ -1,0 +1,199 @@
+"""A suite: models x seeds x tasks x languages, described in one YAML file.
+
+    output: runs/suite                      # cells and reports; go on there after an interruption
+    seeds: [42, 43, 44]                     # what {seed} stands for; may be left out
+    models:                                 # name in the report: folder or hub name
+      MT-LLM: runs/{task}/mt-llm/seed-{seed}
+      MT encoder: {sib200: runs/encoder, nusax: [runs/a, runs/b]}      # by task; a list: one entry per seed
+    tasks:                                  # a name, or a mapping with any of the options below
+      - sib200
+      - {task: nusax, data: DIR, name: sentiment, split: test, languages: [acehnese], language_map: {ngaju: ind_Latn},
+         limit: 100, probe_data: DIR}
+    translate_test:                         # may be left out
+      teacher: runs/{task}/teacher/seed-{seed}
+      translations: runs/{task}/translations.parquet      # or translator: facebook/nllb-200-distilled-600M, num_beams: 1
+      target: eng_Latn
+    alignment: true                         # compare hidden states with English (tasks whose rows are parallel)
+    resamples: 2000                         # of the bootstrap
+    max_tokens: 8192                        # token budget of one forward pass
+
+`{task}` stands for the name of a task's entry. Paths are relative to the working directory, as on the command line.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .cells import CellStore
+from .results import Scores
+from .statistics import RESAMPLES
+from .suite import evaluate
+from .tasks import get_task
+
+Folders = str | list[Any] | dict[str, Any]
+
+
+@dataclass
+class TaskEntry:
+    """One task of a suite; `name` in the report and for {task}, by default the task's own."""
+
+    task: str = ""
+    name: str = ""
+    data: str | None = None
+    split: str = "test"
+    languages: str | list[str] = "all"
+    language_map: dict[str, str] = field(default_factory=dict)
+    limit: int | None = None
+    probe_data: str | None = None
+
+
+@dataclass
+class TranslateTest:
+    """The baseline: `teacher` reads translations, made by `translator` or existing."""
+
+    teacher: Folders = ""
+    translator: Folders | None = None
+    translations: Folders | None = None
+    target: str = "eng_Latn"
+    num_beams: int = 1
+
+
+@dataclass
+class Suite:
+    """See the module's docstring."""
+
+    output: str = ""
+    models: dict[str, Folders] = field(default_factory=dict)
+    tasks: list[TaskEntry] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    translate_test: TranslateTest | None = None
+    alignment: bool = False
+    resamples: int = RESAMPLES
+    max_tokens: int | None = None
+    device: str | None = None
+
+
+def read_suite(path: str | Path) -> Suite:
+    """Raises ValueError for a file that is missing, no YAML, or describes no suite; it names the entry."""
+    import yaml
+
+    where = f"suite={str(path)!r}"
+    if not Path(path).is_file():
+        raise ValueError(f"{where}: no such file")
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+    suite: Suite = _made(Suite, content, where)
+    if not isinstance(suite.tasks, list) or not suite.tasks:
+        raise ValueError(f"{where}: tasks: expected a list with at least one task")
+    entries = [
+        TaskEntry(task=one) if isinstance(one, str) else _made(TaskEntry, one, f"{where}: tasks[{index}]")
+        for index, one in enumerate(suite.tasks)
+    ]
+    for index, entry in enumerate(entries):
+        if not entry.task:
+            raise ValueError(f"{where}: tasks[{index}]: 'task' is missing")
+        entry.name = entry.name or Path(entry.task).stem
+    names = [entry.name for entry in entries]
+    if len(set(names)) != len(names):
+        raise ValueError(f"{where}: tasks: {', '.join(names)}: two have the same name; give one a 'name'")
+    suite.tasks = entries
+    if not isinstance(suite.models, dict):
+        raise ValueError(f"{where}: models: expected a mapping of names to folders")
+    if suite.translate_test is not None:
+        suite.translate_test = _made(TranslateTest, suite.translate_test, f"{where}: translate_test")
+    if not suite.models and suite.translate_test is None:
+        raise ValueError(f"{where}: models: none given, and no translate_test")
+    for entry in entries:  # a folder that is missing or has no {seed} is an error of the file, found before any work
+        for name, folders in suite.models.items():
+            _folders(folders, entry.name, suite.seeds, f"{where}: models: {name}")
+    return suite
+
+
+def run_suite(suite: Suite, *, progress: bool = True) -> tuple[list[Scores], CellStore]:
+    """Evaluate every task of a suite, going on where an earlier run stopped.
+
+    Returns:
+        the scores of each task, and the store of cells, which says what was reused.
+
+    Raises:
+        ValueError: as `evaluate`. OSError: a cell cannot be written; those before it are kept.
+    """
+    if not suite.output:
+        raise ValueError("output is missing: the suite needs a folder for its cells")
+    found, total = [], CellStore(Path(suite.output) / "cells")
+    for entry in suite.tasks:
+        store = CellStore(total.folder / entry.name)
+        where = f"task {entry.name!r}"
+        baseline: dict[str, Any] = {}
+        if suite.translate_test is not None:
+            test = suite.translate_test
+            baseline = {"target": test.target, "num_beams": test.num_beams}
+            baseline["teacher"] = _folders(test.teacher, entry.name, suite.seeds, f"{where}: teacher")
+            for name in ("translator", "translations"):
+                if getattr(test, name) is not None:
+                    baseline[name] = _folders(getattr(test, name), entry.name, suite.seeds, f"{where}: {name}")[0]
+        scores = evaluate(
+            {
+                name: _folders(folders, entry.name, suite.seeds, f"{where}: {name}")
+                for name, folders in suite.models.items()
+            },
+            get_task(entry.task, entry.data),
+            entry.data,
+            languages=entry.languages,
+            language_map=entry.language_map,
+            split=entry.split,
+            limit=entry.limit,
+            probe_source=entry.probe_data,
+            alignment=suite.alignment,
+            cells=store,
+            resamples=suite.resamples,
+            max_tokens=suite.max_tokens,
+            device=suite.device,
+            progress=progress,
+            **baseline,
+        )
+        scores.task = entry.name
+        found.append(scores)
+        total.reused, total.written = total.reused + store.reused, total.written + store.written
+        total.stale.update(store.stale)
+    return found, total
+
+
+def _folders(given: Folders, task: str, seeds: list[int], where: str) -> list[str]:
+    """The folders that an entry names for a task, one per seed."""
+    if isinstance(given, Mapping):
+        if task not in given:
+            raise ValueError(f"{where}: names {', '.join(map(str, given))}, but not {task!r}")
+        given = given[task]
+    if isinstance(given, list):
+        listed = [str(one).replace("{task}", task) for one in given]
+        if not listed:
+            raise ValueError(f"{where}: the list of seeds is empty")
+        return listed
+    if not isinstance(given, str) or not given:
+        raise ValueError(f"{where}: {given!r}: expected a folder, a list of them, or a mapping by task")
+    folder = given.replace("{task}", task)
+    if "{seed}" not in folder:
+        return [folder]
+    if not seeds:
+        raise ValueError(f"{where}: {given!r} has {{seed}}, but 'seeds' is not given")
+    return [folder.replace("{seed}", str(seed)) for seed in seeds]
+
+
+def _made(kind: Any, content: Any, where: str) -> Any:
+    """An instance of a dataclass from a mapping, whose keys must be its fields."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: expected a mapping, got {type(content).__name__}")
+    known = [one.name for one in fields(kind)]
+    values = {str(key).replace("-", "_"): value for key, value in content.items()}
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            raise ValueError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    return kind(**values)
