@@ -4,14 +4,58 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..data.read import TextRow
 from ..data.tokenise import StackTokenizer
+from .translations import fields, with_fields
+
+_LOGITS = 2**26  # logits that are held at once for scores: 256 MiB in float32
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A translated text. score: mean log probability per token; None for a blank text, or where none was asked for."""
+
+    text: str
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How translations are made.
+
+    Fields:
+        num_beams: 1 for greedy decoding.
+        max_tokens: budget of source tokens, padding and beams included, per batch.
+        max_new_tokens: limit of a translation; None: twice its source's tokens plus 32, so that an endless repetition
+            ends.
+        no_repeat_ngram_size: forbid repeating n-grams of this size; 0 allows all.
+        repetition_penalty: divide the logits of tokens that were written before by this (Keskar et al., 2019); 1 for
+            none.
+
+    Raises:
+        ValueError: settings out of range.
+    """
+
+    num_beams: int = 1
+    max_tokens: int = 8192
+    max_new_tokens: int | None = None
+    no_repeat_ngram_size: int = 0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_beams", 1), ("max_tokens", 1), ("max_new_tokens", 2), ("no_repeat_ngram_size", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value}: expected at least {least}")
+        if not self.repetition_penalty > 0:
+            raise ValueError(f"repetition_penalty={self.repetition_penalty}: expected more than 0, 1 for none")
 
 
 class Translator:
@@ -99,16 +143,7 @@ class Translator:
         return self.tokenizer.languages
 
     def translate(
-        self,
-        texts: Sequence[str],
-        languages: str | Sequence[str],
-        target: str = "eng_Latn",
-        *,
-        num_beams: int = 1,
-        max_tokens: int = 8192,
-        max_new_tokens: int | None = None,
-        no_repeat_ngram_size: int = 0,
-        progress: Callable[[int], None] | None = None,
+        self, texts: Sequence[str], languages: str | Sequence[str], target: str = "eng_Latn", **decoding: Any
     ) -> list[str]:
         """Translations of N texts into `target`, in their order. A blank text stays as it is.
 
@@ -116,103 +151,145 @@ class Translator:
             texts: N texts.
             languages: one code for all, or one per text.
             target: code of the output language.
-            num_beams: 1 for greedy decoding.
-            max_tokens: budget of source tokens, padding and beams included, per batch.
-            max_new_tokens: limit of a translation; None: twice its source's tokens plus 32, so that an endless
-                repetition ends.
-            no_repeat_ngram_size: forbid repeating n-grams of this size; 0 for plain decoding.
-            progress: called after each batch with the number of texts done.
+            decoding: fields of `Decoding`, and `keep` and `progress` as for `translate_scored`.
 
         Raises:
             ValueError: an unknown code, lists of different lengths, or settings out of range.
         """
+        return [found.text for found in self._translate(texts, languages, target, scored=False, **decoding)]
+
+    def translate_scored(
+        self, texts: Sequence[str], languages: str | Sequence[str], target: str = "eng_Latn", **decoding: Any
+    ) -> list[Translation]:
+        """As `translate`, with a score per translation, for one more pass of the decoder."""
+        return self._translate(texts, languages, target, scored=True, **decoding)
+
+    def _translate(
+        self,
+        texts: Sequence[str],
+        languages: str | Sequence[str],
+        target: str,
+        *,
+        scored: bool,
+        keep: Sequence[str] = (),
+        progress: Callable[[int], None] | None = None,
+        **decoding: Any,
+    ) -> list[Translation]:
+        """`keep`: endings that are left out of the translation and put back after it. `progress` is called after each
+        batch with the number of texts done."""
         if isinstance(texts, str):
             raise TypeError("texts: got one str; pass a list of texts")
         codes = [languages] * len(texts) if isinstance(languages, str) else list(languages)
         if len(codes) != len(texts):
             raise ValueError(f"languages: {len(codes)} codes for {len(texts)} texts")
-        if (
-            num_beams < 1
-            or max_tokens < 1
-            or no_repeat_ngram_size < 0
-            or (max_new_tokens is not None and max_new_tokens < 2)
-        ):
-            raise ValueError(
-                f"num_beams={num_beams}, max_tokens={max_tokens}, max_new_tokens={max_new_tokens}, "
-                f"no_repeat_ngram_size={no_repeat_ngram_size}: expected at least 1, 1, 2 and 0"
-            )
+        settings = Decoding(**decoding)
         target_id = self.tokenizer.language_id(target)
+        parts = [_split_end(text, keep) for text in texts]
         # equal fields are common (every XNLI premise stands in three rows)
-        rows = {(text, code): TextRow(text, code) for text, code in zip(texts, codes, strict=True) if text.strip()}
+        rows = {(text, code): TextRow(text, code) for (text, _), code in zip(parts, codes, strict=True) if text.strip()}
         keys = list(rows)
         side = self.tokenizer.mt_side(list(rows.values()))
         self.truncated += side.truncated
-        found: dict[tuple[str, str], str] = {}
-        for members in _batches([len(ids) for ids in side.ids], max_tokens // num_beams):
-            wanted = [max_new_tokens or 2 * len(side.ids[i]) + 32 for i in members]
+        found: dict[tuple[str, str], Translation] = {}
+        for members in _batches([len(ids) for ids in side.ids], settings.max_tokens // settings.num_beams):
+            wanted = [settings.max_new_tokens or 2 * len(side.ids[i]) + 32 for i in members]
             limits = [min(self.max_length, count) for count in wanted]
-            outputs = self._generate([side.ids[i] for i in members], limits, target_id, num_beams, no_repeat_ngram_size)
-            for i, text in zip(members, outputs, strict=True):
-                found[keys[i]] = text
+            outputs = self._generate([side.ids[i] for i in members], limits, target_id, settings, scored)
+            found.update(zip((keys[i] for i in members), outputs, strict=True))
             if progress is not None:
                 progress(len(members))
-        return [found.get((text, code), text) for text, code in zip(texts, codes, strict=True)]
+        out = []
+        for (text, end), code in zip(parts, codes, strict=True):
+            one = found.get((text, code), Translation(text))
+            out.append(Translation(f"{one.text} {end}", one.score) if end else one)
+        return out
 
-    def translate_rows(self, rows: Iterable[TextRow], target: str = "eng_Latn", **settings: Any) -> list[TextRow]:
-        """Rows with their text, and the second text of a pair, translated field by field; `settings` as for
-        `translate`.
+    def translate_rows(self, rows: Iterable[TextRow], target: str = "eng_Latn", **decoding: Any) -> list[TextRow]:
+        """Rows with every text translated: the text, the second text of a pair, each choice. `decoding` as for
+        `translate`; a task's `fixed_words` go into `keep`.
 
         Raises:
-            ValueError: a multiple-choice row, whose choices are not translated here; and as `translate`.
+            ValueError: as `translate`.
         """
         rows = list(rows)
-        for row in rows:
-            if row.choices is not None:
-                raise ValueError(f"rows: row {row.id!r} has choices; translate texts and pairs only")
-        fields = [(row.text, row.language) for row in rows]
-        fields += [(row.text_pair, row.language) for row in rows if row.text_pair is not None]
-        texts = self.translate([text for text, _ in fields], [code for _, code in fields], target, **settings)
-        pairs = iter(texts[len(rows) :])
-        return [
-            replace(row, text=text, language=target, text_pair=None if row.text_pair is None else next(pairs))
-            for row, text in zip(rows, texts, strict=False)
-        ]
+        names = [(index, name) for index, row in enumerate(rows) for name in fields(row)]
+        texts = [text for row in rows for text in fields(row).values()]
+        translated = self.translate(texts, [rows[index].language for index, _ in names], target, **decoding)
+        found: list[dict[str, str]] = [{} for _ in rows]
+        for (index, name), text in zip(names, translated, strict=True):
+            found[index][name] = text
+        return [with_fields(row, texts, target) for row, texts in zip(rows, found, strict=True)]
 
     @torch.no_grad()
     def _generate(
-        self, sources: list[Any], limits: list[int], target_id: int, num_beams: int, no_repeat_ngram_size: int
-    ) -> list[str]:
+        self, sources: list[Any], limits: list[int], target_id: int, decoding: Decoding, scored: bool
+    ) -> list[Translation]:
         pad, eos = self.tokenizer.mt.pad_token_id, self.tokenizer.mt.eos_token_id
-        longest = max(len(ids) for ids in sources)
-        inputs = torch.full((len(sources), longest), pad, dtype=torch.long)
-        mask = torch.zeros_like(inputs)
-        for row, ids in enumerate(sources):
-            inputs[row, : len(ids)] = torch.from_numpy(ids)
-            mask[row, : len(ids)] = 1
-        device = self.model.device
+        inputs, mask = self._padded(sources, pad)
         settings = copy.deepcopy(self._settings)
         settings.update(
             forced_bos_token_id=target_id,
             do_sample=False,
-            num_beams=num_beams,
-            early_stopping=settings.early_stopping if num_beams > 1 else False,
-            no_repeat_ngram_size=no_repeat_ngram_size,
+            num_beams=decoding.num_beams,
+            early_stopping=settings.early_stopping if decoding.num_beams > 1 else False,
+            no_repeat_ngram_size=decoding.no_repeat_ngram_size,
+            repetition_penalty=decoding.repetition_penalty,
             max_new_tokens=max(limits),
         )
-        output = self.model.generate(
-            input_ids=inputs.to(device),
-            attention_mask=mask.to(device),
-            generation_config=settings,
-        )
+        output = self.model.generate(input_ids=inputs, attention_mask=mask, generation_config=settings)
+        start = int(output[0, 0])
         kept: list[list[int]] = []
+        finished: list[bool] = []
         for tokens, limit in zip(output[:, 1:].tolist(), limits, strict=True):  # the first token starts the decoder
             # a row may run up to the batch's longest limit; cut it to its own, so that its text does not depend on its
             # batch
             end = tokens.index(eos) if eos in tokens else len(tokens)
-            self.unfinished += end >= limit
+            finished.append(end < limit)
             kept.append(tokens[: min(end, limit)])
+        self.unfinished += finished.count(False)
         texts = self.tokenizer.mt.batch_decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return [text.strip() for text in texts]
+        scores: Sequence[float | None] = [None] * len(kept)
+        if scored:
+            ends = [[eos] if done else [] for done in finished]
+            scores = self._scores(inputs, mask, [[start, *ids, *end] for ids, end in zip(kept, ends)], pad)
+        return [Translation(text.strip(), score) for text, score in zip(texts, scores, strict=True)]
+
+    def _scores(self, inputs: torch.Tensor, mask: torch.Tensor, outputs: list[list[int]], pad: int) -> list[float]:
+        """Mean log probability of the tokens after the language token, by the model without repetition control."""
+        found: list[float] = []
+        longest = max(map(len, outputs))
+        count = max(1, _LOGITS // (longest * self.model.config.vocab_size))
+        for first in range(0, len(outputs), count):
+            part = slice(first, first + count)
+            decoder, _ = self._padded([np.array(ids) for ids in outputs[part]], pad)
+            logits = self.model(
+                input_ids=inputs[part],
+                attention_mask=mask[part],
+                decoder_input_ids=decoder[:, :-1],
+                use_cache=False,
+            ).logits
+            chosen = logits.gather(-1, decoder[:, 1:, None]).squeeze(-1).float()
+            logs = chosen - torch.stack([row.float().logsumexp(-1) for row in logits])
+            for ids, row in zip(outputs[part], logs.tolist(), strict=True):
+                scored = row[1 : len(ids) - 1]  # row[0] is the language token, which was forced
+                found.append(sum(scored) / max(len(scored), 1))
+        return found
+
+    def _padded(self, rows: Sequence[Any], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and attention mask (B, L) on the model's device."""
+        longest = max(len(ids) for ids in rows)
+        inputs = torch.full((len(rows), longest), pad, dtype=torch.long)
+        mask = torch.zeros_like(inputs)
+        for row, ids in enumerate(rows):
+            inputs[row, : len(ids)] = torch.from_numpy(ids)
+            mask[row, : len(ids)] = 1
+        return inputs.to(self.model.device), mask.to(self.model.device)
+
+
+def _split_end(text: str, keep: Sequence[str]) -> tuple[str, str]:
+    """A text without the ending of `keep` that it has, and that ending."""
+    end = next((end for end in keep if text.endswith(" " + end)), "")
+    return (text[: -len(end) - 1], end) if end else (text, "")
 
 
 def _batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:

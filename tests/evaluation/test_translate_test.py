@@ -75,8 +75,55 @@ def test_rows_and_pairs(translator):
     )
     assert [first.text, first.text_pair, second.text] == direct
     assert (first.language, first.label, first.id, second.text_pair) == ("eng_Latn", 1, "x", None)
-    with pytest.raises(ValueError, match="choices"):
-        translator.translate_rows([TextRow("x", choices=("a", "b"))])
+
+
+def test_choices_and_kept_endings(translator):
+    row = TextRow("some cheese What was the cause?", "fra_Latn", None, 1, "x", ("bread", "The river"))
+    (found,) = translator.translate_rows([row], keep=("What was the cause?", "What else?"), max_new_tokens=12)
+    cheese, bread, river = translator.translate(["some cheese", "bread", "The river"], "fra_Latn", max_new_tokens=12)
+    assert found == TextRow(f"{cheese} What was the cause?", "eng_Latn", None, 1, "x", (bread, river))
+    assert translator.translate(["  What else?"], "fra_Latn", keep=("What else?",)) == ["  What else?"]
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_scores_are_mean_log_probabilities(translator, matches, num_beams):
+    found = translator.translate_scored(TEXTS, CODES, num_beams=num_beams, max_new_tokens=9)
+    assert [one.text for one in found] == translator.translate(TEXTS, CODES, num_beams=num_beams, max_new_tokens=9)
+    assert found[3].score is None  # a blank text
+    tokenizer, model = translator.tokenizer.mt, translator.model
+    got, expected = [], []
+    for text, code, one in zip(TEXTS, CODES, found):
+        if not text.strip():
+            continue
+        tokenizer.src_lang = code
+        inputs = tokenizer(text, return_tensors="pt")
+        (tokens,) = model.generate(
+            **inputs,
+            forced_bos_token_id=tokenizer.convert_tokens_to_ids("eng_Latn"),
+            num_beams=num_beams,
+            max_new_tokens=9,
+        )
+        with torch.no_grad():
+            logits = model(**inputs, decoder_input_ids=tokens[None, :-1]).logits[0].double()
+        logs = logits.log_softmax(-1).gather(-1, tokens[1:, None]).squeeze(-1)
+        expected.append(logs[1:].mean())
+        got.append(one.score)
+    matches(torch.tensor(got, dtype=torch.double), torch.stack(expected), 1e-4)
+
+
+def test_repetition_control(translator):
+    text, code = TEXTS[0], "fra_Latn"
+    tokenizer = translator.tokenizer.mt
+
+    def most_repeated(**decoding):
+        (found,) = translator.translate([text], code, max_new_tokens=60, **decoding)
+        tokens = tokenizer(found, add_special_tokens=False)["input_ids"]
+        return max(tokens.count(token) for token in tokens)
+
+    plain = most_repeated()
+    assert plain > 3, "this model repeats itself, or there is nothing to control"
+    assert most_repeated(repetition_penalty=5.0) < plain
+    assert most_repeated(no_repeat_ngram_size=1) < plain
 
 
 def test_limits_are_counted(encoder_folder):
@@ -103,6 +150,8 @@ def test_batches_stay_in_the_budget():
         ((["x"], "fra_Latn"), {"target": "klingon"}, "klingon"),
         ((["x", "y"], ["fra_Latn"]), {}, "languages: 1 codes for 2 texts"),
         ((["x"], "fra_Latn"), {"num_beams": 0}, "num_beams=0"),
+        ((["x"], "fra_Latn"), {"max_new_tokens": 1}, "max_new_tokens=1: expected at least 2"),
+        ((["x"], "fra_Latn"), {"repetition_penalty": 0.0}, "repetition_penalty=0.0: expected more than 0"),
     ],
 )
 def test_bad_arguments(translator, arguments, options, match):
