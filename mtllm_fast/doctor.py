@@ -6,7 +6,6 @@ import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -59,18 +58,25 @@ def devices() -> list[Check]:
 
 
 def attention_backends() -> list[Check]:
-    """Which packed-attention backends serve the encoder and the LLM here."""
-    cuda = torch.cuda.is_available()
-    has_varlen = find_spec("torch.nn.attention.varlen") is not None
-    if not has_varlen:
-        varlen = Check("varlen", False, "this torch has no torch.nn.attention.varlen (it came with 2.10)")
-    elif not cuda:
-        varlen = Check("varlen", False, "FlashAttention-2 inside torch runs on CUDA only")
-    elif torch.cuda.get_device_capability()[0] < 8:
-        varlen = Check("varlen", False, "FlashAttention-2 needs compute capability 8.0 or newer")
-    else:
-        varlen = Check("varlen", True, "FlashAttention-2 inside torch; used for fp16 and bf16")
-    return [varlen, Check("sdpa", True, "any device and dtype; " + ("used for fp32" if varlen.works else "used here"))]
+    """Every packed-attention backend: whether it runs here, for what it is chosen, or why it does not run."""
+    from .models.attention import BACKENDS, Call, choose_backend
+
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    size = {"heads": 32, "kv_heads": 8, "head_dim": 128, "value_dim": 128, "causal": False, "scale": 128**-0.5}
+    uses: dict[str, list[str]] = {}
+    for use, dtype, softcap in (
+        ("bfloat16", torch.bfloat16, None),
+        ("float32", torch.float32, None),
+        ("bfloat16 with a soft-cap", torch.bfloat16, 50.0),
+    ):
+        chosen = choose_backend(Call(device=device, dtype=dtype, softcap=softcap, needs_grad=True, **size))
+        uses.setdefault(chosen.name, []).append(use)
+    checks = []
+    for name, backend in BACKENDS.items():
+        missing = backend.missing(device)
+        chosen_for = f"; chosen for {', '.join(uses[name])}" if name in uses else ""
+        checks.append(Check(name, missing is None, missing or backend.about + chosen_for))
+    return checks
 
 
 def kernels() -> list[Check]:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attention import check_backend
+
 
 @dataclass(frozen=True)
 class LoraSettings:
@@ -24,15 +26,28 @@ class LoraSettings:
 
 
 class AdaptedModel(nn.Module):
-    """Base of the packed models: owns `model`, a transformers module that adapters are injected into."""
+    """Base of the packed models: owns `model`, a transformers module that adapters are injected into.
 
-    def __init__(self, model: Any, name: str | None) -> None:
+    Attributes:
+        attention: name of the packed-attention backend, None to choose by the call. Settable at any time.
+    """
+
+    def __init__(self, model: Any, name: str | None, attention: str | None = None) -> None:
         super().__init__()
         self.model = model
         self.name = name
+        self.attention = attention
         self.adapters: dict[str, LoraSettings] = {}
         self._tuned: list[Any] = []
         self._unmerged: list[tuple[Any, Tensor | None]] = []
+
+    @property
+    def attention(self) -> str | None:
+        return self._attention
+
+    @attention.setter
+    def attention(self, name: str | None) -> None:
+        self._attention = check_backend(name)
 
     @property
     def layers_root(self) -> nn.Module:

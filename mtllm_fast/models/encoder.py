@@ -44,10 +44,11 @@ class PackedEncoder(AdaptedModel):
     Args:
         encoder: the encoder module, e.g. `M2M100Model(...).encoder`.
         name: the folder or hub name it came from, kept for saving; None for a model made in memory.
+        attention: packed-attention backend (`mtllm doctor` lists them), None to choose by the call.
     """
 
-    def __init__(self, encoder: Any, name: str | None = None) -> None:
-        super().__init__(encoder, name)
+    def __init__(self, encoder: Any, name: str | None = None, *, attention: str | None = None) -> None:
+        super().__init__(encoder, name, attention)
         family = encoder.config.model_type
         if family not in FAMILIES:
             raise ValueError(f"encoder: model type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
@@ -60,7 +61,12 @@ class PackedEncoder(AdaptedModel):
 
     @classmethod
     def from_pretrained(
-        cls, name: str, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
+        cls,
+        name: str,
+        dtype: torch.dtype | None = None,
+        *,
+        trust_remote_code: bool = False,
+        attention: str | None = None,
     ) -> PackedEncoder:
         """Load from a folder or the hub; an encoder-decoder model gives up its decoder.
 
@@ -69,7 +75,7 @@ class PackedEncoder(AdaptedModel):
         """
         model = load_pretrained("encoder", name, dtype, trust_remote_code)
         encoder = model.get_encoder() if hasattr(model, "decoder") or hasattr(model, "model") else model
-        return cls(encoder, name)
+        return cls(encoder, name, attention=attention)
 
     @property
     def hidden_size(self) -> int:
@@ -86,5 +92,5 @@ class PackedEncoder(AdaptedModel):
 
     def forward(self, batch: PackedBatch, plan: AttentionPlan | None = None, *, final_norm: bool = True) -> Tensor:
         """Last hidden states (T, E) of the packed MT tokens; without `final_norm` as they come from the last layer."""
-        states = self._run(self.model, batch, plan or AttentionPlan(batch, causal=False))
+        states = self._run(self.model, batch, plan or AttentionPlan(batch, False, self.attention))
         return self.final_norm(states) if final_norm else states

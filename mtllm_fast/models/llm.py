@@ -28,10 +28,13 @@ class PackedLLM(AdaptedModel):
         model: e.g. `LlamaForCausalLM(config)`; its code and weights stay as they are.
         causal: False lets every row see its whole sequence (LLM2Vec style).
         name: the folder or hub name it came from, kept for saving; None for a model made in memory.
+        attention: packed-attention backend (`mtllm doctor` lists them), None to choose by the call.
     """
 
-    def __init__(self, model: Any, causal: bool = False, name: str | None = None) -> None:
-        super().__init__(model, name)
+    def __init__(
+        self, model: Any, causal: bool = False, name: str | None = None, *, attention: str | None = None
+    ) -> None:
+        super().__init__(model, name, attention)
         if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
             raise ValueError(f"llm: {type(model).__name__} has no LM head; load it as a causal LM")
         model.set_attn_implementation(NAME)
@@ -39,10 +42,16 @@ class PackedLLM(AdaptedModel):
 
     @classmethod
     def from_pretrained(
-        cls, name: str, causal: bool = False, dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
+        cls,
+        name: str,
+        causal: bool = False,
+        dtype: torch.dtype | None = None,
+        *,
+        trust_remote_code: bool = False,
+        attention: str | None = None,
     ) -> PackedLLM:
         """Load from a folder or the hub. Raises ValueError where `name` is no causal LM."""
-        return cls(load_pretrained("llm", name, dtype, trust_remote_code), causal, name)
+        return cls(load_pretrained("llm", name, dtype, trust_remote_code), causal, name, attention=attention)
 
     @property
     def decoder(self) -> Any:
@@ -94,7 +103,10 @@ class PackedLLM(AdaptedModel):
         output = self.decoder(
             **inputs,
             position_ids=batch.positions[None],
+            # a mask that counts as prepared: transformers would otherwise look for packed sequences, and wait for the
+            # device to answer; the plan says where sequences end
+            attention_mask=batch.positions.new_empty(1, 1, 0, 0),
             use_cache=False,
-            plan=AttentionPlan(batch, self.causal),
+            plan=AttentionPlan(batch, self.causal, self.attention),
         )
         return output.last_hidden_state[0]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..data.pack import PackedBatch
 from ..data.tokenise import StackTokenizer
 from .adapters import LoraSettings
+from .attention import check_backend
 from .encoder import PackedEncoder
 from .heads import HeadConfig, TaskHead, segment_mean, span_mean
 from .llm import PackedLLM
@@ -115,11 +116,13 @@ class MTLLM(nn.Module):
         head: HeadConfig | None = None,
         dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
+        attention: str | None = None,
     ) -> MTLLM:
         """Stack `encoder` (folder, hub name or module) into `llm` (likewise).
 
         The projection starts at the scale of the LLM's own embeddings; `lora` adds the student's adapters.
         The tokenizers come from the same two places unless `tokenizer` is given; models made in memory need it.
+        `attention` names the packed-attention backend of both; by default it is chosen by the call.
 
         Raises:
             ValueError: a name is not a model, or a model of a family that is not supported.
@@ -152,6 +155,8 @@ class MTLLM(nn.Module):
         if tokenizer is None:
             tokenizer = base_tokenizer(config)
         model = cls(config, packed_encoder, packed_llm, tokenizer)
+        if attention is not None:
+            model.attention = attention
         model._scale_projection()
         return model
 
@@ -171,16 +176,26 @@ class MTLLM(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+        cls,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+        attention: str | None = None,
     ) -> MTLLM:
         """Load a folder written by `save_pretrained`, or the same layout on the hub.
+
+        `attention` names the packed-attention backend; it belongs to the machine and is not saved with the model.
 
         Raises:
             ValueError: the folder is no MTLLM model, its files are damaged, or a base model cannot be found.
         """
         from .storage import load
 
-        return load(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+        check_backend(attention)
+        model = load(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+        model.attention = attention
+        return model
 
     def save_pretrained(self, folder: str | Path, *, include_base: bool | None = None) -> None:
         """Write config, tokenizers and weights (safetensors, sharded) to `folder`.
@@ -192,6 +207,20 @@ class MTLLM(nn.Module):
         from .storage import save
 
         save(self, Path(folder), include_base=include_base)
+
+    @property
+    def attention(self) -> str | None:
+        """Packed-attention backend of the encoder and the LLM (`mtllm doctor` lists them), None to choose by the call.
+
+        Setting it raises ValueError for an unknown name; a call that the named backend cannot serve raises ValueError.
+        """
+        return self.backbone.attention
+
+    @attention.setter
+    def attention(self, name: str | None) -> None:
+        for part in (self.encoder, self.llm):
+            if part is not None:
+                part.attention = name
 
     @property
     def side(self) -> Literal["mt", "llm"]:

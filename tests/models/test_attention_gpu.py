@@ -1,4 +1,4 @@
-"""The CUDA attention backend and the stack on a GPU; `pytest -m gpu`."""
+"""Every attention backend that runs on this GPU, and the stack on a GPU; `pytest -m gpu`."""
 
 from __future__ import annotations
 
@@ -7,46 +7,72 @@ import torch
 
 from mtllm_fast import MTLLM, LoraSettings, TextRow
 from mtllm_fast.data.collate import collate
-from mtllm_fast.data.pack import PackedBatch
 from mtllm_fast.losses import DistillationLoss, DistillationWeights
-from mtllm_fast.models.attention import AttentionPlan, choose_backend, sdpa_attention, varlen_attention
+from mtllm_fast.models.attention import BACKENDS, AttentionPlan, Call, attention, choose_backend
 from tests.conftest import relative_error
+from tests.models.attention_cases import FEATURES, LENGTHS, Features, check, packed
 from tests.tiny import LINES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 
-
-@pytest.mark.parametrize("window", [None, 20])
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 64), (8, 2, 128)])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_varlen_is_as_close_to_the_truth_as_sdpa(dtype, heads, kv_heads, width, causal, window) -> None:
-    batch = PackedBatch.from_sequences([[1] * n for n in (1, 2, 63, 64, 65, 300)]).to("cuda")
-    generator = torch.Generator("cuda").manual_seed(0)
-    q, k, v = (
-        torch.randn(batch.num_tokens, h, width, device="cuda", generator=generator) for h in (heads, kv_heads, kv_heads)
-    )
-    probe = torch.randn(batch.num_tokens, heads, width, device="cuda", generator=generator)
-
-    def run(function, dtype: torch.dtype) -> list[torch.Tensor]:
-        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        out = function(*inputs, AttentionPlan(batch, causal), scale=width**-0.5, window=window)
-        return [out, *torch.autograd.grad((out * probe.to(dtype)).sum(), inputs)]
-
-    truth = run(sdpa_attention, torch.float64)
-    eager, fast = run(sdpa_attention, dtype), run(varlen_attention, dtype)
-    for expected, reference, actual in zip(truth, eager, fast):
-        allowed = 3 * relative_error(reference, expected) + 1e-4
-        assert relative_error(actual, expected) <= allowed
-        assert relative_error(torch.zeros_like(expected), expected) > allowed
-        assert relative_error(expected * 1.05, expected) > allowed
+ON_GPU = {
+    **FEATURES,
+    "head 64": Features(width=64),
+    "head 128 causal grouped": Features(causal=True, heads=(8, 2), width=128),
+    "head 128 causal window": Features(causal=True, window=20, heads=(4, 4), width=128),
+    "head 128 soft-cap": Features(causal=True, softcap=2.0, heads=(4, 2), width=128),
+    "head 256": Features(causal=True, heads=(2, 2), width=256),
+}
 
 
-def test_choice_of_backend() -> None:
-    device = torch.device("cuda")
-    assert choose_backend(device, torch.bfloat16, 128, softcap=False, dropout=False) == "varlen"
-    assert choose_backend(device, torch.float32, 128, softcap=False, dropout=False) == "sdpa"
-    assert choose_backend(device, torch.bfloat16, 128, softcap=True, dropout=False) == "sdpa"
+@pytest.mark.parametrize("features", list(ON_GPU.values()), ids=list(ON_GPU))
+@pytest.mark.parametrize("lengths", [pytest.param(lengths, id=name) for name, lengths in LENGTHS.items()])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("backend", list(BACKENDS))
+def test_output_and_gradients(backend, dtype, lengths, features) -> None:
+    """Each backend is as close to the float64 reference as plain torch is in its dtype, or says why it cannot."""
+    if dtype == torch.float32:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    call = Call(
+        torch.device("cuda"), dtype, *features.heads, features.width, features.width, features.causal, 1.0,
+        features.window, features.softcap, needs_grad=True,
+    )  # fmt: skip
+    reason = BACKENDS[backend].refusal(call)
+    if reason is not None:
+        pytest.skip(f"{backend} {reason}")
+    if backend == "flex" and (lengths != LENGTHS["edges"] or dtype == torch.float16):
+        pytest.skip("compiled once per kind of call: the other lengths take minutes")
+
+    def attend(q, k, v, plan, **options):
+        return attention(q, k, v, AttentionPlan(plan.batch, plan.causal, backend), **options)
+
+    # Triton and CUTLASS multiply float32 in TF32 unless they are told otherwise
+    slack = 2e-3 if dtype == torch.float32 and backend in ("flex", "xformers") else 1e-4
+    check(attend, packed(lengths, "cuda"), features, dtype, slack=slack)
+
+
+@pytest.mark.parametrize("backend", list(BACKENDS))
+def test_dropout_keeps_the_mean(backend) -> None:
+    call = Call(torch.device("cuda"), torch.bfloat16, 4, 4, 64, 64, False, 0.125, dropout=0.25, needs_grad=True)
+    reason = BACKENDS[backend].refusal(call)
+    if reason is not None:
+        pytest.skip(f"{backend} {reason}")
+    torch.manual_seed(0)
+    batch = packed((200, 300, 7), "cuda")
+    q, k = (torch.randn(batch.num_tokens, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    out = attention(q, k, torch.ones_like(k), AttentionPlan(batch, False, backend), dropout=0.25).float()
+    assert abs(float(out.mean()) - 1) < 0.03
+    assert float(out.std()) > 0.01
+
+
+def test_the_choice_on_this_gpu() -> None:
+    def chosen(dtype: torch.dtype, **changes) -> str:
+        return choose_backend(Call(torch.device("cuda"), dtype, 4, 4, 128, 128, True, 0.1, **changes)).name
+
+    if torch.cuda.get_device_capability() >= (8, 0):
+        assert chosen(torch.bfloat16) in ("flash_attn_3", "flash_attn_4", "varlen")
+    assert chosen(torch.float32) in ("xformers", "sdpa")
+    assert chosen(torch.float64) == "sdpa"
 
 
 def test_a_step_on_the_gpu_is_the_step_on_the_cpu(encoder_folder, llm_folder) -> None:

@@ -1,0 +1,195 @@
+"""The packed attention contract: what a call asks for, what every backend answers, and the plan that they share.
+
+    out[i] = softmax(cap(scale * q[i] @ k[S(i)].T)) @ v[S(i)]      cap(x) = softcap * tanh(x / softcap), or x
+
+S(i) are the rows of i's own sequence that i sees, by their distance i - j:
+
+    window     causal              bidirectional
+    None       0 <= i - j          all
+    w          0 <= i - j < w      |i - j| <= w
+
+Hugging Face's convention: looking back the window counts the row itself, looking both ways it does not.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ...data.pack import PackedBatch
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one attention call asks of a backend."""
+
+    device: torch.device
+    dtype: torch.dtype
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    causal: bool
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    dropout: float = 0.0
+    needs_grad: bool = False
+
+    @property
+    def groups(self) -> int:
+        """Query heads that share one key head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def sides(self) -> tuple[int | None, int | None]:
+        """How many rows a row sees to its left and right, itself not counted; None is all of them."""
+        if self.causal:
+            return (None if self.window is None else self.window - 1), 0
+        return self.window, self.window
+
+    def __str__(self) -> str:
+        parts = [self.device.type, str(self.dtype).removeprefix("torch."), f"head size {self.head_dim}"]
+        parts.append("causal" if self.causal else "bidirectional")
+        if self.window is not None:
+            parts.append(f"window {self.window}")
+        if self.softcap is not None:
+            parts.append(f"soft-cap {self.softcap:g}")
+        if self.dropout:
+            parts.append(f"dropout {self.dropout:g}")
+        parts.append("with gradients" if self.needs_grad else "no gradients")
+        return ", ".join(parts)
+
+
+@dataclass
+class AttentionPlan:
+    """What every layer needs to know about a packed batch, computed once per model call.
+
+    Args:
+        batch: the packed batch.
+        causal: rows see only themselves and earlier rows of their sequence.
+        backend: a name of `BACKENDS` or "flash_attn", or None to choose by the call.
+    """
+
+    batch: PackedBatch
+    causal: bool
+    backend: str | None = None
+    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def cached(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make()` gave the first time for `key`: the layers of a model call share it."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Lengths of the sequences that have rows: not every kernel takes an empty one."""
+        return tuple(length for length in self.batch.lengths if length)
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """(len(lengths) + 1,) int32 on the batch's device."""
+        if len(self.lengths) == self.batch.num_sequences:
+            return self.batch.cu_seqlens
+        ends = torch.tensor((0, *self.lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return ends.to(self.batch.device)
+
+
+class Backend(ABC):
+    """One way to compute packed attention. It says what it cannot serve; it never computes something else."""
+
+    name: str
+    about: str  # one line for `mtllm doctor`
+    automatic = True  # False: only where it is named
+
+    @abstractmethod
+    def missing(self, device: torch.device) -> str | None:
+        """Why the backend does not run on `device` at all, None where it does."""
+
+    @abstractmethod
+    def cannot(self, call: Call) -> str | None:
+        """Why it cannot serve `call` on a device where it runs, None where it can."""
+
+    @abstractmethod
+    def attend(
+        self,
+        q: Tensor,  # (T, H, d)
+        k: Tensor,  # (T, H_kv, d)
+        v: Tensor,  # (T, H_kv, d_v)
+        plan: AttentionPlan,
+        call: Call,
+    ) -> Tensor:  # (T, H, d_v)
+        """The attention of a call that `refusal` passed; T >= 1."""
+
+    def refusal(self, call: Call) -> str | None:
+        """Why this backend does not serve `call`, None where it does."""
+        return self.missing(call.device) or self.cannot(call)
+
+
+def cuda_missing(
+    device: torch.device, least: tuple[int, int], most: tuple[int, int] | None = None, *, amd: bool = False
+) -> str | None:
+    """Why `device` is no GPU of compute capability `least` up to (not including) `most`, None where it is."""
+    if device.type != "cuda":
+        return "runs on CUDA only"
+    if torch.version.hip is not None:
+        return None if amd else "runs on NVIDIA GPUs only"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < least:
+        return f"needs compute capability {least[0]}.{least[1]}, this GPU has {capability[0]}.{capability[1]}"
+    if most is not None and capability >= most:
+        return f"has no kernels for compute capability {capability[0]}.{capability[1]}"
+    return None
+
+
+def half_cannot(call: Call, largest_head: int) -> str | None:
+    """The limits that FlashAttention kernels share."""
+    if call.dtype not in (torch.float16, torch.bfloat16):
+        return f"takes float16 and bfloat16, not {str(call.dtype).removeprefix('torch.')}"
+    if call.head_dim > largest_head:
+        return f"takes heads up to {largest_head}, not {call.head_dim}"
+    if call.value_dim != call.head_dim:
+        return f"needs values as wide as keys, not {call.value_dim} and {call.head_dim}"
+    return None
+
+
+def reference(
+    q: Tensor,  # (T, H, d)
+    k: Tensor,  # (T, H_kv, d)
+    v: Tensor,  # (T, H_kv, d_v)
+    lengths: Sequence[int],
+    *,
+    causal: bool,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:  # (T, H, d_v)
+    """The contract in plain torch, one sequence after another, in the dtype of its inputs."""
+    groups = q.shape[1] // k.shape[1]
+    parts = []
+    for q_s, k_s, v_s in zip(*(x.split(list(lengths)) for x in (q, k, v))):
+        k_s, v_s = k_s.repeat_interleave(groups, 1), v_s.repeat_interleave(groups, 1)
+        scores = torch.einsum("ihd,jhd->hij", q_s, k_s) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        steps = torch.arange(len(q_s), device=q.device)
+        scores = scores.masked_fill(~visible(steps[:, None] - steps, causal, window), -torch.inf)
+        parts.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), v_s))
+    return torch.cat(parts)
+
+
+def visible(distance: Tensor, causal: bool, window: int | None) -> Tensor:
+    """Which rows see which, by `distance` = i - j within a sequence; bool, of its shape."""
+    if causal:
+        seen = distance >= 0
+        return seen if window is None else seen & (distance < window)
+    return distance.abs() <= window if window is not None else torch.ones_like(distance, dtype=torch.bool)

@@ -1,0 +1,119 @@
+"""Packed attention by `F.scaled_dot_product_attention` on buckets of similar length: any device, any dtype."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .contract import AttentionPlan, Backend, Call, visible
+
+# A bucket may hold sequences down to this share of its longest one (less padding against fewer kernel calls).
+_BUCKET_SHARE = 0.75
+_BUCKET_SLACK = 8
+
+
+class Buckets(NamedTuple):
+    """Sequences sorted by length and laid out as padded blocks, each of which one SDPA call serves."""
+
+    shapes: list[tuple[int, int]]  # (b, L) of every block
+    valid: list[Tensor | None]  # (b, L) bool of every block, None where all its sequences have length L
+    rows: Tensor | None  # (sum b * L,) packed row of each slot; padding repeats its sequence's first row
+    slots: Tensor | None  # (T,) slot of each packed row; both None where the packed rows lie like this already
+
+
+def make_buckets(lengths: tuple[int, ...], device: torch.device) -> Buckets:
+    """Blocks over non-empty sequences, longest first."""
+    all_lengths = torch.tensor(lengths, dtype=torch.int64)
+    starts = torch.cumsum(all_lengths, 0) - all_lengths
+    order = torch.argsort(all_lengths, descending=True, stable=True)
+    sorted_lengths = all_lengths[order].tolist()
+    shapes, valid, rows, is_row = [], [], [], []
+    first = 0
+    while first < len(sorted_lengths):
+        longest = sorted_lengths[first]
+        floor = min(longest * _BUCKET_SHARE, longest - _BUCKET_SLACK)
+        last = first
+        while last < len(sorted_lengths) and sorted_lengths[last] >= floor:
+            last += 1
+        members = order[first:last]
+        steps = torch.arange(longest)
+        inside = steps < all_lengths[members, None]
+        shapes.append((last - first, longest))
+        valid.append(None if bool(inside.all()) else inside.to(device))
+        rows.append((starts[members, None] + torch.where(inside, steps, 0)).flatten())
+        is_row.append(inside.flatten())
+        first = last
+    row_of_slot, real = torch.cat(rows), torch.cat(is_row)
+    if bool(real.all()) and bool((row_of_slot.diff() == 1).all()):
+        return Buckets(shapes, valid, None, None)
+    slots = torch.empty(int(all_lengths.sum()), dtype=torch.int64)
+    slots[row_of_slot[real]] = real.nonzero().squeeze(1)
+    return Buckets(shapes, valid, row_of_slot.to(device), slots.to(device))
+
+
+def block_mask(length: int, valid: Tensor | None, call: Call) -> Tensor | None:
+    """Bool mask that broadcasts to (b, H, L, L), or None where plain (causal) attention is exact."""
+    window = call.window if call.window is not None and call.window < length else None
+    if window is None:
+        if valid is None or call.causal:
+            return None  # padding stands on the right, where causal rows do not look
+        return valid[:, None, None, :]
+    steps = torch.arange(length, device=call.device)
+    mask = visible(steps[:, None] - steps, call.causal, window)
+    if valid is None:
+        return mask
+    # a padding slot far from its sequence would see nothing, and nothing has no softmax
+    return (mask & valid[:, None, None, :]) | torch.eye(length, dtype=torch.bool, device=mask.device)
+
+
+def _block(q: Tensor, k: Tensor, v: Tensor, shape: tuple[int, int], mask: Tensor | None, call: Call) -> Tensor:
+    """(b * L, H, d_v) from the (b * L, ...) rows of a block of `shape` (b, L)."""
+    q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in (q, k, v))
+    if call.groups > 1:
+        k, v = k.repeat_interleave(call.groups, 1), v.repeat_interleave(call.groups, 1)
+    if call.softcap is not None:
+        out = _capped(q, k, v, mask, call)
+    else:
+        is_causal = call.causal and mask is None
+        out = F.scaled_dot_product_attention(q, k, v, mask, call.dropout, is_causal=is_causal, scale=call.scale)
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call) -> Tensor:
+    """Attention with soft-capped scores, which SDPA lacks. q, k, v: (b, H, L, d)."""
+    assert call.softcap is not None
+    scores = call.softcap * torch.tanh((q @ k.transpose(-1, -2)) * (call.scale / call.softcap))
+    if mask is None and call.causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = F.dropout(torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype), call.dropout, call.dropout > 0)
+    return weights @ v
+
+
+class SDPA(Backend):
+    name = "sdpa"
+    about = "torch's scaled_dot_product_attention on padded buckets of similar length; any device and dtype"
+
+    def missing(self, device: torch.device) -> str | None:
+        return None
+
+    def cannot(self, call: Call) -> str | None:
+        return None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, call: Call) -> Tensor:
+        buckets = plan.cached("sdpa", lambda: make_buckets(plan.lengths, q.device))
+        masks = plan.cached(
+            ("sdpa masks", call.window),
+            lambda: [block_mask(shape[1], valid, call) for shape, valid in zip(buckets.shapes, buckets.valid)],
+        )
+        if buckets.rows is not None:
+            q, k, v = (x.index_select(0, buckets.rows) for x in (q, k, v))
+        sizes = [b * length for b, length in buckets.shapes]
+        blocks = zip(q.split(sizes), k.split(sizes), v.split(sizes), buckets.shapes, masks)
+        pieces = [_block(q_b, k_b, v_b, shape, mask, call) for q_b, k_b, v_b, shape, mask in blocks]
+        out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return out if buckets.slots is None else out.index_select(0, buckets.slots)

@@ -1,0 +1,59 @@
+"""Hugging Face models on packed batches, unmodified.
+
+Every model that calls its attention through `ALL_ATTENTION_FUNCTIONS` runs on a packed batch as it is: `NAME` is
+registered once, the model is called with batch size 1 and the keyword `plan=AttentionPlan(...)`, which reaches
+`packed_attention` through the layers' keyword arguments. No attention mask is ever built.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from .choice import attention
+from .contract import AttentionPlan
+
+NAME = "mtllm_packed"
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,  # (1, H, T, d)
+    key: Tensor,  # (1, H_kv, T, d)
+    value: Tensor,  # (1, H_kv, T, d_v)
+    attention_mask: Tensor | None,
+    *,
+    plan: AttentionPlan | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:  # (1, T, H, d_v)
+    """The function behind the attention name "mtllm_packed".
+
+    Raises:
+        ValueError: the model was called without `plan`, needs attention sinks or a position bias, or the plan's
+            backend cannot serve the call.
+    """
+    if plan is None:
+        raise ValueError(
+            f"attention {NAME!r} needs plan=AttentionPlan(...): call the model through PackedLLM/PackedEncoder"
+        )
+    for name, extra in (("attention sinks (s_aux)", s_aux), ("a position bias", position_bias)):
+        if extra is not None:
+            raise ValueError(f"{type(module).__name__} has {name}, which packed attention does not know")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    out = attention(q, k, v, plan, scale=scaling, window=sliding_window, softcap=softcap, dropout=dropout)
+    return out[None], None
+
+
+def _no_mask(*args: object, **kwargs: object) -> None:
+    return None
+
+
+AttentionInterface.register(NAME, packed_attention)
+AttentionMaskInterface.register(NAME, _no_mask)

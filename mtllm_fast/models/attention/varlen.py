@@ -1,0 +1,48 @@
+"""Packed attention by FlashAttention-2 inside torch: `torch.nn.attention.varlen`, CUDA, float16 and bfloat16."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from .contract import AttentionPlan, Backend, Call, cuda_missing, half_cannot
+
+
+class Varlen(Backend):
+    name = "varlen"
+    about = "FlashAttention-2 inside torch; float16 and bfloat16 on CUDA"
+
+    def missing(self, device: torch.device) -> str | None:
+        reason = cuda_missing(device, (8, 0))
+        if reason is None and find_spec("torch.nn.attention.varlen") is None:
+            reason = "this torch has no torch.nn.attention.varlen"
+        return reason
+
+    def cannot(self, call: Call) -> str | None:
+        if call.head_dim % 8:
+            return f"takes head sizes that are multiples of 8, not {call.head_dim}"
+        if call.softcap is not None:
+            return "has no soft-cap"
+        if call.dropout:
+            return "has no dropout"
+        return half_cannot(call, 256)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, call: Call) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        left, right = call.sides
+        cu_seqlens, longest = plan.cu_seqlens, plan.batch.max_seqlen
+        return varlen_attn(  # type: ignore[return-value]  # a pair only with return_aux
+            q,
+            k,
+            v,
+            cu_seqlens,
+            cu_seqlens,
+            longest,
+            longest,
+            scale=call.scale,
+            window_size=(-1 if left is None else left, -1 if right is None else right),
+            enable_gqa=call.groups > 1,
+        )
