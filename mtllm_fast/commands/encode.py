@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
+from typing import Literal
 
 from ..data.read import read_rows
 from .files import output_file
@@ -11,54 +13,110 @@ from .files import output_file
 
 @dataclass
 class Encode:
-    """Embed the texts of a file: mean-pooled last hidden states, one float32 row per text, in the order of the file."""
+    """Embed the texts of a file: mean-pooled last hidden states, one float32 row per text, in the order of the file.
+
+    A run that was stopped, even by kill -9, goes on where it was when the same command is given again. Under torchrun
+    the ranks share the work. Example: mtllm encode --model runs/stack --input corpus.jsonl --output corpus.npy
+    """
 
     model: str = ""
     """MTLLM folder."""
     input: str = ""
     """.txt, .jsonl, .csv, .tsv or .parquet (also .gz), a folder or glob of them, or a hub dataset."""
     output: str = ""
-    """The .npy file to write, (N, D) float32."""
+    """The file to write: .npy or .safetensors with (N, D) float32, or .parquet with id, language and embedding."""
     text_column: str = "text"
+    pair_column: str | None = None
+    """Column of the second text, where rows are pairs."""
+    id_column: str | None = None
     language: str = "eng_Latn"
     """MT code of the texts' language."""
     language_column: str | None = None
+    split: str = "train"
+    """Split of a hub dataset."""
+    limit: int | None = None
+    """Only the first rows."""
+    pooling: Literal["mean", "first", "last"] = "mean"
     normalize: bool = False
     """Scale every embedding to length 1."""
-    max_tokens: int = 8192
+    max_tokens: int | None = None
+    """Token budget of one forward pass; by default what suits the device."""
+    window: int = 2048
+    """Rows that are sorted and packed together, and saved together."""
+    device: str | None = None
+    """"cpu", "cuda", "cuda:1", ...; by default a GPU where there is one."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the base models' weights; by default as they are stored."""
+    quantize: Literal["int8", "fp8"] | None = None
+    """8-bit weights by torchao (pip install 'mtllm-fast[quant]')."""
+    compile: bool = False
+    """Run the layers through torch.compile: pays off on long inputs."""
     overwrite: bool = False
+    """Begin anew even where there is the output or a stopped run."""
+    progress: bool = True
+    """Show a bar where stderr is a terminal."""
 
     def run(self) -> None:
-        import numpy as np
+        import torch
 
-        from ..inference import Engine
+        from ..inference.engine import Engine
+        from ..inference.stream import Interrupted, encode_file
+        from ..inference.writers import FORMATS
         from ..models import MTLLM
 
-        output = output_file(self, (".npy",))
+        output = output_file(self, tuple(FORMATS), resumable=True)
+        rank, world_size, local = (int(os.environ.get(n, d)) for n, d in _RANKS)
         rows = read_rows(
-            self.input, text_column=self.text_column, language=self.language, language_column=self.language_column
+            self.input,
+            text_column=self.text_column,
+            pair_column=self.pair_column,
+            id_column=self.id_column,
+            language=self.language,
+            language_column=self.language_column,
+            split=self.split,
+            limit=self.limit,
         )
-        engine = Engine(MTLLM.from_pretrained(self.model), max_tokens=self.max_tokens)
-        raw, temporary = (output.with_name(f".{output.name}.{os.getpid()}{end}") for end in (".raw", ""))
-        count = 0
+        dtype = getattr(torch, self.dtype) if self.dtype else None
+        model = MTLLM.from_pretrained(self.model, dtype=dtype)
+        assert model.tokenizer is not None
+        if self.language_column is None and model.side == "mt" and model.tokenizer.languages:
+            model.tokenizer.language_id(self.language)
+        device = self.device or (f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
+        engine = Engine(
+            model,
+            max_tokens=self.max_tokens,
+            window=self.window,
+            device=device,
+            merge_adapters=True,
+            quantize=self.quantize,
+            compile=self.compile,
+        )
         try:
-            with raw.open("wb") as handle:  # the number of rows is known only at the end, and .npy starts with it
-                for part in engine.encode_rows(rows):
-                    if self.normalize:
-                        part /= np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12)
-                    handle.write(part.tobytes())
-                    count += len(part)
-            header = {"descr": "<f4", "fortran_order": False, "shape": (count, engine.model.hidden_size)}
-            with temporary.open("wb") as handle, raw.open("rb") as source:
-                np.lib.format.write_array_header_1_0(handle, header)
-                while block := source.read(1 << 22):
-                    handle.write(block)
-            os.replace(temporary, output)
-        finally:
-            raw.unlink(missing_ok=True)
-            temporary.unlink(missing_ok=True)
-        skipped = rows.counts.empty + rows.counts.failed
+            report = encode_file(
+                engine,
+                rows,
+                output,
+                pooling=self.pooling,
+                normalize=self.normalize,
+                settings={"model_folder": self.model, "dtype": self.dtype, "quantize": self.quantize},
+                overwrite=self.overwrite,
+                rank=rank,
+                world_size=world_size,
+                progress=self.progress and rank == 0 and sys.stderr.isatty(),
+            )
+        except Interrupted as stopped:
+            print(f"mtllm encode: {stopped}", file=sys.stderr)
+            raise SystemExit(130) from None
+        if not report.complete:
+            print(f"encode: rank {rank} of {world_size} is done; the last one to finish writes {output}")
+            return
+        before = f" ({report.resumed} of them by an earlier run)" if report.resumed else ""
+        skipped = "; ".join(f"{count} {reason}" for reason, count in report.skipped.items())
         print(
-            f"encode: {count} x {engine.model.hidden_size} -> {output}; "
-            f"{engine.truncated} truncated, {skipped} rows skipped"
+            f"encode: {report.rows} x {model.hidden_size} -> {output}{before}; {report.truncated} truncated, "
+            f"{sum(report.skipped.values())} rows skipped"
+            + (f" ({skipped}; listed in {report.skipped_file})" if skipped else "")
         )
+
+
+_RANKS = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))  # as torchrun sets them

@@ -9,15 +9,20 @@ from typing import Any
 from ..data.read import TextRow
 
 
-def output_file(command: Any, endings: tuple[str, ...]) -> Path:
-    """The checked output path of a command with `model`, `input` and `output`."""
+def output_file(command: Any, endings: tuple[str, ...], *, resumable: bool = False) -> Path:
+    """The checked output path of a command with `model`, `input` and `output`.
+
+    Args:
+        resumable: a stopped run that may replace the output is known by the folder `<output>.part`.
+    """
     for name in ("model", "input", "output"):
         if not getattr(command, name):
             raise ValueError(f"--{name} is missing")
     path = Path(command.output)
     if path.suffix not in endings:
         raise ValueError(f"--output {command.output}: expected a name ending in {' or '.join(endings)}")
-    if path.exists() and not command.overwrite:
+    stopped = resumable and path.with_name(path.name + ".part").exists()
+    if path.exists() and not command.overwrite and not stopped:
         raise ValueError(f"--output {command.output}: exists; pass --overwrite to replace it")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path

@@ -3,7 +3,7 @@
 import glob
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,11 @@ def read_rows(
 
 @dataclass
 class RowStream:
-    """A re-iterable stream of TextRow; made by `read_rows`, picklable, so that workers can read it too."""
+    """A re-iterable stream of TextRow; made by `read_rows`, picklable, so that workers can read it too.
+
+    Two hooks for whoever reads it: `unusable(row)` gives the reason why a row is to be skipped, or None, and
+    `on_skip(place, reason)` is called for every row that is.
+    """
 
     source: str
     wanted: dict[str, str]  # argument of read_rows -> column
@@ -134,6 +138,20 @@ class RowStream:
     columns: tuple[str, ...] | None
     quoting: bool
     counts: RowCounts = field(default_factory=RowCounts)
+    unusable: Callable[[TextRow], str | None] | None = None
+    on_skip: Callable[[str, str], None] | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """Plain data that tells whether another stream gives the same rows: where and how it reads, files as of now."""
+        local = _hub_name(self.source) is None
+        return {
+            "source": self.source,
+            "reading": [self.wanted, self.language, self.split, self.limit, list(self.columns or ()), self.quoting],
+            "files": [
+                [str(path), path.stat().st_size, path.stat().st_mtime_ns]
+                for path in (resolve(self.source) if local else ())
+            ],
+        }
 
     def check(self) -> None:
         """Raise what can be known without reading everything."""
@@ -147,11 +165,16 @@ class RowStream:
     def __iter__(self) -> Iterator[TextRow]:
         counts = self.counts = RowCounts()
         for place, record, labels in self._records():
-            if isinstance(record, BadRow):
-                counts.fail(record.reason, place)
-                continue
-            row = self._row(record, labels, place, counts)
-            if row is None:
+            row = record if isinstance(record, BadRow) else self._row(record, labels, place)
+            if isinstance(row, TextRow) and self.unusable is not None and (reason := self.unusable(row)):
+                row = BadRow(reason)
+            if not isinstance(row, TextRow):
+                if row is None:
+                    counts.empty += 1
+                else:
+                    counts.fail(row.reason, place)
+                if self.on_skip is not None:
+                    self.on_skip(place, "empty" if row is None else row.reason)
                 continue
             counts.rows += 1
             yield row
@@ -172,12 +195,12 @@ class RowStream:
                 yield f"{self.source}:{number}", record, labels
             return
         for path in resolve(self.source):
+            name = str(path)
             for number, local in records(path, self.wanted, self.columns, self.quoting):
-                yield f"{path}:{number}", local, self.labels
+                yield f"{name}:{number}", local, self.labels
 
-    def _row(
-        self, record: dict[str, Any], labels: tuple[str, ...] | None, place: str, counts: RowCounts
-    ) -> TextRow | None:
+    def _row(self, record: dict[str, Any], labels: tuple[str, ...] | None, place: str) -> TextRow | BadRow | None:
+        """The row of a record, or why there is none: None where it has no text."""
         texts: dict[str, str | None] = {"pair_column": None, "language_column": self.language}
         for argument in ("text_column", "pair_column", "language_column"):
             if argument not in self.wanted:
@@ -185,24 +208,19 @@ class RowStream:
             column = self.wanted[argument]
             value = record.get(column)
             if value is None and column not in record:
-                counts.fail(f"no {column!r}", place)
-                return None
+                return BadRow(f"no {column!r}")
             if value is None or (isinstance(value, str) and not value.strip()):
-                counts.empty += 1
                 return None
             if not isinstance(value, str):
-                counts.fail(f"{column!r} is {type(value).__name__}, not text", place)
-                return None
+                return BadRow(f"{column!r} is {type(value).__name__}, not text")
             if not value.isascii() and _SURROGATE.search(value):
-                counts.fail("invalid Unicode (lone surrogate)", place)
-                return None
+                return BadRow("invalid Unicode (lone surrogate)")
             texts[argument] = value
         label = None
         if "label_column" in self.wanted:
             value = record.get(self.wanted["label_column"])
             if value is None or value == "" or (value == -1 and not isinstance(value, bool)):
-                counts.fail("no label", place)  # -1 is how hub datasets write it
-                return None
+                return BadRow("no label")  # -1 is how hub datasets write it
             label = self._label(value, labels, place)
         name = record.get(self.wanted["id_column"]) if "id_column" in self.wanted else None
         return TextRow(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,7 +33,8 @@ Pooling = Literal["mean", "first", "last"]
 POOLINGS: tuple[Pooling, ...] = ("mean", "first", "last")
 
 
-class EncodedWindow(NamedTuple):
+@dataclass(frozen=True)
+class EncodedWindow:
     """Consecutive rows of a stream, encoded."""
 
     index: int

@@ -7,9 +7,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def progress_bar(
-    description: str, total: int | None, enabled: bool, done: int = 0
-) -> Iterator[Callable[[int], None]]:
+def progress_bar(description: str, total: int | None, enabled: bool, done: int = 0) -> Iterator[Callable[[int], None]]:
     """A bar that the yielded function advances by rows; without `total` it shows the count and the rate."""
     if not enabled:
         yield lambda _: None

@@ -1,0 +1,211 @@
+"""Encode a corpus into a file: constant memory, resumable after any kill, shared by any number of ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+
+from ..data.read import RowStream, TextRow
+from ..data.tokenise import StackTokenizer
+from ..models import MTLLM
+from .engine import Engine, Pooling
+from .parts import Parts, clear
+from .progress import progress_bar
+from .writers import embedding_file
+
+_MOST_CODES = 50  # unknown language codes that are told apart: a column that holds no codes has any number of values
+_SKIPPED = "skipped.tsv"
+
+
+@dataclass(frozen=True)
+class StreamReport:
+    """What came of `encode_file`.
+
+    Fields:
+        rows, truncated: rows of the output, and how many of them were cut to the tokenizer's limit.
+        resumed: rows that were there before this run.
+        skipped: unusable rows by reason; `skipped_file` names each of them.
+        complete: the output is written. False for a rank whose share is done before that of others.
+    """
+
+    rows: int
+    truncated: int
+    resumed: int
+    skipped: dict[str, int] = field(default_factory=dict)
+    skipped_file: Path | None = None
+    complete: bool = True
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C; the message says what is saved and how to go on."""
+
+
+def encode_file(
+    engine: Engine,
+    rows: RowStream,
+    output: str | Path,
+    *,
+    pooling: Pooling = "mean",
+    normalize: bool = False,
+    settings: dict[str, Any] | None = None,
+    overwrite: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: bool = False,
+) -> StreamReport:
+    """Write the embeddings of `rows` to `output`, in order.
+
+    A run that was stopped, even by kill -9, goes on where it was when the same call is made again, and gives the same
+    bytes as one that was not (on the same kind of machine with as many threads). Every rank reads all rows, encodes
+    every world_size-th window and stores it in `<output>.part`; the rank that finishes last joins the windows.
+
+    Args:
+        rows: from `read_rows`. Rows in a language that the model has no code for are skipped like unreadable ones.
+        output: .npy or .safetensors with (N, D) float32, or .parquet with id, language and embedding.
+        settings: more that the embeddings depend on; compared, like the options here, before a stopped run goes on.
+        overwrite: begin anew even where there is a stopped run or the output.
+        progress: show a bar on stderr.
+
+    Raises:
+        ValueError: the output exists, a stopped run had other settings, another process writes to the same output, or
+            there is no usable row.
+        Interrupted: Ctrl-C.
+    """
+    output = Path(output)
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank={rank}: must be in [0, world_size={world_size})")
+    settings = {
+        "format": 1,
+        "pooling": pooling,
+        "normalize": normalize,
+        "window": engine.window,
+        "max_tokens": engine.max_tokens,
+        "device": engine.device.type,
+        "model": fingerprint(engine.model),
+        **rows.identity(),
+        **(settings or {}),
+    }
+    metadata = {name: str(settings[name]) for name in ("model", "pooling", "normalize", "source")}
+    file = embedding_file(output, engine.model.hidden_size, metadata)
+    if overwrite:
+        _begin_anew(output, rank, world_size)
+    parts = Parts(output, settings, reserve=file.reserve, rank=rank, replace=overwrite)
+    resumed = parts.rows()
+    try:
+        if not parts.complete():
+            windows = engine.encode_windows(
+                _usable(rows, engine, parts),
+                pooling=pooling,
+                normalize=normalize,
+                skip=lambda index: index % world_size != rank or index in parts.done,
+            )
+            with progress_bar("encode", None, progress, resumed) as advance:
+                for window in windows:
+                    payload = file.payload(window, window.index * engine.window)
+                    parts.append(window.index, len(window.ids), window.truncated, payload)
+                    advance(len(window.ids))
+        if not (parts.lock_for_joining() and parts.complete()):
+            return StreamReport(parts.rows(), parts.truncated(), resumed, complete=False)
+        named = _publish_skipped(parts)
+        if not parts.joined:
+            file.join(parts)
+        end, truncated = parts.end(), parts.truncated()
+        parts.remove()
+        return StreamReport(end["rows"], truncated, resumed, end["skipped"], named)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"interrupted; {parts.rows():,} rows are saved in {parts.folder}, the same command goes on from there"
+        ) from None
+    finally:
+        if not parts.rows() and world_size == 1:
+            parts.remove()
+        parts.close()
+
+
+def _begin_anew(output: Path, rank: int, world_size: int) -> None:
+    """Clear a stopped run before any rank begins."""
+    if world_size == 1:
+        clear(output)
+        return
+    if "MASTER_ADDR" not in os.environ:
+        raise ValueError("overwrite with several processes needs torchrun (it sets MASTER_ADDR and MASTER_PORT)")
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
+    if rank == 0:
+        clear(output)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _usable(rows: RowStream, engine: Engine, parts: Parts) -> Iterator[TextRow]:
+    """The rows that can be encoded; the others are listed, and at the end it is recorded how many there were."""
+    tokenizer = engine.model.tokenizer
+    assert tokenizer is not None
+    listed = parts.folder / f"{parts.rank}.{_SKIPPED}"
+    with listed.open("w", encoding="utf-8") as file:
+        stream = replace(
+            rows,
+            unusable=language_check(tokenizer) if engine.model.side == "mt" and tokenizer.languages else None,
+            on_skip=lambda place, reason: print(place, reason, sep="\t", file=file),
+        )
+        yield from stream
+    counts = stream.counts
+    os.replace(listed, parts.folder / _SKIPPED)
+    skipped = {"empty": counts.empty} if counts.empty else {}
+    parts.finish(-(-counts.rows // engine.window), counts.rows, skipped=skipped | dict(counts.reasons))
+
+
+def _publish_skipped(parts: Parts) -> Path | None:
+    """Put the list of skipped rows beside the output; without any, no list of an earlier run may lie there."""
+    path = parts.output.with_name(f"{parts.output.name}.{_SKIPPED}")
+    if not parts.end()["skipped"]:
+        path.unlink(missing_ok=True)
+        return None
+    listed = parts.folder / _SKIPPED
+    if listed.exists():
+        os.replace(listed, path)
+    return path
+
+
+def language_check(tokenizer: StackTokenizer) -> Callable[[TextRow], str | None]:
+    """A function that says of a row why it cannot be read in its language, or None."""
+    verdicts: dict[str, str | None] = {}
+
+    def unusable(row: TextRow) -> str | None:
+        code = row.language
+        if code not in verdicts:
+            if len(verdicts) > len(tokenizer.languages) + _MOST_CODES:
+                return "unknown language"
+            try:
+                tokenizer.language_id(code)
+                verdicts[code] = None
+            except ValueError:
+                verdicts[code] = f"unknown language {code!r}"
+        return verdicts[code]
+
+    return unusable
+
+
+def fingerprint(model: MTLLM) -> str:
+    """A hash of the weights (a sample of each tensor) and of the tokenizers: another one after any training."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().flatten()
+        if flat.numel() > 256:
+            flat = flat[torch.linspace(0, flat.numel() - 1, 256, dtype=torch.float64).long().to(flat.device)]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    tokenizer = model.tokenizer
+    if tokenizer is not None:
+        for side in (tokenizer.mt, tokenizer.llm):
+            if side is not None:
+                digest.update(str((len(side), side("The same text 42")["input_ids"])).encode())
+        options = (tokenizer.max_mt_tokens, tokenizer.max_llm_tokens, tokenizer.pair_separator, tokenizer.fallbacks)
+        digest.update(str(options).encode())
+    return digest.hexdigest()[:16]
