@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import platform
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -17,12 +19,17 @@ import torch
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
 class Record:
-    """One variant of one case. `time_ms` is forward + backward, the median of `round_ms`, whose entry k was taken next
-    to entry k of the other variants; times in ms, memory in MiB; None where not measured."""
+    """One variant of one case at one size.
+
+    `time_ms` is the whole step (of an op: forward + backward), the median of `round_ms`, whose entry k was taken next
+    to entry k of the other variants. Times in ms, memory in MiB, ceilings in bytes/s and FLOP/s; None where not
+    measured. `sources` is the hash of `source_files`, by which a published number is known to be out of date.
+    """
 
     case: str
     shape: dict[str, int]
@@ -42,6 +49,13 @@ class Record:
     notes: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     commit: str = ""
+    size: str = ""
+    ours: bool = False
+    floor_bytes: float | None = None
+    floor_flops: float | None = None
+    ceilings: dict[str, float] = field(default_factory=dict)
+    source_files: tuple[str, ...] = ()
+    sources: str = ""
 
 
 def versions() -> dict[str, str]:
@@ -81,6 +95,18 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     """||got - want|| / ||want|| in fp64; NaN anywhere gives NaN."""
     want = want.double()
     return float((got.double() - want).norm() / want.norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def host_syncs(run: Callable[[], object]) -> int:
+    """How often a CUDA step stops the host."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(w.message) for w in caught)
 
 
 def synchronise(device: str) -> None:
@@ -145,6 +171,8 @@ def peak_incremental_mib(run: Callable[[], object], device: str) -> float:
         run()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+    # give freed heap back to the system: memory that a run finds there would not show in the high-water mark
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _status_mib("VmRSS")
     run()

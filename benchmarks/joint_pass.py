@@ -26,7 +26,7 @@ import torch
 from mtllm_fast.kernels import distillation_loss
 from torch import Tensor, nn
 
-from benchmarks.common import (
+from .common import (
     Record,
     commit,
     device_name,

@@ -19,9 +19,9 @@ import torch
 from mtllm_fast.kernels.linear_kl import reference
 from torch import Tensor
 
-from benchmarks import linear_kl_variants as v
-from benchmarks.common import Record, commit, device_name, relative_error, versions, write
-from benchmarks.linear_kl_variants import Problem, make_problem
+from . import linear_kl_variants as v
+from .common import Record, commit, device_name, relative_error, versions, write
+from .linear_kl_variants import Problem, make_problem
 
 KLS = (0.86, 0.10, 0.009, 0.001)
 AIM = 0.003  # of the difference form, everywhere

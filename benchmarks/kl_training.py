@@ -22,7 +22,7 @@ from mtllm_fast.kernels import linear_kl, teacher_moments
 from mtllm_fast.kernels.linear_kl import reference
 from torch import Tensor, nn
 
-from benchmarks.common import RESULTS, commit, device_name, versions, write
+from .common import RESULTS, commit, device_name, versions, write
 
 WIDTH, VOCAB, LAYERS, HEADS = 64, 4096, 2, 4
 BATCH, LENGTH = 8, 32

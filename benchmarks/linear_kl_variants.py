@@ -1,4 +1,4 @@
-"""The variants that `benchmarks.linear_kl` and `benchmarks.kl_accuracy` compare: ours and the baselines.
+"""The variants that the case `linear_kl` and the study `kl_accuracy` compare: ours and the baselines.
 
 Every variant is a function of one `Problem` that leaves `problem.h_s.grad` and returns the mean loss.
 """

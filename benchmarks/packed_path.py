@@ -1,92 +1,28 @@
-"""The fused packed path around the LLM against the padded, unfused chain: encoder states -> embeddings, states -> loss.
+"""Packed against padded: states to the LLM's embeddings, and hidden states to losses.
 
     python -m benchmarks.packed_path --device cpu --json benchmarks/results/cpu/packed_path.json
 
-Both sides do forward and backward (weights and prefix of the projection; student states of the loss) and get the same
-padded encoder states. Length distributions: SIB-200 and XNLI texts where the data is present (tokens counted as pieces
-of at most 4 characters, no tokenizer is needed for that), a long-tail one, and a sweep over the share of padding that
-shows the break-even. A variant whose result or gradient misses the fp64 reference gets no time.
+Forward + backward of everything that a padded batch makes: the unfused chains work on padded (B, L, D) tensors where
+the model hands them over padded, or packed op by op; ours works on packed rows. All get the same padded encoder states.
+The lengths are those of real texts, and a sweep over the share of padding that shows the break-even.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
-import ctypes
-import gzip
-import json
-import re
-import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mtllm_fast.kernels import distillation_loss, packed_projection
+from mtllm_fast.kernels import distillation_loss, packed_projection, paired_mse, pooled_mse
 from torch import Tensor
 
-from benchmarks.common import (
-    Record,
-    commit,
-    device_name,
-    interleaved,
-    peak_incremental_mib,
-    percentile,
-    relative_error,
-    versions,
-    write,
-)
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-GATE = {"fp32": 1e-4, "bf16": 2e-2}
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-SIZES = {"cpu": (32, 1024, 2048), "cuda": (512, 1024, 4096)}  # sequences, encoder width, LLM width
-SHARES = (0.0, 0.1, 0.25, 0.4, 0.5)
-
-
-def pieces(text: str) -> int:
-    """Tokens of a text, roughly: pieces of at most 4 characters, and 2 special tokens."""
-    return 2 + sum(-(-len(word) // 4) for word in re.findall(r"\w+|[^\w\s]", text))
-
-
-def _sib200(count: int) -> list[int]:
-    languages = ["swh_Latn", "hau_Latn", "eng_Latn", "deu_Latn"]
-    texts = []
-    for language in languages:
-        with (DATA / "sib200" / language / "test.tsv").open(newline="", encoding="utf-8") as file:
-            texts += [row["text"] for row in csv.DictReader(file, delimiter="\t")][: -(-count // len(languages))]
-    return [pieces(text) for text in texts[:count]]
-
-
-def _xnli(count: int) -> list[int]:
-    with gzip.open(DATA / "xnli" / "sw" / "test.tsv.gz", "rt", encoding="utf-8", newline="\n") as file:
-        rows = [line.rstrip("\n").split("\t") for _, line in zip(range(count), file)]
-    return [pieces(row[0]) + pieces(row[1]) for row in rows]
-
-
-def _long_tail(count: int) -> list[int]:
-    g = torch.Generator().manual_seed(0)
-    return [max(1, int(n)) for n in torch.empty(count).log_normal_(3.2, 0.7, generator=g)]
-
-
-def _padding(share: float, count: int) -> list[int]:
-    """Lengths spread evenly around their mean, with `share` of the padded batch being padding."""
-    longest = 64
-    return [round(longest * (1 - 2 * share * i / (count - 1))) or 1 for i in range(count)]
-
-
-def distributions(count: int) -> dict[str, Callable[[], list[int]]]:
-    """Lengths by name; data sets only where they are present."""
-    found: dict[str, Callable[[], list[int]]] = {}
-    if (DATA / "sib200").is_dir():
-        found["sib200"] = partial(_sib200, count)
-    if (DATA / "xnli").is_dir():
-        found["xnli"] = partial(_xnli, count)
-    found["long-tail"] = partial(_long_tail, count)
-    return found | {f"padding {share:.0%}": partial(_padding, share, count) for share in SHARES}
+from .lengths import DISTRIBUTIONS, SHARES
+from .registry import Case, Size, Variant, Work, register
+from .run import main
 
 
 @dataclass
@@ -99,46 +35,61 @@ class Problem:
     teacher: Tensor  # (B, L_t, D)
     weight: Tensor  # (D, E)
     bias: Tensor  # (D,)
-    norm: tuple[Tensor, Tensor]  # (E,), (E,)
+    norm_weight: Tensor  # (E,)
+    norm_bias: Tensor  # (E,)
     prefix: Tensor  # (1, D)
-    cu: Tensor
+    cu: Tensor  # (B + 1,)
     cu_t: Tensor
     rows: Tensor  # (T,) rows of the flattened (B, L)
     rows_t: Tensor
-    pairs: tuple[Tensor, Tensor]  # packed rows
-    packed_student: Tensor
+    pairs_s: Tensor  # (P,) packed rows
+    pairs_t: Tensor
+    packed_student: Tensor  # (T, D)
     packed_teacher: Tensor
-    direction: Tensor  # (T + B, D)
+    direction: Tensor  # (T + B, D), the gradient that comes in from the LLM
+    padded_direction: Tensor  # (B, L + 1, D), the same with zeros at padding
+    with_prefix: Tensor  # (T + B,) rows of the flattened (B, L + 1)
+    inside: Tensor  # (T,) rows of (T + B) that are not the prefix
+    backward: bool = field(default=True)
 
-    @property
-    def padding(self) -> float:
-        return 1 - sum(self.lengths) / (len(self.lengths) * max(self.lengths))
+    def wide(self) -> Problem:
+        """The same in fp64."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Problem(**{
+            k: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in values.items()
+        })  # fmt: skip
 
 
-def make_problem(lengths: list[int], width: int, out: int, dtype: torch.dtype, device: str) -> Problem:
-    """Random states; the teacher's sequences are a tenth longer."""
+def make(
+    lengths: str = "NLI", count: int = 32, width: int = 1024, out: int = 2048, *, dtype: torch.dtype, device: str
+) -> Problem:  # fmt: skip
+    """Random states; the teacher's sequences are a tenth longer, and half of the student's rows have a partner."""
     torch.manual_seed(0)
-    other = [max(1, round(n * 1.1)) for n in lengths]
-    count = len(lengths)
+    sizes = DISTRIBUTIONS[lengths](count)
+    other = [max(1, round(n * 1.1)) for n in sizes]
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, device=device) * scale).to(dtype)
 
-    def packing(sizes: list[int]) -> tuple[Tensor, Tensor]:
-        rows = torch.cat([torch.arange(n) + b * max(sizes) for b, n in enumerate(sizes)])
-        return torch.tensor([0, *torch.tensor(sizes).cumsum(0)], dtype=torch.int32).to(device), rows.to(device)
+    def packing(ns: list[int], extra: int = 0) -> tuple[Tensor, Tensor]:
+        rows = torch.cat([torch.arange(n + extra) + b * (max(ns) + extra) for b, n in enumerate(ns)])
+        return torch.tensor([0, *torch.tensor(ns).cumsum(0)], dtype=torch.int32).to(device), rows.to(device)
 
-    (cu, rows), (cu_t, rows_t) = packing(lengths), packing(other)
-    student, teacher = normal(count, max(lengths), out), normal(count, max(other), out)
-    # half of the student's rows have a partner
-    pair_s = torch.arange(0, sum(lengths), 2, device=device)
-    own = torch.searchsorted(cu[1:].contiguous(), pair_s.int(), right=True)
-    pair_t = torch.minimum(cu_t[own].long() + pair_s - cu[own].long(), cu_t[own + 1].long() - 1)
+    (cu, rows), (cu_t, rows_t), (_, with_prefix) = packing(sizes), packing(other), packing(sizes, 1)
+    student, teacher = normal(count, max(sizes), out), normal(count, max(other), out)
+    pairs_s = torch.arange(0, sum(sizes), 2, device=device)
+    own = torch.searchsorted(cu[1:].contiguous(), pairs_s.int(), right=True)
+    pairs_t = torch.minimum(cu_t[own].long() + pairs_s - cu[own].long(), cu_t[own + 1].long() - 1)
+    direction = normal(sum(sizes) + count, out)
+    padded = direction.new_zeros(count * (max(sizes) + 1), out)
+    padded[with_prefix] = direction
+    keep = torch.ones(sum(sizes) + count, dtype=torch.bool, device=device)
+    keep[cu[:-1].long() + torch.arange(count, device=device)] = False
     return Problem(
-        lengths, normal(count, max(lengths), width), student, teacher, normal(out, width, scale=width**-0.5),
-        normal(out), (normal(width) + 1, normal(width)), normal(1, out), cu, cu_t, rows, rows_t, (pair_s, pair_t),
-        student.flatten(0, 1)[rows].contiguous(), teacher.flatten(0, 1)[rows_t].contiguous(),
-        normal(sum(lengths) + count, out),
+        sizes, normal(count, max(sizes), width), student, teacher, normal(out, width, scale=width**-0.5), normal(out),
+        normal(width) + 1, normal(width), normal(1, out), cu, cu_t, rows, rows_t, pairs_s, pairs_t,
+        student.flatten(0, 1)[rows].contiguous(), teacher.flatten(0, 1)[rows_t].contiguous(), direction,
+        padded.view(count, -1, out), with_prefix, keep.nonzero().squeeze(1),
     )  # fmt: skip
 
 
@@ -146,190 +97,295 @@ def _leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_()
 
 
-def embeddings_ours(p: Problem) -> tuple[Tensor, ...]:
-    """packed_projection: packed embeddings, gradients of weight, bias and prefix."""
-    w, b, prefix = _leaf(p.weight), _leaf(p.bias), _leaf(p.prefix)
+def trained(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Fresh leaves of what the projection trains: weight, bias, prefix."""
+    return _leaf(p.weight), _leaf(p.bias), _leaf(p.prefix)
+
+
+def embedded(p: Problem, y: Tensor, leaves: tuple[Tensor, ...], direction: Tensor) -> dict[str, Any]:
+    """Backward of embeddings, and everything by name."""
+    if p.backward:
+        y.backward(direction)
+    w, b, prefix = leaves
+    return {"embeddings": y.detach(), "weight": w.grad, "bias": b.grad, "prefix": prefix.grad}
+
+
+def project_ours(p: Problem) -> dict[str, Any]:
+    """packed_projection: gather, LayerNorm, linear, bias, scale and prefix in one op."""
+    leaves = w, b, prefix = trained(p)
     y = packed_projection(
-        p.encoder, w, b, rows=p.rows, norm="layer", norm_weight=p.norm[0], norm_bias=p.norm[1], scale=0.5,
+        p.encoder, w, b, rows=p.rows, norm="layer", norm_weight=p.norm_weight, norm_bias=p.norm_bias, scale=0.5,
         cu_seqlens=p.cu, prefix=prefix,
     )  # fmt: skip
-    y.backward(p.direction)
-    return y.detach(), w.grad, b.grad, prefix.grad  # type: ignore[return-value]
+    return embedded(p, y, leaves, p.direction)
 
 
-def embeddings_unfused(p: Problem, chosen: bool = False) -> tuple[Tensor, ...]:
-    """LayerNorm, Linear, scale and a concatenated prefix over the padded batch."""
-    w, b, prefix = _leaf(p.weight), _leaf(p.bias), _leaf(p.prefix)
-    h = F.layer_norm(p.encoder, p.encoder.shape[-1:], *p.norm, 1e-5)
+def _padded_chain(x: Tensor, nw: Tensor, nb: Tensor, w: Tensor, b: Tensor, prefix: Tensor) -> Tensor:
+    y = F.linear(F.layer_norm(x, x.shape[-1:], nw, nb, 1e-5), w, b) * 0.5
+    return torch.cat([prefix.expand(y.shape[0], 1, -1), y], 1)
+
+
+def _packed_chain(x: Tensor, rows: Tensor, inside: Tensor, nw: Tensor, nb: Tensor, w: Tensor, b: Tensor, prefix: Tensor,
+                  count: int) -> Tensor:  # fmt: skip
+    h = F.layer_norm(x.flatten(0, 1)[rows], x.shape[-1:], nw, nb, 1e-5)
     y = F.linear(h, w, b) * 0.5
-    y = torch.cat([prefix.expand(y.shape[0], 1, -1), y], 1)
-    if not hasattr(p, "padded_direction"):
-        p.padded_direction = padded_direction(p)  # type: ignore[attr-defined]
-    y.backward(p.padded_direction)  # type: ignore[attr-defined]
-    out = y.detach()
-    if chosen:
-        out = out.flatten(0, 1)[_rows_with_prefix(p)]
-    return out, w.grad, b.grad, prefix.grad  # type: ignore[return-value]
+    return prefix.expand(y.shape[0] + count, -1).index_copy(0, inside, y)
 
 
-def _rows_with_prefix(p: Problem) -> Tensor:
-    longest = max(p.lengths) + 1
-    rows = [torch.arange(n + 1) + b * longest for b, n in enumerate(p.lengths)]
-    return torch.cat(rows).to(p.encoder.device)
+def project_padded(p: Problem, chain: Callable[..., Tensor] = _padded_chain) -> dict[str, Any]:
+    """LayerNorm, Linear, scale and a concatenated prefix over the padded batch."""
+    leaves = w, b, prefix = trained(p)
+    return embedded(p, chain(p.encoder, p.norm_weight, p.norm_bias, w, b, prefix), leaves, p.padded_direction)
 
 
-def padded_direction(p: Problem) -> Tensor:
-    """The incoming gradient of the padded chain: zeros at padding."""
-    shape = (len(p.lengths), max(p.lengths) + 1, p.direction.shape[1])
-    flat = p.direction.new_zeros(shape).flatten(0, 1)
-    flat[_rows_with_prefix(p)] = p.direction
-    return flat.view(shape)
+def project_packed(p: Problem, chain: Callable[..., Tensor] = _packed_chain) -> dict[str, Any]:
+    """The same on gathered rows, op by op."""
+    leaves = w, b, prefix = trained(p)
+    y = chain(p.encoder, p.rows, p.inside, p.norm_weight, p.norm_bias, w, b, prefix, len(p.lengths))
+    return embedded(p, y, leaves, p.direction)
 
 
-def loss_ours(p: Problem) -> tuple[Tensor, ...]:
-    """Pooled and paired MSE over packed states in one node."""
+def packed_rows(p: Problem, out: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Padded embeddings in packed order."""
+    return {**out, "embeddings": out["embeddings"].flatten(0, 1)[p.with_prefix]}
+
+
+def triton_forward(library: bool, p: Problem) -> dict[str, Tensor]:
+    """The forward by our Triton GEMM, or by our kernels around the library's (the tile table chooses between them)."""
+    from mtllm_fast.kernels import packed_projection_launch as launch
+
+    y = launch.packed_linear_triton(
+        p.encoder.flatten(0, 1), p.rows, p.weight, p.bias, "layer", p.norm_weight, p.norm_bias, 1e-5, 0.5, "none", p.cu,
+        p.prefix, None, p.weight.dtype, False, not library,
+    )[0]  # fmt: skip
+    return {"embeddings": y}
+
+
+_PACKED: list[tuple[Problem, Tensor]] = []
+
+
+def bare_gemm(p: Problem) -> Tensor:
+    """The forward's matrix product over rows that are packed already."""
+    if not _PACKED or _PACKED[0][0] is not p:
+        _PACKED[:] = [(p, p.encoder.flatten(0, 1)[p.rows])]
+    return _PACKED[0][1] @ p.weight.t()
+
+
+def project_exact(p: Problem) -> dict[str, Tensor]:
+    wide = p.wide()
+    return packed_rows(wide, project_padded(wide))
+
+
+def project_work(p: Problem) -> Work:
+    """Forward and weight gradient over real tokens; states, embeddings, incoming gradient and weight once each way."""
+    tokens, (out, width) = sum(p.lengths), p.weight.shape
+    moved = 2 * tokens * width + 2 * (tokens + len(p.lengths)) * out + 2 * out * width
+    return Work(moved * p.weight.element_size(), 4.0 * tokens * width * out)
+
+
+# ---- losses over hidden states
+
+
+def finish(p: Problem, x: Tensor, total: Tensor) -> dict[str, Any]:
+    if p.backward:
+        total.backward()
+    return {"loss": total.detach(), "gradient": x.grad}
+
+
+def pooled_ours(p: Problem) -> dict[str, Any]:
+    x = _leaf(p.packed_student)
+    total, count = pooled_mse(x, p.packed_teacher, p.cu, p.cu_t)
+    return finish(p, x, total / count)
+
+
+def paired_ours(p: Problem) -> dict[str, Any]:
+    x = _leaf(p.packed_student)
+    total, count = paired_mse(x, p.packed_teacher, p.pairs_s, p.pairs_t, rows_sorted=True)
+    return finish(p, x, total / count)
+
+
+def both_ours(p: Problem) -> dict[str, Any]:
+    """Both terms in one autograd node."""
     x = _leaf(p.packed_student)
     terms = distillation_loss(
-        x, p.packed_teacher, cu_seqlens_s=p.cu, cu_seqlens_t=p.cu_t, paired="mse", rows_s=p.pairs[0],
-        rows_t=p.pairs[1], rows_sorted=True,
+        x, p.packed_teacher, cu_seqlens_s=p.cu, cu_seqlens_t=p.cu_t, paired="mse", rows_s=p.pairs_s, rows_t=p.pairs_t,
+        rows_sorted=True,
     )  # fmt: skip
     assert terms.pooled_mse is not None and terms.paired_mse is not None
-    total = terms.pooled_mse[0] / terms.pooled_mse[1] + terms.paired_mse[0] / terms.paired_mse[1]
-    total.backward()
-    return total.detach(), x.grad  # type: ignore[return-value]
+    return finish(p, x, terms.pooled_mse[0] / terms.pooled_mse[1] + terms.paired_mse[0] / terms.paired_mse[1])
 
 
-def loss_unfused(p: Problem, chosen: bool = False) -> tuple[Tensor, ...]:
-    """Masked means and gathered rows of the padded batches, by torch."""
+def _padded_mean(states: Tensor, cu: Tensor) -> Tensor:
+    lengths = cu.diff()
+    mask = torch.arange(states.shape[1], device=states.device) < lengths[:, None]
+    return (states * mask[..., None]).sum(1) / lengths[:, None]
+
+
+def _packed_mean(states: Tensor, cu: Tensor) -> Tensor:
+    lengths = cu.diff().long()
+    owner = torch.repeat_interleave(torch.arange(len(lengths), device=states.device), lengths, output_size=len(states))
+    return states.new_zeros(len(lengths), states.shape[1]).index_add(0, owner, states) / lengths[:, None]
+
+
+def _mse(a: Tensor, b: Tensor) -> Tensor:
+    return F.mse_loss(a, b) if a.dtype == torch.float64 else F.mse_loss(a.float(), b.float())
+
+
+def _pooled_padded(x: Tensor, t: Tensor, p: Any) -> Tensor:
+    return _mse(_padded_mean(x, p.cu), _padded_mean(t, p.cu_t))
+
+
+def _paired_padded(x: Tensor, t: Tensor, p: Any) -> Tensor:
+    return _mse(x.flatten(0, 1)[p.rows[p.pairs_s]], t.flatten(0, 1)[p.rows_t[p.pairs_t]])
+
+
+def _both_padded(x: Tensor, t: Tensor, p: Any) -> Tensor:
+    return _pooled_padded(x, t, p) + _paired_padded(x, t, p)
+
+
+def _pooled_packed(x: Tensor, t: Tensor, p: Any) -> Tensor:
+    return _mse(_packed_mean(x, p.cu), _packed_mean(t, p.cu_t))
+
+
+def _paired_packed(x: Tensor, t: Tensor, p: Any) -> Tensor:
+    return _mse(x[p.pairs_s], t[p.pairs_t])
+
+
+def _both_packed(x: Tensor, t: Tensor, p: Any) -> Tensor:
+    return _pooled_packed(x, t, p) + _paired_packed(x, t, p)
+
+
+def loss_padded(loss: Callable[..., Tensor], p: Problem) -> dict[str, Any]:
     x = _leaf(p.student)
-
-    def mean(states: Tensor, cu: Tensor) -> Tensor:
-        lengths = cu.diff()
-        mask = torch.arange(states.shape[1], device=states.device) < lengths[:, None]
-        return (states * mask[..., None]).sum(1) / lengths[:, None]
-
-    pooled = F.mse_loss(mean(x, p.cu).float(), mean(p.teacher, p.cu_t).float())
-    s = x.flatten(0, 1)[p.rows[p.pairs[0]]]
-    t = p.teacher.flatten(0, 1)[p.rows_t[p.pairs[1]]]
-    total = pooled + F.mse_loss(s.float(), t.float())
-    total.backward()
-    assert x.grad is not None
-    return total.detach(), (x.grad.flatten(0, 1)[p.rows] if chosen else x.grad)
+    return finish(p, x, loss(x, p.teacher, p))
 
 
-CASES: dict[str, dict[str, Callable[..., tuple[Tensor, ...]]]] = {
-    "states to embeddings": {"ours": embeddings_ours, "unfused": embeddings_unfused},
-    "states to loss": {"ours": loss_ours, "unfused": loss_unfused},
-}
+def loss_packed(loss: Callable[..., Tensor], p: Problem) -> dict[str, Any]:
+    x = _leaf(p.packed_student)
+    return finish(p, x, loss(x, p.packed_teacher, p))
 
 
-def gate(case: str, name: str, p: Problem, dtype: str) -> tuple[str, dict[str, float]]:
-    """The variant's results against the padded chain in fp64."""
-    wide = Problem(**{
-        k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in vars(p).items()
-        if k in Problem.__dataclass_fields__
-    })  # fmt: skip
-    wide.norm = (p.norm[0].double(), p.norm[1].double())
-    right = CASES[case]["unfused"](wide, chosen=True)
-    got = CASES[case][name](p) if name == "ours" else CASES[case][name](p, chosen=True)
-    errors = {str(i): relative_error(a, b) for i, (a, b) in enumerate(zip(got, right))}
-    return ("pass" if all(e <= GATE[dtype] for e in errors.values()) else "fail"), errors
+def packed_gradient(p: Problem, out: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradient of padded states in packed order."""
+    return {**out, "gradient": out["gradient"].flatten(0, 1)[p.rows]}
 
 
-def memory_here(case: str, name: str, lengths: list[int], width: int, out: int, dtype: str, device: str) -> float:
-    """Peak incremental memory of one step in this process, libraries warmed up on a small problem first."""
-    run = CASES[case][name]
-    run(make_problem([3, 5], 32, 48, DTYPES[dtype], device))
-    problem = make_problem(lengths, width, out, DTYPES[dtype], device)
-    if case == "states to embeddings" and name == "unfused":
-        problem.padded_direction = padded_direction(problem)  # type: ignore[attr-defined]
-    if device == "cpu":
-        # give freed heap back to the system: memory that a run finds there would not show in the high-water mark
-        ctypes.CDLL(None).malloc_trim(0)
-    return peak_incremental_mib(lambda: run(problem), device)
+def copy(p: Problem) -> Tensor:
+    """Reading and writing the student's states once: the device's bandwidth on this very tensor."""
+    return p.packed_student.clone()
 
 
-def measure_memory(case: str, name: str, lengths: list[int], width: int, out: int, dtype: str, device: str) -> float:
-    """`memory_here`, on the CPU in a process of its own."""
-    if device != "cpu":
-        return memory_here(case, name, lengths, width, out, dtype, device)
-    spec = json.dumps([case, name, lengths, width, out, dtype, device])
-    command = [sys.executable, "-m", "benchmarks.packed_path", "--threads", str(torch.get_num_threads())]
-    done = subprocess.run(
-        [*command, "--memory-of", spec], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+def loss_exact(loss: Callable[..., Tensor], p: Problem) -> dict[str, Tensor]:
+    wide = p.wide()
+    return packed_gradient(wide, loss_padded(loss, wide))
+
+
+def loss_work(pooled: bool, paired: bool, p: Problem) -> Work:
+    """Both sides' rows read once per term, the gradient written once (paired rows are read again for it)."""
+    tokens, other, pairs = sum(p.lengths), len(p.packed_teacher), len(p.pairs_s)
+    rows = (tokens + other if pooled else 0) + (4 * pairs if paired else 0) + tokens
+    return Work(rows * p.student.shape[-1] * p.student.element_size())
+
+
+_LAST: list[object] = [None]
+
+
+def fresh_compile(p: object) -> None:
+    """Forget graphs of other shapes: beyond eight recompilations torch.compile silently runs eagerly."""
+    if _LAST[0] is not p:
+        torch.compiler.reset()
+        _LAST[0] = p
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile on first use."""
+    return torch.compile(function, dynamic=False)
+
+
+def _compiled_variant(run: Callable[..., Any], chain: Callable[..., Any], first: bool, **options: Any) -> Variant:
+    whole = compiled(chain)
+    call = partial(run, whole) if first else partial(run, chain=whole)
+    return Variant(call, needs=("compiler",), prepare=fresh_compile, quick=False, **options)
+
+
+def sizes(**widths: int) -> tuple[Size, ...]:
+    return tuple({"label": name, "lengths": name, **widths} for name in DISTRIBUTIONS)
+
+
+CPU = {"count": 32, "width": 1024, "out": 2048}
+GPU = {"count": 512, "width": 1024, "out": 4096}
+SIZES: dict[str, tuple[Size, ...]] = {
+    "quick": ({"label": "NLI, small", "lengths": "NLI", "count": 16, "width": 256, "out": 512},),
+    "cpu": tuple(s for s in sizes(**CPU) if s["label"] != "web text")
+    + ({"label": "web text", "lengths": "web text", "count": 8, "width": 1024, "out": 2048},),
+    "cuda": (
+        *sizes(**GPU),
+        {"label": "T=16384, 1024 to 4096", "lengths": f"padding {SHARES[0]:.0%}", "count": 256, "width": 1024, "out": 4096},
+        {"label": "T=16384, 2048 to 4096", "lengths": f"padding {SHARES[0]:.0%}", "count": 256, "width": 2048, "out": 4096},
+    ),
+}  # fmt: skip
+COMMON: dict[str, Any] = {
+    "make": make,
+    "sizes": SIZES,
+    "tolerance": {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2},
+    "shape": lambda p: {
+        "B": len(p.lengths), "T": sum(p.lengths), "L": max(p.lengths), "E": p.weight.shape[1], "D": p.weight.shape[0]
+    },
+    "warm": {"lengths": "padding 25%", "count": 2, "width": 32, "out": 48},
+}  # fmt: skip
+
+register(
+    Case(
+        name="packed_projection",
+        about="encoder states to packed LLM embeddings: unpad, LayerNorm, linear, scale, prefix row; forward + backward",
+        variants={
+            "ours": Variant(project_ours, ours=True),
+            "ours-triton": Variant(partial(triton_forward, False), ours=True, devices=("cuda",), keys=("embeddings",)),
+            "ours-library": Variant(partial(triton_forward, True), ours=True, devices=("cuda",), keys=("embeddings",)),
+            "padded": Variant(project_padded, packed_rows),
+            "packed, unfused": Variant(project_packed),
+            "padded, compile": _compiled_variant(project_padded, _padded_chain, False, result=packed_rows),
+            "packed, compile": _compiled_variant(project_packed, _packed_chain, False),
+            "gemm": Variant(bare_gemm, gated=False),
+        },
+        reference=project_exact,
+        work=project_work,
+        ratios=(("ours", "gemm", "forward", 1.10),),
+        aimed=("T=16384, 1024 to 4096", "T=16384, 2048 to 4096"),
+        sources=("kernels/packed_projection*.py", "kernels/gemms.py", "kernels/tiles.py", "kernels/segments.py"),
+        **COMMON,
     )
-    if done.returncode:
-        raise RuntimeError(f"measuring the memory of {name} failed:\n{done.stderr}")
-    return float(json.loads(done.stdout.splitlines()[-1]))
-
-
-def run_all(names: list[str] | None, dtype: str, device: str, repeats: int, memory: bool) -> list[Record]:
-    """Every case over every distribution."""
-    count, width, out = SIZES[device]
-    records: list[Record] = []
-    head = ("case", "lengths", "padding", "ours ms", "unfused", "ratio", "MiB", "unfused")
-    print("{:21} {:12} {:>7} {:>8} {:>8} {:>6} {:>8} {:>8}".format(*head))
-    for lengths_name, lengths_of in distributions(count).items():
-        if names and lengths_name not in names:
-            continue
-        lengths = lengths_of()
-        problem = make_problem(lengths, width, out, DTYPES[dtype], device)
-        for case, variants in CASES.items():
-            shape = {"B": count, "T": sum(lengths), "L": max(lengths), "E": width, "D": out}
-            fresh = {}
-            for name in variants:
-                verdict, errors = gate(case, name, problem, dtype)
-                record = Record(f"{case}, {lengths_name}", shape, dtype, device_name(device), name, verdict)
-                record.gate_detail, record.versions, record.commit = errors, versions(), commit()
-                record.notes = f"padding {problem.padding:.3f}"
-                records.append(record)
-                if verdict == "pass":
-                    fresh[name] = record
-            times = interleaved({n: partial(variants[n], problem) for n in fresh}, device, repeats)
-            for name, record in fresh.items():
-                record.time_ms, record.time_ms_p20, record.time_ms_p80 = (
-                    percentile(times[name], q) for q in (0.5, 0.2, 0.8)
-                )
-                if memory:
-                    record.peak_incremental_mib = measure_memory(case, name, lengths, width, out, dtype, device)
-            if len(fresh) == 2:
-                a, b = fresh["ours"], fresh["unfused"]
-                assert a.time_ms is not None and b.time_ms is not None
-                peaks = [
-                    f"{r.peak_incremental_mib:8.1f}" if r.peak_incremental_mib is not None else "       -"
-                    for r in (a, b)
-                ]
-                print(
-                    f"{case:21} {lengths_name:12} {problem.padding:7.1%} {a.time_ms:8.2f} {b.time_ms:8.2f} "
-                    f"{a.time_ms / b.time_ms:6.2f} {' '.join(peaks)}",
-                    flush=True,
-                )
-    return records
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run, print, write; 1 when a variant of ours fails its gate."""
-    parser = argparse.ArgumentParser(prog="benchmarks.packed_path", description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--json", type=Path, help="write the records here")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: fp32 on the CPU, bf16 on a GPU")
-    parser.add_argument("--lengths", nargs="+", help="length distributions; default: all")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, help="CPU threads; default: all")
-    parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    if options.memory_of:
-        print(json.dumps(memory_here(*json.loads(options.memory_of))))
-        return 0
-    dtype = options.dtype or ("fp32" if options.device == "cpu" else "bf16")
-    records = run_all(options.lengths, dtype, options.device, options.repeats, not options.no_memory)
-    if options.json:
-        write(options.json, records)
-    return int(any(r.gate == "fail" and r.variant == "ours" for r in records))
+)
+for name, ours, padded, packed, terms in (
+    ("pooled_mse", pooled_ours, _pooled_padded, _pooled_packed, (True, False)),
+    ("paired_mse", paired_ours, _paired_padded, _paired_packed, (False, True)),
+    ("distillation_loss", both_ours, _both_padded, _both_packed, (True, True)),
+):
+    register(
+        Case(
+            name=name,
+            about={
+                "pooled_mse": "MSE of mean-pooled hidden states",
+                "paired_mse": "MSE of hidden states at aligned rows",
+                "distillation_loss": "pooled and paired MSE in one autograd node",
+            }[name]
+            + ", forward + backward",
+            variants={
+                "ours": Variant(ours, ours=True),
+                "padded": Variant(partial(loss_padded, padded), packed_gradient),
+                "packed, unfused": Variant(partial(loss_packed, packed)),
+                "padded, compile": _compiled_variant(loss_padded, padded, True, result=packed_gradient),
+                "packed, compile": _compiled_variant(loss_packed, packed, True),
+                "copy": Variant(copy, gated=False),
+            },
+            reference=partial(loss_exact, padded),
+            work=partial(loss_work, *terms),
+            sources=("kernels/hidden_mse*.py", "kernels/distillation_loss.py", "kernels/segments.py", "kernels/tiles.py"),
+            **COMMON,
+        )
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    names = ("packed_projection", "pooled_mse", "paired_mse", "distillation_loss")
+    sys.exit(main(cases=names, prog="benchmarks.packed_path"))

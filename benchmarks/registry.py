@@ -1,0 +1,181 @@
+"""The cases: an op or a pipeline, its sizes, its variants, the least work it takes, and what its results must be.
+
+A module registers its cases when it is imported; `load()` imports all of them. `benchmarks.run` measures them for
+`mtllm bench`, `tests/benchmarks` for `pytest --benchmark`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .common import Record, relative_error
+
+MODULES = ("linear_kl", "packed_path")
+Size = Mapping[str, Any]  # "label" and the keyword arguments of `make`
+
+
+class Work(NamedTuple):
+    """The least that any implementation must do, whatever it fuses."""
+
+    bytes: float = 0.0
+    flops: float = 0.0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute a case.
+
+    run: problem -> one step, forward and backward; what it returns goes to `result`.
+    result: (problem, what `run` returned) -> tensors by name, in the case's own layout; by default the return value.
+    ours: a variant of this library; its failing gate fails the run.
+    gated: False for something that only bounds the others (a bare GEMM, a copy) and has no result to check.
+    work: problem -> Work, where it differs from the case's.
+    prepare: run once before anything is timed.
+    applies: problem -> whether the variant can compute it.
+    keys: the results that it gives, where it gives only some of them.
+    quick: False to leave it out of `pytest --benchmark`; slow: left out unless named (compiling a model on a CPU).
+    """
+
+    run: Callable[[Any], Any]
+    result: Callable[[Any, Any], dict[str, Tensor]] | None = None
+    ours: bool = False
+    gated: bool = True
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    needs: tuple[str, ...] = ()
+    work: Callable[[Any], Work] | None = None
+    prepare: Callable[[Any], object] | None = None
+    applies: Callable[[Any], bool] | None = None
+    keys: tuple[str, ...] = ()
+    quick: bool = True
+    slow: bool = False
+
+    def missing(self, device: str) -> str | None:
+        """Why the variant cannot run here; None if it can."""
+        if device not in self.devices:
+            return f"not on {device}"
+        for name in self.needs:
+            if name == "compiler":
+                if device == "cpu" and not (shutil.which("g++") or shutil.which("c++")):
+                    return "torch.compile needs a C++ compiler"
+            elif importlib.util.find_spec(name) is None:
+                return f"{name} is not installed"
+        return None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op or pipeline.
+
+    make(dtype=, device=, **size) -> problem; shape(problem) -> what records say about it.
+    sizes: by "quick" (`pytest --benchmark`), "cpu" and "cuda".
+    reference(problem) -> tensors by name in fp64, what every gated variant must give within `tolerance` (relative, in
+    the 2-norm, by dtype). small(problem) -> the problem the gate runs on, where the whole is too large for fp64.
+    work(problem) -> Work; floor_variant: the variant whose time is the floor, where bytes and FLOPs say nothing.
+    warm: keyword arguments of a tiny problem that loads the libraries before memory is measured.
+    ratios: (numerator, denominator, "time", "forward" or "memory", the most it should be), stated for the sizes `aimed`
+    (all where it is empty).
+    """
+
+    name: str
+    about: str
+    make: Callable[..., Any]
+    sizes: Mapping[str, tuple[Size, ...]]
+    variants: dict[str, Variant]
+    reference: Callable[[Any], dict[str, Tensor]]
+    tolerance: Mapping[str, float]
+    shape: Callable[[Any], dict[str, int]]
+    warm: Size
+    work: Callable[[Any], Work] | None = None
+    floor_variant: str = ""
+    small: Callable[[Any], Any] | None = None
+    dtypes: Mapping[str, str] = field(default_factory=lambda: {"cpu": "fp32", "cuda": "bf16"})
+    ratios: tuple[tuple[str, str, str, float], ...] = ()
+    aimed: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ("kernels/*.py",)
+    parse: Callable[[str], Size] | None = None
+
+    def size(self, label: str) -> Size:
+        """The size called `label`, or one that `parse` understands.
+
+        Raises:
+            ValueError: neither.
+        """
+        known = {s["label"]: s for sizes in self.sizes.values() for s in sizes}
+        if label in known:
+            return known[label]
+        if self.parse is not None:
+            return self.parse(label)
+        raise ValueError(f"size {label!r}: {self.name} has {', '.join(known)}")
+
+    def build(self, size: Size, dtype: torch.dtype, device: str) -> Any:
+        """The problem of a size."""
+        return self.make(dtype=dtype, device=device, **{k: v for k, v in size.items() if k != "label"})
+
+
+@dataclass(frozen=True)
+class Study:
+    """Something that measures itself: run(device, repeats, memory) gives finished records."""
+
+    name: str
+    about: str
+    run: Callable[..., list[Record]]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    sources: tuple[str, ...] = ("kernels/*.py",)
+
+
+CASES: dict[str, Case | Study] = {}
+
+
+def register(case: Case | Study) -> None:
+    """Add a case; the last one of a name counts."""
+    CASES[case.name] = case
+
+
+def load() -> dict[str, Case | Study]:
+    """All cases, in the order in which they are run."""
+    for name in MODULES:
+        importlib.import_module(f".{name}", __package__)
+    return CASES
+
+
+def chosen(names: tuple[str, ...]) -> list[Case | Study]:
+    """The named cases, or all.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    cases = load()
+    if not names or "all" in names:
+        return list(cases.values())
+    for name in names:
+        if name not in cases:
+            raise ValueError(f"case {name!r} is unknown; there are: all, {', '.join(cases)}")
+    return [cases[name] for name in names]
+
+
+def gate(case: Case, name: str, problem: Any, dtype: str) -> tuple[str, dict[str, float]]:
+    """("pass" | "fail" | "none", relative error by result) of one variant against fp64."""
+    variant = case.variants[name]
+    if not variant.gated:
+        return "none", {}
+    small = case.small(problem) if case.small else problem
+    if variant.prepare:
+        variant.prepare(small)
+    want = case.reference(small)
+    returned = variant.run(small)
+    got = variant.result(small, returned) if variant.result else returned
+    errors = {}
+    for key, right in want.items():
+        if variant.keys and key not in variant.keys:
+            continue
+        value = got.get(key)
+        errors[key] = relative_error(value, right) if value is not None and value.shape == right.shape else float("inf")
+    return ("pass" if all(e <= case.tolerance[dtype] for e in errors.values()) else "fail"), errors

@@ -1,0 +1,348 @@
+"""Measures registered cases: gate first, then all variants interleaved, memory, host syncs, share of the floor.
+
+    python -m benchmarks.run linear_kl --device cpu --json F        the same as `mtllm bench linear_kl ...`
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import ceilings as ceilings_
+from .common import (
+    DTYPES,
+    Record,
+    commit,
+    device_name,
+    host_syncs,
+    interleaved,
+    peak_incremental_mib,
+    percentile,
+    synchronise,
+    versions,
+    write,
+)
+from .registry import Case, Size, Study, Work, chosen, gate
+from .sources import sources_hash
+
+LEAST_MS = 5.0  # a timed round of a CUDA variant lasts at least so long
+
+
+def run_case(
+    case: Case,
+    size: Size,
+    device: str,
+    dtype: str,
+    *,
+    ceilings: dict[str, float],
+    variants: Sequence[str] = (),
+    quick: bool = False,
+    repeats: int = 7,
+    memory: bool = True,
+    log: Callable[[str], None] = lambda _: None,
+) -> list[Record]:
+    """Records of every variant at one size. A variant whose gate is not green gets no time and no memory.
+
+    Args:
+        variants: names; empty for all that can run here and are not slow.
+        ceilings: from `ceilings.measure`.
+        log: called with lines about what is going on.
+    """
+    problem = case.build(size, DTYPES[dtype], device)
+    least = case.work(problem) if case.work else None
+    records: list[Record] = []
+    runs: dict[str, Callable[[], object]] = {}
+    for name in names_of(case, variants, quick):
+        variant = case.variants[name]
+        if (why := variant.missing(device)) or (variant.applies and not variant.applies(problem)):
+            log(f"{case.name} {size['label']} {name}: left out{', ' + why if why else ''}")
+            continue
+        verdict, errors = gate(case, name, problem, dtype)
+        log(f"{case.name} {size['label']} {name}: gate {verdict} {errors}")
+        record = Record(case.name, case.shape(problem), dtype, device_name(device), name, verdict)
+        record.size, record.ours, record.gate_detail = size["label"], variant.ours, errors
+        record.versions, record.commit, record.ceilings = versions(), commit(), ceilings
+        record.source_files, record.sources = case.sources, sources_hash(case.sources)
+        work = variant.work(problem) if variant.work else least
+        if work is not None:
+            set_floor(record, work)
+        records.append(record)
+        if verdict == "fail":
+            record.notes = "wrong result: no speed is reported"
+            continue
+        try:
+            if variant.prepare:
+                variant.prepare(problem)
+            variant.run(problem)
+            runs[name] = partial(variant.run, problem)
+        except torch.OutOfMemoryError:
+            record.notes = "out of memory"
+            torch.cuda.empty_cache()
+    time_records({r.variant: r for r in records}, runs, problem, device, repeats, log)
+    if case.floor_variant in runs:
+        floor = next(r.time_ms for r in records if r.variant == case.floor_variant)
+        for record in records:
+            record.floor_ms = floor
+    if memory:
+        for record in records:
+            if record.gate == "pass" and record.variant in runs:
+                record.peak_incremental_mib = measure_memory(case, size, record.variant, dtype, device, problem)
+                log(f"{case.name} {size['label']} {record.variant}: {record.peak_incremental_mib:.0f} MiB")
+    return records
+
+
+def names_of(case: Case, variants: Sequence[str], quick: bool) -> list[str]:
+    """The variants to run: those named, or all but the slow ones."""
+    if variants:
+        return [n for n in variants if n in case.variants]
+    return [n for n, v in case.variants.items() if not v.slow and (v.quick or not quick)]
+
+
+def set_floor(record: Record, work: Work) -> None:
+    """Floor of a record from the least work and its ceilings."""
+    record.floor_bytes, record.floor_flops = work.bytes, work.flops
+    record.floor_ms = ceilings_.floor_ms(work.bytes, work.flops, record.dtype, record.ceilings)
+
+
+def time_records(
+    records: dict[str, Record],
+    runs: dict[str, Callable[[], object]],
+    problem: Any,
+    device: str,
+    repeats: int,
+    log: Callable[[str], None],
+) -> None:
+    """Interleaved times, forward alone where the problem can leave its backward out, host syncs."""
+    inner = dict.fromkeys(runs, 1)
+    if device != "cpu":
+        for name, run in runs.items():
+            inner[name] = max(1, min(50, int(LEAST_MS / max(ceilings_.best(run, device, 0.0, 2) * 1e3, 1e-3))))
+
+    def many(name: str) -> None:
+        for _ in range(inner[name]):
+            runs[name]()
+
+    times = interleaved({n: partial(many, n) for n in runs}, device, repeats, log)
+    for name, values in times.items():
+        record = records[name]
+        record.round_ms = [t / inner[name] for t in values]
+        record.time_ms, record.time_ms_p20, record.time_ms_p80 = (percentile(record.round_ms, q) for q in (0.5, 0.2, 0.8))
+        if device != "cpu":
+            record.host_syncs = host_syncs(runs[name])
+    if hasattr(problem, "backward"):
+        problem.backward = False
+        forward = interleaved({n: r for n, r in runs.items() if records[n].gate == "pass"}, device, 3)
+        problem.backward = True
+        for name, values in forward.items():
+            records[name].forward_ms = percentile(values, 0.5)
+
+
+def measure_memory(case: Case, size: Size, name: str, dtype: str, device: str, problem: Any) -> float:
+    """Peak incremental memory of one step; on the CPU in a process of its own, by the resident set's high-water mark."""
+    if device != "cpu":
+        return peak_incremental_mib(partial(case.variants[name].run, problem), device)
+    spec = json.dumps([case.name, dict(size), name, dtype, torch.get_num_threads()])
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(
+        [sys.executable, "-m", f"{__package__}.run", "--memory-of", spec], capture_output=True, text=True, cwd=root
+    )
+    if done.returncode:
+        raise RuntimeError(f"measuring the memory of {case.name} {name} failed:\n{done.stderr}")
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def memory_here(case_name: str, size: Size, name: str, dtype: str, threads: int) -> float:
+    """Peak incremental memory of a CPU step in this process, its libraries warmed up on a tiny problem first."""
+    torch.set_num_threads(threads)
+    (case,) = chosen((case_name,))
+    assert isinstance(case, Case)
+    variant = case.variants[name]
+    for options in ({"label": "warm", **case.warm}, size):
+        problem = case.build(options, DTYPES[dtype], "cpu")
+        if variant.prepare:
+            variant.prepare(problem)
+        if options is not size or "compiler" in variant.needs:  # compiling is not part of a step
+            variant.run(problem)
+    return peak_incremental_mib(partial(variant.run, problem), "cpu")
+
+
+def run(
+    names: Sequence[str] = ("all",),
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    sizes: Sequence[str] = (),
+    quick: bool = False,
+    variants: Sequence[str] = (),
+    repeats: int = 7,
+    memory: bool = True,
+    path: Path | None = None,
+    log: Callable[[str], None] = lambda _: None,
+    show: Callable[[list[Record]], None] | None = None,
+) -> list[Record]:
+    """Run cases, write the records after each size.
+
+    Args:
+        names: cases, or "all".
+        device: "cpu" or "cuda". dtype: "fp32", "bf16" or "fp16"; None for the case's own.
+        sizes: labels; empty for the case's sizes of this device, or its quick ones.
+        show: called with the records of each size.
+
+    Raises:
+        ValueError: an unknown case, size or variant, or CUDA without a GPU.
+    """
+    cases = chosen(tuple(names))
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device={device!r}: expected 'cpu' or 'cuda'")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda', but torch sees no GPU")
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats}: must be at least 1")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
+    known = {name for case in cases if isinstance(case, Case) for name in case.variants}
+    for name in variants:
+        if name not in known:
+            raise ValueError(f"variant {name!r} is unknown; there are: {', '.join(sorted(known))}")
+    ceilings = ceilings_.measure(device)
+    log(ceilings_.describe(ceilings))
+    records: list[Record] = []
+    for case in cases:
+        found: list[Record] = []
+        if isinstance(case, Study):
+            if device in case.devices and not (sizes or variants):
+                log(f"{case.name}: {case.about}")
+                found = case.run(device=device, repeats=repeats, memory=memory, quick=quick)
+                for record in found:
+                    record.source_files, record.sources = case.sources, sources_hash(case.sources)
+                    record.ceilings = record.ceilings or ceilings
+                records += found
+                if show and found:
+                    show(found)
+            continue
+        wanted = [case.size(label) for label in sizes] or list(case.sizes["quick" if quick else device])
+        for size in wanted:
+            found = run_case(
+                case, size, device, dtype or case.dtypes[device], ceilings=ceilings, variants=variants, quick=quick,
+                repeats=repeats, memory=memory, log=log,
+            )  # fmt: skip
+            records += found
+            if show and found:
+                show(found)
+            if path:
+                write(path, records)
+    if path:
+        write(path, records)
+    return records
+
+
+def ratios(case: Case, records: list[Record]) -> list[dict[str, Any]]:
+    """The case's aims at one size: median, p20 and p80 of the ratios within each round, where both ran side by side."""
+    by_name = {r.variant: r for r in records}
+    rows: list[dict[str, Any]] = []
+    for top, bottom, quantity, aim in case.ratios if records[0].size in case.aimed or not case.aimed else ():
+        a, b = by_name.get(top), by_name.get(bottom)
+        if a is None or b is None or "fail" in (a.gate, b.gate):
+            continue
+        if quantity == "memory":
+            if a.peak_incremental_mib is None or not b.peak_incremental_mib:
+                continue
+            values = [a.peak_incremental_mib / b.peak_incremental_mib]
+        elif quantity == "forward":
+            if a.forward_ms is None or b.time_ms is None:
+                continue
+            values = [a.forward_ms / b.time_ms]
+        else:
+            values = [x / y for x, y in zip(a.round_ms, b.round_ms, strict=True)]
+        if values:
+            middle, low, high = (percentile(values, q) for q in (0.5, 0.2, 0.8))
+            rows.append({"ratio": f"{top} / {bottom}", "of": quantity, "value": middle, "low": low, "high": high,
+                         "aim": aim, "met": middle <= aim})  # fmt: skip
+    return rows
+
+
+def print_table(records: list[Record]) -> None:
+    """The table of one case at one size, and its ratios."""
+    first = records[0]
+    print(f"\n{first.case}, {first.size}  {first.shape}  {first.dtype}  {first.device}  commit {first.commit}")
+    columns = "{:24} {:5} {:>9} {:>9} {:>9} {:>9} {:>9} {:>8} {:>5} {:>8}"
+    print(columns.format("variant", "gate", "p50 ms", "p20", "p80", "forward", "peak MiB", "% floor", "syncs", "error"))
+
+    def number(value: float | None, form: str = ".2f") -> str:
+        return "-" if value is None else format(value, form)
+
+    for r in records:
+        share = 100 * r.floor_ms / r.time_ms if r.floor_ms and r.time_ms else None
+        times = (number(x) for x in (r.time_ms, r.time_ms_p20, r.time_ms_p80, r.forward_ms))
+        error = number(max(r.gate_detail.values()) if r.gate_detail else None, ".0e")
+        memory = number(r.peak_incremental_mib, ".1f")
+        line = columns.format(r.variant, r.gate, *times, memory, number(share, ".0f"), number(r.host_syncs, "d"), error)
+        print(line + (f"  {r.notes}" if r.notes else ""))
+    case = chosen((first.case,))[0] if first.size else None
+    for row in ratios(case, records) if isinstance(case, Case) else ():
+        print(
+            f"{row['ratio']:34} {row['of']:7} {row['value']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]  "
+            f"aim <= {row['aim']}  {'met' if row['met'] else 'NOT MET'}"
+        )
+    sys.stdout.flush()
+
+
+def show_tables(records: list[Record]) -> None:
+    """Tables of any records, in their order."""
+    for _, group in groupby(records, key=lambda r: (r.case, r.size, r.dtype, r.device)):
+        print_table(list(group))
+
+
+def failed(records: list[Record]) -> list[str]:
+    """Variants of ours whose gate is red."""
+    return [f"{r.case} {r.size} {r.variant}" for r in records if r.gate == "fail" and r.ours]
+
+
+def main(argv: list[str] | None = None, cases: Sequence[str] | None = None, prog: str = "benchmarks.run") -> int:
+    """Run, print, write; 1 when a variant of ours fails its gate, 2 for bad options.
+
+    Args:
+        cases: the cases of a module that is run by itself; None takes them from the command line.
+    """
+    parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").split("\n")[0])
+    if cases is None:
+        parser.add_argument("cases", nargs="*", default=["all"], help="names, or all")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--json", type=Path, help="write the records here")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: fp32 on the CPU, bf16 on a GPU")
+    parser.add_argument("--sizes", "--shape", nargs="+", default=[], help="labels; default: those of the device")
+    parser.add_argument("--quick", action="store_true", help="the small sizes of `pytest --benchmark`")
+    parser.add_argument("--variants", nargs="+", default=[])
+    parser.add_argument("--repeats", type=int, default=7, help="timed rounds after a warm-up round")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: all")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.memory_of:
+        print(json.dumps(memory_here(*json.loads(options.memory_of))))
+        return 0
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    synchronise(options.device)
+    try:
+        records = run(
+            options.cases if cases is None else cases, device=options.device, dtype=options.dtype, sizes=options.sizes,
+            quick=options.quick, variants=options.variants, repeats=options.repeats, memory=not options.no_memory,
+            path=options.json, log=lambda text: print(text, file=sys.stderr, flush=True), show=show_tables,
+        )  # fmt: skip
+    except ValueError as error:
+        parser.error(str(error))
+    return int(bool(failed(records)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
