@@ -1,0 +1,166 @@
+"""A classification MTLLM behind `transformers.pipeline("text-classification")`, once this module is imported.
+
+    import mtllm_fast.inference.pipeline
+    from transformers import pipeline
+
+    classify = pipeline("text-classification", model="runs/sib200")
+    classify(["Mto unapita kando ya kinu."], language="swh_Latn", batch_size=32)
+    classify([{"text": "A river.", "language": "eng_Latn"}, {"text": "Une rivière.", "language": "fra_Latn"}], top_k=3)
+
+The pipeline is transformers' own. It loads a folder of `MTLLM.save_pretrained` through the Auto classes, where config,
+model and tokenizer are registered here. The padding of its batches is taken out again before the model runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.tokenization_utils_base import BatchEncoding
+
+from ..data.pack import PackedBatch
+from ..data.read import TextRow
+from ..data.tokenise import StackTokenizer
+from ..models import MTLLM, MTLLMConfig
+from ..models.storage import MODEL_TYPE, base_tokenizer, read_config
+
+# what our config.json holds beyond the labels; transformers would read some of the names as its own
+_OURS = {field.name for field in fields(MTLLMConfig)} | {"format"}
+
+
+class MTLLMPreTrainedConfig(PreTrainedConfig):
+    """What transformers needs to know of an MTLLM: its labels."""
+
+    model_type = MODEL_TYPE
+
+    def __init__(self, head: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        labels = (head or {}).get("labels")
+        if labels:
+            kwargs |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+        super().__init__(**{name: value for name, value in kwargs.items() if name not in _OURS})
+
+
+class MTLLMForSequenceClassification(PreTrainedModel):
+    """An MTLLM with a classification head, called as transformers calls its own models.
+
+    Raises:
+        ValueError: the model has no classification head.
+    """
+
+    config_class = MTLLMPreTrainedConfig
+
+    def __init__(self, model: MTLLM) -> None:
+        head = model.config.head
+        if head is None or head.kind != "classification":
+            raise ValueError(
+                f"model: has {f'a {head.kind} head' if head else 'no head'}, this needs a classification head; train "
+                "one with `mtllm finetune` or `mtllm distill`"
+            )
+        super().__init__(MTLLMPreTrainedConfig(head={"labels": head.labels}))
+        self.mtllm = model.eval()
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: Any,
+        *,
+        dtype: torch.dtype | str | None = None,
+        trust_remote_code: bool | None = False,
+        device_map: Any = None,
+        **_: Any,
+    ) -> MTLLMForSequenceClassification:
+        """`MTLLM.from_pretrained`; `dtype` "auto" keeps what is stored. `device_map` is refused: use `device`."""
+        if device_map is not None:
+            raise ValueError(f"device_map={device_map!r}: not supported here, pass device")
+        if isinstance(dtype, str):
+            dtype = None if dtype == "auto" else getattr(torch, dtype)
+        return cls(
+            MTLLM.from_pretrained(pretrained_model_name_or_path, dtype=dtype, trust_remote_code=bool(trust_remote_code))
+        )
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> SequenceClassifierOutput:
+        """Logits (B, C) float32 of padded tokens (B, L)."""
+        return SequenceClassifierOutput(logits=self.mtllm(input_ids, attention_mask).logits)
+
+    def save_pretrained(self, save_directory: Any, **_: Any) -> None:  # type: ignore[override]
+        """Write the MTLLM folder."""
+        self.mtllm.save_pretrained(save_directory)
+
+
+class MTLLMTokenizer:
+    """The tokens that the model reads, with a language per call or per text.
+
+    Args:
+        stack: the model's tokenizer.
+        side: "mt" or "llm", whichever the model reads.
+        language: MT code of texts that come without one.
+    """
+
+    padding_side = "right"
+    model_input_names = ("input_ids", "attention_mask")
+
+    def __init__(self, stack: StackTokenizer, side: str = "mt", language: str = "eng_Latn") -> None:
+        self.stack, self.side, self.language = stack, side, language
+        self.pad_token_id = getattr(stack, side).pad_token_id or 0
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *_: Any, **__: Any) -> MTLLMTokenizer:
+        """Read the tokenizer of an MTLLM folder."""
+        folder = Path(pretrained_model_name_or_path)
+        config = read_config(folder)
+        saved = (folder / "stack_tokenizer.json").is_file()
+        stack = StackTokenizer.from_pretrained(folder) if saved else base_tokenizer(config)
+        return cls(stack, "llm" if config.reader == "llm" else "mt")
+
+    def __call__(
+        self,
+        text: str | list[str],
+        text_pair: str | list[str] | None = None,
+        *,
+        language: str | None = None,
+        return_tensors: str = "pt",
+        truncation: Any = True,
+        padding: Any = True,
+    ) -> BatchEncoding:
+        """`input_ids` and `attention_mask` (B, L) int64.
+
+        Texts are always cut to the tokenizer's own limit and padded to the longest; `truncation`, `padding` and
+        `return_tensors` are accepted because callers of transformers' tokenizers pass them.
+
+        Raises:
+            ValueError: an unknown language code, or lists of different lengths.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        none: list[Any] = [None] * len(texts)
+        pairs = [text_pair] if isinstance(text_pair, str) else list(text_pair or none)
+        if len(texts) != len(pairs):
+            raise ValueError(f"text_pair: {len(pairs)} for {len(texts)} texts")
+        if language is not None and not isinstance(language, str):
+            raise ValueError(
+                f"language={language!r}: one MT code for all; for a language per text pass dicts, "
+                '{"text": ..., "language": ...}'
+            )
+        rows = [TextRow(one, language or self.language, pair) for one, pair in zip(texts, pairs)]
+        side = self.stack.mt_side(rows) if self.side == "mt" else self.stack.llm_side(rows)
+        ids, mask = PackedBatch.from_sequences(side.ids).to_padded(self.pad_token_id)
+        return BatchEncoding({"input_ids": ids, "attention_mask": mask})
+
+    def save_pretrained(self, save_directory: Any, **_: Any) -> None:
+        """Write the tokenizer as `MTLLM.save_pretrained` does."""
+        self.stack.save_pretrained(save_directory)
+
+
+AutoConfig.register(MODEL_TYPE, MTLLMPreTrainedConfig, exist_ok=True)
+AutoModelForSequenceClassification.register(MTLLMPreTrainedConfig, MTLLMForSequenceClassification, exist_ok=True)
+AutoTokenizer.register(MTLLMPreTrainedConfig, MTLLMTokenizer, exist_ok=True)
