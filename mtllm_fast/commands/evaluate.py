@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,19 +21,25 @@ def mapping(pairs: Sequence[str], option: str) -> dict[str, str]:
 
 @dataclass
 class Evaluate:
-    """Zero-shot accuracy and macro-F1 in every language of a task.
+    """Zero-shot accuracy and macro-F1 in every language of a task, or of all tasks, models and seeds of a suite.
 
     A model without a task head is read by a linear probe fitted on the English training split, and the report says so.
-    Example: mtllm evaluate --model runs/sib200 --task sib200 --data DIR --translator facebook/nllb-200-distilled-600M
+    A suite can be interrupted at any time: the same command goes on where it stopped and gives the same tables.
+    Example: mtllm evaluate --suite suite.yaml
+    Example: mtllm evaluate --model runs/sib200 --task sib200 --data DIR --translations runs/translations.parquet
     --teacher runs/teacher --output runs/sib200-scores
     """
 
+    suite: str = ""
+    """A YAML file of models, seeds, tasks and languages (its keys: evaluation/suite_file.py); of the other options only
+    `output` and `progress` go with it."""
     model: tuple[str, ...] = ()
     """One or more model folders."""
     task: str = ""
-    """sib200, nusax, nli, or "folder" for a folder of <language>/<split>.tsv files."""
+    """A task by name (sib200, nusax, nli, belebele, ...), a .yaml file that describes one, or "folder" for a folder of
+    <language>/<split>.tsv files."""
     data: str = ""
-    """The task's folder in its published format, or its hub name."""
+    """The task's folder in its published format, or its hub name; "" for the one that the task names."""
     languages: tuple[str, ...] = ("all",)
     """The data set's own codes, or "all"."""
     language_map: tuple[str, ...] = ()
@@ -42,45 +49,86 @@ class Evaluate:
     """Only the first rows of each language."""
     translator: str = ""
     """MT model for translate-test (folder or hub name); needs `teacher`."""
+    translations: str = ""
+    """Instead of `translator`, translations that exist: a file or folder, e.g. from `mtllm translate`; needs
+    `teacher`."""
     teacher: str = ""
     """Task teacher that classifies the translations."""
     num_beams: int = 1
     probe_data: str = ""
     """Where a probe's English rows come from, if not from `data`."""
-    max_tokens: int = 8192
-    """Token budget of one forward pass."""
+    alignment: bool = False
+    """Also compare hidden states with those of the English rows of the same id (for sets with parallel rows)."""
+    resamples: int = 2000
+    """Of the bootstrap behind the intervals."""
+    max_tokens: int | None = None
+    """Token budget of one forward pass; by default chosen by device."""
+    cells: str = ""
+    """Folder that keeps each finished language, so that an interrupted run goes on there."""
     output: str = ""
-    """Folder for scores.json, scores.md and scores.png; "" puts them into `evaluation` inside the (first) model."""
+    """Folder for scores.html, .json, .csv, .tex, .md and .png; "" puts them into `evaluation` inside the (first) model,
+    and for a suite into its own `output`."""
     overwrite: bool = False
     """Replace a report that is already there."""
     progress: bool = True
 
     def run(self) -> None:
+        if self.suite:
+            self._run_suite()
+            return
         from ..evaluation import evaluate
+        from ..evaluation.cells import CellStore
         from ..reporting import check_output, print_scores, write_report
 
-        for name in ("task", "data"):
-            if not getattr(self, name):
-                raise ValueError(f"--{name} is missing")
-        if not self.model and not self.translator:
+        if not self.task:
+            raise ValueError("--task is missing")
+        if not self.model and not (self.translator or self.translations):
             raise ValueError("--model is missing: name at least one model folder")
         output = self.output or str(Path((*self.model, self.teacher)[0]) / "evaluation")
         check_output(output, overwrite=self.overwrite)
+        store = CellStore(self.cells) if self.cells else None
         scores = evaluate(
             list(self.model) if self.model else {},
             self.task,
-            self.data,
+            self.data or None,
             languages="all" if self.languages == ("all",) else list(self.languages),
             language_map=mapping(self.language_map, "--language-map"),
             split=self.split,
             limit=self.limit,
             translator=self.translator or None,
+            translations=self.translations or None,
             teacher=self.teacher or None,
             num_beams=self.num_beams,
             probe_source=self.probe_data or None,
+            alignment=self.alignment,
+            cells=store,
+            resamples=self.resamples,
             max_tokens=self.max_tokens,
             progress=self.progress,
         )
         paths = write_report(scores, output, overwrite=self.overwrite)
         print_scores(scores)
+        for note in store.notes() if store else ():
+            print(note)
+        print("written:", ", ".join(str(path) for path in paths.values()))
+
+    def _run_suite(self) -> None:
+        from ..evaluation.suite_file import read_suite, run_suite
+        from ..reporting import check_output, print_scores, write_report
+
+        for option in dataclasses.fields(self):
+            given = getattr(self, option.name) != option.default
+            if given and option.name not in ("suite", "output", "overwrite", "progress"):
+                raise ValueError(f"--{option.name.replace('_', '-')}: does not go with --suite; write it into the file")
+        suite = read_suite(self.suite)
+        suite.output = self.output or suite.output
+        if not suite.output:
+            raise ValueError(f"--output is missing, and {self.suite} names no 'output' either")
+        check_output(suite.output, overwrite=True)
+        found, store = run_suite(suite, progress=self.progress)
+        paths = write_report(found, suite.output, overwrite=True)
+        for scores in found:
+            print_scores(scores)
+        for note in store.notes():
+            print(note)
         print("written:", ", ".join(str(path) for path in paths.values()))

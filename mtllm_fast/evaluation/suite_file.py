@@ -11,7 +11,7 @@
          limit: 100, probe_data: DIR}
     translate_test:                         # may be left out
       teacher: runs/{task}/teacher/seed-{seed}
-      translations: runs/{task}/translations.parquet      # or translator: facebook/nllb-200-distilled-600M, num_beams: 1
+      translations: runs/{task}/translations.parquet         # or translator: an MT model, with num_beams: 1
       target: eng_Latn
     alignment: true                         # compare hidden states with English (tasks whose rows are parallel)
     resamples: 2000                         # of the bootstrap

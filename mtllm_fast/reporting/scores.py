@@ -1,21 +1,22 @@
-"""Scores as a console table, Markdown, JSON and a figure."""
+"""Scores on the console, and written as JSON, CSV, LaTeX, Markdown, figures and one HTML page."""
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..evaluation.cells import atomically
 from ..evaluation.results import METRICS, LanguageScore, ModelScores, Scores
+from .tables import gap_text, percent, short_names, tables, to_csv, to_groups_csv, to_latex
+from .tables import to_markdown_table as markdown_table
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-_METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
+FORMAT = 2
 _HEADS = {"accuracy": "acc.", "macro_f1": "F1"}
 _GROUPS = {"all": "mean", "non_english": "non-English mean", "non_english_shared": "shared mean"}
 
@@ -26,18 +27,18 @@ def print_scores(scores: Scores, console: Console | None = None) -> None:
 
     console = console or Console()
     console.print(language_table(scores))
-    for line in summary_lines(scores):
+    for line in summary_lines(scores, rates=True):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def language_table(scores: Scores) -> Table:
     """A rich table: a row per language (those not run with the reason), then the means. Scores are percentages.
 
-    With more than two models only accuracy is shown, to fit a terminal; the Markdown and JSON reports have both.
+    With more than two models only accuracy is shown, to fit a terminal; the written reports have both.
     """
     from rich.table import Table
 
-    metrics = list(_METRICS) if len(scores.models) <= 2 else ["accuracy"]
+    metrics = list(METRICS) if len(scores.models) <= 2 else ["accuracy"]
     table = Table(
         title=_title(scores), header_style="bold", row_styles=("", "dim") if len(scores.languages) > 20 else None
     )
@@ -55,13 +56,16 @@ def language_table(scores: Scores) -> Table:
     return table
 
 
-def summary_lines(scores: Scores) -> list[str]:
-    """Sentences under the table: how each model was read, rows per second, languages not run and why, notes."""
+def summary_lines(scores: Scores, *, rates: bool = False) -> list[str]:
+    """Sentences under the table: how each model was read, languages not run and why, notes; with `rates`, rows per
+    second."""
     lines = []
     for model in scores.models:
         ran = f"{len(model.languages)} of {len(scores.languages)} languages"
-        lines.append(f"{model.name} ({model.method}): {ran}, {model.rows:,} rows, {model.rows_per_s:,.1f} rows/s")
-        for reason, codes in _by_reason(model).items():
+        seeds = f", {model.seeds} seeds" if model.seeds > 1 else ""
+        rate = f", {model.rows_per_s:,.1f} rows/s" if rates else ""
+        lines.append(f"{model.name} ({model.method}): {ran}, {model.rows:,} rows{seeds}{rate}")
+        for reason, codes in reasons(model).items():
             lines.append(f"  not run, {reason}: {', '.join(codes)}")
         counted = [f"{count:,} {name.replace('_', ' ')}" for name, count in model.counts.items() if count]
         blank = sum(score.blank for score in model.languages.values())
@@ -69,6 +73,10 @@ def summary_lines(scores: Scores) -> list[str]:
             counted.append(f"{blank:,} rows with a blank text (scored all the same)")
         if counted:
             lines.append(f"  counted: {'; '.join(counted)}")
+        mean = model.overall("shared")
+        if mean is not None and mean.gap is not None:
+            points = gap_text(mean.gap, interval=True)
+            lines.append(f"  {points} points above translate-test over {mean.languages} languages")
     mapped = {code: score.mt_code for model in scores.models for code, score in model.languages.items() if score.mapped}
     if mapped:
         lines.append(
@@ -83,11 +91,17 @@ def summary_lines(scores: Scores) -> list[str]:
         lines.append(
             f"Compare models by the shared mean: over the {len(scores.shared())} non-English languages that all ran."
         )
-    notes = dict.fromkeys(note for model in scores.models for note in model.notes)
-    lines.extend(f"Note: {note}" for note in notes)
-    if scores.limit is not None:
-        lines.append(f"Note: only the first {scores.limit} rows of each language were scored.")
+    lines.extend(f"Note: {note}" for note in notes(scores))
     return lines
+
+
+def notes(scores: Scores) -> list[str]:
+    """What a reader has to know: of the models, the data and the rows."""
+    found = list(dict.fromkeys(note for model in scores.models for note in model.notes))
+    found += scores.issues
+    if scores.limit is not None:
+        found.append(f"only the first {scores.limit} rows of each language were scored.")
+    return found
 
 
 def to_markdown(scores: Scores, figure: str | None = None) -> str:
@@ -97,36 +111,24 @@ def to_markdown(scores: Scores, figure: str | None = None) -> str:
         "",
         f"Source: `{scores.source}`. Labels: {', '.join(scores.labels)}. Scores in percent.",
         "",
+        *(f"- {line.strip()}" for line in summary_lines(scores)),
+        "",
     ]
-    header = [
-        "model",
-        "read by",
-        "languages",
-        *(f"{group} {name}" for group in ("non-English", "English") for name in _METRICS.values()),
-        "rows/s",
-    ]
-    lines += _markdown_table(header, [_overview(scores, model) for model in scores.models])
-    lines += ["", *(f"- {line.strip()}" for line in summary_lines(scores)), ""]
     if figure:
         lines += [f"![Accuracy by language]({figure})", ""]
-    lines += ["## By language", ""]
-    header = [
-        "language",
-        "read as",
-        "rows",
-        *(f"{model.name} {name}" for model in scores.models for name in _METRICS.values()),
-    ]
-    lines += _markdown_table(header, [*_language_rows(scores, METRICS), *_mean_rows(scores, METRICS)])
+    for table in tables(scores):
+        lines += [f"## {table.title}", "", *markdown_table(table), "", *([table.note, ""] if table.note else [])]
     versions = ", ".join(f"{name} {number}" for name, number in scores.versions.items())
-    return "\n".join([*lines, "", f"Made with {versions}." if versions else "", ""])
+    return "\n".join([*lines, f"Made with {versions}." if versions else "", ""])
 
 
-def to_json(scores: Scores) -> str:
-    return json.dumps(scores.to_dict(), ensure_ascii=False, indent=2) + "\n"
+def to_json(all_scores: Scores | Sequence[Scores]) -> str:
+    content = {"format": FORMAT, "tasks": [scores.to_dict() for scores in _listed(all_scores)]}
+    return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
 
 
-def read_scores(path: str | Path) -> Scores:
-    """Scores from a file that `write_report` wrote.
+def read_scores(path: str | Path) -> list[Scores]:
+    """The scores of each task from a JSON file that `write_report` wrote. Their times are not in it.
 
     Raises:
         ValueError: no such file, or something else in it.
@@ -138,33 +140,57 @@ def read_scores(path: str | Path) -> Scores:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"scores={str(path)!r}: not JSON: {error}") from None
-    return Scores.from_dict(content)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"scores={str(path)!r}: not a file written by this version of `mtllm evaluate`")
+    return [Scores.from_dict(scores) for scores in content["tasks"]]
 
 
 def write_report(
-    scores: Scores, output: str | Path, *, stem: str = "scores", overwrite: bool = False
+    all_scores: Scores | Sequence[Scores], output: str | Path, *, stem: str = "scores", overwrite: bool = False
 ) -> dict[str, Path]:
-    """Write `<stem>.json`, `<stem>.md` and `<stem>.png` into the folder `output`, each whole or not at all.
+    """Write one evaluation, or the tasks of a suite, into the folder `output`, each file whole or not at all.
+
+    Everything but `<stem>-times.json` is a function of the scores alone: the same scores give the same bytes.
 
     Returns:
-        "json", "markdown", "figure" -> path.
+        "html", "json", "csv", "groups", "latex", "markdown", "figure" (the first task's), "times" -> path.
 
     Raises:
         ValueError: `output` is a file, or it holds a report and `overwrite` is False.
+        OSError: a file cannot be written.
     """
+    from .html import to_html
     from .score_figure import draw_scores
 
-    folder = Path(output)
-    paths = {"json": folder / f"{stem}.json", "markdown": folder / f"{stem}.md", "figure": folder / f"{stem}.png"}
+    listed, folder = _listed(all_scores), Path(output)
+    endings = {
+        "html": ".html",
+        "csv": ".csv",
+        "groups": "-groups.csv",
+        "latex": ".tex",
+        "markdown": ".md",
+        "times": "-times.json",
+        "json": ".json",
+    }
+    paths = {name: folder / f"{stem}{ending}" for name, ending in endings.items()}
     check_output(output, stem=stem, overwrite=overwrite)
     folder.mkdir(parents=True, exist_ok=True)
-    _atomic(paths["figure"], lambda path: draw_scores(scores, path))
-    text = to_markdown(scores, figure=paths["figure"].name)
-    _atomic(paths["markdown"], lambda path: path.write_text(text, encoding="utf-8"))
-    _atomic(
-        paths["json"], lambda path: path.write_text(to_json(scores), encoding="utf-8")
-    )  # last: it says the report is complete
-    return paths
+    figures = [folder / (f"{stem}.png" if len(listed) == 1 else f"{stem}-{one.task}.png") for one in listed]
+    times = {scores.task: scores.times() for scores in listed}
+    texts = {
+        "markdown": "\n".join(to_markdown(scores, figure.name) for scores, figure in zip(listed, figures)),
+        "csv": to_csv(listed),
+        "groups": to_groups_csv(listed),
+        "latex": to_latex(listed),
+        "html": to_html(listed),
+        "times": json.dumps(times, ensure_ascii=False, indent=1) + "\n",
+        "json": to_json(listed),  # last: it says that the report is complete
+    }
+    for scores, figure in zip(listed, figures):
+        atomically(figure, lambda path, scores=scores: draw_scores(scores, path))  # type: ignore[misc]
+    for name, text in texts.items():
+        atomically(paths[name], lambda path, text=text: path.write_text(text, encoding="utf-8"))  # type: ignore[misc]
+    return {**paths, "figure": figures[0]}
 
 
 def check_output(output: str | Path, *, stem: str = "scores", overwrite: bool = False) -> None:
@@ -178,33 +204,26 @@ def check_output(output: str | Path, *, stem: str = "scores", overwrite: bool = 
         )
 
 
-def _atomic(path: Path, write: Callable[[Path], object]) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes it private
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def reasons(model: ModelScores) -> dict[str, list[str]]:
+    """Why languages were not run -> which."""
+    grouped: dict[str, list[str]] = {}
+    for code, reason in model.skipped.items():
+        # the code differs by language; one group for them all
+        key = "MT code unknown to the model" if reason.startswith("MT code ") else reason
+        grouped.setdefault(key, []).append(code)
+    return grouped
+
+
+def _listed(scores: Scores | Sequence[Scores]) -> list[Scores]:
+    listed = [scores] if isinstance(scores, Scores) else list(scores)
+    if not listed:
+        raise ValueError("scores: there are none to report")
+    return listed
 
 
 def _title(scores: Scores) -> str:
     count = len(scores.languages)
     return f"{scores.task}, {scores.split}: {count} language{'' if count == 1 else 's'}, zero-shot"
-
-
-def short_names(scores: Scores) -> list[str]:
-    """Model names for a table's head: the last part of a path where that still tells the models apart."""
-    short = [Path(model.name).name or model.name for model in scores.models]
-    return short if len(set(short)) == len(short) else [model.name for model in scores.models]
-
-
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
 
 
 def _language_rows(scores: Scores, metrics: Sequence[str]) -> list[list[str]]:
@@ -214,12 +233,12 @@ def _language_rows(scores: Scores, metrics: Sequence[str]) -> list[list[str]]:
         read_as = next((score.mt_code for score in found if score.mt_code), None) or "-"
         if any(score.mapped for score in found):
             read_as += " (mapped)"
-        cells = [code, read_as, str(found[0].rows) if found else "-"]
+        cells = [code, read_as, str(max(score.rows for score in found)) if found else "-"]
         for model in scores.models:
             if code in model.languages:
                 cells += [percent(getattr(model.languages[code], metric)) for metric in metrics]
             else:
-                cells += [model.skipped.get(code, "-"), *["-"] * (len(metrics) - 1)]
+                cells += [model.skipped.get(code, "-")[:40], *["-"] * (len(metrics) - 1)]
         rows.append(cells)
     return rows
 
@@ -237,32 +256,3 @@ def _mean_rows(scores: Scores, metrics: Sequence[str]) -> list[list[str]]:
             cells += [percent(mean[group][metric]) for metric in metrics]
         rows.append(cells)
     return rows
-
-
-def _overview(scores: Scores, model: ModelScores) -> list[str]:
-    foreign = scores.means(model)["non_english"]
-    english = [percent(model.mean(metric, [scores.english])) for metric in _METRICS]
-    return [
-        model.name,
-        model.method,
-        f"{len(model.languages)} of {len(scores.languages)}",
-        *(percent(foreign[metric]) for metric in _METRICS),
-        *english,
-        f"{model.rows_per_s:,.1f}",
-    ]
-
-
-def _by_reason(model: ModelScores) -> dict[str, list[str]]:
-    grouped: dict[str, list[str]] = {}
-    for code, reason in model.skipped.items():
-        # the code differs by language; one group for them all
-        key = "MT code unknown to the model" if reason.startswith("MT code ") else reason
-        grouped.setdefault(key, []).append(code)
-    return grouped
-
-
-def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    return [line(header), "|" + " --- |" * len(header), *(line(cells) for cells in rows)]

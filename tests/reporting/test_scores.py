@@ -1,37 +1,29 @@
+import csv
+import errno
+import io
 import json
+import re
 import stat
 
 import pytest
 
-from mtllm_fast.evaluation.results import NO_MT_CODE, LanguageScore, ModelScores, Scores
 from mtllm_fast.reporting import print_scores, read_scores, to_markdown, write_report
 from mtllm_fast.reporting.score_figure import sorted_languages
+from mtllm_fast.reporting.tables import latex_escape, tables, to_csv, to_groups_csv, to_latex
+from tests.reporting.made import make_scores
 
-
-def make(languages, models=2):
-    def score(code, number):
-        mapped = code == "l01_Latn"
-        value = (languages.index(code) + number) / (len(languages) + models)
-        return LanguageScore("eng_Latn" if mapped else code, mapped, 10, value, value / 2, 0, 0.5)
-
-    missing = languages[-1]
-    found = [
-        ModelScores(
-            f"runs/model|{number}",
-            "task head",
-            {code: score(code, number) for code in languages if code != missing},
-            {missing: NO_MT_CODE},
-            notes=["a note that both share"],
-            counts={"truncated": number},
-        )
-        for number in range(models)
-    ]
-    return Scores(
-        "mini", "data", "test", ("a", "b", "c"), "l00_Latn", tuple(languages), {"l01_Latn": "eng_Latn"}, found, limit=10
-    )
-
-
-SCORES = make([f"l{i:02}_Latn" for i in range(9)])
+SCORES = make_scores(seeds=3, alignment=True)
+LAST = SCORES.languages[-1]
+FILES = [
+    "scores-groups.csv",
+    "scores-times.json",
+    "scores.csv",
+    "scores.html",
+    "scores.json",
+    "scores.md",
+    "scores.png",
+    "scores.tex",
+]
 
 
 def test_console_names_everything(capsys):
@@ -41,38 +33,67 @@ def test_console_names_everything(capsys):
     out = capsys.readouterr().out
     assert all(code in out for code in SCORES.languages)
     assert "no MT code" in out
-    assert "eng_Latn (mapped)" in out
-    assert "l01_Latn as eng_Latn" in out
-    assert "l08_Latn: no MT code; name one with a language map" in out
+    assert "eng_Latn (mapped)" not in out
+    assert f"{SCORES.languages[1]} (mapped)" in out
+    assert f"{LAST}: no MT code; name one with a language map" in out
     assert out.count("a note that both share") == 1
     assert "rows/s" in out
+    assert "3 seeds" in out
+    assert "points above translate-test" in out
     assert "only the first 10 rows" in out
 
 
 def test_markdown_tables_are_regular():
     text = to_markdown(SCORES, figure="scores.png")
     assert "![Accuracy by language](scores.png)" in text
-    assert "runs/model\\|0" in text
+    assert "model\\|0" in text
+    assert "rows/s" not in text
     blocks = [block.split("\n") for block in text.split("\n\n") if block.startswith("|")]
-    assert len(blocks) == 2
+    assert len(blocks) == len(tables(SCORES)) == 6  # overview, alignment, family, script, resource, languages
     for lines in blocks:
         assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
-    assert len(blocks[1]) == 2 + 9 + 3  # head, languages, three means
+    assert len(blocks[-1]) == 2 + 9 + 2  # head, languages, two means
     mean = SCORES.models[0].mean("accuracy", SCORES.foreign())
-    assert f"| non-English mean |  |  | {100 * mean:.1f} |" in text
+    assert f"| **non-English mean** |  |  |  | **{100 * mean:.1f}** |" in text
 
 
 def test_write_and_read_back(tmp_path):
     paths = write_report(SCORES, tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["scores.json", "scores.md", "scores.png"]
-    assert read_scores(paths["json"]) == SCORES
-    content = json.loads(paths["json"].read_text())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
+    assert read_scores(paths["json"]) == [SCORES]
+    content = json.loads(paths["json"].read_text())["tasks"][0]
     assert content["models"][0]["mean"]["non_english"]["languages"] == 7
-    assert content["models"][0]["rows_per_s"] == pytest.approx(20.0)
+    assert "time_s" not in paths["json"].read_text()
+    times = json.loads(paths["times"].read_text())
+    assert times["mini"]["runs/model|0"]["rows_per_s"] == pytest.approx(60.0)
     assert stat.S_IMODE(paths["json"].stat().st_mode) & 0o444 == stat.S_IMODE((tmp_path / "out").stat().st_mode) & 0o444
     with pytest.raises(ValueError, match=r"output=.*holds a report already"):
         write_report(SCORES, tmp_path / "out")
     write_report(SCORES, tmp_path / "out", overwrite=True)
+
+
+def test_same_scores_give_the_same_bytes(tmp_path):
+    """Times are the one thing that may differ, and they have their own file."""
+    import dataclasses
+
+    again = make_scores(seeds=3, alignment=True)
+    for model in again.models:
+        model.languages = {
+            code: dataclasses.replace(one, time_s=one.time_s + 1) for code, one in model.languages.items()
+        }
+    first, second = write_report(SCORES, tmp_path / "a"), write_report(again, tmp_path / "b")
+    differ = {name for name in first if first[name].read_bytes() != second[name].read_bytes()}
+    assert differ == {"times"}
+
+
+def test_tasks_of_a_suite_share_a_report(tmp_path):
+    other = make_scores(5, names=("only",), task="other")
+    paths = write_report([SCORES, other], tmp_path)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"scores-mini.png", "scores-other.png"}
+    assert [scores.task for scores in read_scores(paths["json"])] == ["mini", "other"]
+    assert {row["task"] for row in csv.DictReader(io.StringIO(paths["csv"].read_text()))} == {"mini", "other"}
+    with pytest.raises(ValueError, match="there are none"):
+        write_report([], tmp_path)
 
 
 def test_nothing_half_written(tmp_path, monkeypatch):
@@ -81,11 +102,72 @@ def test_nothing_half_written(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "to_json", lambda scores: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_report(SCORES, tmp_path)
-    assert not (tmp_path / "scores.json").exists()
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match=r"output=.*expected a folder"):
         write_report(SCORES, tmp_path / "file")
+
+
+def test_disk_full_keeps_the_old_report(tmp_path, monkeypatch):
+    from pathlib import Path
+
+    paths = write_report(SCORES, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(self, *arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        write_report(make_scores(7), tmp_path, overwrite=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix != ".png"} == {
+        name: content for name, content in before.items() if not name.endswith(".png")
+    }
+    assert read_scores(paths["json"]) == [SCORES]
+
+
+def test_csv_has_the_numbers():
+    rows = list(csv.DictReader(io.StringIO(to_csv([SCORES]))))
+    assert len(rows) == 2 * 9
+    one = next(row for row in rows if row["model"] == "runs/model|0" and row["language"] == "ace_Latn")
+    score = SCORES.models[0].languages["ace_Latn"]
+    assert float(one["accuracy"]) == pytest.approx(score.accuracy, rel=1e-5)
+    assert float(one["accuracy_low"]) <= score.accuracy <= float(one["accuracy_high"])
+    assert float(one["gap"]) == pytest.approx(score.gap.accuracy, abs=1e-5)
+    assert float(one["p"]) <= float(one["p_holm"])
+    assert (one["name"], one["family"], one["script"], one["resource"]) == (
+        "Acehnese",
+        "Austronesian",
+        "Latin",
+        "class 1",
+    )
+    assert one["mexa"] == "0.25"
+    skipped = [row for row in rows if row["skipped"]]
+    assert {row["language"] for row in skipped} == {LAST}
+    assert all(row["accuracy"] == "" for row in skipped)
+    groups = list(csv.DictReader(io.StringIO(to_groups_csv([SCORES]))))
+    assert {row["grouping"] for row in groups} == {"overall", "family", "script", "resource"}
+
+
+def test_latex_is_balanced_and_escaped():
+    scores = make_scores(60, names=("runs/a_b & 50%", "translate-test"), task="sib_200")
+    text = to_latex([scores, SCORES])
+    stack = []
+    for kind, name in re.findall(r"\\(begin|end)\{(\w+)\}", text):
+        if kind == "begin":
+            stack.append(name)
+        else:
+            assert stack.pop() == name
+    assert not stack
+    assert "longtable" in text
+    plain = re.sub(r"\\[\\{}%&#_$]", "", text)
+    assert plain.count("{") == plain.count("}")
+    assert plain.count("$") % 2 == 0
+    assert r"a\_b \& 50\%" in text
+    body = re.search(r"\\begin\{tabular\}\{(\w+)\}(.*?)\\end\{tabular\}", text, re.DOTALL)
+    columns, lines = body.group(1), [line for line in body.group(2).split("\n") if line.endswith(r"\\")]
+    assert all(len(re.findall(r"(?<!\\)&", line)) == len(columns) - 1 for line in lines)
+    assert latex_escape(r"\x_{y}~50%^$#&") == (r"\textbackslash{}x\_\{y\}\textasciitilde{}50\%\textasciicircum{}\$\#\&")
 
 
 @pytest.mark.parametrize("count", [2, 9, 205])
@@ -95,7 +177,7 @@ def test_figure_is_legible(tmp_path, count):
 
     from mtllm_fast.reporting import score_figure
 
-    scores = make([f"l{i:02}_Latn" for i in range(count)])
+    scores = make_scores(count + 1)
     score_figure.draw_scores(scores, tmp_path / "f.png")
     height, width = imread(tmp_path / "f.png").shape[:2]
     panels = -(-count // score_figure._ROWS_PER_PANEL)
@@ -106,8 +188,9 @@ def test_figure_is_legible(tmp_path, count):
 
 def test_languages_are_sorted_by_the_first_model():
     order = sorted_languages(SCORES)
-    assert order[0] == "l07_Latn"
-    assert order[-2:] == ["l00_Latn", "l08_Latn"]
+    values = [SCORES.models[0].languages[code].accuracy for code in order[:-1]]
+    assert values == sorted(values, reverse=True)
+    assert order[-1] == LAST
 
 
 def test_bad_files(tmp_path):
@@ -117,6 +200,9 @@ def test_bad_files(tmp_path):
     with pytest.raises(ValueError, match="not JSON"):
         read_scores(tmp_path / "x.json")
     (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(ValueError, match="not a file written by"):
+        read_scores(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text('{"format": 2, "tasks": [{}]}')
     with pytest.raises(ValueError, match="not a file written by"):
         read_scores(tmp_path / "x.json")
 

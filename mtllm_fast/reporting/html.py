@@ -1,0 +1,304 @@
+"""The scores as one HTML page for readers who know nothing of the project: explained, with figures, no outside files.
+
+Figures are HTML and CSS, so that text keeps its size on a phone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ..evaluation.languages import GROUPINGS
+from ..evaluation.results import ModelScores, Scores
+from .tables import (
+    Table,
+    alignment_table,
+    group_table,
+    language_table,
+    overview_table,
+    percent,
+    short_names,
+    signed,
+    wins,
+)
+
+TASKS = {
+    "sib200": "The task (SIB-200) is to say what a sentence is about. The same sentences are given in every language.",
+    "nusax": "The task (NusaX) is to say whether a short review or comment is positive, negative or neutral. The same "
+    "texts are given in every language.",
+    "nli": "The task (natural language inference) is to say whether a second sentence follows from the first, "
+    "contradicts it, or neither.",
+    "xnli": "The task (XNLI) is to say whether a second sentence follows from the first, contradicts it, or neither.",
+    "americasnli": "The task (AmericasNLI) is to say whether a second sentence follows from the first, contradicts it, "
+    "or neither, in languages of the Americas.",
+    "kardesnlu": "The task (Kardeş-NLU) is to say whether a second sentence follows from the first, contradicts it, or "
+    "neither, in Turkic languages.",
+    "belebele": "The task (Belebele) is to pick the right one of four answers to a question about a short passage. The "
+    "same passages are given in every language.",
+    "xcopa": "The task (XCOPA) is to pick the likelier one of two causes or effects of an event.",
+    "copa": "The task (COPA) is to pick the likelier one of two causes or effects of an event.",
+}
+METHODS = {
+    "task head": "reads the language itself",
+    "linear probe": "reads the language itself; a simple classifier was fitted on its frozen states, in English",
+    "translate-test": "the text is machine-translated into English first, then classified",
+}
+# Okabe and Ito's colours, told apart by colour-blind readers too
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#A07000", "#3C8FC4")
+
+
+def to_html(all_scores: Sequence[Scores]) -> str:
+    """The page."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("mtllm_fast.reporting", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    tasks = [_task(scores, number) for number, scores in enumerate(all_scores)]
+    first = all_scores[0]
+    return environment.get_template("report.html.j2").render(
+        title=", ".join(scores.task for scores in all_scores) + ": zero-shot scores by language",
+        tasks=tasks,
+        seeds=any(model.seeds > 1 for scores in all_scores for model in scores.models),
+        reference=any(scores.reference for scores in all_scores),
+        alignment=any(task["alignment"] for task in tasks),
+        resamples=first.resamples,
+        versions=", ".join(f"{name} {number}" for name, number in first.versions.items()),
+    )
+
+
+def _task(scores: Scores, number: int) -> dict[str, Any]:
+    from .scores import notes, reasons
+
+    names = dict(zip((model.name for model in scores.models), short_names(scores)))
+    chance = 1 / len(scores.labels)
+    language = language_table(scores)
+    return {
+        "name": scores.task,
+        "anchor": f"task-{number}",
+        "about": TASKS.get(scores.task, "The task is to give each text one of the labels below."),
+        "labels": scores.labels,
+        "split": scores.split,
+        "source": scores.source,
+        "languages": len(scores.languages),
+        "rows": max((one.rows for model in scores.models for one in model.languages.values()), default=0),
+        "chance": percent(chance),
+        "models": [
+            {"name": names[model.name], "method": METHODS.get(model.method, model.method)} for model in scores.models
+        ],
+        "findings": _findings(scores, names),
+        "overview": _view(overview_table(scores)),
+        "gaps": [_gaps(scores, model, names) for model in scores.compared()] if scores.reference else [],
+        "ranking": None if scores.reference else _ranking(scores, names),
+        "heat": _heat(scores, names, chance),
+        "distribution": _distribution(scores, names, chance),
+        "groups": [_view(group_table(scores, by)) for by in GROUPINGS if scores.models[0].groups.get(by)],
+        "alignment": _view(table) if (table := alignment_table(scores)) else None,
+        "alignment_languages": _view(_alignment_by_language(scores)),
+        "table": _view(language),
+        "not_run": [
+            {"model": names[model.name], "reason": reason, "languages": codes, "count": len(codes)}
+            for model in scores.models
+            for reason, codes in reasons(model).items()
+        ],
+        "notes": notes(scores),
+    }
+
+
+def _view(table: Table) -> dict[str, Any]:
+    return {
+        "title": table.title, "header": table.header, "rows": table.rows, "left": table.left, "note": table.note,
+        "bold": table.bold,
+    }  # fmt: skip
+
+
+def _findings(scores: Scores, names: dict[str, str]) -> list[str]:
+    """What the page shows, in sentences."""
+    found = []
+    shared = scores.shared()
+    ranked = [model for model in scores.models if model.overall("shared") is not None]
+    ranked.sort(key=lambda model: -model.groups["overall"]["shared"].accuracy)
+    if ranked:
+        parts = [f"{names[model.name]} {percent(model.groups['overall']['shared'].accuracy)} %" for model in ranked]
+        count = (
+            f"{len(shared)} languages other than English" if len(shared) != 1 else "the one language besides English"
+        )
+        found.append(
+            f"Right answers on average over {count} that every model could read: {', '.join(parts)}. Guessing blindly "
+            f"would give {percent(1 / len(scores.labels))} %."
+        )
+    for model in scores.compared() if scores.reference else []:
+        above, below, surely_above, surely_below = wins(model, scores.foreign())
+        total = sum(1 for code in scores.foreign() if code in model.languages and model.languages[code].gap is not None)
+        found.append(
+            f"{names[model.name]} is above translate-test in {above} of {total} languages and below it in {below}. "
+            f"Beyond what chance explains: above in {surely_above}, below in {surely_below}."
+        )
+    english = [
+        f"{names[model.name]} {percent(model.languages[scores.english].accuracy)} %"
+        for model in scores.models
+        if scores.english in model.languages
+    ]
+    if english:
+        found.append(f"In English itself: {', '.join(english)}.")
+    left_out = {code for model in scores.models for code in model.skipped}
+    if left_out:
+        found.append(f"{len(left_out)} of {len(scores.languages)} languages were not run by every model; see Not run.")
+    return found
+
+
+def _where(scores: Scores, code: str) -> str:
+    about = scores.described.get(code, {})
+    return f"{about.get('name', code)} ({code}), {about.get('family', '')}, {about.get('script', '')} script"
+
+
+def _gaps(scores: Scores, model: ModelScores, names: dict[str, str]) -> dict[str, Any]:
+    """Bars of one model, the language with the highest gap first; places in percent of the track."""
+    found = [
+        (one.gap, code)
+        for code in scores.foreign()
+        if (one := model.languages.get(code)) is not None and one.gap is not None
+    ]
+    found.sort(key=lambda pair: (-pair[0].accuracy, pair[1]))
+    widest = max((max(abs(gap.low), abs(gap.high)) for gap, _ in found), default=0.1)
+    limit = max(0.05, math.ceil(widest * 20) / 20)
+
+    def place(value: float) -> float:
+        return round(50 + 50 * value / limit, 2)
+
+    bars = []
+    for gap, code in found:
+        start, end = sorted((place(0), place(gap.accuracy)))
+        p = f", p {gap.p_holm:.3f} after correction" if gap.p_holm is not None else ""
+        bars.append({
+            "name": scores.language_name(code), "value": signed(gap.accuracy),
+            "start": start, "width": round(end - start, 2),
+            "low": place(gap.low), "span": round(place(gap.high) - place(gap.low), 2),
+            "kind": ("up" if gap.accuracy >= 0 else "down") + (" sure" if gap.significant else ""),
+            "hint": f"{_where(scores, code)}: {signed(gap.accuracy)} points [{signed(gap.low)}, {signed(gap.high)}]{p}",
+        })  # fmt: skip
+    return {"model": names[model.name], "limit": f"{100 * limit:.0f}", "bars": bars}
+
+
+def _ranking(scores: Scores, names: dict[str, str]) -> dict[str, Any]:
+    """Without translate-test: bars of the first model's accuracy, best first."""
+    model = scores.models[0]
+    bars = []
+    for code in sorted(model.languages, key=lambda code: (-model.languages[code].accuracy, code)):
+        one = model.languages[code]
+        low, high = one.accuracy_interval or (one.accuracy, one.accuracy)
+        bars.append({
+            "name": scores.language_name(code), "value": percent(one.accuracy), "start": 0, "kind": "up sure",
+            "width": round(100 * one.accuracy, 2), "low": round(100 * low, 2), "span": round(100 * (high - low), 2),
+            "hint": f"{_where(scores, code)}: {percent(one.accuracy)} % [{percent(low)}, {percent(high)}]",
+        })  # fmt: skip
+    return {"model": names[model.name], "bars": bars}
+
+
+def _heat(scores: Scores, names: dict[str, str], chance: float) -> dict[str, Any]:
+    """Languages by family in panels side by side, a coloured cell per model."""
+    values = [one.accuracy for model in scores.models for one in model.languages.values()]
+    low = math.floor(20 * min(values, default=0)) / 20
+    high = max(math.ceil(20 * max(values, default=1)) / 20, low + 0.05)
+
+    def family(code: str) -> str:
+        return scores.described.get(code, {}).get("family", "unknown")
+
+    def mean(code: str) -> float:
+        found = [model.languages[code].accuracy for model in scores.models if code in model.languages]
+        return sum(found) / len(found) if found else -1.0
+
+    sizes: dict[str, int] = {}
+    for code in scores.languages:
+        sizes[family(code)] = sizes.get(family(code), 0) + 1
+    codes = sorted(scores.languages, key=lambda code: (-sizes[family(code)], family(code), -mean(code), code))
+    rows = []
+    for index, code in enumerate(codes):
+        cells = []
+        for model in scores.models:
+            one = model.languages.get(code)
+            if one is None:
+                cells.append({"text": "", "style": "", "hint": f"{names[model.name]}: {model.skipped.get(code, '-')}"})
+                continue
+            share = (one.accuracy - low) / (high - low)
+            cells.append({
+                "text": f"{100 * one.accuracy:.0f}", "style": _shade(share),
+                "hint": f"{names[model.name]}, {_where(scores, code)}: {percent(one.accuracy)} %",
+            })  # fmt: skip
+        first = index == 0 or family(codes[index - 1]) != family(code)
+        rows.append({
+            "name": scores.language_name(code), "family": family(code) if first else "", "cells": cells,
+            "english": code == scores.english, "hint": _where(scores, code),
+        })  # fmt: skip
+    panels = max(1, math.ceil(len(rows) / 70)) if len(rows) > 36 else 1
+    panels = 4 if len(rows) > 120 else 3 if len(rows) > 70 else 2 if len(rows) > 36 else panels
+    size = math.ceil(len(rows) / panels)
+    for start in range(size, len(rows), size):  # a panel begins with its family's name
+        rows[start]["family"] = rows[start]["family"] or f"{family(codes[start])} (continued)"
+    return {
+        "models": [{"number": n + 1, "name": names[model.name]} for n, model in enumerate(scores.models)],
+        "panels": [rows[start : start + size] for start in range(0, len(rows), size)],
+        "low": f"{100 * low:.0f}",
+        "high": f"{100 * high:.0f}",
+        "scale": [_shade(step / 10) for step in range(11)],
+    }
+
+
+def _shade(share: float) -> str:
+    """Pale sand to dark blue; the text stays readable on it."""
+    share = min(max(share, 0.0), 1.0)
+    stops = ((250, 243, 221), (145, 196, 205), (8, 64, 110))
+    position = 2 * share
+    a, b = (stops[0], stops[1]) if position <= 1 else (stops[1], stops[2])
+    part = position if position <= 1 else position - 1
+    colour = [round(x + (y - x) * part) for x, y in zip(a, b)]
+    text = "#fff" if share > 0.62 else "#1c2430"
+    return f"background:rgb({colour[0]},{colour[1]},{colour[2]});color:{text}"
+
+
+def _distribution(scores: Scores, names: dict[str, str], chance: float) -> dict[str, Any]:
+    """Per model, how many languages lie in each band of accuracy."""
+    bins = 40 if len(scores.languages) > 60 else 20
+    lanes = []
+    for number, model in enumerate(scores.models):
+        values = sorted(one.accuracy for code, one in model.languages.items() if code != scores.english)
+        if not values:
+            continue
+        counts = [0] * bins
+        for value in values:
+            counts[min(int(value * bins), bins - 1)] += 1
+        middle = len(values) // 2
+        median = values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2
+        width = 100 / bins
+        lanes.append({
+            "name": names[model.name], "colour": COLOURS[number % len(COLOURS)], "median": round(100 * median, 2),
+            "text": f"median {percent(median)} %, lowest {percent(values[0])} %, highest {percent(values[-1])} %",
+            "bars": [
+                {"height": round(100 * count / max(counts), 1), "count": count,
+                 "hint": f"{count} languages between {k * width:g} and {(k + 1) * width:g} %"}
+                for k, count in enumerate(counts)
+            ],
+        })  # fmt: skip
+    return {"lanes": lanes, "chance": round(100 * chance, 2), "step": f"{100 / bins:g}"}
+
+
+def _alignment_by_language(scores: Scores) -> Table:
+    """MEXA and CKA of every model in every language."""
+    models = [(name, model) for name, model in zip(short_names(scores), scores.models)]
+    models = [(name, model) for name, model in models if model.mean_alignment(scores.foreign())]
+    shown = {"to_english": "retrieval", "mexa": "MEXA", "cosine": "cosine", "cka": "CKA"}
+    rows = []
+    for code in scores.foreign():
+        if any(model.languages[code].alignment for _, model in models if code in model.languages):
+            row = [scores.language_name(code), code]
+            for _, model in models:
+                values = model.languages[code].alignment if code in model.languages else {}
+                row += [f"{values[metric]:.2f}" if metric in values else "-" for metric in shown]
+            rows.append(row)
+    header = ["language", "code", *(f"{name} {title}" for name, _ in models for title in shown.values())]
+    return Table("Closeness to English by language", header, rows, 2)
