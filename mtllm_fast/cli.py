@@ -25,6 +25,7 @@ COMMANDS = {
     "evaluate": ("evaluate:Evaluate", "zero-shot scores of models in every language of a task, against translate-test"),
     "translate": ("translate:Translate", "translate texts with the MT model"),
     "encode": ("encode:Encode", "embed texts in any language of the MT encoder"),
+    "plan": ("plan:Plan", "memory, speed and hours of a run before renting a GPU; nothing is downloaded"),
     "doctor": (
         "doctor:Doctor",
         "versions, devices, attention backends and kernels: what will run here, and why not",

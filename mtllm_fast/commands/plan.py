@@ -1,0 +1,100 @@
+"""mtllm plan."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from ..losses import DistillationWeights
+from ..models import LoraSettings
+
+
+@dataclass
+class Plan:
+    """Memory, speed and hours of a general adaptation, before renting anything: no download, no allocation.
+
+    Every operator of one training step runs on meta tensors; a roofline of the GPU turns FLOPs and bytes into seconds.
+    Example: mtllm plan --encoder NLLB-600M --llm Llama-3-8B --gpu A100-80GB --gpus 8 --documents 2560000 --lengths web
+    """
+
+    encoder: str = "NLLB-600M"
+    """MT encoder: a preset, a folder or a hub name."""
+    llm: str = "Llama-3-8B"
+    """LLM: a preset, a folder or a hub name."""
+    gpu: str = "H100"
+    """A100-80GB, A100-40GB, H100, H200 or B200."""
+    gpus: int = 1
+    documents: int = 2_560_000
+    """Texts of the whole run; the paper's 10,000 steps of 256."""
+    lengths: str = "web"
+    """web, nli, fixed:N, or a file with one number of tokens per line."""
+    max_length: int = 512
+    """Longer texts are cut to this many tokens."""
+    loss: DistillationWeights = field(default_factory=DistillationWeights)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    nf4: bool = False
+    """Hold the LLM's linear layers in 4 bits."""
+    adam_8bit: bool = False
+    efficiency: float = 0.0
+    """Share of the roofline that a step reaches; 0 takes the default."""
+    measured_flops: float = 0.0
+    """Measured bf16 GEMM rate in TFLOP/s, in place of the datasheet's share."""
+    measured_bandwidth: float = 0.0
+    """Measured copy bandwidth in TB/s, read plus written."""
+    json: str = ""
+    """Also write the plan to this file."""
+
+    def run(self) -> None:
+        from dataclasses import replace
+
+        from rich.console import Console
+        from rich.table import Table
+
+        from .. import planning
+
+        for name in ("gpus", "documents", "max_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        if not 0 <= self.efficiency <= 1:
+            raise ValueError(f"--efficiency {self.efficiency}: must be a share, above 0 and up to 1")
+        device = planning.gpu(self.gpu)
+        if self.measured_flops:
+            device = replace(device, gemm=self.measured_flops * 1e12 / device.flops)
+        if self.measured_bandwidth:
+            device = replace(device, copy=self.measured_bandwidth * 1e12 / device.bandwidth)
+        efficiency = self.efficiency or planning.EFFICIENCY
+        spec = planning.StepSpec(
+            planning.config(self.encoder), planning.config(self.llm), self.loss, self.lora,
+            quantised=self.nf4, eight_bit_optimizer=self.adam_8bit,
+        )  # fmt: skip
+        lengths = planning.sample_lengths(self.lengths, limit=self.max_length)
+        job = (lengths, device, self.documents, self.gpus, efficiency)
+        columns = [
+            planning.plan_ours(spec, *job),
+            planning.plan_ours(replace(spec, checkpointing=True), *job),
+            planning.plan_authors(spec, *job),
+        ]
+        rows = planning.table(columns, device, self.gpus)
+        shown = Table(title=f"{self.encoder} into {self.llm}, {self.gpus} x {self.gpu}", title_justify="left")
+        for index, name in enumerate(rows[0]):
+            shown.add_column(name, justify="right" if index else "left")
+        for row in rows[1:]:
+            shown.add_row(*row)
+        console = Console()
+        console.print(shown)
+        mean = sum(n for n, _ in lengths) / len(lengths)
+        console.print(
+            f"{self.documents:,} texts of {mean:.0f} tokens in the mean ({self.lengths}, cut at {self.max_length}). "
+            f"Predicted, not measured: {device.gemm:.0%} of {device.flops / 1e12:.0f} TFLOP/s, {device.copy:.0%} of "
+            f"{device.bandwidth / 1e12:.2f} TB/s, and {efficiency:.0%} of that roofline. The paper's code took "
+            "about 22 h for 2,560,000 texts on 8 x A100-80GB.",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
+        if self.json:
+            record = {
+                "settings": asdict(self),
+                "efficiency": efficiency,
+                "columns": [{**asdict(c), "hours": c.hours if c.cost else None} for c in columns],
+            }
+            Path(self.json).write_text(json.dumps(record, indent=1), encoding="utf-8")

@@ -1,0 +1,126 @@
+"""The plan: predicted memory against a real step, the paper's run against its published hours, and the command."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig, M2M100Config
+
+from mtllm_fast import planning
+from mtllm_fast.cli import main
+from mtllm_fast.losses import DistillationLoss, DistillationWeights
+from mtllm_fast.planning.plan import packs
+from mtllm_fast.planning.simulate import build, make_batch
+
+ENCODER = M2M100Config(
+    vocab_size=4000, d_model=192, encoder_layers=3, decoder_layers=1, encoder_attention_heads=4,
+    decoder_attention_heads=4, encoder_ffn_dim=768, decoder_ffn_dim=64,
+)  # fmt: skip
+LLM = LlamaConfig(
+    vocab_size=8000, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2,
+)  # fmt: skip
+LENGTHS = [(10, 12), (200, 220), (33, 30), (77, 80), (77, 80)]
+
+
+def measured(spec, lengths):
+    """Peak bytes of a second real step on the CPU."""
+    model, batch, loss = build(spec, "cpu"), make_batch(lengths, "cpu"), DistillationLoss(spec.loss)
+
+    def step():
+        terms = loss(model.states(batch.mt), model.teacher_states(batch.llm), batch, lm_head=model.llm.lm_head)
+        loss.total(terms, spec.loss.counts(batch)).backward()
+
+    step()
+    return planning.measured_peak(step)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("weights", [DistillationWeights(), DistillationWeights(kl=1.0, paired_mse=1.0)])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_predicted_memory_is_within_a_tenth_of_a_real_step(weights, checkpointing):
+    spec = planning.StepSpec(ENCODER, LLM, weights, dtype=torch.float32, checkpointing=checkpointing)
+    real = measured(spec, LENGTHS)
+    assert planning.ours(spec, LENGTHS, architecture="cpu").peak == pytest.approx(real, rel=0.1)
+    fewer = planning.ours(spec, LENGTHS[:2], architecture="cpu").peak  # negative control: other texts, other memory
+    assert fewer != pytest.approx(real, rel=0.1)
+
+
+def test_static_memory_counts_every_weight():
+    spec = planning.StepSpec(ENCODER, LLM, dtype=torch.float32)
+    static = planning.ours(spec, LENGTHS).static
+    model = build(spec, "cpu")
+    real = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert static["encoder weights"] + static["LLM weights"] + static["trained weights"] == real
+    quantised = planning.ours(planning.StepSpec(ENCODER, LLM, dtype=torch.float32, quantised=True), LENGTHS).static
+    assert quantised["LLM weights"] < 0.7 * static["LLM weights"]
+
+
+def test_flops_are_those_of_the_gemms():
+    spec = planning.StepSpec(ENCODER, LLM, DistillationWeights(kl=1.0))
+    cost = planning.ours(spec, LENGTHS)
+    layer = sum(p.numel() for p in build(spec).llm.decoder.layers[0].parameters() if not p.requires_grad)
+    linear = layer - 2 * LLM.hidden_size  # without the two norms
+    tokens = sum(m for _, m in LENGTHS)
+    scores = 4 * sum(m * m for _, m in LENGTHS) * LLM.hidden_size
+    assert cost.flops["LLM teacher"] == (2 * tokens * linear + scores) * LLM.num_hidden_layers
+    pairs = sum(min(n - 2, m - 1) for n, m in LENGTHS)
+    assert cost.flops["loss"] == 3 * 2 * pairs * LLM.hidden_size * LLM.vocab_size
+
+
+def test_the_papers_run_takes_about_22_hours():
+    """The one published figure: 10,000 steps of 256 web texts on 8 x A100-80GB, about 22 h, within a quarter."""
+    spec = planning.StepSpec(planning.config("NLLB-600M"), planning.config("Llama-3-8B"))
+    lengths = planning.sample_lengths("web")
+    job = (lengths, planning.gpu("A100-80GB"), 2_560_000, 8, planning.EFFICIENCY)
+    column = planning.plan_authors(spec, *job)
+    assert column.hours == pytest.approx(22, rel=0.25)
+    assert column.cost.memory < 80e9
+    short = planning.plan_authors(spec, planning.sample_lengths("fixed:128"), *job[1:])
+    assert short.hours != pytest.approx(22, rel=0.25)  # negative control: the texts matter
+
+
+def test_packs_keep_every_text_and_the_budget():
+    lengths = planning.sample_lengths("nli", 500)
+    made = packs(lengths, 256)
+    assert [pair for pack in made for pair in pack] == lengths
+    assert max(sum(n for n, _ in pack) for pack in made) <= 256
+
+
+def test_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mtllm_fast.planning.config", lambda name: ENCODER if name == "e" else LLM)
+    (tmp_path / "lengths.txt").write_text("40\n60\n")
+    file = tmp_path / "plan.json"
+    main(["plan", "--encoder", "e", "--llm", "l", "--lengths", str(tmp_path / "lengths.txt"), "--json", str(file)])
+    assert "hours on 1 GPU" in capsys.readouterr().out
+    columns = json.loads(file.read_text())["columns"]
+    assert [c["name"] for c in columns] == ["ours", "ours, checkpointing", "the paper's code"]
+    assert all(c["hours"] > 0 for c in columns)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "H101"], "--gpu 'H101': expected one of"),
+        (["--lengths", "long"], "--lengths 'long': expected web"),
+        (["--llm", "no/model"], "'no/model' is no preset"),
+        (["--efficiency", "2"], "--efficiency 2.0: must be a share"),
+        (["--gpus", "0"], "--gpus 0: must be at least 1"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit) as exit:
+        main(["plan", *arguments])
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_does_not_fit(capsys):
+    spec = planning.StepSpec(planning.config("NLLB-600M"), planning.config("Llama-3-8B"))
+    small = planning.Gpu(312e12, 1.5e12, 8e9, "sm_80")
+    column = planning.plan_ours(spec, [(512, 512)] * 64, small, 1000, 1, 1.0)
+    assert column.cost is None
+    assert ("micro-batch, texts", "does not fit") not in planning.table([column], small, 1)
