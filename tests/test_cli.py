@@ -168,7 +168,7 @@ def test_translate_and_encode(capsys, adapted, encoder_folder, text_file, tmp_pa
         ]
     )
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    assert [row["text"] for row in rows] == list(LINES)
+    assert [row["source"] for row in rows] == list(LINES)
     assert all(isinstance(row["translation"], str) for row in rows)
     vectors = tmp_path / "e.npy"
     command = ["encode", "--model", str(adapted), "--input", str(text_file), "--output", str(vectors), "--normalize"]

@@ -2,57 +2,204 @@
 
 from __future__ import annotations
 
-import json
 import os
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..data.read import read_rows
-from .files import output_file, windows
+from .files import output_file
+
+if TYPE_CHECKING:
+    from ..evaluation import Translator
+    from ..inference.translate import Source
 
 
 @dataclass
 class Translate:
-    """Translate the texts of a file; the result is a .jsonl file with id, language, text and translation."""
+    """Translate the texts of a file, or of a task in every language, with an MT model.
+
+    The output has a record per text: id, language, split, field, source, translation, score (mean log probability per
+    token). A stopped run goes on where it was when the same command is given again. `mtllm evaluate --translations`
+    reads what --task gave.
+    Example: mtllm translate --model facebook/nllb-200-distilled-600M --task americasnli --data DIR --output T.parquet
+    """
 
     model: str = ""
     """MT model: folder or hub name."""
     input: str = ""
     """.txt, .jsonl, .csv, .tsv or .parquet (also .gz), a folder or glob of them, or a hub dataset."""
     output: str = ""
-    """The .jsonl file to write."""
+    """The .parquet or .jsonl file to write."""
     text_column: str = "text"
+    id_column: str | None = None
+    """Column with a name per row; by default their numbers, rows without text not counted."""
     language: str = "eng_Latn"
     """MT code of the texts' language."""
     language_column: str | None = None
+    task: str = ""
+    """Instead of `input`: a task by name or .yaml file; its texts, pairs and choices are translated one by one."""
+    data: str = ""
+    """The task's folder or hub name; by default its own."""
+    languages: tuple[str, ...] = ("all",)
+    """With `task`: the data set's own codes, or "all"."""
+    language_map: tuple[str, ...] = ()
+    """With `task`: CODE=MT_CODE for languages that the MT model has no code for, e.g. arb_Latn=arb_Arab."""
+    split: str = "test"
+    """With `task`: test, dev or train."""
+    limit: int | None = None
+    """Only the first rows (of each language)."""
     target: str = "eng_Latn"
     num_beams: int = 1
+    """1 for greedy decoding."""
+    no_repeat_ngram_size: int = 0
+    """Forbid repeating n-grams of this size; 0 allows all."""
+    repetition_penalty: float = 1.0
+    """Make tokens that were written before less likely by this factor; 1 for none."""
+    max_length: int = 512
+    """Most tokens of a source and of a translation."""
+    max_new_tokens: int | None = None
+    """Most tokens of a translation; by default twice its source's plus 32."""
     max_tokens: int = 8192
+    """Budget of source tokens, padding and beams included, of one batch."""
+    window: int = 1024
+    """Texts that are sorted by length and saved together."""
+    scores: bool = True
+    """Score the translations, for one more pass of the decoder."""
+    device: str | None = None
+    """"cpu", "cuda", "cuda:1", ...; by default a GPU where there is one."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the weights; by default as they are stored."""
     overwrite: bool = False
+    """Begin anew even where there is the output or a stopped run."""
+    progress: bool = True
+    """Show a bar where stderr is a terminal."""
 
     def run(self) -> None:
-        from ..evaluation import Translator
+        import torch
 
-        output = output_file(self, (".jsonl",))
-        rows = read_rows(
-            self.input, text_column=self.text_column, language=self.language, language_column=self.language_column
+        from ..evaluation import Translator
+        from ..evaluation.fingerprint import of_model
+        from ..inference.stream import Interrupted
+        from ..inference.translate import FORMATS, translate_file
+
+        if bool(self.input) == bool(self.task):
+            raise ValueError("name either --input FILE or --task TASK")
+        named = SimpleNamespace(
+            model=self.model, input=self.input or self.task, output=self.output, overwrite=self.overwrite
         )
-        translator = Translator.from_pretrained(self.model)
-        temporary = output.with_name(f".{output.name}.{os.getpid()}")
-        count = 0
+        output = output_file(named, FORMATS, resumable=True)
+        rank, world_size, local = (int(os.environ.get(n, d)) for n, d in _RANKS)
+        device = self.device or (f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
+        translator = Translator.from_pretrained(
+            self.model,
+            device=device,
+            dtype=getattr(torch, self.dtype) if self.dtype else None,
+            max_length=self.max_length,
+        )
+        sources, identity, keep, skipped = (self._of_task if self.task else self._of_file)(translator)
+        settings = {"model": self.model, "weights": of_model(self.model), "dtype": self.dtype, "device": device[:4]}
         try:
-            with temporary.open("w", encoding="utf-8") as handle:
-                for window in windows(rows, 1024):
-                    codes = [row.language for row in window]
-                    settings = {"num_beams": self.num_beams, "max_tokens": self.max_tokens}
-                    texts = translator.translate([row.text for row in window], codes, self.target, **settings)  # type: ignore[arg-type]
-                    for row, text in zip(window, texts):
-                        record = {"id": row.id, "language": row.language, "text": row.text, "translation": text}
-                        handle.write(json.dumps(record, ensure_ascii=False) + "\n")
-                    count += len(window)
-            os.replace(temporary, output)
-        finally:
-            temporary.unlink(missing_ok=True)
+            report = translate_file(
+                translator,
+                sources,
+                output,
+                target=self.target,
+                settings={**settings, "max_length": self.max_length, **identity},
+                keep=keep,
+                scores=self.scores,
+                window=self.window,
+                overwrite=self.overwrite,
+                rank=rank,
+                world_size=world_size,
+                total=len(sources) if isinstance(sources, list) else None,
+                progress=self.progress and rank == 0 and sys.stderr.isatty(),
+                num_beams=self.num_beams,
+                max_tokens=self.max_tokens,
+                max_new_tokens=self.max_new_tokens,
+                no_repeat_ngram_size=self.no_repeat_ngram_size,
+                repetition_penalty=self.repetition_penalty,
+            )
+        except Interrupted as stopped:
+            print(f"mtllm translate: {stopped}", file=sys.stderr)
+            raise SystemExit(130) from None
+        if not report.complete:
+            print(f"translate: process {rank} of {world_size} is done; the last one to finish writes {output}")
+            return
+        before = f" ({report.resumed} of them by an earlier run)" if report.resumed else ""
         print(
-            f"translate: {count} texts to {self.target} -> {output}; "
-            f"{translator.truncated} truncated, {translator.unfinished} met the length limit"
+            f"translate: {report.texts} texts to {self.target} -> {output}{before}; "
+            f"{report.truncated} truncated, {report.unfinished} met the length limit"
         )
+        for reason, languages in skipped.items():
+            print(f"translate: not translated, {reason}: {', '.join(languages)}")
+
+    def _of_file(self, translator: Translator) -> _Texts:
+        from ..inference.stream import language_check
+        from ..inference.translate import Source
+
+        rows = read_rows(
+            self.input,
+            text_column=self.text_column,
+            id_column=self.id_column,
+            language=self.language,
+            language_column=self.language_column,
+            split="train" if self.split == "test" else self.split,
+            limit=self.limit,
+        )
+        if self.language_column is None:
+            translator.tokenizer.language_id(self.language)
+        else:
+            rows.unusable = language_check(translator.tokenizer)
+
+        def sources() -> Iterable[Source]:
+            for index, row in enumerate(rows):
+                yield Source(row.text, row.language, str(index) if row.id is None else row.id, row.language)
+            if skipped := rows.counts.empty + rows.counts.failed:
+                reasons = "".join(f", {count} {reason}" for reason, count in rows.counts.reasons.items())
+                print(f"translate: {skipped} rows skipped: {rows.counts.empty} empty{reasons}", file=sys.stderr)
+
+        return sources(), rows.identity(), (), {}
+
+    def _of_task(self, translator: Translator) -> _Texts:
+        from ..evaluation.fingerprint import of_settings
+        from ..evaluation.tasks import canonical_split, get_task
+        from ..inference.translate import task_sources
+        from .evaluate import mapping
+
+        task = get_task(self.task, self.data or None)
+        data = self.data or task.default_source
+        if data is None:
+            raise ValueError(f"--data is missing: the folder of task {self.task!r}")
+        split, overrides = canonical_split(self.split), mapping(self.language_map, "--language-map")
+        available = task.languages(data)
+        chosen = available if self.languages == ("all",) else list(dict.fromkeys(self.languages))
+        for name in (*chosen, *overrides):
+            if name not in available:
+                raise ValueError(f"--languages: {name!r} is not in {data!r}, which has {', '.join(available[:20])}")
+        codes: dict[str, str] = {}
+        skipped: dict[str, list[str]] = {}
+        for language in chosen:
+            code = overrides.get(language) or task.mt_code(language)
+            if code is None:
+                skipped.setdefault("no MT code", []).append(language)
+            elif code == self.target:
+                skipped.setdefault(f"already in {self.target}", []).append(language)
+            elif split not in task.splits(data, language):
+                skipped.setdefault(f"no {split} split", []).append(language)
+            else:
+                translator.tokenizer.language_id(code)
+                codes[language] = code
+        if not codes:
+            raise ValueError(f"--languages: none to translate ({', '.join(skipped)}); --language-map can name MT codes")
+        texts = list(task_sources(task, data, list(codes), codes, split, self.limit))
+        content = of_settings(texts=[[one.text, one.mt_code, one.id, one.language, one.field] for one in texts])
+        identity = {"task": task.name, "data": str(data), "split": split, "content": content}
+        return texts, identity, tuple(getattr(task, "fixed_words", ())), skipped
+
+
+# texts, what tells them apart from others, endings to keep, reason -> languages that are left out
+_Texts = tuple[Iterable["Source"], dict[str, Any], tuple[str, ...], dict[str, list[str]]]
+_RANKS = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))  # as torchrun sets them
