@@ -27,7 +27,7 @@ try:
     from mteb.models.abs_encoder import AbsEncoder
     from mteb.models.model_meta import ScoringFunction
 except ImportError as error:
-    raise ImportError(f"mteb 2.20 or newer is needed ({error}): pip install 'mtllm-fast[doors]'") from error
+    raise ImportError(f"mteb 2.26 or newer is needed ({error}): pip install 'mtllm-fast[doors]'") from error
 
 if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata

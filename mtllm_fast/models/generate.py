@@ -1,0 +1,219 @@
+"""Text generation behind the encoder: the projected states of a text are soft-prompt input of a causal LLM.
+
+    [BOS]  before  text  after  ->  continuation
+
+`before` and `after` are the LLM's own tokens, `text` is what the MT encoder reads, in any of its languages.
+MindMerger (arXiv 2405.17386) and LangBridge (arXiv 2401.10695) feed their LLMs this way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..data.pack import PackedBatch
+from ..data.read import TextRow
+from .attention import NAME
+from .llm import PackedLLM
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+    from .mtllm import MTLLM
+
+
+def generate(
+    model: MTLLM,
+    texts: Sequence[str],
+    languages: str | Sequence[str] = "eng_Latn",
+    *,
+    before: str | Sequence[str] = "",
+    after: str | Sequence[str] = "",
+    bos: bool = True,
+    batch_size: int = 16,
+    generation_config: GenerationConfig | None = None,
+    **options: Any,
+) -> list[str]:
+    """Continuations of N texts, written by the LLM, in their order.
+
+    Args:
+        model: reader "stack", causal LLM.
+        texts: N texts; languages: one MT code for all, or one per text.
+        before, after: prompt in the LLM's own tokens around each text, one for all or one per text. Special tokens
+            written in them count as such, so that a chat template can be given here; those in `texts` never do.
+        bos: start with the LLM's BOS token, where its tokenizer writes one.
+        batch_size: texts generated together, left-padded to the longest; texts of similar length share a batch.
+        generation_config, options: as in `transformers.GenerationMixin.generate` (`max_new_tokens`, `num_beams`, ...).
+            With `num_return_sequences` n the result holds n continuations of each text, one after the other.
+
+    Raises:
+        ValueError: the model cannot generate, an empty text, an unknown language, or lists of different lengths.
+    """
+    ids = generate_ids(
+        model,
+        texts,
+        languages,
+        before=before,
+        after=after,
+        bos=bos,
+        batch_size=batch_size,
+        generation_config=generation_config,
+        **options,
+    )
+    assert model.tokenizer is not None
+    return model.tokenizer.llm.batch_decode(ids, skip_special_tokens=True)
+
+
+@torch.no_grad()
+def generate_ids(
+    model: MTLLM,
+    texts: Sequence[str],
+    languages: str | Sequence[str] = "eng_Latn",
+    *,
+    before: str | Sequence[str] = "",
+    after: str | Sequence[str] = "",
+    bos: bool = True,
+    batch_size: int = 16,
+    generation_config: GenerationConfig | None = None,
+    **options: Any,
+) -> list[list[int]]:
+    """As `generate`, but the new token ids of each continuation, without padding and with the end token."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: must be >= 1")
+    training = model.training
+    model.eval()
+    try:
+        prompts = soft_prompts(model, texts, languages, before=before, after=after, bos=bos, batch_size=batch_size)
+        assert model.llm is not None
+        order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
+        results: list[list[list[int]]] = [[] for _ in prompts]
+        with cached_attention(model.llm) as llm:
+            config = generation_config or llm.generation_config
+            if config.pad_token_id is None:
+                options.setdefault("pad_token_id", pad_token(model, config))
+            for start in range(0, len(order), batch_size):
+                members = order[start : start + batch_size]
+                embeds, mask = left_padded([prompts[index] for index in members])
+                output = llm.generate(
+                    inputs_embeds=embeds, attention_mask=mask, generation_config=generation_config, **options
+                )
+                ends = end_tokens(options.get("eos_token_id", config.eos_token_id))
+                copies = len(output) // len(members)
+                for slot, row in enumerate(output.tolist()):
+                    results[members[slot // copies]].append(until_end(row, ends))
+    finally:
+        model.train(training)
+    return [ids for group in results for ids in group]
+
+
+def soft_prompts(
+    model: MTLLM,
+    texts: Sequence[str],
+    languages: str | Sequence[str] = "eng_Latn",
+    *,
+    before: str | Sequence[str] = "",
+    after: str | Sequence[str] = "",
+    bos: bool = True,
+    batch_size: int = 16,
+) -> list[Tensor]:
+    """What the LLM reads for each text: N input embeddings (L, D) in its dtype. Arguments as in `generate`."""
+    check(model)
+    tokenizer, encoder, llm = model.tokenizer, model.encoder, model.llm
+    assert tokenizer is not None and encoder is not None and llm is not None and model.projection is not None
+    if isinstance(texts, str):
+        raise TypeError("texts: got one str; pass a list of texts")
+    codes = per_text("languages", languages, len(texts))
+    starts, ends = per_text("before", before, len(texts)), per_text("after", after, len(texts))
+    for index, text in enumerate(texts):
+        if not text.strip():
+            raise ValueError(f"texts[{index}] is empty")
+    table = llm.model.get_input_embeddings()
+    device = table.weight.device
+    prefix = list(tokenizer._llm_prefix) if bos else []
+
+    def embedded(ids: list[int]) -> Tensor:
+        return table(torch.tensor(ids, dtype=torch.int64, device=device)).to(llm.model.dtype)
+
+    prompts: list[Tensor] = []
+    for start in range(0, len(texts), batch_size):
+        part = slice(start, start + batch_size)
+        side = tokenizer.mt_side([TextRow(text, code) for text, code in zip(texts[part], codes[part])])
+        packed = PackedBatch.from_sequences(side.ids).to(device)
+        states = encoder(packed, final_norm=False)
+        mapped = model.projection(states, encoder.final_norm, llm.model.dtype)
+        for one, head, tail in zip(mapped.split(packed.lengths), starts[part], ends[part]):
+            prompts.append(torch.cat([embedded(prefix + own_ids(model, head)), one, embedded(own_ids(model, tail))]))
+    return prompts
+
+
+@contextmanager
+def cached_attention(llm: PackedLLM) -> Iterator[Any]:
+    """The bare transformers model inside the block attends as `generate` needs it (padding mask, KV cache).
+
+    Adapters stay as they are; packed attention is back afterwards.
+    """
+    # SDPA has no soft-cap of the attention scores (Gemma 2), and transformers 5.17 would leave it out in silence
+    capped = getattr(llm.model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    llm.model.set_attn_implementation("sdpa" if llm.model._supports_sdpa and not capped else "eager")
+    try:
+        yield llm.model
+    finally:
+        llm.model.set_attn_implementation(NAME)
+
+
+def check(model: MTLLM) -> None:
+    """Raise ValueError where `model` cannot generate."""
+    if model.config.reader != "stack":
+        raise ValueError(
+            f"model: reader={model.config.reader!r} has no encoder before an LLM; generation needs 'stack'"
+        )
+    if model.llm is None or not model.llm.causal:
+        raise ValueError("model: its LLM is bidirectional; generation needs one stacked with causal=True")
+    if model.tokenizer is None or model.tokenizer.mt is None or model.tokenizer.llm is None:
+        raise ValueError("model: generation needs the tokenizers of both the encoder and the LLM")
+
+
+def per_text(name: str, value: str | Sequence[str], count: int) -> list[str]:
+    """`value` once per text. Raises ValueError where a list has another length."""
+    values = [value] * count if isinstance(value, str) else list(value)
+    if len(values) != count:
+        raise ValueError(f"{name}: {len(values)} values for {count} texts")
+    return values
+
+
+def own_ids(model: MTLLM, text: str) -> list[int]:
+    assert model.tokenizer is not None
+    return list(model.tokenizer.llm(text, add_special_tokens=False)["input_ids"]) if text else []
+
+
+def left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Prompts (L_i, D) -> embeddings (B, L, D) and mask (B, L) int64, padded with zeros on the left."""
+    longest = max(map(len, prompts))
+    embeds = prompts[0].new_zeros(len(prompts), longest, prompts[0].shape[1])
+    mask = torch.zeros(len(prompts), longest, dtype=torch.int64, device=embeds.device)
+    for row, prompt in enumerate(prompts):
+        embeds[row, longest - len(prompt) :] = prompt
+        mask[row, longest - len(prompt) :] = 1
+    return embeds, mask
+
+
+def end_tokens(ids: Any) -> set[int]:
+    return set() if ids is None else set(ids) if isinstance(ids, list | tuple) else {int(ids)}
+
+
+def until_end(ids: list[int], ends: set[int]) -> list[int]:
+    """The ids up to and with the first end token; what follows is padding."""
+    stop = next((index for index, token in enumerate(ids) if token in ends), len(ids))
+    return ids[: stop + 1]
+
+
+def pad_token(model: MTLLM, config: Any) -> int:
+    """A token to pad finished rows with, for LLMs that define none."""
+    assert model.tokenizer is not None
+    ends = end_tokens(config.eos_token_id)
+    own = model.tokenizer.llm.pad_token_id
+    return own if own is not None else min(ends, default=0)

@@ -1,0 +1,174 @@
+"""Generation behind the encoder gives the tokens that Hugging Face's own generate gives on the same embeddings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, M2M100ForConditionalGeneration
+
+from mtllm_fast import MTLLM, LoraSettings, PackedBatch, TextRow
+from mtllm_fast.models.generate import generate, generate_ids, soft_prompts
+from tests.conftest import assert_matches
+from tests.tiny import LINES
+
+TEXTS = [LINES[0], "Trains", *LINES[2:5], "She bought"]
+LANGUAGES = ["eng_Latn", "fra_Latn", "swh_Latn", "eng_Latn", "deu_Latn", "zho_Hans"]
+BEFORE, AFTER = "Text: ", "\nSummary:"
+OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+
+
+def _model(encoder_folder: str, llm: Any) -> MTLLM:
+    torch.manual_seed(2)
+    model = MTLLM.stack(encoder_folder, llm, causal=True, lora=LoraSettings(r=4), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.normal_(0, 0.1)
+    return model
+
+
+@pytest.fixture
+def model(encoder_folder: str, llm_folder: str) -> MTLLM:
+    return _model(encoder_folder, llm_folder)
+
+
+def _plain(
+    model: MTLLM, prompts: list[torch.Tensor], folder: Path, attention: str = "sdpa", **options: Any
+) -> list[list[int]]:
+    """Hugging Face's generate in a model of its own that has the adapters merged, one prompt at a time."""
+    from mtllm_fast.models.nllb_llm2vec import merged_decoder
+
+    folder.mkdir(exist_ok=True)
+    model.llm.save(folder)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
+    plain.get_decoder().load_state_dict(merged_decoder(model.llm, "student"))
+    return [plain.generate(inputs_embeds=prompt[None], **options)[0].tolist() for prompt in prompts]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_tokens_are_hugging_faces(model: MTLLM, tmp_path: Path, batch_size: int) -> None:
+    prompts = soft_prompts(model, TEXTS, LANGUAGES, before=BEFORE, after=AFTER)
+    assert len({len(prompt) for prompt in prompts}) > 3  # so that batches are padded
+    expected = _plain(model, prompts, tmp_path / "plain", **OPTIONS)
+    got = generate_ids(model, TEXTS, LANGUAGES, before=BEFORE, after=AFTER, batch_size=batch_size, **OPTIONS)
+    assert got == expected
+    assert len({tuple(ids) for ids in expected}) > 1
+    with model.llm.adapter(None):  # the adapters were part of it
+        assert generate_ids(model, TEXTS, LANGUAGES, before=BEFORE, after=AFTER, **OPTIONS) != expected
+
+
+def test_prompt_is_what_the_encoder_and_the_llm_say(model: MTLLM, encoder_folder: str) -> None:
+    """BOS, `before`, projected states of Hugging Face's own encoder, `after`."""
+    nllb, llm = model.tokenizer.mt, model.tokenizer.llm
+    nllb.src_lang = "fra_Latn"
+    encoder = M2M100ForConditionalGeneration.from_pretrained(encoder_folder).get_encoder().eval()
+    with torch.no_grad():
+        states = encoder(**nllb(TEXTS[0], return_tensors="pt")).last_hidden_state[0]
+        mapped = torch.nn.functional.linear(states, *model.projection.layers.parameters())
+        table = model.llm.model.get_input_embeddings()
+        start = [llm.bos_token_id] * int(bool(model.tokenizer._llm_prefix)) + llm(
+            BEFORE, add_special_tokens=False
+        ).input_ids
+        end = llm(AFTER, add_special_tokens=False).input_ids
+        expected = torch.cat([table(torch.tensor(start)), mapped, table(torch.tensor(end))])
+    got = soft_prompts(model, TEXTS[:1], "fra_Latn", before=BEFORE, after=AFTER)[0]
+    assert_matches(got, expected, 1e-5)
+    assert len(soft_prompts(model, TEXTS[:1], bos=False)[0]) == len(states)
+
+
+def test_packed_attention_is_back_afterwards(model: MTLLM) -> None:
+    batch = PackedBatch.from_sequences([[5, 6, 7, 8], [9, 10]])
+    before = model.states(batch)
+    model.train()
+    generate_ids(model, TEXTS, **OPTIONS)
+    assert model.training
+    model.eval()
+    assert torch.equal(model.states(batch), before)
+    with pytest.raises(RuntimeError):
+        generate_ids(model, TEXTS, max_new_tokens=4, prefix_allowed_tokens_fn=_fails)
+    assert torch.equal(model.states(batch), before)
+
+
+def _fails(*_: Any) -> list[int]:
+    raise RuntimeError("in the middle")
+
+
+def test_texts_prompts_per_text_and_generation_config(model: MTLLM) -> None:
+    config = GenerationConfig(max_new_tokens=5, num_beams=3, num_return_sequences=2)
+    texts = generate(model, TEXTS, LANGUAGES, after=[f"\n{i}" for i in range(6)], generation_config=config)
+    ids = generate_ids(model, TEXTS, LANGUAGES, after=[f"\n{i}" for i in range(6)], generation_config=config)
+    assert texts == model.tokenizer.llm.batch_decode(ids, skip_special_tokens=True)
+    assert len(texts) == 12 and all(len(row) <= 5 for row in ids)
+    single = generate_ids(model, [TEXTS[2]], [LANGUAGES[2]], after="\n2", generation_config=config)
+    assert single == ids[4:6]
+    special = soft_prompts(model, ["A"], before="<|begin|>")[0]  # a special token in a prompt counts as one
+    assert len(special) == len(soft_prompts(model, ["A"])[0]) + 1
+    assert len(soft_prompts(model, ["A</s>"])[0]) > len(soft_prompts(model, ["A"])[0]) + 1  # in a text it is text
+
+
+def test_stops_at_the_end_token(model: MTLLM) -> None:
+    """Rows that end early are cut there, and their padding is not part of the result."""
+    first = generate_ids(model, TEXTS, LANGUAGES, **OPTIONS)
+    end = first[0][3]
+    cut = generate_ids(model, TEXTS, LANGUAGES, eos_token_id=end, **OPTIONS)
+    assert cut == [ids[: ids.index(end) + 1] if end in ids else ids for ids in first]
+    assert len({len(ids) for ids in cut}) > 1
+
+
+def test_soft_capped_attention(encoder_folder: str, tmp_path: Path) -> None:
+    """Gemma 2 caps its attention scores, which SDPA cannot do."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    from tests.tiny import llm_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = llm_tokenizer(list(LINES))
+    settings = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    capped = Gemma2Config(
+        vocab_size=len(tokenizer), num_key_value_heads=2, head_dim=8, attn_logit_softcapping=0.5, **settings
+    )
+    Gemma2ForCausalLM(capped).save_pretrained(tmp_path / "gemma")
+    tokenizer.save_pretrained(tmp_path / "gemma")
+    model = _model(encoder_folder, str(tmp_path / "gemma"))
+    prompts = soft_prompts(model, TEXTS, LANGUAGES, bos=False)
+    expected = _plain(model, prompts, tmp_path / "plain", "eager", **OPTIONS)
+    assert generate_ids(model, TEXTS, LANGUAGES, bos=False, **OPTIONS) == expected
+    assert _first_tokens_of_the_packed_path(model) == [ids[0] for ids in expected]
+    for layer in model.llm.decoder.layers:  # without the cap it would be other tokens
+        layer.self_attn.attn_logit_softcapping = None
+    assert generate_ids(model, TEXTS, LANGUAGES, bos=False, **OPTIONS) != expected
+
+
+def test_first_token_is_the_packed_paths(model: MTLLM) -> None:
+    """The two attention paths agree on what comes next."""
+    expected = _first_tokens_of_the_packed_path(model)
+    assert [ids[0] for ids in generate_ids(model, TEXTS, LANGUAGES, bos=False, **OPTIONS)] == expected
+    assert len(set(expected)) > 1
+
+
+@torch.no_grad()
+def _first_tokens_of_the_packed_path(model: MTLLM) -> list[int]:
+    rows = [TextRow(text, language) for text, language in zip(TEXTS, LANGUAGES)]
+    batch = PackedBatch.from_sequences(model.tokenizer.mt_side(rows).ids)
+    last = model.states(batch)[batch.cu_seqlens[1:].long() - 1]
+    return (last @ model.llm.lm_head.weight.T).argmax(-1).tolist()
+
+
+def test_errors_say_what_would_be_right(model: MTLLM, encoder_folder: str, llm_folder: str) -> None:
+    with pytest.raises(ValueError, match="causal=True"):
+        generate(MTLLM.stack(encoder_folder, llm_folder), TEXTS)
+    with pytest.raises(ValueError, match="needs 'stack'"):
+        generate(MTLLM.stack(None, llm_folder, reader="llm", causal=True), TEXTS)
+    with pytest.raises(ValueError, match="languages: 1 values for 6 texts"):
+        generate(model, TEXTS, ["eng_Latn"])
+    with pytest.raises(ValueError, match=r"texts\[1\] is empty"):
+        generate(model, ["A", " "])
+    with pytest.raises(ValueError, match="nearest valid codes"):
+        generate(model, TEXTS, "xx_Latn")
+    with pytest.raises(TypeError, match="got one str"):
+        generate(model, "A")
+    with pytest.raises(ValueError, match="batch_size=0"):
+        generate(model, TEXTS, batch_size=0)
