@@ -26,6 +26,7 @@ from ..data.tokenise import TokenizedSide
 from ..kernels import hidden_mse
 from ..models import MTLLM
 from ..models.adapters import AdaptedModel
+from .compile import compile_layers
 from .progress import progress_bar
 from .quantize import Quantization, quantize_layers
 
@@ -107,8 +108,7 @@ class Engine:
                 quantize_layers(part.layers_root, quantize)
         if compile:
             for part in self._parts():
-                for layer in part.layers_root.layers:  # type: ignore[union-attr]
-                    layer.compile(dynamic=True)
+                compile_layers(part.layers_root.layers)
 
     def _parts(self) -> list[AdaptedModel]:
         return [part for part in (self.model.encoder, self.model.llm) if part is not None]

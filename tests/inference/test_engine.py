@@ -1,0 +1,258 @@
+"""Order, windows, packs and background preparation change nothing; pooling, choices, merged adapters, 8-bit weights."""
+
+from __future__ import annotations
+
+import random
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from mtllm_fast import MTLLM, Engine, HeadConfig, LoraSettings, TextRow
+from mtllm_fast.inference import engine as module
+from mtllm_fast.inference.compile import compile_layers
+from tests.conftest import assert_matches, relative_error
+from tests.tiny import LINES
+
+CODES = ("eng_Latn", "fra_Latn", "zho_Hans", "swh_Latn")
+
+
+@pytest.fixture(scope="module")
+def stack(encoder_folder, llm_folder) -> MTLLM:
+    model = MTLLM.stack(encoder_folder, llm_folder, lora=LoraSettings(r=4), dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # a new adapter is the identity
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    words = " ".join(LINES).split()
+    rng = random.Random(0)
+    return [" ".join(rng.choices(words, k=rng.choice((1, 2, 5, 40)))) for _ in range(60)]
+
+
+@pytest.fixture(scope="module")
+def codes() -> list[str]:
+    rng = random.Random(1)
+    return [rng.choice(CODES) for _ in range(60)]
+
+
+def one_by_one(model: MTLLM, texts, codes, **options) -> torch.Tensor:
+    engine = Engine(model, ahead=0)
+    rows = [engine.encode([text], code, **options) for text, code in zip(texts, codes)]
+    return torch.from_numpy(np.concatenate(rows))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 7, "max_tokens": 50}, {"window": 7, "ahead": 0}, {"window": 3, "ahead": 4}]
+)
+def test_rows_in_order_whatever_the_windows(stack, texts, codes, options) -> None:
+    expected = one_by_one(stack, texts, codes)
+    got = torch.from_numpy(Engine(stack, **options).encode(texts, codes))
+    assert_matches(got, expected, 1e-5)
+    assert relative_error(got.flip(0), expected) > 1e-2  # control: order is visible at this tolerance
+
+
+def test_mixed_languages_equal_one_language_at_a_time(stack, texts, codes) -> None:
+    engine = Engine(stack)
+    mixed = engine.encode(texts, codes)
+    for code in CODES:
+        chosen = [k for k, c in enumerate(codes) if c == code]
+        alone = engine.encode([texts[k] for k in chosen], code)
+        assert_matches(torch.from_numpy(mixed[chosen]), torch.from_numpy(alone), 1e-5)
+        other = engine.encode([texts[k] for k in chosen], "deu_Latn")
+        assert relative_error(torch.from_numpy(other), torch.from_numpy(alone)) > 1e-3  # control: the language matters
+
+
+@pytest.mark.parametrize("pooling", ["mean", "first", "last"])
+def test_pooling(stack, texts, pooling) -> None:
+    got = torch.from_numpy(Engine(stack).encode(texts[:8], pooling=pooling))
+    assert stack.tokenizer is not None
+    side = stack.tokenizer.mt_side([TextRow(text) for text in texts[:8]])
+    expected = []
+    for ids in side.ids:
+        tokens = torch.from_numpy(ids)[None]
+        states = stack(tokens).last_hidden_state[0]
+        expected.append({"mean": states.mean(0), "first": states[0], "last": states[-1]}[pooling])
+    assert_matches(got, torch.stack(expected).detach(), 1e-5)
+
+
+def test_normalize(stack, texts) -> None:
+    plain = Engine(stack).encode(texts[:5])
+    unit = Engine(stack).encode(texts[:5], normalize=True)
+    np.testing.assert_allclose(unit, plain / np.linalg.norm(plain, axis=1, keepdims=True), atol=1e-6)
+
+
+def test_equal_rows_are_run_once(stack, monkeypatch) -> None:
+    texts, codes = ["a river", "the mill", "a river", "a river"], ["eng_Latn", "eng_Latn", "eng_Latn", "fra_Latn"]
+    seen = []
+    states = stack.states
+    monkeypatch.setattr(stack, "states", lambda packed: seen.append(packed.num_sequences) or states(packed))
+    got = Engine(stack).encode(texts, codes)
+    assert sum(seen) == 3
+    assert (got[0] == got[2]).all()
+    assert abs(got[0] - got[3]).max() > 1e-3  # another language is another row
+
+
+def test_a_long_stream_is_never_held(stack) -> None:
+    """The rows read ahead of the results given out are a few windows, however long the stream is."""
+    read = 0
+
+    def rows():
+        nonlocal read
+        for k in range(400):
+            read += 1
+            yield TextRow(f"{LINES[k % 6]} {k}")
+
+    given, furthest = 0, 0
+    for part in Engine(stack, window=10).encode_rows(rows()):
+        given += len(part)
+        furthest = max(furthest, read - given)
+    assert given == 400
+    assert furthest <= 30
+
+
+def test_preparation_runs_beside_the_model(stack) -> None:
+    """The next window is read while the caller still holds this one; closing the stream ends the thread."""
+    reached = threading.Event()
+
+    def rows():
+        yield from (TextRow(f"text {k}") for k in range(4))
+        reached.set()
+        yield from (TextRow(f"text {k}") for k in range(400))
+
+    windows = Engine(stack, window=2).encode_rows(rows())
+    next(windows)
+    next(windows)
+    assert reached.wait(5)
+    windows.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("mtllm-tokenise")]
+    with pytest.raises(ZeroDivisionError):
+        list(Engine(stack).encode_rows(TextRow(str(1 // k)) for k in (1, 0)))
+
+
+def test_skipped_windows_are_not_tokenised(stack, texts, monkeypatch) -> None:
+    whole = list(Engine(stack, window=10).encode_windows(map(TextRow, texts)))
+    count = 0
+    mt_side = type(stack.tokenizer).mt_side
+
+    def counted(self, rows, **options):
+        nonlocal count
+        count += len(rows)
+        return mt_side(self, rows, **options)
+
+    monkeypatch.setattr(type(stack.tokenizer), "mt_side", counted)
+    rest = list(Engine(stack, window=10).encode_windows(map(TextRow, texts), skip=lambda index: index != 3))
+    assert [window.index for window in rest] == [3]
+    assert (rest[0].values == whole[3].values).all()
+    assert count == 10
+
+
+def test_score_choices(encoder_folder, llm_folder) -> None:
+    model = MTLLM.stack(encoder_folder, llm_folder, head=HeadConfig("choice"), dtype=torch.float32).eval()
+    rows = [
+        TextRow("Which one floats?", choices=("a stone", "a boat", "an anchor")),
+        TextRow("Where?", choices=("here", "there")),
+        TextRow("Which one floats?", choices=("a stone", "a boat")),
+        TextRow("Who knew why the lights went out?", "fra_Latn", choices=("nobody", "she", "a teacher")),
+    ]
+    scores = Engine(model, window=3).score_choices(rows)
+    assert scores.shape == (4, 3)
+    assert np.isneginf(scores[1:3, 2]).all()
+    alone = np.full((4, 3), -np.inf, np.float32)
+    for k, row in enumerate(rows):
+        alone[k, : len(row.choices)] = Engine(model).score_choices([row])[0]
+    finite = np.isfinite(alone)
+    assert (np.isfinite(scores) == finite).all()
+    assert_matches(torch.from_numpy(scores[finite]), torch.from_numpy(alone[finite]), 1e-5)
+    with pytest.raises(ValueError, match=r"rows\[1\] has no choices"):
+        Engine(model).score_choices([rows[0], TextRow("text")])
+    classifier = MTLLM.stack(encoder_folder, llm_folder, head=HeadConfig(labels=("a", "b")))
+    with pytest.raises(ValueError, match="'classification' head"):
+        Engine(classifier).score_choices(rows)
+
+
+def test_merged_adapters(stack, texts) -> None:
+    weights = {name: value.clone() for name, value in stack.state_dict().items()}
+    expected = torch.from_numpy(Engine(stack).encode(texts))
+    with stack.llm.adapter(None):
+        bare = torch.from_numpy(Engine(stack).encode(texts))
+    engine = Engine(stack, merge_adapters=True)
+    changed = [name for name, value in stack.state_dict().items() if not torch.equal(value, weights[name])]
+    assert changed and all("base_layer" in name for name in changed)
+    assert_matches(torch.from_numpy(engine.encode(texts)), expected, 1e-4)
+    assert relative_error(bare, expected) > 1e-2  # control: without the adapter it is another model
+    with pytest.raises(ValueError, match="merged"):
+        stack.llm.save("nowhere")
+    engine.unmerge_adapters()
+    assert all(torch.equal(value, weights[name]) for name, value in stack.state_dict().items())
+    assert_matches(torch.from_numpy(engine.encode(texts)), expected, 1e-6)
+
+
+def test_compile(encoder_folder, llm_folder, texts) -> None:
+    """Graphs do not depend on the lengths of a batch: a second, different pass makes none anew."""
+    from torch._dynamo.utils import counters
+
+    model = MTLLM.stack(encoder_folder, llm_folder, dtype=torch.float32).eval()
+    expected = torch.from_numpy(Engine(model).encode(texts))
+    torch.compiler.reset()
+    compile_layers(model.llm.decoder.layers, backend="eager")  # code generation is torch's own affair
+    engine = Engine(model, max_tokens=300)
+    assert_matches(torch.from_numpy(engine.encode(texts)), expected, 1e-5)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    engine.encode([text + " again" for text in texts[::2]])
+    assert counters["stats"]["unique_graphs"] == graphs
+    torch.compiler.reset()
+
+
+def test_quantize(encoder_folder, llm_folder, texts, monkeypatch) -> None:
+    model = MTLLM.stack(encoder_folder, llm_folder, dtype=torch.float32).eval()
+    with monkeypatch.context() as patch:
+        patch.setattr("mtllm_fast.inference.quantize.find_spec", lambda name: None)
+        with pytest.raises(ValueError, match=r"pip install 'mtllm-fast\[quant\]'"):
+            Engine(model, quantize="int8")
+    pytest.importorskip("torchao")
+    expected = torch.from_numpy(Engine(model).encode(texts))
+    got = torch.from_numpy(Engine(model, quantize="int8").encode(texts))
+    assert 1e-6 < relative_error(got, expected) < 0.1
+    with pytest.raises(ValueError, match="int4"):
+        Engine(model, quantize="int4")
+
+
+def test_errors_name_the_argument(stack) -> None:
+    engine = Engine(stack)
+    cases = [
+        (lambda: Engine(stack, max_tokens=0), "max_tokens=0"),
+        (lambda: Engine(stack, window=0), "window=0"),
+        (lambda: Engine(stack, ahead=-1), "ahead=-1"),
+        (lambda: engine.encode(["a", " "]), r"texts\[1\] is empty"),
+        (lambda: engine.encode(["a"], "fra_Lat"), "fra_Latn"),
+        (lambda: engine.encode(["a"], ["eng_Latn", "fra_Latn"]), "languages: 2 codes for 1"),
+        (lambda: engine.encode(["a"], pooling="max"), "pooling='max'"),
+        (lambda: engine.classify([TextRow("a")]), "no task head"),
+        (lambda: engine.score_choices([TextRow("a", choices=("b",))]), "no task head"),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+    for wrong, message in (("a", "one str"), (["a", None], r"texts\[1\] is NoneType")):
+        with pytest.raises(TypeError, match=message):
+            engine.encode(wrong)
+    assert engine.encode([]).shape == (0, stack.hidden_size)
+
+
+def test_default_budget_by_width(stack) -> None:
+    assert module.default_budget(stack) == 8192
+    assert 512 <= Engine(stack).max_tokens <= 8192
+
+
+def test_truncated_rows_are_counted(stack) -> None:
+    engine = Engine(stack)
+    engine.encode([" ".join(LINES * 20), "short"])
+    assert engine.truncated == 1
