@@ -290,3 +290,62 @@ def test_xformers_mask(lengths, features) -> None:
     bias = make_bias(plan, features.window).materialize((total, total))
     assert torch.equal(bias == 0, visible_pairs(lengths, features))
     assert bool(torch.isneginf(bias[~visible_pairs(lengths, features)]).all())
+
+
+@pytest.fixture
+def xformers_ops(monkeypatch):
+    """xformers with an operator that does what its documentation says, on the CPU."""
+    ops = pytest.importorskip("xformers.ops")
+
+    def documented(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None):
+        assert query.shape[0] == 1 and query.shape[2] == key.shape[2] and p == 0.0
+        scores = torch.einsum("bihd,bjhd->bhij", query, key) * scale
+        mask = attn_bias.materialize(tuple(scores.shape), scores.dtype)
+        return torch.einsum("bhij,bjhd->bihd", (scores + mask).softmax(-1), value)
+
+    monkeypatch.setattr(ops, "memory_efficient_attention", documented)
+    for kernel in (ops.fmha.flash.FwOp, ops.fmha.cutlass.FwOp):
+        monkeypatch.setattr(kernel, "is_available", lambda: True)
+    choose_backend.cache_clear()
+    return ops
+
+
+@pytest.mark.parametrize("features", [f for f in FEATURES.values() if f.softcap is None and (f.causal or not f.window)])
+@pytest.mark.parametrize("lengths", [LENGTHS["edges"], LENGTHS["many tiny"]])
+def test_xformers_gets_what_it_documents(lengths, features, xformers_ops) -> None:
+    def attend(q, k, v, plan, *, scale, window, softcap):
+        asked = call(
+            device=q.device, dtype=q.dtype, heads=q.shape[1], kv_heads=k.shape[1], head_dim=q.shape[2],
+            value_dim=v.shape[2], causal=plan.causal, scale=scale, window=window, needs_grad=True,
+        )  # fmt: skip
+        return BACKENDS["xformers"].attend(q, k, v, plan, asked)
+
+    check(attend, packed(lengths), features)
+
+
+@pytest.mark.parametrize(
+    ("capability", "changes", "reason"),
+    [
+        (8, {}, None),
+        (7, {}, None),
+        (8, {"dtype": torch.float32}, None),
+        (8, {"dropout": 0.1}, None),
+        (8, {"window": 5}, None),
+        (8, {"window": 5, "causal": False}, "has no window that looks both ways"),
+        (8, {"softcap": 5.0}, "has no soft-cap"),
+        (8, {"dtype": torch.float64}, "not float64"),
+        (8, {"head_dim": 12, "value_dim": 12}, "multiples of 8 in bfloat16, not 12"),
+        (8, {"head_dim": 12, "value_dim": 12, "dtype": torch.float32}, None),
+        (8, {"value_dim": 64}, "values as wide as keys"),
+        (10, {}, None),
+        (10, {"dtype": torch.float32}, "no kernel for float32 with head size 128 on this GPU"),
+        (5, {}, "needs compute capability 6.0"),
+    ],
+)
+def test_what_xformers_serves(capability, changes, reason, xformers_ops, gpu) -> None:
+    gpu(capability)
+    if reason is None:
+        assert choose_backend(call(**changes), "xformers").name == "xformers"
+    else:
+        with pytest.raises(ValueError, match=f"xformers .*{reason}"):
+            choose_backend(call(**changes), "xformers")

@@ -187,7 +187,7 @@ def reference(
     return torch.cat(parts)
 
 
-def visible(distance: Tensor, causal: bool, window: int | None) -> Tensor:
+def visible(distance: Tensor, causal: bool, window: int | Tensor | None) -> Tensor:
     """Which rows see which, by `distance` = i - j within a sequence; bool, of its shape."""
     if causal:
         seen = distance >= 0

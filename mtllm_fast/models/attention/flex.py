@@ -28,7 +28,8 @@ def _flex_attention(compiled: bool) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
     function: Any = flex_attention
-    return torch.compile(function, dynamic=True) if compiled else function
+    # fullgraph: after too many recompilations an error, not a silent return to the unfused form
+    return torch.compile(function, dynamic=True, fullgraph=True) if compiled else function
 
 
 def block_table(lengths: tuple[int, ...], causal: bool, window: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -62,9 +63,11 @@ def make_block_mask(plan: AttentionPlan, window: int | None) -> BlockMask:
     from torch.nn.attention.flex_attention import BlockMask
 
     device, causal, sequence = plan.batch.device, plan.causal, plan.batch.sequence_ids
+    # a tensor: a captured Python number would become a symbol, which the compiler does not take here
+    limit = None if window is None else torch.tensor(window, device=device)
 
     def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (sequence[i] == sequence[j]) & visible(i - j, causal, window)
+        return (sequence[i] == sequence[j]) & visible(i - j, causal, limit)
 
     def ordered(table: np.ndarray) -> tuple[Tensor, Tensor]:
         counts = torch.from_numpy(table.sum(1, dtype=np.int32))
@@ -78,7 +81,9 @@ def make_block_mask(plan: AttentionPlan, window: int | None) -> BlockMask:
     )
 
 
-def _cap(softcap: float) -> Callable[..., Tensor]:
+def make_cap(softcap: Tensor) -> Callable[..., Tensor]:
+    """The score modification that bounds scores by `softcap` (a 0-D tensor)."""
+
     def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
 
@@ -108,11 +113,15 @@ class Flex(Backend):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, call: Call) -> Tensor:
         mask = plan.cached(("flex", call.window), lambda: make_block_mask(plan, call.window))
+        cap = None
+        if call.softcap is not None:
+            bound = torch.tensor(call.softcap, device=q.device)
+            cap = plan.cached(("flex cap", call.softcap), lambda: make_cap(bound))
         if not call.needs_grad:
             q, k, v = q.detach(), k.detach(), v.detach()
         out = _flex_attention(q.device.type == "cuda")(
             *(x.transpose(0, 1)[None] for x in (q, k, v)),
-            score_mod=None if call.softcap is None else _cap(call.softcap),
+            score_mod=cap,
             block_mask=mask,
             scale=call.scale,
             enable_gqa=call.groups > 1,
