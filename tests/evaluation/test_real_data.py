@@ -138,3 +138,32 @@ def test_published_translations_join(folder, name, by):
             assert {row.language for row in joined.rows} == {"eng_Latn"}
             assert sum(new.text == old.text for new, old in zip(joined.rows, rows)) < 5
         assert not has_translations(path, task, "nah", split)
+
+
+def test_translate_test_from_published_translations(folder, llm_folder):
+    from mtllm_fast.evaluation import evaluate
+    from mtllm_fast.inference.engine import Engine
+    from mtllm_fast.models import MTLLM
+    from mtllm_fast.models.heads import HeadConfig
+
+    task, source = TASKS["americasnli"], folder("americasnli")
+    teacher = MTLLM.stack(None, llm_folder, reader="llm", head=HeadConfig(labels=task.labels))
+    for split, count in (("test", 750), ("dev", 743)):
+        found = []
+        for name in ("amnli_nllb600m", "amnli_nllb600m/derived"):  # joined by row number, joined by id
+            scores = evaluate(
+                {}, task, source, split=split, translations=folder(name), teacher=teacher, progress=False, limit=None
+            )
+            (model,) = scores.models
+            found.append({code: (score.rows, score.accuracy) for code, score in model.languages.items()})
+            assert len(model.skipped) == 7
+        assert found[0] == found[1] and {code: rows for code, (rows, _) in found[0].items()} == dict.fromkeys(
+            ("aym", "gn", "quy"), count
+        )
+        rows = task.rows(source, "quy", split)
+        joined = join_translations(folder("amnli_nllb600m"), task, rows, language="quy", split=split)
+        predicted = Engine(teacher).classify(joined.rows).argmax(1)
+        right = sum(int(guess) == row.label for guess, row in zip(predicted, rows)) / count
+        assert found[0]["quy"][1] == pytest.approx(right)
+        own = Engine(teacher).classify(rows).argmax(1)
+        assert (own != predicted).any(), "the translations have to matter"
