@@ -25,7 +25,9 @@ COMMANDS = {
     "evaluate": ("evaluate:Evaluate", "zero-shot scores of models in every language of a task, against translate-test"),
     "translate": ("translate:Translate", "translate texts with the MT model"),
     "encode": ("encode:Encode", "embed texts in any language of the MT encoder"),
+    "convert": ("convert:Convert", "read or write a model in the layout of the published NLLB-LLM2Vec models"),
     "plan": ("plan:Plan", "memory, speed and hours of a run before renting a GPU; nothing is downloaded"),
+    "profile": ("profile:Profile", "where the time of a training or encode step goes, by part"),
     "doctor": (
         "doctor:Doctor",
         "versions, devices, attention backends and kernels: what will run here, and why not",

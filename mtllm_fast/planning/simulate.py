@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -20,10 +20,10 @@ from ..models.adapters import AdaptedModel
 from ..models.attention import AttentionPlan
 from ..models.mtllm import MTLLMConfig
 from .accounting import Accounting, Rates
+from .parts import forward_parts
 
 PACKED, PADDED = "mtllm_plan_packed", "mtllm_plan_padded"
 NF4_BYTES = 0.5 + 0.127 / 8  # per weight, with double quantisation: 4.127 bits
-BASE_PARTS = ("encoder", "projection", "LLM teacher", "LLM student", "loss", "backward")
 
 
 @dataclass(frozen=True)
@@ -226,8 +226,15 @@ def ours(
     trained = _prepare(model)
     acc = Accounting(rates, architecture)
     squares = [sum(side[i] ** 2 for side in lengths) for i in (0, 1)]
+
+    @contextmanager
+    def book(name: str) -> Iterator[None]:
+        acc.attention_pairs = squares[1 if name == "LLM teacher" else 0]
+        with acc.part(name):
+            yield
+
     with ExitStack() as parts:
-        _hooks(model, acc, parts, squares)
+        parts.enter_context(forward_parts(model, book))
         if architecture == "cpu":
             parts.enter_context(patch.object(torch.nn.functional, "scaled_dot_product_attention", _cpu_attention))
         with acc:
@@ -246,30 +253,6 @@ def ours(
     })  # fmt: skip
     static = static_memory(spec, model, model.encoder, model.llm.model)
     return _cost(acc, spec, static, lengths, tokens, trained)
-
-
-def _hooks(model: MTLLM, acc: Accounting, parts: ExitStack, squares: list[int]) -> None:
-    """Book the forward of every part to its name."""
-    assert model.encoder is not None and model.llm is not None and model.projection is not None
-    open_parts: list[Any] = []
-
-    def enter(name: str | None, pairs: int) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:
-            label = name or ("LLM student" if torch.is_grad_enabled() else "LLM teacher")
-            acc.attention_pairs = squares[1] if label == "LLM teacher" else pairs
-            open_parts.append(acc.part(label))
-            open_parts[-1].__enter__()
-
-        return hook
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        open_parts.pop().__exit__(None, None, None)
-
-    for module, name in ((model.encoder, "encoder"), (model.projection, "projection"), (model.llm, None)):
-        for handle in (
-            module.register_forward_pre_hook(enter(name, squares[0])), module.register_forward_hook(leave)
-        ):  # fmt: skip
-            parts.callback(handle.remove)
 
 
 class _Padded(AdaptedModel):

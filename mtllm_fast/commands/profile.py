@@ -1,0 +1,98 @@
+"""mtllm profile."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from ..losses import DistillationWeights
+from ..models import LoraSettings
+
+
+@dataclass
+class Profile:
+    """Where the time of one step goes: tokenise, pack, transfer, encoder, projection, LLM, loss, backward, optimizer.
+
+    Example: mtllm profile --encoder NLLB --llm LLAMA --text F.jsonl --bf16 --trace trace.json
+    """
+
+    model: str = ""
+    """A saved stack; or name encoder and llm."""
+    encoder: str = ""
+    llm: str = ""
+    text: str = ""
+    """Text that is read, as for `mtllm adapt`."""
+    text_column: str = "text"
+    language: str = "eng_Latn"
+    mode: Literal["adapt", "encode"] = "adapt"
+    """adapt: a training step of general adaptation; encode: pooled embeddings."""
+    loss: DistillationWeights = field(default_factory=DistillationWeights)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    tokens: int = 4096
+    """Token budget of a pack."""
+    max_length: int = 512
+    """Longer texts are cut to this many tokens."""
+    steps: int = 5
+    rows: int = 4096
+    """Texts that are read."""
+    bf16: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    trace: str = ""
+    """Write a Chrome trace of one more step to this file (chrome://tracing, Perfetto)."""
+    json: str = ""
+    """Also write the figures to this file, for `mtllm report`."""
+
+    def run(self) -> None:
+        import torch
+        from rich.console import Console
+        from rich.table import Table
+
+        from ..data.read import read_rows
+        from ..models import MTLLM
+        from ..planning.profile import profile_steps
+
+        if bool(self.model) == bool(self.encoder and self.llm):
+            raise ValueError("name either --model, or both --encoder and --llm")
+        if not self.text:
+            raise ValueError("--text is missing: name a file, folder, glob or hub dataset")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: no CUDA device is visible; see `mtllm doctor`")
+        device = "cuda" if torch.cuda.is_available() and self.device != "cpu" else "cpu"
+        rows = list(islice(read_rows(self.text, text_column=self.text_column, language=self.language), self.rows))
+        if not rows:
+            raise ValueError(f"--text {self.text}: holds no usable row")
+        dtype = torch.bfloat16 if self.bf16 and device == "cuda" else torch.float32
+        if self.model:
+            model = MTLLM.from_pretrained(self.model, dtype=dtype)
+        else:
+            model = MTLLM.stack(self.encoder, self.llm, lora=self.lora, dtype=dtype)
+        assert model.tokenizer is not None
+        model.tokenizer.max_mt_tokens = model.tokenizer.max_llm_tokens = min(self.max_length, self.tokens)
+        result = profile_steps(
+            model.to(device), rows, mode=self.mode, loss=self.loss, tokens=self.tokens, steps=self.steps,
+            bf16=self.bf16, trace=self.trace or None,
+        )  # fmt: skip
+        medians = result.medians()
+        whole = sum(medians.values())
+        shown = Table(title=f"one {self.mode} step on {device}, median of {self.steps}", title_justify="left")
+        for name in ("part", "ms", "share"):
+            shown.add_column(name, justify="left" if name == "part" else "right")
+        for part, seconds in medians.items():
+            shown.add_row(part, f"{1e3 * seconds:.2f}", f"{seconds / whole:.1%}")
+        shown.add_row("whole step", f"{1e3 * whole:.2f}", "")
+        console = Console()
+        console.print(shown)
+        tokens = sum(result.mt_tokens) or sum(result.llm_tokens)
+        console.print(
+            f"{sum(result.texts) / whole / self.steps:,.1f} texts/s, {tokens / whole / self.steps:,.0f} tokens/s, "
+            f"{tokens / self.steps / self.tokens:.1%} of the token budget used",
+            highlight=False,
+        )
+        if self.trace:
+            console.print(f"trace: {self.trace}", highlight=False)
+        if self.json:
+            record = {"settings": asdict(self), "medians": medians, **asdict(result)}
+            Path(self.json).write_text(json.dumps(record, indent=1), encoding="utf-8")

@@ -1,0 +1,48 @@
+"""The parts of a forward pass of the stack, told apart by hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..models import MTLLM
+
+
+@contextmanager
+def forward_parts(model: MTLLM, book: Callable[[str], AbstractContextManager[None]]) -> Iterator[None]:
+    """Inside the block, "encoder", "projection", "LLM teacher" (no gradient) and "LLM student" run inside `book(name)`.
+
+    Where nothing wants a gradient, as in `encode`, the LLM's only pass is the student's: it reads projected states.
+    """
+    open_parts: list[AbstractContextManager[None]] = []
+
+    def enter(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            part = name
+            if name == "LLM":
+                student = torch.is_grad_enabled() or "embeds" in kwargs
+                part = "LLM student" if student else "LLM teacher"
+            open_parts.append(book(part))
+            open_parts[-1].__enter__()
+
+        return hook
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        open_parts.pop().__exit__(None, None, None)
+
+    handles = []
+    for module, name in ((model.encoder, "encoder"), (model.projection, "projection"), (model.llm, "LLM")):
+        if module is not None:
+            handles += [
+                module.register_forward_pre_hook(enter(name), with_kwargs=True),
+                module.register_forward_hook(leave),
+            ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
