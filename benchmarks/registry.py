@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .common import Record, relative_error
 
-MODULES = ("linear_kl", "packed_path")
+MODULES = ("linear_kl", "packed_path", "attention", "lora", "joint_pass", "steps")
 Size = Mapping[str, Any]  # "label" and the keyword arguments of `make`
 
 
@@ -80,8 +80,7 @@ class Case:
     the 2-norm, by dtype). small(problem) -> the problem the gate runs on, where the whole is too large for fp64.
     work(problem) -> Work; floor_variant: the variant whose time is the floor, where bytes and FLOPs say nothing.
     warm: keyword arguments of a tiny problem that loads the libraries before memory is measured.
-    ratios: (numerator, denominator, "time", "forward" or "memory", the most it should be), stated for the sizes `aimed`
-    (all where it is empty).
+    aims: by size label, (numerator, denominator, "time", "forward" or "memory", the most that their ratio should be).
     """
 
     name: str
@@ -97,8 +96,7 @@ class Case:
     floor_variant: str = ""
     small: Callable[[Any], Any] | None = None
     dtypes: Mapping[str, str] = field(default_factory=lambda: {"cpu": "fp32", "cuda": "bf16"})
-    ratios: tuple[tuple[str, str, str, float], ...] = ()
-    aimed: tuple[str, ...] = ()
+    aims: Mapping[str, tuple[tuple[str, str, str, float], ...]] = field(default_factory=dict)
     sources: tuple[str, ...] = ("kernels/*.py",)
     parse: Callable[[str], Size] | None = None
 

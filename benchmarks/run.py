@@ -1,6 +1,6 @@
 """Measures registered cases: gate first, then all variants interleaved, memory, host syncs, share of the floor.
 
-    python -m benchmarks.run linear_kl --device cpu --json F        the same as `mtllm bench linear_kl ...`
+python -m benchmarks.run linear_kl --device cpu --json F        the same as `mtllm bench linear_kl ...`
 """
 
 from __future__ import annotations
@@ -135,7 +135,9 @@ def time_records(
     for name, values in times.items():
         record = records[name]
         record.round_ms = [t / inner[name] for t in values]
-        record.time_ms, record.time_ms_p20, record.time_ms_p80 = (percentile(record.round_ms, q) for q in (0.5, 0.2, 0.8))
+        record.time_ms, record.time_ms_p20, record.time_ms_p80 = (
+            percentile(record.round_ms, q) for q in (0.5, 0.2, 0.8)
+        )
         if device != "cpu":
             record.host_syncs = host_syncs(runs[name])
     if hasattr(problem, "backward"):
@@ -249,7 +251,7 @@ def ratios(case: Case, records: list[Record]) -> list[dict[str, Any]]:
     """The case's aims at one size: median, p20 and p80 of the ratios within each round, where both ran side by side."""
     by_name = {r.variant: r for r in records}
     rows: list[dict[str, Any]] = []
-    for top, bottom, quantity, aim in case.ratios if records[0].size in case.aimed or not case.aimed else ():
+    for top, bottom, quantity, aim in case.aims.get(records[0].size, ()):
         a, b = by_name.get(top), by_name.get(bottom)
         if a is None or b is None or "fail" in (a.gate, b.gate):
             continue

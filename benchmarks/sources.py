@@ -22,7 +22,11 @@ def code_lines(text: str) -> list[str]:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
             first = node.body[0]
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            if (
+                isinstance(first, ast.Expr)
+                and isinstance(first.value, ast.Constant)
+                and isinstance(first.value.value, str)
+            ):
                 dropped.update(range(first.lineno, (first.end_lineno or first.lineno) + 1))
     lines = [line.rstrip() for n, line in enumerate(text.splitlines(), 1) if n not in dropped]
     return [line for line in lines if line and not line.lstrip().startswith("#")]
