@@ -231,7 +231,7 @@ TRAIN_ROW = {"passage": "P.", "question": "Q?", **{f"answer{i}": str(i) for i in
          ["ar", "zh"], ("zh", "test", "zh", "test"), NLI_ROW, TextRow("p", "zho_Hans", "h", 2, "0")),
         ("americasnli", "nala-cub/americas_nli", ["all_languages", "aym", "oto"], ["validation", "test"],
          ["aym", "oto"], ("aym", "dev", "aym", "validation"), NLI_ROW, TextRow("p", "ayr_Latn", "h", 2, "0")),
-        ("belebele", "facebook/belebele", ["acm_Arab", "eng_Latn"], ["test"],
+        ("belebele", "facebook/belebele", ["acm_Arab", "default", "eng_Latn"], ["test"],
          ["acm_Arab", "eng_Latn"], ("acm_Arab", "test", "acm_Arab", "test"), BELEBELE,
          TextRow("Make sure your hand is relaxed. What would not be accurate?", "acm_Arab", None, 2,
                  "https://en.wikibooks.org/wiki/Accordion#1", tuple(f"answer {i}" for i in range(1, 5)))),
@@ -313,3 +313,8 @@ def test_wrong_labels_are_counted(tmp_path):
     put(tmp_path / "english/test.csv", "id,text,label\n0,a,neutral\n1,b,\n2,c,\n")
     with pytest.raises(ValueError, match=r"row 1 has no label \(2 of 3 have none\)"):
         TASKS["nusax"].rows(tmp_path, "english")
+
+
+def test_long_fields(tmp_path):
+    put(tmp_path / "english/test.csv", f"id,text,label\n0,{'word ' * 60_000},neutral\n")
+    assert len(TASKS["nusax"].rows(tmp_path, "english")[0].text) == 300_000

@@ -2,8 +2,7 @@
 
 The corpus reader (`data.read`) skips a row that fails and goes on. An evaluation set must keep every row, in order, or
 stop: a missing row would shift row-aligned labels and change a published score. So these readers raise on anything
-    malformed, and
-they know the two things benchmark files do that corpora do not: no header, and no quoting.
+malformed, and they know the two things benchmark files do that corpora do not: no header, and no quoting.
 """
 
 from __future__ import annotations
@@ -15,6 +14,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from ...data.formats import MAX_ROW_BYTES
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
 ENDINGS = (*SUFFIXES, *(f"{suffix}.gz" for suffix in SUFFIXES if suffix != ".parquet"))
@@ -102,6 +103,7 @@ def _table(path: Path, delimiter: str, header: tuple[str, ...] | None, quoted: b
 
 
 def _quoted_lines(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))
     reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
     try:
         for fields in reader:

@@ -37,12 +37,12 @@ class HubSet:
     def languages(self, configs: Iterable[str]) -> list[str]:
         """The task's codes of the languages among a set's configurations, sorted."""
         code = {config: language for language, config in self.configs.items()}
-        kept = (config for config in configs if config not in _UNIONS and (not self.closed or config in code))
+        kept = (config for config in configs if config in code or not (self.closed or config in _UNIONS))
         return sorted(code.get(config, config) for config in kept)
 
 
-# configurations of multilingual hub sets that are unions of the others
-_UNIONS = ("all_languages", "all")
+# configurations of multilingual hub sets that are no language but several
+_UNIONS = ("all_languages", "all", "default")
 
 
 def looks_like_hub_name(source: str) -> bool:
