@@ -11,10 +11,7 @@ import tyro
 
 @dataclass
 class Convert:
-    """Read a model in a published layout (--from) into an MTLLM folder, or write an MTLLM folder in that layout (--to).
-
-    LoRA weights are merged on the way out. Give exactly one of --from and --to.
-    """
+    """Read a model in a published layout (--from) into an MTLLM folder, or write one in it, LoRA merged (--to)."""
 
     model: str = ""
     """Folder to read."""

@@ -28,7 +28,7 @@ from .llm import PackedLLM
 from .projection import Projection, ProjectionConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from ..data.collate import Batch
 
@@ -331,6 +331,12 @@ class MTLLM(nn.Module):
             padded = states.new_zeros((*keep.shape, states.shape[-1]))
             states = padded.masked_scatter(keep[..., None], states)
         return MTLLMOutput(states, pooled, logits)
+
+    def generate(self, texts: Sequence[str], languages: str | Sequence[str] = "eng_Latn", **options: Any) -> list[str]:
+        """What the LLM writes after reading `texts` through the encoder; options of `models.generate.generate`."""
+        from .generate import generate
+
+        return generate(self, texts, languages, **options)
 
     def describe(self) -> dict[str, Any]:
         """Parameter counts: all and trainable."""

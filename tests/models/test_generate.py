@@ -98,7 +98,7 @@ def _fails(*_: Any) -> list[int]:
 
 def test_texts_prompts_per_text_and_generation_config(model: MTLLM) -> None:
     config = GenerationConfig(max_new_tokens=5, num_beams=3, num_return_sequences=2)
-    texts = generate(model, TEXTS, LANGUAGES, after=[f"\n{i}" for i in range(6)], generation_config=config)
+    texts = model.generate(TEXTS, LANGUAGES, after=[f"\n{i}" for i in range(6)], generation_config=config)
     ids = generate_ids(model, TEXTS, LANGUAGES, after=[f"\n{i}" for i in range(6)], generation_config=config)
     assert texts == model.tokenizer.llm.batch_decode(ids, skip_special_tokens=True)
     assert len(texts) == 12 and all(len(row) <= 5 for row in ids)
