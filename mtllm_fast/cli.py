@@ -19,6 +19,7 @@ COMMANDS = {
         "demo:Demo",
         "watch the whole method in a generated world, with no download (about ten minutes on 2 cores)",
     ),
+    "tokenize": ("tokenize:Tokenize", "tokenise text once into memory-mapped files that `adapt` reads"),
     "adapt": ("train:Adapt", "stage 1: stack an MT encoder into an LLM by self-distillation on English text"),
     "finetune": ("train:Finetune", "stage 2: train the task teacher (--llm), or a baseline (--encoder, --model)"),
     "distill": ("train:Distill", "stage 3: distil the task teacher into an adapted stack"),

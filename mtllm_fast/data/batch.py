@@ -95,6 +95,13 @@ class TokenizedRows:
         ends = [self.sides[name].ends[i] for i in index]
         return np.concatenate(ends), np.repeat(np.arange(len(ends)), [len(e) for e in ends])
 
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def totals(self) -> dict[str, tuple[int, int]]:
+        """(tokens, rows cut) by side."""
+        return {name: (sum(map(len, side.ids)), side.truncated) for name, side in self.sides.items()}
+
     def costs(self) -> list[tuple[int, ...]]:
         return list(zip(*([len(ids) for ids in side.ids] for side in self.sides.values()), strict=True))
 

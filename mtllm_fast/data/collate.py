@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +21,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from mtllm_fast.data.batch import SIDES, Batch, TokenizedRows, check_sides, tokenise_rows
 from mtllm_fast.data.pack import token_budget_packs
 from mtllm_fast.data.read import TextRow
+from mtllm_fast.data.store import StoredRows, TokenStore
 from mtllm_fast.data.tokenise import StackTokenizer
+
+T = TypeVar("T")
 
 
 def collate(
@@ -53,7 +56,7 @@ class _Window:
     """What a worker sends: tokenised rows and how they are packed; or the end of its stream; or an error."""
 
     index: int
-    rows: TokenizedRows | None = None
+    rows: TokenizedRows | StoredRows | None = None
     packs: tuple[tuple[int, ...], ...] = ()
     fallbacks: Counter[str] = dataclasses.field(default_factory=Counter)
     source: Any = None
@@ -93,7 +96,8 @@ class PackedDataset(IterableDataset):
     Iterate it directly, or through `PackedLoader` for worker processes.
 
     Args:
-        rows: a re-iterable of TextRow, such as `read_rows(...)` or a list.
+        rows: a re-iterable of TextRow, such as `read_rows(...)` or a list, or a TokenStore of rows tokenised before:
+            the batches are the same, but every rank reads no more than its own.
         tokenizer: StackTokenizer.
         max_tokens: budget of one batch on each side; at least the tokenizer's limits.
         max_rows: at most so many rows in a batch.
@@ -112,7 +116,7 @@ class PackedDataset(IterableDataset):
 
     def __init__(
         self,
-        rows: Iterable[TextRow],
+        rows: Iterable[TextRow] | TokenStore,
         tokenizer: StackTokenizer,
         *,
         max_tokens: int = 4096,
@@ -146,6 +150,8 @@ class PackedDataset(IterableDataset):
                 raise ValueError(f"{name} must be at least {least}, got {given[name]}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in [0, world_size {world_size}), got {rank}")
+        if isinstance(rows, TokenStore):
+            rows.check(tokenizer, self.sides)
         self.rows = rows
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
@@ -186,9 +192,13 @@ class PackedDataset(IterableDataset):
             return
         yield _Window(-1, source=getattr(self.rows, "counts", None))
 
-    def _window(self, index: int, chunk: list[TextRow]) -> _Window:
+    def _window(self, index: int, chunk: list[Any]) -> _Window:
         before = self.tokenizer.fallback_counts.copy()
-        rows = tokenise_rows(chunk, self.tokenizer, self.sides)
+        rows: TokenizedRows | StoredRows
+        if isinstance(self.rows, TokenStore):
+            rows = StoredRows(self.rows, np.array(chunk, dtype=np.int64), self.sides)
+        else:
+            rows = tokenise_rows(chunk, self.tokenizer, self.sides)
         packs = token_budget_packs(rows.costs(), self.max_tokens, self.max_rows)
         order = np.random.default_rng([self.seed, self.epoch, index]).permutation(len(packs))
         return _Window(
@@ -202,9 +212,11 @@ class PackedDataset(IterableDataset):
     def _batches(self, windows: Iterable[_Window]) -> Iterator[Batch]:
         """This rank's batches; only here is the number of earlier packs known, and with it whose turn it is."""
         self.counters = StreamCounts()
+        if isinstance(self.rows, TokenStore):
+            self.counters.truncated.update({side: self.rows.truncated[side] for side in self.sides})
         turn = 0
         skip = self.start_batch * self.world_size
-        last: tuple[TokenizedRows, tuple[int, ...]] | None = None
+        last: tuple[TokenizedRows | StoredRows, tuple[int, ...]] | None = None
         expected = 0
         for window in windows:
             if window.error is not None:
@@ -228,22 +240,22 @@ class PackedDataset(IterableDataset):
     def _count(self, window: _Window) -> None:
         assert window.rows is not None
         counts = self.counters
-        counts.rows += len(window.rows.ids)
+        counts.rows += len(window.rows)
         counts.packs += len(window.packs)
         counts.budget += len(window.packs) * self.max_tokens
         counts.fallbacks.update(window.fallbacks)
-        for name, side in window.rows.sides.items():
-            counts.tokens[name] += sum(len(ids) for ids in side.ids)
-            counts.truncated[name] += side.truncated
+        for name, (tokens, truncated) in window.rows.totals().items():
+            counts.tokens[name] += tokens
+            counts.truncated[name] += truncated
 
 
-def _shuffled(rows: Iterable[TextRow], size: int, seed: str) -> Iterator[TextRow]:
+def _shuffled(rows: Iterable[T], size: int, seed: str) -> Iterator[T]:
     """The stream through a buffer of `size` rows from which a random one leaves whenever one enters."""
     if size == 0:
         yield from rows
         return
     rng = random.Random(seed)
-    buffer: list[TextRow] = []
+    buffer: list[T] = []
     for row in rows:
         if len(buffer) < size:
             buffer.append(row)

@@ -15,6 +15,7 @@ from transformers import set_seed
 
 from ..data.collate import Batch
 from ..data.read import TextRow
+from ..data.store import TokenStore
 from ..losses import DistillationLoss, DistillationWeights, LossTerm
 from ..models import MTLLM, LoraSettings, ProjectionConfig
 from .config import OptimSettings
@@ -70,8 +71,10 @@ class AdaptStep(TrainStep):
         return self.loss(student, teacher, batch, lm_head=head)
 
 
-def adapt(config: AdaptConfig, rows: Iterable[TextRow], source: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Run stage 1 on `rows` (re-iterable, e.g. `read_rows(...)`); the model ends in `config.output`.
+def adapt(
+    config: AdaptConfig, rows: Iterable[TextRow] | TokenStore, source: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Run stage 1 on `rows` (re-iterable, e.g. `read_rows(...)`, or a store); the model ends in `config.output`.
 
     Args:
         source: where the rows come from, recorded with the run and compared on resume.
@@ -98,6 +101,8 @@ def adapt(config: AdaptConfig, rows: Iterable[TextRow], source: dict[str, Any] |
     )
     assert student.tokenizer is not None
     if config.init_rows:
+        if isinstance(rows, TokenStore):
+            raise ValueError(f"init_rows={config.init_rows}: the projection is fitted on text, not on a token store")
         fit_projection(student, rows, config.init_rows)
     assert student.projection is not None
     student.projection.requires_grad_(config.train_projection)

@@ -1,0 +1,68 @@
+"""mtllm tokenize."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Tokenize:
+    """Tokenise text once, on both sides, into memory-mapped files that `mtllm adapt --text FOLDER` reads.
+
+    A run on many GPUs then tokenises nothing, and every process reads only its own batches. A call that was killed
+    goes on where it was.
+    Example: mtllm tokenize --encoder NLLB --llm LLAMA --text HuggingFaceFW/fineweb:sample-10BT --output tokens
+    """
+
+    encoder: str = ""
+    """MT encoder: folder or hub name."""
+    llm: str = ""
+    """Causal LM: folder or hub name."""
+    text: str = ""
+    """As for `mtllm adapt`."""
+    output: str = ""
+    """Folder to write."""
+    text_column: str = "text"
+    language: str = "eng_Latn"
+    """MT code of the text's language."""
+    language_column: str | None = None
+    split: str = "train"
+    limit: int | None = None
+    """Read at most this many rows."""
+    max_length: int = 512
+    """Longer texts are truncated to this many tokens by each tokenizer, and counted."""
+    shard_rows: int = 65536
+    """Rows of one shard; a call that goes on repeats at most so many."""
+
+    def run(self) -> None:
+        from ..data.read import read_rows
+        from ..data.store import write_store
+        from ..inference.progress import progress_bar
+        from ..models import MTLLMConfig
+        from ..models.storage import base_tokenizer
+
+        for name in ("encoder", "llm", "text", "output"):
+            if not getattr(self, name):
+                raise ValueError(f"--{name} is missing")
+        rows = read_rows(
+            self.text, text_column=self.text_column, language=self.language, language_column=self.language_column,
+            split=self.split, limit=self.limit,
+        )  # fmt: skip
+        tokenizer = base_tokenizer(MTLLMConfig(encoder=self.encoder, llm=self.llm), self.max_length, self.max_length)
+        seen = 0
+        with progress_bar("tokenize", self.limit, True) as advance:
+
+            def report(done: int) -> None:
+                nonlocal seen
+                advance(done - seen)
+                seen = done
+
+            made = write_store(
+                rows, tokenizer, self.output, shard_rows=self.shard_rows, source=rows.identity(), on_progress=report
+            )
+        before = f" ({made.resumed:,} were there before)" if made.resumed else ""
+        cut = ", ".join(f"{count:,} cut on the {side} side" for side, count in made.truncated.items() if count)
+        print(
+            f"tokenize: {made.rows:,} rows{before}, {made.tokens['mt']:,} MT and {made.tokens['llm']:,} LLM tokens -> "
+            f"{self.output}{'; ' + cut if cut else ''}"
+        )

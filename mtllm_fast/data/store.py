@@ -1,0 +1,297 @@
+"""Tokenised rows on disk: made once, memory-mapped by every process of every run.
+
+    store.json               what the rows were made from and with, and the shards in order; written last
+    shard-00000/             one folder per `shard_rows` rows, complete as soon as it has this name
+        mt.ids.npy           (tokens,) int32          mt.starts.npy      (rows + 1,) int64
+        mt.ends.npy          (tokens,) int32, as in TokenizedSide
+        mt.truncated.npy     (1,) int64, rows cut     the same for llm.
+        labels.npy           (rows,) int64            only where rows have labels
+        names.npy, name_starts.npy                    row ids as UTF-8, only where rows have ids
+
+A run that is killed leaves complete shards and at most one temporary folder; the same call goes on after the shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mtllm_fast.data.batch import Batch, TokenizedRows, check_sides, tokenise_rows
+from mtllm_fast.data.read import TextRow
+from mtllm_fast.data.tokenise import StackTokenizer, TokenizedSide
+
+STORE_FILE = "store.json"
+_WINDOW = 2048
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class StoreReport:
+    """What came of `write_store`: rows, how many of them were there before, tokens and rows cut by side."""
+
+    rows: int
+    resumed: int
+    tokens: dict[str, int]
+    truncated: dict[str, int]
+
+
+def tokenizer_key(tokenizer: StackTokenizer, sides: Sequence[str]) -> dict[str, Any]:
+    """Plain data that tells whether another StackTokenizer makes the same tokens on `sides`."""
+    key: dict[str, Any] = {"pair_separator": tokenizer.pair_separator, "fallbacks": dict(tokenizer.fallbacks)}
+    for side in sides:
+        inner = getattr(tokenizer, side)
+        state = json.loads(inner.backend_tokenizer.to_str())
+        # padding and truncation are what the last call left there; the StackTokenizer uses neither
+        state = {k: v for k, v in state.items() if k not in ("padding", "truncation")}
+        digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
+        digest.update(str((inner.bos_token_id, inner.eos_token_id)).encode())
+        key[side] = {"tokenizer": digest.hexdigest()[:16], "limit": getattr(tokenizer, f"max_{side}_tokens")}
+    return key
+
+
+def write_store(
+    rows: Iterable[TextRow],
+    tokenizer: StackTokenizer,
+    folder: str | Path,
+    *,
+    sides: Sequence[str] = ("mt", "llm"),
+    shard_rows: int = 65536,
+    source: Any = None,
+    on_progress: Any = None,
+) -> StoreReport:
+    """Tokenise `rows` into `folder`, going on after the complete shards of a call that was killed.
+
+    Args:
+        rows: re-iterable; rows with choices are refused.
+        source: plain data that names the rows, such as `RowStream.identity()`; compared before going on.
+        on_progress: called with the number of rows done after every window.
+
+    Raises:
+        ValueError: the folder holds a store of other rows or tokenizers, or is complete already; no rows; choices.
+    """
+    folder, sides = Path(folder), check_sides(sides, tokenizer)
+    if shard_rows < 1:
+        raise ValueError(f"shard_rows={shard_rows}: must be at least 1")
+    made = {
+        "format": _FORMAT, "sides": list(sides), "shard_rows": shard_rows, "tokenizer": tokenizer_key(tokenizer, sides),
+        "source": json.loads(json.dumps(source)),
+    }  # fmt: skip
+    if (folder / STORE_FILE).exists():
+        raise ValueError(f"{folder} holds a complete token store: delete it or name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    _check_started(folder, made)
+    shards = sorted(path.name for path in folder.glob("shard-*") if path.is_dir())
+    done = len(shards) * shard_rows
+    stream = islice(iter(rows), done, None)
+    position = done
+    while chunk := list(islice(stream, shard_rows)):
+        name = f"shard-{len(shards):05d}"
+        _write_shard(folder, name, chunk, tokenizer, sides, position, on_progress)
+        shards.append(name)
+        position += len(chunk)
+    if not shards:
+        raise ValueError("rows: the source holds no usable row")
+    counts = getattr(rows, "counts", None)
+    skipped = {"empty": counts.empty, "failed": counts.failed} if counts is not None else {}
+    _write_json(folder / STORE_FILE, {**made, "shards": shards, "skipped": skipped})
+    store = TokenStore(folder)
+    tokens = {side: int(sum(shard[f"{side}.starts"][-1] for shard in store.shards)) for side in sides}
+    return StoreReport(len(store), min(done, len(store)), tokens, store.truncated)
+
+
+def _check_started(folder: Path, made: dict[str, Any]) -> None:
+    """What a killed call began must be what this one goes on with."""
+    begun = folder / "begun.json"
+    if begun.exists():
+        before = json.loads(begun.read_text(encoding="utf-8"))
+        for name, value in made.items():
+            if before.get(name) != value:
+                raise ValueError(f"{folder} was begun with another {name}: delete it or name another folder")
+    else:
+        if any(folder.glob("shard-*")):
+            raise ValueError(f"{folder} holds shards of an unknown store: delete it or name another folder")
+        _write_json(begun, made)
+    for left in folder.glob(".shard-*"):
+        shutil.rmtree(left)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as handle:
+        json.dump(data, handle, indent=1)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
+
+
+def _write_shard(
+    folder: Path,
+    name: str,
+    rows: list[TextRow],
+    tokenizer: StackTokenizer,
+    sides: Sequence[str],
+    position: int,
+    on_progress: Any,
+) -> None:
+    parts: dict[str, list[NDArray[Any]]] = {}
+    for start in range(0, len(rows), _WINDOW):
+        window = rows[start : start + _WINDOW]
+        if any(row.choices is not None for row in window):
+            raise ValueError("choices: a token store holds texts and pairs, multiple choice is tokenised as it is read")
+        for side, made in tokenise_rows(window, tokenizer, sides).sides.items():
+            parts.setdefault(f"{side}.ids", []).extend(ids.astype(np.int32) for ids in made.ids)
+            parts.setdefault(f"{side}.ends", []).extend(made.ends)
+            parts.setdefault(f"{side}.truncated", []).append(np.array([made.truncated]))
+        if on_progress is not None:
+            on_progress(position + start + len(window))
+    arrays: dict[str, NDArray[Any]] = {}
+    for side in sides:
+        lengths = [len(ids) for ids in parts[f"{side}.ids"]]
+        arrays[f"{side}.starts"] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        for part in ("ids", "ends"):
+            arrays[f"{side}.{part}"] = np.concatenate(parts[f"{side}.{part}"])
+        arrays[f"{side}.truncated"] = np.array([np.sum(parts[f"{side}.truncated"])], dtype=np.int64)
+    if any(row.label is not None for row in rows):
+        if any(row.label is None for row in rows):
+            raise ValueError("label: some rows of a shard have a label and some have none")
+        arrays["labels"] = np.array([row.label for row in rows], dtype=np.int64)
+    if any(row.id is not None for row in rows):
+        names = [(row.id or "").encode() for row in rows]
+        arrays["name_starts"] = np.concatenate([[0], np.cumsum([len(n) for n in names])]).astype(np.int64)
+        arrays["names"] = np.frombuffer(b"".join(names), dtype=np.uint8)
+    temporary = folder / f".{name}.{os.getpid()}"
+    temporary.mkdir()
+    for key, array in arrays.items():
+        with (temporary / f"{key}.npy").open("wb") as handle:
+            np.save(handle, array)
+            handle.flush()
+            os.fsync(handle.fileno())
+    os.rename(temporary, folder / name)
+
+
+class TokenStore:
+    """A complete store, opened. Give it to a PackedDataset, or to `adapt`, in place of rows.
+
+    Args:
+        folder: written by `write_store`.
+
+    Attributes:
+        sides: which of "mt" and "llm" it holds. shards: memory-mapped arrays by name, one mapping per shard.
+
+    Raises:
+        ValueError: the folder is no store, is not complete, or damaged.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        path = self.folder / STORE_FILE
+        if not path.is_file():
+            begun = (self.folder / "begun.json").is_file()
+            what = "is not complete: run the same `mtllm tokenize` again" if begun else "is no token store"
+            raise ValueError(f"{self.folder} {what}")
+        try:
+            self.made = json.loads(path.read_text(encoding="utf-8"))
+            self.sides = tuple(self.made["sides"])
+            self.shards = [
+                {file.stem: np.load(file, mmap_mode="r") for file in sorted((self.folder / name).glob("*.npy"))}
+                for name in self.made["shards"]
+            ]
+            sizes = [len(shard[f"{self.sides[0]}.starts"]) - 1 for shard in self.shards]
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{self.folder} is damaged ({error}): tokenise the text again") from None
+        self.first = np.concatenate([[0], np.cumsum(sizes)])
+        self._lengths = {
+            side: np.concatenate([np.diff(shard[f"{side}.starts"]) for shard in self.shards]) for side in self.sides
+        }
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self)))
+
+    @property
+    def truncated(self) -> dict[str, int]:
+        """Rows that were cut, by side."""
+        return {side: int(sum(shard[f"{side}.truncated"][0] for shard in self.shards)) for side in self.sides}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenStore, (self.folder,)
+
+    def check(self, tokenizer: StackTokenizer, sides: Sequence[str]) -> None:
+        """Raise ValueError unless `tokenizer` would make these tokens on `sides`."""
+        for side in sides:
+            if side not in self.sides:
+                raise ValueError(f"{self.folder} holds the sides {', '.join(self.sides)}, but {side!r} is needed")
+        mine, asked = self.made["tokenizer"], json.loads(json.dumps(tokenizer_key(tokenizer, sides)))
+        for name, value in asked.items():
+            if mine.get(name) != value:
+                raise ValueError(
+                    f"{self.folder} was tokenised with another {name} ({mine.get(name)}, now {value}): do it again"
+                )
+
+    def identity(self) -> dict[str, Any]:
+        """Plain data that names these rows."""
+        digest = hashlib.sha256((self.folder / STORE_FILE).read_bytes())
+        return {"store": str(self.folder), "key": digest.hexdigest()[:16]}
+
+    def lengths(self, index: NDArray[np.int64], sides: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+        """Tokens of the rows of these numbers, by side."""
+        return {side: self._lengths[side][index] for side in sides}
+
+    def take(self, index: NDArray[np.int64], sides: Sequence[str]) -> TokenizedRows:
+        """Read the rows."""
+        shard_of = np.searchsorted(self.first, index, side="right") - 1
+        places = [(self.shards[s], int(i - self.first[s])) for s, i in zip(shard_of.tolist(), index.tolist())]
+        made = {}
+        for side in sides:
+            ids, ends = [], []
+            for shard, row in places:
+                start, stop = (int(x) for x in shard[f"{side}.starts"][row : row + 2])
+                ids.append(shard[f"{side}.ids"][start:stop].astype(np.int64))
+                ends.append(np.array(shard[f"{side}.ends"][start:stop]))
+            made[side] = TokenizedSide(ids, ends, 0)
+        labels = [int(shard["labels"][row]) if "labels" in shard else None for shard, row in places]
+        names = [_name(shard, row) for shard, row in places]
+        return TokenizedRows(made, labels, names)
+
+
+def _name(shard: dict[str, NDArray[Any]], row: int) -> str | None:
+    if "names" not in shard:
+        return None
+    start, stop = shard["name_starts"][row : row + 2]
+    return bytes(shard["names"][start:stop]).decode() or None
+
+
+@dataclass(frozen=True, eq=False)
+class StoredRows:
+    """Rows of a store that are read when a batch is cut from them; what a window of a PackedDataset holds."""
+
+    store: TokenStore
+    index: NDArray[np.int64]
+    sides: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def costs(self) -> list[tuple[int, ...]]:
+        lengths = self.store.lengths(self.index, self.sides)
+        return list(zip(*(lengths[side].tolist() for side in self.sides), strict=True))
+
+    def totals(self) -> dict[str, tuple[int, int]]:
+        """(tokens, rows cut) by side; the store counts the cut ones as a whole."""
+        return {side: (int(n.sum()), 0) for side, n in self.store.lengths(self.index, self.sides).items()}
+
+    def batch(self, chosen: Sequence[int], align: bool) -> Batch:
+        rows = self.store.take(self.index[list(chosen)], self.sides)
+        return rows.batch(range(len(chosen)), align)

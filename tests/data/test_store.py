@@ -1,0 +1,152 @@
+"""Rows tokenised before: the same batches as from text, after any kill, and refused where they are not these rows."""
+
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mtllm_fast.cli import main
+from mtllm_fast.data import PackedDataset, PackedLoader, StackTokenizer, TextRow, read_rows
+from mtllm_fast.data.store import TokenStore, write_store
+from tests.data.test_stream import OPTIONS, ROWS, fingerprint
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+
+@pytest.fixture
+def store(stack, tmp_path):
+    write_store(ROWS, stack, tmp_path / "store", shard_rows=40)
+    return TokenStore(tmp_path / "store")
+
+
+def batches(rows, stack, workers=0, **options):
+    return [fingerprint(b) for b in PackedLoader(PackedDataset(rows, stack, **(OPTIONS | options)), workers)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("options", [{}, {"rank": 1, "world_size": 3}, {"start_batch": 4, "epoch": 2}])
+def test_the_same_batches_as_from_text(stack, store, workers, options):
+    assert batches(store, stack, workers, **options) == batches(ROWS, stack, **options)
+
+
+def test_counts_and_report(stack, tmp_path):
+    stack.max_mt_tokens = stack.max_llm_tokens = 8
+    report = write_store(ROWS, stack, tmp_path / "s")
+    read, stored = (PackedDataset(rows, stack, **OPTIONS) for rows in (ROWS, TokenStore(tmp_path / "s")))
+    for dataset in (read, stored):
+        assert len(list(dataset)) > 1
+    assert read.counters.tokens == stored.counters.tokens == report.tokens
+    assert read.counters.truncated == stored.counters.truncated == report.truncated
+    assert report.truncated["mt"] > 0
+    assert (report.rows, report.resumed) == (150, 0)
+
+
+def test_only_one_side_and_no_labels(stack, tmp_path):
+    rows = [TextRow(f"the cat {i}") for i in range(5)]
+    write_store(rows, stack, tmp_path / "s", sides=("llm",))
+    store = TokenStore(tmp_path / "s")
+    batch = next(iter(PackedDataset(store, stack, sides=("llm",), align=False, max_tokens=512)))
+    assert batch.labels is None
+    assert batch.mt is None
+    assert batch.ids == (None,) * 5
+    with pytest.raises(ValueError, match="'mt' is needed"):
+        PackedDataset(store, stack, max_tokens=512)
+
+
+def test_goes_on_after_the_complete_shards(stack, tmp_path):
+    class Killed(Exception):
+        pass
+
+    def kill(done):
+        if done > 80:
+            raise Killed
+
+    with pytest.raises(Killed):
+        write_store(ROWS, stack, tmp_path / "s", shard_rows=40, source="a", on_progress=kill)
+    with pytest.raises(ValueError, match="is not complete: run the same"):
+        TokenStore(tmp_path / "s")
+    with pytest.raises(ValueError, match="begun with another source"):
+        write_store(ROWS, stack, tmp_path / "s", shard_rows=40, source="b")
+    assert write_store(ROWS, stack, tmp_path / "s", shard_rows=40, source="a").resumed == 80
+    assert batches(TokenStore(tmp_path / "s"), stack) == batches(ROWS, stack)
+    with pytest.raises(ValueError, match="holds a complete token store"):
+        write_store(ROWS, stack, tmp_path / "s", shard_rows=40, source="a")
+
+
+def test_other_tokens_are_refused(stack, store):
+    for change in ({"max_mt_tokens": 77}, {"pair_separator": " | "}):
+        other = StackTokenizer(stack.mt, stack.llm, **change)
+        with pytest.raises(ValueError, match="tokenised with another"):
+            PackedDataset(store, other, max_tokens=512)
+    store.check(pickle.loads(pickle.dumps(stack)), ("mt", "llm"))
+    stack.mt("padding leaves its settings behind", padding="max_length", max_length=9)
+    store.check(stack, ("mt", "llm"))
+
+
+def test_damage_is_named(stack, store):
+    first = store.folder / "shard-00000" / "mt.ids.npy"
+    first.write_bytes(first.read_bytes()[:20])
+    with pytest.raises(ValueError, match="is damaged"):
+        TokenStore(store.folder)
+    shutil.rmtree(store.folder / "shard-00000")
+    with pytest.raises(ValueError, match="is damaged"):
+        TokenStore(store.folder)
+    with pytest.raises(ValueError, match="is no token store"):
+        TokenStore(store.folder.parent)
+
+
+def test_bad_rows(stack, tmp_path):
+    with pytest.raises(ValueError, match="choices"):
+        write_store([TextRow("a", choices=("x", "y"))], stack, tmp_path / "a")
+    with pytest.raises(ValueError, match="no usable row"):
+        write_store([], stack, tmp_path / "b")
+    with pytest.raises(ValueError, match="some rows of a shard have a label"):
+        write_store([TextRow("a", label=1), TextRow("b")], stack, tmp_path / "c")
+
+
+def test_command_killed_and_resumed(encoder_folder, llm_folder, tmp_path):
+    text = tmp_path / "t.txt"
+    text.write_text("".join(f"the cat sat on mat number {i} and looked at the dog\n" for i in range(30_000)))
+    command = [
+        sys.executable, "-m", "mtllm_fast.cli", "tokenize", "--encoder", encoder_folder, "--llm", llm_folder,
+        "--text", str(text), "--output", str(tmp_path / "s"), "--max-length", "64", "--shard-rows", "4096",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(Path(tmp_path / "s").glob("shard-*")):
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "30,000 rows" in done.stdout
+    assert "there before" in done.stdout
+    tokenizer = StackTokenizer(*_tokenizers(encoder_folder, llm_folder), max_mt_tokens=64, max_llm_tokens=64)
+    write_store(read_rows(text), tokenizer, tmp_path / "whole", shard_rows=4096)
+    for file in sorted((tmp_path / "whole").glob("shard-*/*.npy")):
+        assert np.array_equal(np.load(file), np.load(tmp_path / "s" / file.parent.name / file.name))
+
+
+def _tokenizers(*folders):
+    from transformers import AutoTokenizer
+
+    return [AutoTokenizer.from_pretrained(folder) for folder in folders]
+
+
+def test_adapting_from_a_store_gives_the_same_weights(encoder_folder, llm_folder, tmp_path):
+    text = tmp_path / "t.txt"
+    text.write_text("".join(f"the cat sat on mat number {i}\n" for i in range(40)))
+    models = ["--encoder", encoder_folder, "--llm", llm_folder]
+    main(["tokenize", *models, "--text", str(text), "--output", str(tmp_path / "s"), "--max-length", "64"])
+    steps = ["--max-steps", "3", "--tokens", "128", "--max-length", "64", "--device", "cpu", "--no-progress"]
+    for name, source in (("a", text), ("b", tmp_path / "s")):
+        main(["adapt", *models, "--text", str(source), "--output", str(tmp_path / name), *steps])
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b"))
+    assert one == two
