@@ -239,7 +239,14 @@ class Run:
         elif one.translator is not None:
             translator = one.translator.get() if isinstance(one.translator, Lazy) else one.translator
             tokens = options.max_tokens or 8192
-            made = TranslateScorer(translator, reader, target=one.target, num_beams=one.num_beams, max_tokens=tokens)
+            made = TranslateScorer(
+                translator,
+                reader,
+                target=one.target,
+                keep=getattr(options.task, "fixed_words", ()),
+                num_beams=one.num_beams,
+                max_tokens=tokens,
+            )
         check_codes(options.language_map, options.languages, made.mt_languages)
         return made
 

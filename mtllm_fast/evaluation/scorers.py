@@ -161,8 +161,17 @@ class TranslateScorer:
 
     method = "translate-test"
 
-    def __init__(self, translator: Any, classifier: HeadScorer | ProbeScorer, *, target: str, **decoding: Any) -> None:
+    def __init__(
+        self,
+        translator: Any,
+        classifier: HeadScorer | ProbeScorer,
+        *,
+        target: str,
+        keep: Sequence[str] = (),
+        **decoding: Any,
+    ) -> None:
         self.translator, self.classifier, self.target, self.decoding = translator, classifier, target, decoding
+        self.keep = {"keep": keep} if keep else {}  # endings of the rows that are in the target language already
         self.mt_languages: Mapping[str, str] | None = _known_codes(translator.languages)
         self._before = (translator.truncated, translator.unfinished)
         settings = ", ".join(f"{key} {value}" for key, value in decoding.items())
@@ -174,7 +183,7 @@ class TranslateScorer:
     def logits(self, rows: Sequence[TextRow]) -> Logits:
         foreign = [index for index, row in enumerate(rows) if row.language != self.target]
         translated = self.translator.translate_rows(
-            [rows[index] for index in foreign], target=self.target, **self.decoding
+            [rows[index] for index in foreign], target=self.target, **self.keep, **self.decoding
         )
         english = list(rows)
         for index, row in zip(foreign, translated, strict=True):

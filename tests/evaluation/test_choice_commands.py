@@ -51,3 +51,28 @@ def test_finetune_translate_and_evaluate(capsys, quiz, encoder_folder, llm_folde
     assert scores["task"] == "quiz" and "6 rows whose text also stands in the training split" in capsys.readouterr().out
     rows = [{code: score["rows"] for code, score in model["languages"].items()} for model in scores["models"]]
     assert rows[0]["fr"] == 6 and rows[1]["fr"] == 6
+
+
+def test_translate_test_leaves_english_questions_alone(encoder_folder, llm_folder, tmp_path):
+    from mtllm_fast.evaluation import Translator
+    from mtllm_fast.evaluation.runs import TranslateScorer
+    from mtllm_fast.evaluation.tasks import TASKS
+
+    seen = []
+
+    class Classifier:
+        notes = ()
+
+        def logits(self, rows):
+            seen.extend(rows)
+
+    (tmp_path / "qu").mkdir()
+    row = {"premise": "river", "choice1": "bread", "choice2": "light", "question": "cause", "label": 0, "idx": 0}
+    (tmp_path / "qu/test.qu.jsonl").write_text(json.dumps(row) + "\n")
+    task = TASKS["xcopa"]
+    translator = Translator.from_pretrained(encoder_folder, device="cpu")
+    TranslateScorer(translator, Classifier(), target="eng_Latn", keep=task.fixed_words, max_new_tokens=4).logits(
+        task.rows(tmp_path, "qu")
+    )
+    assert seen[0].text.endswith(" What was the cause?") and seen[0].language == "eng_Latn"
+    assert seen[0].text == translator.translate(["river"], "quy_Latn", max_new_tokens=4)[0] + " What was the cause?"
