@@ -82,4 +82,5 @@ class TaskRows:
                 which = ", ".join(f"{code} {count}" for code, count in counts.items())
                 lines.append(f"{sum(counts.values())} rows {what}: {which}")
         unreadable = {code: problem for code, problem in self._problems.items() if code in languages}
-        return lines + [f"{code} left out: {problem}" for code, problem in unreadable.items()]
+        lines += [f"{code} left out: {problem}" for code, problem in unreadable.items()]
+        return lines + [f"{code}: {self.task.notes[code]}" for code in languages if code in self.task.notes]
