@@ -10,16 +10,20 @@ They become codes of the MT tokenizer. A language without one is an error that n
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ..data.read import TextRow
 from ..data.tokenise import StackTokenizer
 from ..models import MTLLM
+from ..models.storage import config_to_dict, own_state
 from .engine import Engine
 
 try:
@@ -34,7 +38,7 @@ if TYPE_CHECKING:
     from mteb.types import PromptType
     from torch.utils.data import DataLoader
 
-# Codes that mteb's tasks use -> NLLB's: macrolanguages stand for their largest member, and a few scripts differ.
+# Codes of mteb's tasks -> NLLB's: macrolanguages stand for their largest member; NLLB's tokenizer misnames two scripts.
 NLLB_CODES = {
     "ara-Arab": "arb_Arab",
     "aym-Latn": "ayr_Latn",
@@ -61,6 +65,7 @@ NLLB_CODES = {
     "orm-Latn": "gaz_Latn",
     "pus-Arab": "pbt_Arab",
     "que-Latn": "quy_Latn",
+    "sat-Olck": "sat_Beng",
     "sqi-Latn": "als_Latn",
     "swa-Latn": "swh_Latn",
     "uzb-Latn": "uzn_Latn",
@@ -79,7 +84,8 @@ class MTEBEncoder(AbsEncoder):
         language_of: `language_of(task_metadata, hf_subset, prompt_type)` gives the MT code of the texts of a call, or
             None to go by the metadata. Needed where a subset mixes languages and mteb does not say which texts are in
             which: multilingual text in one subset, and retrieval with queries and documents in different languages.
-        name: under which mteb files the results, "organisation/name".
+        name, revision: what mteb files the results under, and skips finished tasks by. The revision is by default a
+            fingerprint of the model, which does not cover `language_of`.
 
     Raises:
         ValueError: while evaluating, a language that the MT tokenizer does not have, or a subset of several languages.
@@ -102,7 +108,7 @@ class MTEBEncoder(AbsEncoder):
         self.mteb_model_meta = ModelMeta.create_empty(
             overwrites={
                 "name": name,
-                "revision": revision,
+                "revision": revision or fingerprint(self.model),
                 "loader": type(self),
                 "embed_dim": self.model.hidden_size,
                 "n_parameters": self.model.describe()["parameters"],
@@ -157,6 +163,16 @@ class MTEBEncoder(AbsEncoder):
                 "which; pass MTEBEncoder(..., language_of=...)"
             )
         return mt_code(languages[side or 0], tokenizer)
+
+
+def fingerprint(model: MTLLM) -> str:
+    """12 hex digits that tell models apart: config, own weights, and the kinds of all weights."""
+    kinds = sorted({f"{type(parameter).__name__} {parameter.dtype}" for parameter in model.parameters()})
+    digest = hashlib.sha256(json.dumps([config_to_dict(model.config), kinds], sort_keys=True, default=str).encode())
+    for name, tensor in own_state(model).items():
+        digest.update(name.encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:12]
 
 
 def _languages(task: TaskMetadata, subset: str) -> list[str]:

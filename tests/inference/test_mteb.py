@@ -109,6 +109,24 @@ def test_a_users_run(folder: Path) -> None:
     assert all(0 <= score <= 1 for score in scores.values())
 
 
+def test_results_of_another_model_are_not_taken_for_its_own(folder: Path, tmp_path: Path) -> None:
+    """mteb skips what its cache holds for a name and revision; the revision follows the weights."""
+    cache = mteb.ResultCache(tmp_path)
+    model = MTLLM.from_pretrained(folder)
+    first = MTEBEncoder(model)
+    assert MTEBEncoder(folder).mteb_model_meta.revision == first.mteb_model_meta.revision
+    mteb.evaluate(first, LocalBitext(), cache=cache, co2_tracker=False, show_progress_bar=False)
+    with torch.no_grad():
+        model.projection.layers.bias.mul_(1.5)
+    second = MTEBEncoder(Recorder(model))
+    second.engine.seen = []
+    assert second.mteb_model_meta.revision != first.mteb_model_meta.revision
+    mteb.evaluate(second, LocalBitext(), cache=cache, co2_tracker=False, show_progress_bar=False)
+    assert len(second.engine.seen) == 4 * len(LINES)
+    mteb.evaluate(second, LocalBitext(), cache=cache, co2_tracker=False, show_progress_bar=False)
+    assert len(second.engine.seen) == 4 * len(LINES)  # now it is there
+
+
 def test_language_of_every_subset(engine: Recorder) -> None:
     _run(MTEBEncoder(engine), LocalClassification())
     half = len(engine.seen) // 2
