@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mtllm_fast.doctor import attention_backends
 from mtllm_fast.models import MTLLM, PackedLLM
 from mtllm_fast.models.attention import BACKENDS, AttentionPlan, Call, attention, choose_backend, reference
-from mtllm_fast.models.attention.sdpa import make_buckets
+from mtllm_fast.models.attention.sdpa import make_buckets, make_runs
 from tests.conftest import assert_matches, relative_error
 from tests.models.attention_cases import FEATURES, LENGTHS, Features, check, inputs, packed
 
@@ -67,16 +67,22 @@ def test_the_contract_by_behaviour() -> None:
     assert call(causal=False).sides == (None, None)
 
 
+@pytest.fixture(params=["in place", "buckets"])
+def layout(request, monkeypatch):
+    """Both ways of laying sequences out, whatever their size would choose."""
+    monkeypatch.setattr("mtllm_fast.models.attention.sdpa._CALL_BYTES", 0 if request.param == "in place" else 1 << 40)
+
+
 @pytest.mark.parametrize("features", list(FEATURES.values()), ids=list(FEATURES))
 @pytest.mark.parametrize("lengths", GRID)
-def test_sdpa(lengths, features) -> None:
+def test_sdpa(lengths, features, layout) -> None:
     check(named("sdpa"), packed(lengths), features)
 
 
 @pytest.mark.parametrize("features", [FEATURES[key] for key in ("plain", "causal window soft-cap", "grouped")])
 @pytest.mark.parametrize("lengths", [LENGTHS["edges"], LENGTHS["many tiny"]])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_sdpa_in_other_dtypes(dtype, lengths, features) -> None:
+def test_sdpa_in_other_dtypes(dtype, lengths, features, layout) -> None:
     check(named("sdpa"), packed(lengths), features, dtype)
 
 
@@ -137,6 +143,7 @@ def test_buckets_leave_ordered_rows_where_they_are() -> None:
     many = make_buckets((7,) * 500 + (6,) * 500, cpu)
     assert many.shapes == [(1000, 7)]
     assert make_buckets(tuple(range(5, 500)), cpu).shapes[0][0] > 50
+    assert make_runs((7, 7, 3, 7)).shapes == [(2, 7), (1, 3), (1, 7)]
 
 
 def test_empty_and_wrong_inputs() -> None:

@@ -1,7 +1,12 @@
-"""Packed attention by `F.scaled_dot_product_attention` on buckets of similar length: any device, any dtype."""
+"""Packed attention by `F.scaled_dot_product_attention`: any device, any dtype.
+
+Many short sequences are laid out in padded buckets of similar length, which costs copies of q, k, v and the output.
+On the CPU, where a call costs little, sequences that are worth a call of their own are served where they lie.
+"""
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -11,8 +16,10 @@ from torch import Tensor
 from .contract import AttentionPlan, Backend, Call, visible
 
 # A bucket may hold sequences down to this share of its longest one (less padding against fewer kernel calls).
-_BUCKET_SHARE = 0.75
-_BUCKET_SLACK = 8
+_BUCKET_SHARE = 0.85
+_BUCKET_SLACK = 4
+# Bytes of q rows whose copies into a bucket and back cost about as much as one more call on the CPU.
+_CALL_BYTES = 32768
 
 
 class Buckets(NamedTuple):
@@ -22,6 +29,12 @@ class Buckets(NamedTuple):
     valid: list[Tensor | None]  # (b, L) bool of every block, None where all its sequences have length L
     rows: Tensor | None  # (sum b * L,) packed row of each slot; padding repeats its sequence's first row
     slots: Tensor | None  # (T,) slot of each packed row; both None where the packed rows lie like this already
+
+
+def make_runs(lengths: tuple[int, ...]) -> Buckets:
+    """Blocks of neighbouring sequences of one length, in packed order: nothing is copied or padded."""
+    shapes = [(len(list(run)), length) for length, run in groupby(lengths)]
+    return Buckets(shapes, [None] * len(shapes), None, None)
 
 
 def make_buckets(lengths: tuple[int, ...], device: torch.device) -> Buckets:
@@ -72,13 +85,17 @@ def block_mask(length: int, valid: Tensor | None, call: Call) -> Tensor | None:
 def _block(q: Tensor, k: Tensor, v: Tensor, shape: tuple[int, int], mask: Tensor | None, call: Call) -> Tensor:
     """(b * L, H, d_v) from the (b * L, ...) rows of a block of `shape` (b, L)."""
     q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in (q, k, v))
-    if call.groups > 1:
+    # on CUDA only the flash kernel takes grouped heads, and it takes no mask: the fallback would hold all scores
+    grouped = call.groups > 1 and call.softcap is None and q.device.type == "cpu"
+    if call.groups > 1 and not grouped:
         k, v = k.repeat_interleave(call.groups, 1), v.repeat_interleave(call.groups, 1)
     if call.softcap is not None:
         out = _capped(q, k, v, mask, call)
     else:
         is_causal = call.causal and mask is None
-        out = F.scaled_dot_product_attention(q, k, v, mask, call.dropout, is_causal=is_causal, scale=call.scale)
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask, call.dropout, is_causal=is_causal, scale=call.scale, enable_gqa=grouped
+        )
     return out.transpose(1, 2).flatten(0, 1)
 
 
@@ -96,7 +113,7 @@ def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call) ->
 
 class SDPA(Backend):
     name = "sdpa"
-    about = "torch's scaled_dot_product_attention on padded buckets of similar length; any device and dtype"
+    about = "torch's scaled_dot_product_attention, in place or on buckets of similar length; any device and dtype"
 
     def missing(self, device: torch.device) -> str | None:
         return None
@@ -105,9 +122,13 @@ class SDPA(Backend):
         return None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, call: Call) -> Tensor:
-        buckets = plan.cached("sdpa", lambda: make_buckets(plan.lengths, q.device))
+        in_place = False
+        if q.device.type == "cpu":
+            runs = plan.cached("sdpa runs", lambda: make_runs(plan.lengths))
+            in_place = len(runs.shapes) * _CALL_BYTES <= q.numel() * q.element_size()
+        buckets = runs if in_place else plan.cached("sdpa", lambda: make_buckets(plan.lengths, q.device))
         masks = plan.cached(
-            ("sdpa masks", call.window),
+            ("sdpa masks", in_place, call.window),
             lambda: [block_mask(shape[1], valid, call) for shape, valid in zip(buckets.shapes, buckets.valid)],
         )
         if buckets.rows is not None:

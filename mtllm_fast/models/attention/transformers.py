@@ -17,6 +17,7 @@ from .contract import AttentionPlan
 NAME = "mtllm_packed"
 
 
+@torch.compiler.disable  # it depends on the lengths of the batch: every batch would be compiled anew
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,  # (1, H, T, d)
