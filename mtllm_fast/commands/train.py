@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from ..data.read import TextRow, read_rows
-from ..training import AdaptConfig, DistillConfig, FinetuneConfig, OptimSettings
+from ..data.store import STORE_FILE, TokenStore
+from ..training import AdaptConfig, DistillConfig, FinetuneConfig, OptimSettings, run_seeds
 
 Flat = tyro.conf.arg(name="")  # its fields are options without a prefix
 
@@ -36,8 +38,38 @@ def finish(stage: str, output: str, metrics: dict[str, Any]) -> None:
         notes.append(f"{data['skipped_rows']} rows skipped as unusable")
     for code, count in data.get("fallbacks", {}).items():
         notes.append(f"{count} rows of {code} read as another language")
+    if cache := metrics.get("teacher_cache"):
+        notes.append(
+            f"teacher's states of {cache['texts']} texts in {cache['folder']}, {cache['computed']} computed now"
+        )
+        if cache["truncated"]:
+            notes.append(f"{cache['truncated']} texts truncated for the teacher")
+    if (accuracy := metrics.get("best_eval_accuracy")) is not None:
+        notes.append(
+            f"English validation accuracy {100 * accuracy:.1f} % at step {metrics['best_step']}, which is kept"
+        )
     for note in notes:
         print(f"{stage}: {note}")
+
+
+def run_all(stage: str, config: Any, seeds: tuple[int, ...], train: Callable[[Any], dict[str, Any]]) -> None:
+    """One run, or one per seed, and what to say of each."""
+    if not seeds:
+        finish(stage, config.output, train(config))
+        return
+
+    def one(settings: Any) -> dict[str, Any]:
+        metrics = train(settings)
+        finish(f"{stage}, seed {settings.train.seed}", settings.output, metrics)
+        return metrics
+
+    summary = run_seeds(config, seeds, one)
+    if summary["mean"] is not None and not int(os.environ.get("RANK", "0")):
+        spread = f" (sample standard deviation {100 * summary['sample_std']:.1f})" if len(seeds) > 1 else ""
+        print(
+            f"{stage}: {len(seeds)} seeds, English validation accuracy {100 * summary['mean']:.1f} %{spread} "
+            f"-> {config.output}/summary.json"
+        )
 
 
 @dataclass
@@ -45,9 +77,10 @@ class TextSource:
     """Where English task text comes from: a known task's folder, or a file with named columns."""
 
     task: str = ""
-    """sib200, nusax, nli, or "folder"; its English train and dev splits are read from `data`."""
+    """A task by name (mnli, nusax, sib200, belebele, ...), a .yaml file that describes one, or "folder"; its English
+    train and dev splits are read."""
     data: str = ""
-    """The task's folder in its published format, or its hub name."""
+    """The task's folder in its published format, or its hub name; by default its own."""
     text: str = ""
     """Instead of task and data: a .csv/.tsv/.jsonl/.parquet file of labelled English text."""
     text_column: str = "text"
@@ -65,16 +98,15 @@ class TextSource:
         if self.task:
             from ..evaluation import get_task
 
-            if not self.data:
+            task = get_task(self.task, self.data or None)
+            data = self.data or task.default_source
+            if data is None:
                 raise ValueError(f"--data is missing: the folder or hub name of task {self.task!r}")
-            task = get_task(self.task, self.data)
-            splits = task.splits(self.data, task.english)
+            splits = task.splits(data, task.english)
             if "train" not in splits:
-                raise ValueError(
-                    f"--data {self.data}: has no English train split (it has {', '.join(splits) or 'none'})"
-                )
-            rows: Iterable[TextRow] = task.rows(self.data, task.english, "train")
-            valid = task.rows(self.data, task.english, "dev") if "dev" in splits else None
+                raise ValueError(f"--data {data}: has no English train split (it has {', '.join(splits) or 'none'})")
+            rows: Iterable[TextRow] = task.rows(data, task.english, "train")
+            valid = task.rows(data, task.english, "dev") if "dev" in splits else None
             return rows, list(task.labels), valid
         if len(self.labels) < 2:
             raise ValueError("--labels is missing: name the labels of --text in order, at least two")
@@ -98,8 +130,8 @@ class Adapt(AdaptConfig):
     """
 
     text: str = ""
-    """English text: .txt, .jsonl, .csv, .tsv or .parquet (also .gz), a folder or glob of them, or a hub dataset
-    "org/name" or "org/name:config"."""
+    """English text: .txt, .jsonl, .csv, .tsv or .parquet (also .gz), a folder or glob of them, a hub dataset
+    "org/name" or "org/name:config", or what `mtllm tokenize` wrote."""
     text_column: str = "text"
     language: str = "eng_Latn"
     """MT code of the text's language."""
@@ -115,18 +147,20 @@ class Adapt(AdaptConfig):
 
         if not self.text:
             raise ValueError("--text is missing: name a file, folder, glob or hub dataset")
-        rows = read_rows(
-            self.text,
-            text_column=self.text_column,
-            language=self.language,
-            language_column=self.language_column,
-            split=self.split,
-            limit=self.limit,
-        )
-        source = {
-            name: getattr(self, name)
-            for name in ("text", "text_column", "language", "language_column", "split", "limit")
-        }
+        names = ("text", "text_column", "language", "language_column", "split", "limit")
+        source = {name: getattr(self, name) for name in names}
+        if (Path(self.text) / STORE_FILE).is_file():
+            rows: Iterable[TextRow] | TokenStore = TokenStore(self.text)
+            source |= TokenStore(self.text).identity()
+        else:
+            rows = read_rows(
+                self.text,
+                text_column=self.text_column,
+                language=self.language,
+                language_column=self.language_column,
+                split=self.split,
+                limit=self.limit,
+            )
         finish("adapt", self.output, adapt(base_settings(self, AdaptConfig), rows, source))
 
 
@@ -134,33 +168,51 @@ class Adapt(AdaptConfig):
 class Finetune(FinetuneConfig):
     """Stage 2: the task teacher (--llm), the encoder alone (--encoder), or a stack directly (--model).
 
-    Example: mtllm finetune --llm meta-llama/Meta-Llama-3-8B-Instruct --source.task sib200 --source.data DIR
+    Example: mtllm finetune --llm meta-llama/Meta-Llama-3-8B-Instruct --task sib200 --data DIR --output runs/teacher
+    --seeds 42 43 44
     """
 
     source: Annotated[TextSource, Flat] = field(default_factory=TextSource)
     train: Annotated[OptimSettings, Flat] = field(default_factory=lambda: FinetuneConfig().train)
+    seeds: tuple[int, ...] = ()
+    """One run per seed, into OUTPUT/seed-N, and OUTPUT/summary.json. The same command goes on where it stopped.
+    {seed} in --model stands for the seed."""
 
     def run(self) -> None:
         from ..training import finetune
 
         rows, labels, valid = self.source.load()
-        settings = base_settings(self, FinetuneConfig)
-        finish("finetune", self.output, finetune(settings, rows, labels, valid, dataclasses.asdict(self.source)))
+        source = dataclasses.asdict(self.source)
+        run_all(
+            "finetune",
+            base_settings(self, FinetuneConfig),
+            self.seeds,
+            lambda config: finetune(config, rows, labels, valid, source),
+        )
 
 
 @dataclass
 class Distill(DistillConfig):
     """Stage 3: distil the task teacher into an adapted stack, on English task text.
 
-    Example: mtllm distill --model runs/fineweb --teacher runs/teacher --task sib200 --data DIR --output runs/sib200
+    Example: mtllm distill --model runs/fineweb --teacher runs/teacher/seed-{seed} --task sib200 --data DIR
+    --output runs/sib200 --loss.head-kl 1 --loss.temperature 2 --teacher-cache runs/states --seeds 42 43 44
     """
 
     source: Annotated[TextSource, Flat] = field(default_factory=TextSource)
     train: Annotated[OptimSettings, Flat] = field(default_factory=lambda: DistillConfig().train)
+    seeds: tuple[int, ...] = ()
+    """One run per seed, into OUTPUT/seed-N, and OUTPUT/summary.json. The same command goes on where it stopped.
+    {seed} in --model and --teacher stands for the seed."""
 
     def run(self) -> None:
         from ..training import distill
 
         rows, _, valid = self.source.load()
-        settings = base_settings(self, DistillConfig)
-        finish("distill", self.output, distill(settings, rows, valid, dataclasses.asdict(self.source)))
+        source = dataclasses.asdict(self.source)
+        run_all(
+            "distill",
+            base_settings(self, DistillConfig),
+            self.seeds,
+            lambda config: distill(config, rows, valid, source),
+        )

@@ -4,5 +4,15 @@ from .adapt import AdaptConfig, adapt
 from .config import OptimSettings
 from .distill import DistillConfig, distill
 from .finetune import FinetuneConfig, finetune
+from .seeds import run_seeds
 
-__all__ = ["AdaptConfig", "DistillConfig", "FinetuneConfig", "OptimSettings", "adapt", "distill", "finetune"]
+__all__ = [
+    "AdaptConfig",
+    "DistillConfig",
+    "FinetuneConfig",
+    "OptimSettings",
+    "adapt",
+    "distill",
+    "finetune",
+    "run_seeds",
+]

@@ -1,26 +1,32 @@
 """Stage 3, task distillation: the adapted stack learns the task from the task teacher, on English task text.
 
 Student: MTLLM reading through the MT encoder. Teacher: the same LLM with the task teacher's adapter, on its own tokens.
-Both live on one copy of the LLM. The teacher's head is copied and frozen. Source: arXiv 2406.12739.
+Both live on one copy of the LLM, or the teacher's pooled states come from a cache on disk. The student's targets are
+the teacher's sequence (or choice) embeddings, the distributions of its head, or both; the head is copied and frozen.
+Source: arXiv 2406.12739.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import set_seed
 
 from ..data.collate import Batch
 from ..data.read import TextRow
 from ..losses import DistillationLoss, DistillationWeights, LossTerm
 from ..models import MTLLM
+from ..models.mtllm import MTLLMConfig
 from ..models.storage import read_config, read_safetensors
 from .config import OptimSettings
 from .finetune import validation
 from .run_folder import RunFolder
+from .teacher_cache import CacheReport, KeyedRows, TeacherCache, open_or_build
 from .trainer import TrainStep, run_stage
 
 TEACHER = "teacher"
@@ -35,6 +41,9 @@ class DistillConfig:
     teacher: str = ""
     """Task teacher folder (from `mtllm finetune --llm`)."""
     output: str = "runs/distill"
+    teacher_cache: str = ""
+    """Folder for the teacher's pooled states, computed once per teacher, data and settings and shared by all runs;
+    without it the teacher runs in every step. For pooled_mse and head_kl."""
     train_projection: bool = False
     """Train the projection too; the paper freezes it in this stage."""
     loss: DistillationWeights = field(default_factory=DistillationWeights)
@@ -47,11 +56,11 @@ class DistillConfig:
 
 
 class DistillStep(TrainStep):
-    """Distillation terms of one pack of task texts."""
+    """Distillation terms of one pack of task texts; the teacher is read from `cache` where one is given."""
 
-    def __init__(self, student: MTLLM, weights: DistillationWeights) -> None:
+    def __init__(self, student: MTLLM, weights: DistillationWeights, cache: TeacherCache | None = None) -> None:
         super().__init__()
-        self.student = student
+        self.student, self.cache = student, cache
         self.loss = DistillationLoss(weights)
         self.weights = asdict(weights)
 
@@ -59,36 +68,51 @@ class DistillStep(TrainStep):
         return self.loss.weights.counts(batch)
 
     def forward(self, batch: Batch) -> dict[str, LossTerm]:
-        assert batch.mt is not None and batch.llm is not None and self.student.llm is not None
-        teacher = self.student.teacher_states(batch.llm, TEACHER)
-        student = self.student.states(batch.mt)
+        assert batch.mt is not None and self.student.llm is not None
+        if self.cache is not None:
+            batch, teacher = self.cache.teach(batch)
+        else:
+            assert batch.llm is not None
+            teacher = self.student.teacher_states(batch.llm, TEACHER)
+        student = self.student.states(batch.mt)  # type: ignore[arg-type]
         lm_head = self.student.llm.lm_head if self.loss.weights.kl else None
         return self.loss(student, teacher, batch, lm_head=lm_head, task_head=self.student.head)
 
 
-def add_teacher(student: MTLLM, folder: str) -> None:
-    """Put the task teacher's adapter and head, both frozen, into the student.
+def check_teacher(student: MTLLMConfig, teacher: MTLLMConfig, folder: str) -> None:
+    """Refuse a teacher that is no LLM reader with a head, or sits on another LLM or attention mode than the student.
 
     Raises:
-        ValueError: the teacher is not an LLM reader with a head, or sits on another LLM or attention mode.
+        ValueError: naming what does not fit.
     """
-    path = Path(folder)
-    config = read_config(path)
-    if config.reader != "llm" or config.head is None or "student" not in config.adapters:
+    if teacher.reader != "llm" or teacher.head is None or "student" not in teacher.adapters:
         raise ValueError(f"teacher={folder!r}: not a task teacher; make one with `mtllm finetune --llm ...`")
-    assert student.llm is not None
-    if config.causal != student.llm.causal:
+    if teacher.causal != student.causal:
         raise ValueError(
-            f"teacher={folder!r}: causal={config.causal}, but the student was adapted with causal={student.llm.causal}"
+            f"teacher={folder!r}: causal={teacher.causal}, but the student was adapted with causal={student.causal}"
         )
-    mine, theirs = student.config.llm, config.llm
+    mine, theirs = student.llm, teacher.llm
     if mine and theirs and Path(mine).resolve() != Path(theirs).resolve() and mine != theirs:
         raise ValueError(f"teacher={folder!r}: sits on the LLM {theirs!r}, the student on {mine!r}")
+
+
+def add_teacher(student: MTLLM, folder: str, *, adapter: bool = True) -> None:
+    """Put the task teacher's head and, unless its states are cached, its adapter into the student, both frozen.
+
+    Raises:
+        ValueError: the teacher does not fit the student.
+    """
+    config = read_config(Path(folder))
+    check_teacher(student.config, config, folder)
+    assert student.llm is not None and config.head is not None
     student.set_head(config.head)
     assert student.head is not None
-    student.llm.add_adapter(config.adapters["student"], TEACHER)
+    if adapter:
+        student.llm.add_adapter(config.adapters["student"], TEACHER)
     state = {
-        name.replace(".student.", f".{TEACHER}."): value for name, value in read_safetensors(path, "model").items()
+        name.replace(".student.", f".{TEACHER}."): value
+        for name, value in read_safetensors(Path(folder), "model").items()
+        if adapter or name.startswith("head.")
     }
     expected = {n for n in student.state_dict() if f".{TEACHER}." in n or n.startswith("head.")}
     if set(state) != expected:
@@ -96,6 +120,17 @@ def add_teacher(student: MTLLM, folder: str) -> None:
     student.load_state_dict(state, strict=False)
     student.llm.train_adapter("student")
     student.head.requires_grad_(False)
+
+
+def cached_teacher(config: DistillConfig, rows: Iterable[TextRow]) -> tuple[TeacherCache, CacheReport]:
+    """The teacher's states of `rows` from `config.teacher_cache`, computed there where they are missing."""
+    optim = config.train
+    teacher = MTLLM.from_pretrained(config.teacher, trust_remote_code=config.trust_remote_code)
+    if optim.device != "cpu" and torch.cuda.is_available():
+        teacher.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    return open_or_build(
+        config.teacher_cache, rows, teacher, max_tokens=optim.tokens, max_length=optim.max_length, bf16=optim.bf16
+    )
 
 
 def distill(
@@ -107,29 +142,52 @@ def distill(
     """Run stage 3 on English task `rows` (labels are not used); the model ends in `config.output`.
 
     Raises:
-        ValueError: model or teacher do not fit each other, or the output folder holds another run.
+        ValueError: model, teacher, rows and losses do not fit each other, the teacher's cache is stale or damaged, or
+            the output folder holds another run.
     """
     for name in ("model", "teacher"):
         if not getattr(config, name):
             raise ValueError(f"--{name} is missing: name a folder")
+    if config.teacher_cache and config.loss.needs_pairs:
+        raise ValueError(
+            f"teacher_cache={config.teacher_cache!r}: holds pooled states; paired_mse and kl compare single tokens: "
+            "use pooled_mse and head_kl, or leave the cache out"
+        )
     set_seed(config.train.seed)
     run = RunFolder(config.output, {"stage": "distill", "source": source or {}, **asdict(config)}, config.resume)
-    student = MTLLM.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
-    if student.config.reader != "stack" or "student" not in student.config.adapters:
+    if (done := run.finished()) is not None:
+        return done
+    adapted, taught = read_config(Path(config.model)), read_config(Path(config.teacher))
+    if adapted.reader != "stack" or "student" not in adapted.adapters:
         raise ValueError(f"model={config.model!r}: not an adapted stack; make one with `mtllm adapt`")
-    add_teacher(student, config.teacher)
+    check_teacher(adapted, taught, config.teacher)
+    assert taught.head is not None
+    first = next(iter(rows), None)
+    if first is not None and (first.choices is not None) != (taught.head.kind == "choice"):
+        has = "choices" if first.choices is not None else "no choices"
+        raise ValueError(f"teacher={config.teacher!r}: has a {taught.head.kind} head, but the rows have {has}")
+    cache, report = None, None
+    if config.teacher_cache:
+        cache, report = cached_teacher(config, rows)
+        rows = KeyedRows(rows)
+        set_seed(config.train.seed)  # the same run, whether the states were there or not
+    student = MTLLM.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    add_teacher(student, config.teacher, adapter=cache is None)
     assert student.llm is not None and student.projection is not None
     student.projection.requires_grad_(config.train_projection)
     validate = validation(student, valid_rows, config.train.tokens) if valid_rows else None
     metrics = run_stage(
-        DistillStep(student, config.loss),
+        DistillStep(student, config.loss, cache),
         rows,
         config.train,
         run,
-        sides=("mt", "llm"),
+        sides=("mt",) if cache else ("mt", "llm"),
         align=config.loss.needs_pairs,
         validate=validate,
     )
-    student.llm.remove_adapter(TEACHER)
-    run.save(student, include_base=config.include_base)
+    if cache is None:
+        student.llm.remove_adapter(TEACHER)
+    if report is not None:
+        metrics["teacher_cache"] = asdict(report)
+    run.finish(student, metrics, include_base=config.include_base)
     return metrics

@@ -1,12 +1,12 @@
 """Stage 2, and the baselines: fine-tune a reader with a task head on English task data.
 
-The LLM alone gives the task teacher; the MT encoder alone and an adapted stack give the baselines.
-Source of the settings: arXiv 2406.12739.
+The LLM alone gives the task teacher; the MT encoder alone and an adapted stack give the baselines. The head has a row
+per label, or, for rows with choices, one score per choice. Source of the settings: arXiv 2406.12739.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,6 +24,9 @@ from .config import OptimSettings
 from .run_folder import RunFolder
 from .trainer import TrainStep, run_stage
 
+# what MT tokenizers call English: NLLB, M2M100 (less its underscores), mBART
+ENGLISH_CODES = ("eng_Latn", "en", "en_XX")
+
 
 @dataclass
 class FinetuneConfig:
@@ -38,6 +41,8 @@ class FinetuneConfig:
     output: str = "runs/finetune"
     causal: bool = False
     """Keep the LLM's causal attention (for `llm`)."""
+    train_projection: bool = False
+    """Train the projection too (for `model`); the paper freezes it in the task stages."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     train: OptimSettings = field(
         default_factory=lambda: OptimSettings(lr=1e-4, warmup=0.1, max_steps=-1, epochs=3, max_rows=32)
@@ -65,15 +70,37 @@ class TaskStep(TrainStep):
         return {"task": LossTerm(total, total.new_tensor(batch.num_rows))}
 
 
-def validation(student: MTLLM, rows: Sequence[TextRow], tokens: int):
-    """A function that scores the student's accuracy on labelled English rows."""
+def validation(student: MTLLM, rows: Sequence[TextRow], tokens: int) -> Callable[[], dict[str, float]]:
+    """A function that scores the student on labelled English rows: accuracy, and mean cross-entropy to settle ties.
+
+    Raises:
+        ValueError: a row has no label or is not English: the best checkpoint is chosen in English alone.
+    """
+    for index, row in enumerate(rows):
+        if row.label is None:
+            raise ValueError(f"valid_rows[{index}] has no label: the best checkpoint is chosen by accuracy")
+        if row.language.strip("_") not in ENGLISH_CODES:
+            raise ValueError(f"valid_rows[{index}] is {row.language}: the best checkpoint is chosen on English alone")
 
     def score() -> dict[str, float]:
-        logits = Engine(student, max_tokens=tokens).classify(rows)
+        logits = torch.from_numpy(Engine(student, max_tokens=tokens).classify(rows))
         gold = torch.tensor([row.label for row in rows])
-        return {"accuracy": float((torch.from_numpy(logits).argmax(-1) == gold).float().mean())}
+        right = (logits.argmax(-1) == gold).float().mean()
+        return {"accuracy": float(right), "loss": float(F.cross_entropy(logits, gold))}
 
     return score
+
+
+def head_for(rows: Iterable[TextRow], labels: Sequence[str]) -> HeadConfig:
+    """A choice head where the rows have choices, else one row per label.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    first = next(iter(rows), None)
+    if first is None:
+        raise ValueError("the training data holds no usable row")
+    return HeadConfig("choice") if first.choices is not None else HeadConfig("classification", tuple(labels))
 
 
 def finetune(
@@ -86,7 +113,8 @@ def finetune(
     """Train on labelled English `rows` (re-iterable); the model ends in `config.output`.
 
     Args:
-        labels: label names in the order of the rows' label numbers.
+        labels: label names in the order of the rows' label numbers; not used for rows with choices, whose label is the
+            number of the right choice.
         valid_rows: labelled English rows; scored once per epoch, the best checkpoint is kept.
         source: where the rows come from, recorded with the run and compared on resume.
 
@@ -99,7 +127,9 @@ def finetune(
     set_seed(config.train.seed)
     settings = {"stage": "finetune", "source": source or {}, "labels": list(labels), **asdict(config)}
     run = RunFolder(config.output, settings, config.resume)
-    head = HeadConfig("classification", tuple(labels))
+    if (done := run.finished()) is not None:
+        return done
+    head = head_for(rows, labels)
     if config.model:
         student = MTLLM.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
         student.set_head(head)
@@ -116,8 +146,8 @@ def finetune(
             trust_remote_code=config.trust_remote_code,
         )
     if student.projection is not None:
-        student.projection.requires_grad_(False)
+        student.projection.requires_grad_(config.train_projection)
     validate = validation(student, valid_rows, config.train.tokens) if valid_rows else None
     metrics = run_stage(TaskStep(student), rows, config.train, run, sides=(student.side,), validate=validate)
-    run.save(student, include_base=config.include_base)
+    run.finish(student, metrics, include_base=config.include_base)
     return metrics

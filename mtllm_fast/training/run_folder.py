@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 RUN_FILE = "run.json"
 MARKER = "complete.json"
+RESULT = "result.json"
 
 # Settings that may differ between a run and its continuation without changing what it computes.
 _FREE = {"resume", "output", "save_steps", "log_steps", "keep", "workers", "progress", "report_to", "device"}
@@ -68,6 +69,17 @@ class RunFolder:
         """Write the finished model into the folder, once."""
         if not int(os.environ.get("RANK", "0")):
             student.save_pretrained(self.folder, include_base=include_base or None)
+
+    def finish(self, student: MTLLM, metrics: dict[str, Any], *, include_base: bool) -> None:
+        """Write the finished model, then its metrics: a folder with them is finished."""
+        self.save(student, include_base=include_base)
+        if not int(os.environ.get("RANK", "0")):
+            write_json(self.folder / RESULT, metrics)
+
+    def finished(self) -> dict[str, Any] | None:
+        """The metrics of the finished run that is to be resumed, None where there is something left to do."""
+        path = self.folder / RESULT
+        return json.loads(path.read_text(encoding="utf-8")) if self.resume and path.is_file() else None
 
 
 def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

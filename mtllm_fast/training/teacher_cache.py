@@ -1,0 +1,335 @@
+"""The task teacher's pooled state of every training text, computed once, kept on disk and read through memory maps.
+
+    FOLDER/<key>/            a complete cache; the key is the digest of all that it was made from
+      meta.json              what it was made from, its shape, the digest of each file
+      keys.npy               (N, 16) uint8: the digest of each distinct text
+      states.bin             (N, D) or (N, C, D) float32: mean states of the texts, or of their C choices
+    FOLDER/<key>.building/   one in the making, or left unfinished: the next run goes on with it
+    FOLDER/<key>.lock        held by the process that builds, so that runs and ranks can share FOLDER
+
+Texts are found by their content, so the order of the data and the seed of a run do not matter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..data.batch import Batch, tokenise_rows
+from ..data.pack import PackedBatch, token_budget_packs
+from ..data.read import TextRow
+from ..models import MTLLM
+from .run_folder import write_json
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+WINDOW = 2048  # texts between two points from which an interrupted build goes on
+_KEY_BYTES = 16
+# not what the weights compute: where the LLM lay, and which version wrote its config
+_VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation_internal"}
+
+
+def text_key(row: TextRow) -> bytes:
+    """Digest of what the teacher reads of a row: text, second text and choices."""
+    content = json.dumps([row.text, row.text_pair, row.choices], ensure_ascii=False)
+    return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=_KEY_BYTES).digest()
+
+
+class KeyedRows:
+    """The rows with their key as `id`, so that a batch knows which cached states are its own."""
+
+    def __init__(self, rows: Iterable[TextRow]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[TextRow]:
+        for row in self.rows:
+            yield dataclasses.replace(row, id=text_key(row).hex())
+
+    @property
+    def counts(self) -> Any:
+        return getattr(self.rows, "counts", None)
+
+
+class TeacherCache:
+    """A complete cache. `open_or_build` gives one.
+
+    Raises:
+        ValueError: the folder is no cache, was made from something else than `made_from`, or a file is damaged.
+    """
+
+    def __init__(self, folder: Path, made_from: dict[str, Any]) -> None:
+        remedy = f"delete {str(folder)!r} and it will be built again"
+        try:
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            shape, files, before = tuple(meta["shape"]), dict(meta["files"]), dict(meta["made_from"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"teacher_cache={str(folder)!r}: its meta.json cannot be read ({error}); {remedy}"
+            ) from None
+        if before != made_from:
+            changed = ", ".join(_differences(before, made_from))
+            raise ValueError(f"teacher_cache={str(folder)!r}: stale, it was made from another {changed}; {remedy}")
+        for name, digest in files.items():
+            path = folder / name
+            if not path.is_file() or _file_digest(path) != digest:
+                raise ValueError(f"teacher_cache={str(folder)!r}: {name} is missing, cut short or damaged; {remedy}")
+        self.folder = folder
+        self.states = np.memmap(folder / "states.bin", np.float32, "r", shape=shape)
+        keys = np.load(folder / "keys.npy").view(f"S{_KEY_BYTES}")[:, 0]
+        self._order = np.argsort(keys)
+        self._sorted = keys[self._order]
+
+    def lookup(self, ids: Sequence[str | None]) -> Tensor:
+        """Pooled states (B, D), or (B, C, D) of choices, float32, of the texts with these keys.
+
+        Raises:
+            ValueError: a text that the cache has not.
+        """
+        wanted = np.array([bytes.fromhex(key or "") for key in ids], f"S{_KEY_BYTES}")
+        place = np.minimum(np.searchsorted(self._sorted, wanted), len(self._sorted) - 1)
+        if not (self._sorted[place] == wanted).all():
+            raise ValueError(
+                f"teacher_cache={str(self.folder)!r}: has not all texts of the batch; did the data change in the run?"
+            )
+        return torch.from_numpy(np.asarray(self.states[self._order[place]]))
+
+    def teach(self, batch: Batch) -> tuple[Batch, Tensor]:
+        """The batch with a teacher side of one row per pooled state, and these rows (B or B * C, D).
+
+        A mean over one row is the row, so the losses need not know where the teacher's states come from.
+        """
+        assert batch.mt is not None
+        device = batch.mt.input_ids.device
+        states = self.lookup(batch.ids).to(device, non_blocking=True)
+        per_text = states.shape[1] if states.ndim == 3 else 1
+        packed = PackedBatch.from_sequences(np.zeros((batch.num_rows, per_text), np.int64))  # type: ignore[arg-type]
+        spans = None
+        if states.ndim == 3:
+            rows = torch.arange(batch.num_rows * per_text, device=device).view(batch.num_rows, per_text)
+            spans = torch.stack([rows, rows + 1], -1)
+        taught = dataclasses.replace(batch, llm=packed.to(device), llm_spans=spans)
+        return taught, states.flatten(0, -2)
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What `open_or_build` did: texts in the cache, texts computed now, texts truncated by the teacher's tokenizer."""
+
+    folder: str
+    texts: int
+    computed: int
+    truncated: int
+
+
+def open_or_build(
+    folder: str | Path, rows: Iterable[TextRow], teacher: MTLLM, *, max_tokens: int, max_length: int, bf16: bool
+) -> tuple[TeacherCache, CacheReport]:
+    """The cache of `teacher` on `rows` under `folder`: opened where it is complete, else finished or built.
+
+    Args:
+        rows: re-iterable; equal texts are stored once.
+        teacher: a task teacher, on the device it is to run on.
+        max_tokens: budget of one pass. max_length: limit of a text in the teacher's tokens.
+        bf16: run it under bf16 autocast, as the training does.
+
+    Raises:
+        ValueError: the cache is stale or damaged, or rows with and without choices are mixed.
+        OSError: it cannot be written; what was finished stays and is used by the next run.
+    """
+    root = Path(folder)
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"teacher_cache={str(folder)!r}: is a file, name a folder")
+    assert teacher.tokenizer is not None and teacher.head is not None
+    teacher.tokenizer.max_llm_tokens = max_length
+    keys = list(dict.fromkeys(text_key(row) for row in rows))
+    if not keys:
+        raise ValueError("the training data holds no usable row")
+    made_from = _fingerprint(teacher, keys, bf16)
+    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:24]
+    entry = root / key
+    computed = truncated = 0
+    if not entry.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        with _lock(root / f"{key}.lock"):
+            if not entry.exists():  # another process may have built it while this one waited
+                _say_why(root, made_from)
+                computed, truncated = _build(entry, rows, teacher, keys, made_from, max_tokens, bf16)
+    return TeacherCache(entry, made_from), CacheReport(str(entry), len(keys), computed, truncated)
+
+
+def _build(
+    entry: Path,
+    rows: Iterable[TextRow],
+    teacher: MTLLM,
+    keys: list[bytes],
+    made_from: dict[str, Any],
+    max_tokens: int,
+    bf16: bool,
+) -> tuple[int, int]:
+    """Compute what is missing, then move the finished folder into place. Returns texts computed and truncated."""
+    building = entry.with_name(f"{entry.name}.building")
+    building.mkdir(exist_ok=True)
+    progress, data = building / "progress.json", building / "states.bin"
+    shape, done = _progress(progress, data)
+    computed = truncated = 0
+    try:
+        with data.open("r+b" if data.exists() else "w+b") as handle:
+            handle.truncate(done * int(np.prod(shape, initial=1)) * 4)
+            handle.seek(0, os.SEEK_END)
+            stream = islice(_distinct(rows), done, None)
+            while window := list(islice(stream, WINDOW)):
+                states, cut = _pooled(teacher, window, max_tokens, bf16)
+                if shape and states.shape[1:] != shape:
+                    raise ValueError(
+                        f"choices: a teacher cache needs the same number in all texts, got {states.shape[1:]}, {shape}"
+                    )
+                shape = states.shape[1:]
+                handle.write(states.tobytes())
+                handle.flush()
+                os.fsync(handle.fileno())
+                done, computed, truncated = done + len(window), computed + len(window), truncated + cut
+                write_json(progress, {"texts": done, "shape": shape})
+        if done != len(keys):
+            raise ValueError(f"the training data changed while it was read: {len(keys)} distinct texts, then {done}")
+        np.save(building / "keys.npy", np.frombuffer(b"".join(keys), np.uint8).reshape(-1, _KEY_BYTES))
+        files = {name: _file_digest(building / name) for name in ("keys.npy", "states.bin")}
+        write_json(building / "meta.json", {"made_from": made_from, "shape": [done, *shape], "files": files})
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"teacher_cache={str(entry)!r}: {error.strerror or error}; {done} of {len(keys)} texts are kept, "
+            "the same command goes on from there",
+        ) from error
+    progress.unlink()
+    os.replace(building, entry)
+    return computed, truncated
+
+
+def _progress(progress: Path, data: Path) -> tuple[tuple[int, ...], int]:
+    """Shape of one text's states and number of texts that an earlier build left whole; it may have left nothing."""
+    try:
+        found = json.loads(progress.read_text())
+        shape, done = tuple(map(int, found["shape"])), int(found["texts"])
+        if data.stat().st_size >= done * int(np.prod(shape)) * 4:
+            return shape, done
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return (), 0
+
+
+def _distinct(rows: Iterable[TextRow]) -> Iterator[TextRow]:
+    seen: set[bytes] = set()
+    for row in rows:
+        key = text_key(row)
+        if key not in seen:
+            seen.add(key)
+            yield row
+
+
+@torch.no_grad()
+def _pooled(teacher: MTLLM, rows: list[TextRow], max_tokens: int, bf16: bool) -> tuple[NDArray[np.float32], int]:
+    """Pooled states (n, D) or (n, C, D) of rows in their order, and how many of them were truncated."""
+    assert teacher.tokenizer is not None and teacher.head is not None
+    teacher.eval()
+    device = next(teacher.parameters()).device
+    choice = teacher.head.config.kind == "choice"
+    tokenised = tokenise_rows(rows, teacher.tokenizer, ("llm",))
+    out: NDArray[np.float32] | None = None
+    for members in token_budget_packs(tokenised.costs(), max_tokens):
+        batch = tokenised.batch(members, align=False).to(device)
+        assert batch.llm is not None
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            states = teacher.states(batch.llm)
+        pooled = teacher.pool(states, batch.llm, batch.llm_spans if choice else None).float().cpu().numpy()
+        if out is None:
+            out = np.empty((len(rows), *pooled.shape[1:]), np.float32)
+        out[members] = pooled
+    assert out is not None
+    return out, tokenised.sides["llm"].truncated
+
+
+def _fingerprint(teacher: MTLLM, keys: list[bytes], bf16: bool) -> dict[str, Any]:
+    """Digests of all that the states depend on, by the name that a message gives them."""
+    assert teacher.llm is not None and teacher.tokenizer is not None and teacher.head is not None
+    state: dict[str, Tensor] = teacher.llm.state_dict()
+    # what is in no tensor but changes what they compute
+    config = teacher.llm.model.config.to_dict()
+    adapters = {name: dataclasses.asdict(settings) for name, settings in teacher.config.adapters.items()}
+    tokenizer = json.loads(teacher.tokenizer.llm.backend_tokenizer.to_str())
+    for passing in ("truncation", "padding"):
+        tokenizer.pop(passing, None)
+    return {
+        "teacher weights": _weights_digest(state),
+        "teacher settings": _json_digest(
+            [{k: v for k, v in config.items() if k not in _VOLATILE}, adapters, teacher.config.causal]
+        ),
+        "tokenizer": _json_digest([tokenizer, str(teacher.tokenizer.llm.bos_token), teacher.tokenizer.pair_separator]),
+        "data": hashlib.sha256(b"".join(keys)).hexdigest(),
+        "settings": {
+            "format": FORMAT,
+            "pooling": teacher.head.config.kind,
+            "max_length": teacher.tokenizer.max_llm_tokens,
+            "bf16": bf16,
+        },
+    }
+
+
+def _weights_digest(state: dict[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes; tensors are hashed side by side, which threads can do."""
+
+    def one(name: str) -> str:
+        tensor = state[name].detach().cpu().contiguous()
+        content = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return f"{name} {tensor.dtype} {tuple(tensor.shape)} {content.hexdigest()}"
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return hashlib.sha256("\n".join(pool.map(one, sorted(state))).encode()).hexdigest()
+
+
+def _json_digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [name for name in now if before.get(name) != now[name]] or ["format"]
+
+
+def _say_why(root: Path, made_from: dict[str, Any]) -> None:
+    """Name what keeps the caches that lie there from being used."""
+    for meta in sorted(root.glob("*/meta.json")):
+        try:
+            before = json.loads(meta.read_text(encoding="utf-8"))["made_from"]
+        except (OSError, ValueError, KeyError):
+            continue
+        changed = ", ".join(_differences(before, made_from))
+        log.warning("teacher cache %s is not used: it was made from another %s", meta.parent, changed)
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Exclusive between processes; the system lets go of it when its holder ends, however it ends."""
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
