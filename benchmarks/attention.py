@@ -132,7 +132,11 @@ register(
             "padded, 4-D mask": Variant(padded, unpadded),
             **{
                 name: Variant(
-                    partial(packed, name), ours=True, devices=("cuda",), needs=NEEDS.get(name, ()), prepare=fresh_compile
+                    partial(packed, name),
+                    ours=True,
+                    devices=("cuda",),
+                    needs=NEEDS.get(name, ()),
+                    prepare=fresh_compile,
                 )
                 for name in BACKENDS
             },

@@ -9,8 +9,9 @@ import platform
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ class Record:
     commit: str = ""
     size: str = ""
     ours: bool = False
+    kl: float | None = None  # nats per row, where the error depends on it
     floor_bytes: float | None = None
     floor_flops: float | None = None
     ceilings: dict[str, float] = field(default_factory=dict)
@@ -69,6 +71,7 @@ def versions() -> dict[str, str]:
     return found
 
 
+@cache
 def commit() -> str:
     """Short hash of the checkout, with "+changes" when tracked files differ from it; "" outside a checkout."""
 
@@ -116,7 +119,7 @@ def synchronise(device: str) -> None:
 
 
 def interleaved(
-    variants: dict[str, Callable[[], object]],
+    variants: Mapping[str, Callable[[], object]],
     device: str,
     repeats: int,
     progress: Callable[[str], None] = lambda _: None,

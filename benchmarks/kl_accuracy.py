@@ -22,6 +22,7 @@ from torch import Tensor
 from . import linear_kl_variants as v
 from .common import Record, commit, device_name, relative_error, versions, write
 from .linear_kl_variants import Problem, make_problem
+from .registry import Study, register
 
 KLS = (0.86, 0.10, 0.009, 0.001)
 AIM = 0.003  # of the difference form, everywhere
@@ -132,38 +133,60 @@ VARIANTS: dict[str, Callable[[Problem], Tensor]] = {
 }
 
 
+def run(
+    device: str = "cpu", repeats: int = 0, memory: bool = False, quick: bool = False, rows: int = 64, width: int = 1024,
+    vocab: int = 32000,
+) -> list[Record]:  # fmt: skip
+    """Records of every variant at every distance; the difference form's gate asks for an error of at most `AIM`."""
+    if quick:
+        width, vocab = 256, 4000
+    records: list[Record] = []
+    shape = {"T": rows, "D": width, "V": vocab}
+    for kl in KLS:
+        problem = problem_at(kl, rows, width, vocab, device)
+        exact, gradient = fp64_gradient(problem)
+        for name, variant in VARIANTS.items():
+            problem.h_s.grad = None
+            loss = float(variant(problem))
+            assert problem.h_s.grad is not None
+            error = relative_error(problem.h_s.grad, gradient)
+            aimed = name.startswith("ours difference")
+            record = Record("kl_accuracy", shape, "bf16", device_name(device), name, "none")
+            record.size, record.ours = f"KL {kl:.2g}", name.startswith("ours")
+            record.gate = ("pass" if error <= AIM else "fail") if aimed else "none"
+            record.gate_detail = {"gradient": error, "loss": abs(loss - exact) / exact}
+            record.kl = exact
+            record.versions, record.commit = versions(), commit()
+            records.append(record)
+    return records
+
+
+register(
+    Study(
+        name="kl_accuracy",
+        about="error of the KL's gradient against fp64, in bf16, at four distances from the teacher",
+        run=run,
+        sources=("kernels/linear_kl*.py", "kernels/moments*.py", "kernels/gemms.py", "kernels/tiles.py"),
+    )
+)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the table; 1 when the difference form misses its aim."""
-    parser = argparse.ArgumentParser(prog="benchmarks.kl_accuracy", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="benchmarks.kl_accuracy", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--json", type=Path, help="write the records here")
     options = parser.parse_args(argv)
-    errors: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    records, found = [], []
-    shape = {"T": options.rows, "D": options.width, "V": options.vocab}
-    for kl in KLS:
-        problem = problem_at(kl, options.rows, options.width, options.vocab, options.device)
-        exact, gradient = fp64_gradient(problem)
-        found.append(exact)
-        for name, run in VARIANTS.items():
-            problem.h_s.grad = None
-            loss = float(run(problem))
-            assert problem.h_s.grad is not None
-            error = relative_error(problem.h_s.grad, gradient)
-            errors[name].append(error)
-            aimed = name.startswith("ours difference")
-            record = Record("linear_kl accuracy", shape, "bf16", device_name(options.device), name, "none")
-            record.gate = ("pass" if error <= AIM else "fail") if aimed else "none"
-            record.gate_detail = {"kl": exact, "gradient": error, "loss": abs(loss - exact) / exact}
-            record.versions, record.commit = versions(), commit()
-            records.append(record)
-    print(f"relative gradient error against fp64, bf16 inputs, {shape}, {device_name(options.device)}, {commit()}")
-    print(f"{'':34}" + "".join(f"{f'KL {kl:.2g}':>12}" for kl in found))
-    for name, row in errors.items():
-        print(f"{name:34}" + "".join(f"{100 * e:10.2f} %" for e in row))
+    records = run(options.device, rows=options.rows, width=options.width, vocab=options.vocab)
+    first = records[0]
+    print(f"relative gradient error against fp64, bf16 inputs, {first.shape}, {first.device}, {first.commit}")
+    print(f"{'':34}" + "".join(f"{size:>12}" for size in dict.fromkeys(r.size for r in records)))
+    for name in VARIANTS:
+        errors = [r.gate_detail["gradient"] for r in records if r.variant == name]
+        print(f"{name:34}" + "".join(f"{100 * e:10.2f} %" for e in errors))
     if options.json:
         write(options.json, records)
     return int(any(r.gate == "fail" for r in records))

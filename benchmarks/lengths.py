@@ -34,7 +34,8 @@ def drawn(median: float, spread: float, low: int, high: int, count: int, seed: i
 
 
 @cache
-def _sentences() -> tuple[str, ...] | None:
+def sentence_texts() -> tuple[str, ...] | None:
+    """Sentences of SIB-200 in four languages, shuffled; None where the data is absent."""
     folder = DATA / "sib200"
     if not folder.is_dir():
         return None
@@ -47,7 +48,8 @@ def _sentences() -> tuple[str, ...] | None:
 
 
 @cache
-def _nli() -> tuple[tuple[str, str], ...] | None:
+def nli_texts() -> tuple[tuple[str, str], ...] | None:
+    """(premise, hypothesis) of MNLI, or of Swahili XNLI; None where neither is present."""
     english = DATA / "mnli_sample" / "en" / "train.json"
     if english.is_file():
         with english.open(encoding="utf-8") as file:
@@ -63,20 +65,20 @@ def _nli() -> tuple[tuple[str, str], ...] | None:
 
 def sentences(count: int) -> list[int]:
     """Sentences of SIB-200 (FLORES), or drawn: median 34, log-spread 0.4."""
-    texts = _sentences()
+    texts = sentence_texts()
     return [pieces(t) for t in texts[:count]] if texts and len(texts) >= count else drawn(34, 0.4, 6, 128, count)
 
 
 def nli(count: int) -> list[int]:
     """Premise and hypothesis of MNLI, or drawn: median 42, log-spread 0.55."""
-    pairs = _nli()
+    pairs = nli_texts()
     if pairs and len(pairs) >= count:
         return [min(256, pieces(a) + pieces(b)) for a, b in pairs[:count]]
     return drawn(42, 0.55, 8, 256, count)
 
 
 def web(count: int, limit: int = 512) -> list[int]:
-    """Documents like FineWeb's: median 420 tokens, log-spread 1.0 (mean 690), cut at `limit`; drawn, no text is at hand."""
+    """Documents like FineWeb's: median 420 tokens, log-spread 1.0 (mean 690), cut at `limit`; always drawn."""
     return drawn(420, 1.0, 16, limit, count)
 
 

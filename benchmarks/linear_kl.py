@@ -1,6 +1,6 @@
 """The KL over the LM head, forward + backward, against unfused PyTorch, torch.compile, a chunk loop and Liger.
 
-    python -m benchmarks.linear_kl --device cpu --json benchmarks/results/cpu/linear_kl.json      (or mtllm bench linear_kl)
+    python -m benchmarks.linear_kl --device cpu --json benchmarks/results/cpu/linear_kl.json   (mtllm bench linear_kl)
     python -m benchmarks.linear_kl --predict FILE         what an H100 should need, by its floors; nothing is measured
 
 `gemms` and `gemms-torch` are the three matrix products alone, by our library calls and by `torch.mm`: on processors
@@ -103,7 +103,8 @@ def parse(text: str) -> Size:
     parts = text.lower().split("x")
     if len(parts) != 3 or not all(part.isdigit() for part in parts):
         raise ValueError(f"size {text!r} is not ROWSxWIDTHxVOCAB, e.g. 2048x1024x64000")
-    return sized(*map(int, parts))
+    rows, width, vocab = map(int, parts)
+    return sized(rows, width, vocab)
 
 
 def sized(rows: int, width: int, vocab: int, label: str = "", **options: Any) -> Size:
@@ -132,7 +133,8 @@ CASE = Case(
         ),
         "cuda": (
             *(sized(t, 4096, 128256) for t in (8192, 2048, 1024, 4096)), sized(4096, 2048, 32000),
-            sized(2048, 4096, 128256, "half masked", masked=0.5), sized(2048, 4096, 128256, "trained head", train_head=True),
+            sized(2048, 4096, 128256, "half masked", masked=0.5),
+            sized(2048, 4096, 128256, "trained head", train_head=True),
         ),
     },
     variants={

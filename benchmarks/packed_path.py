@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from mtllm_fast.kernels import distillation_loss, packed_projection, paired_mse, pooled_mse
 from torch import Tensor
 
-from .lengths import DISTRIBUTIONS, SHARES
+from .lengths import DISTRIBUTIONS
 from .registry import Case, Size, Variant, Work, register
 from .run import main
 
@@ -55,9 +55,8 @@ class Problem:
     def wide(self) -> Problem:
         """The same in fp64."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Problem(**{
-            k: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in values.items()
-        })  # fmt: skip
+        floats = {k: x.double() for k, x in values.items() if isinstance(x, Tensor) and x.is_floating_point()}
+        return replace(self, **floats)
 
 
 def make(
@@ -320,8 +319,10 @@ SIZES: dict[str, tuple[Size, ...]] = {
     + ({"label": "web text", "lengths": "web text", "count": 8, "width": 1024, "out": 2048},),
     "cuda": (
         *sizes(**GPU),
-        {"label": "T=16384, 1024 to 4096", "lengths": f"padding {SHARES[0]:.0%}", "count": 256, "width": 1024, "out": 4096},
-        {"label": "T=16384, 2048 to 4096", "lengths": f"padding {SHARES[0]:.0%}", "count": 256, "width": 2048, "out": 4096},
+        *(
+            {"label": f"T=16384, {w} to 4096", "lengths": "padding 0%", "count": 256, "width": w, "out": 4096}
+            for w in (1024, 2048)
+        ),
     ),
 }  # fmt: skip
 COMMON: dict[str, Any] = {
@@ -337,7 +338,7 @@ COMMON: dict[str, Any] = {
 register(
     Case(
         name="packed_projection",
-        about="encoder states to packed LLM embeddings: unpad, LayerNorm, linear, scale, prefix row; forward + backward",
+        about="encoder states to LLM embeddings: unpad, LayerNorm, linear, scale, prefix row; forward + backward",
         variants={
             "ours": Variant(project_ours, ours=True),
             "ours-triton": Variant(partial(triton_forward, False), ours=True, devices=("cuda",), keys=("embeddings",)),

@@ -18,7 +18,16 @@ from torch import Tensor
 
 from .common import Record, relative_error
 
-MODULES = ("linear_kl", "packed_path", "attention", "lora", "joint_pass", "steps")
+MODULES = (
+    "linear_kl",
+    "packed_path",
+    "attention",
+    "lora",
+    "joint_pass",
+    "steps",
+    "pipelines",
+    "kl_accuracy",
+)
 Size = Mapping[str, Any]  # "label" and the keyword arguments of `make`
 
 
@@ -100,13 +109,13 @@ class Case:
     sources: tuple[str, ...] = ("kernels/*.py",)
     parse: Callable[[str], Size] | None = None
 
-    def size(self, label: str) -> Size:
-        """The size called `label`, or one that `parse` understands.
+    def size(self, label: str, device: str) -> Size:
+        """The size of `device`, or the quick one, called `label`, or one that `parse` understands.
 
         Raises:
-            ValueError: neither.
+            ValueError: none of them.
         """
-        known = {s["label"]: s for sizes in self.sizes.values() for s in sizes}
+        known = {s["label"]: s for kind in ("quick", device) for s in self.sizes[kind]}
         if label in known:
             return known[label]
         if self.parse is not None:

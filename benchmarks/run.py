@@ -149,7 +149,7 @@ def time_records(
 
 
 def measure_memory(case: Case, size: Size, name: str, dtype: str, device: str, problem: Any) -> float:
-    """Peak incremental memory of one step; on the CPU in a process of its own, by the resident set's high-water mark."""
+    """Peak incremental memory of one step; on the CPU in a process of its own, by its resident high-water mark."""
     if device != "cpu":
         return peak_incremental_mib(partial(case.variants[name].run, problem), device)
     spec = json.dumps([case.name, dict(size), name, dtype, torch.get_num_threads()])
@@ -231,7 +231,7 @@ def run(
                 if show and found:
                     show(found)
             continue
-        wanted = [case.size(label) for label in sizes] or list(case.sizes["quick" if quick else device])
+        wanted = [case.size(label, device) for label in sizes] or list(case.sizes["quick" if quick else device])
         for size in wanted:
             found = run_case(
                 case, size, device, dtype or case.dtypes[device], ceilings=ceilings, variants=variants, quick=quick,

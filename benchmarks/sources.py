@@ -7,8 +7,9 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-import mtllm_fast
 import mtllm_fast.kernels
+
+import mtllm_fast
 
 ROOTS = {
     "kernels": Path(mtllm_fast.kernels.__file__).parent,

@@ -1,4 +1,4 @@
-"""The shipped models of the demo world as test material: trained weights, real tokenizers, states that are not noise."""
+"""The demo world's shipped models as test material: trained weights, real tokenizers, states that are not noise."""
 
 from __future__ import annotations
 

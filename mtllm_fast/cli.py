@@ -29,6 +29,11 @@ COMMANDS = {
     "convert": ("convert:Convert", "read or write a model in the layout of the published NLLB-LLM2Vec models"),
     "plan": ("plan:Plan", "memory, speed and hours of a run before renting a GPU; nothing is downloaded"),
     "profile": ("profile:Profile", "where the time of a training or encode step goes, by part"),
+    "bench": ("bench:Bench", "time and memory of kernels and pipelines here, against PyTorch, torch.compile and Liger"),
+    "report": (
+        "report:Report",
+        "benchmark results as Markdown, HTML page, README table; what got slower between two runs",
+    ),
     "doctor": (
         "doctor:Doctor",
         "versions, devices, attention backends and kernels: what will run here, and why not",

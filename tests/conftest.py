@@ -14,6 +14,24 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 REPO = Path(__file__).resolve().parent.parent
+BENCHMARKS = REPO / "tests" / "benchmarks" / "bench_cases.py"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--benchmark", action="store_true", help="Run the benchmarks, and nothing else.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """`--benchmark` collects the benchmark file alone (it is no test file, so nothing else ever does)."""
+    if not config.getoption("--benchmark"):
+        return
+    if not config.pluginmanager.hasplugin("benchmark"):
+        raise pytest.UsageError("--benchmark needs pytest-benchmark: pip install 'mtllm-fast[bench]'")
+    config.args = [str(BENCHMARKS)]
+    config.option.benchmark_skip = False
+    config.option.benchmark_sort = "min" if config.option.benchmark_sort is None else config.option.benchmark_sort
+    if not config.option.benchmark_columns:
+        config.option.benchmark_columns = ["min", "median", "max", "iqr", "rounds"]
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -1,0 +1,76 @@
+"""mtllm bench."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclass
+class Bench:
+    """Time, memory, share of the device's measured ceilings: ours against unfused PyTorch, torch.compile and Liger.
+
+    Every variant has to give the right result before it gets a time. Example: mtllm bench linear_kl adaptation_step
+    --json bench.json && mtllm report bench.json --html bench.html
+    """
+
+    cases: Annotated[tuple[str, ...], tyro.conf.Positional] = ("all",)
+    """Names of cases, or all; --list shows them."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: str = ""
+    """fp32, bf16 or fp16; "" for each case's own (fp32 on the CPU, bf16 on a GPU)."""
+    json: str = ""
+    """Write the records to this file, for `mtllm report`."""
+    sizes: tuple[str, ...] = ()
+    """Labels of sizes; by default those that belong to the device."""
+    variants: tuple[str, ...] = ()
+    quick: bool = False
+    """The small sizes of `pytest --benchmark`: a look, not a result."""
+    repeats: int = 7
+    """Timed rounds, each with every variant once, after a warm-up round."""
+    threads: int = 0
+    """CPU threads; 0 for all."""
+    memory: bool = True
+    """Measure peak memory (on the CPU a process per variant, some seconds each)."""
+    list: bool = False
+    """Print the cases with their sizes and variants, run nothing."""
+
+    def run(self) -> None:
+        import torch
+
+        from ..benchmarks import run as benchmark
+        from ..benchmarks.registry import Case, chosen
+
+        if self.list:
+            for case in chosen(self.cases):
+                print(f"{case.name}: {case.about}")
+                if isinstance(case, Case):
+                    print(f"  sizes     {'; '.join(s['label'] for s in case.sizes[self.device]) or '-'}")
+                    print(f"  variants  {'; '.join(case.variants)}")
+            return
+        if self.json and not Path(self.json).parent.is_dir():
+            raise ValueError(f"--json {self.json}: its folder does not exist")
+        if self.threads < 0:
+            raise ValueError(f"--threads {self.threads}: must be at least 0")
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        records = benchmark.run(
+            self.cases,
+            device=self.device,
+            dtype=self.dtype or None,
+            sizes=self.sizes,
+            quick=self.quick,
+            variants=self.variants,
+            repeats=self.repeats,
+            memory=self.memory,
+            path=Path(self.json) if self.json else None,
+            log=lambda text: print(text, file=sys.stderr, flush=True),
+            show=benchmark.show_tables,
+        )
+        if wrong := benchmark.failed(records):
+            print(f"mtllm bench: wrong results, so no speed: {'; '.join(wrong)}", file=sys.stderr)
+            raise SystemExit(1)
