@@ -83,4 +83,7 @@ class TaskRows:
                 lines.append(f"{sum(counts.values())} rows {what}: {which}")
         unreadable = {code: problem for code, problem in self._problems.items() if code in languages}
         lines += [f"{code} left out: {problem}" for code, problem in unreadable.items()]
+        empty: list[str] = getattr(self.task, "empty_folders", lambda source: [])(self.source)
+        if empty:
+            lines.append(f"{len(empty)} folders named like a language hold no data file: {', '.join(empty)}")
         return lines + [f"{code}: {self.task.notes[code]}" for code in languages if code in self.task.notes]

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from mtllm_fast.evaluation.tasks import TASKS, check_rows, check_source
+from mtllm_fast.evaluation.tasks import TASKS, check_rows
 from mtllm_fast.evaluation.translations import has_translations, join_translations
 
 AMERICAS = {"cni": (658, 750), "nah": (585, 738), "oto": (222, 748)}
@@ -106,23 +106,28 @@ def test_translated_americasnli_and_mnli(folder):
     assert [Counter(row.label for row in dev)[i] for i in range(3)] == [347, 333, 320]
 
 
+def check(name, source, code, split):
+    return check_rows(TASKS[name].rows(source, code, split), TASKS[name].rows(source, code, "train"))
+
+
 def test_sib200_overlap_of_train_and_evaluation(folder):
     # SOURCE.md: text of an evaluation row also in train
     for split, where in (
         ("test", {"ary_Arab": 15, "azb_Arab": 7, "dyu_Latn": 23, "kbp_Latn": 89, "lua_Latn": 86, "sat_Olck": 47}),
         ("dev", {"bam_Latn": 56}),
     ):
-        found = check_source(TASKS["sib200"], folder("sib200"), split, sorted(where))
-        assert not found.without_split and not found.empty_folders
         for code, line in where.items():
+            found = check("sib200", folder("sib200"), code, split)
             rows = TASKS["sib200"].rows(folder("sib200"), code, split)
-            assert found.languages[code].in_train == (rows[line - 2].id,)  # file lines count from 1, after the header
-            assert not found.languages[code].blank and not found.languages[code].duplicate_ids
-    assert not check_source(TASKS["sib200"], folder("sib200"), "test", ["eng_Latn", "swh_Latn"]).lines()
+            assert found.in_train == (rows[line - 2].id,)  # file lines count from 1, after the header
+            assert not found.blank and not found.duplicate_ids
+    for code in ("eng_Latn", "swh_Latn"):
+        assert not check("sib200", folder("sib200"), code, "test")
 
 
 def test_nusax_has_no_overlap(folder):
-    assert not check_source(TASKS["nusax"], folder("nusax_senti"), "test").lines()
+    for code in TASKS["nusax"].languages(folder("nusax_senti")):
+        assert not check("nusax", folder("nusax_senti"), code, "test")
 
 
 @pytest.mark.parametrize(("name", "by"), [("amnli_nllb600m", "row"), ("amnli_nllb600m/derived", "id")])

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mtllm_fast.data import StackTokenizer, TextRow
-from mtllm_fast.evaluation.tasks import TASKS, check_rows, check_source, get_task, overlap
+from mtllm_fast.evaluation.tasks import TASKS, check_rows, get_task, overlap
 from mtllm_fast.evaluation.tasks.belebele import LANGUAGES, WITHOUT_MT_CODE
 
 
@@ -282,28 +282,31 @@ def test_overlap_duplicates_and_blanks():
     assert overlap(rows, train) == [0, 2, 5]
     issues = check_rows(rows, train)
     assert (issues.blank, issues.duplicate_ids, issues.in_train) == (("3", "4"), ("2",), ("1", "2", "5"))
-    assert issues.summary() == "2 blank (3, 4), 1 repeated ids (2), 3 also in train (1, 2, 5)"
-    assert not check_rows(rows[:2]) and check_rows(rows[:2]).summary() == ""
+    assert issues and not check_rows(rows[:2])
 
 
-def test_check_source_names_and_counts_everything(tmp_path, caplog):
+def test_odd_data_is_named_in_the_scores(tmp_path):
+    from mtllm_fast.evaluation import evaluate
+    from tests.evaluation.fakes import FakeEngine
+
     table = "id,text,label\n"
     put(tmp_path / "english/train.csv", table + "0,same,neutral\n1,other,positive\n")
     put(tmp_path / "english/test.csv", table + "2,same,neutral\n2, ,positive\n")
     put(tmp_path / "ngaju/train.csv", table + "0,x,neutral\n")
-    put(tmp_path / "ngaju/.keep", "")
     put(tmp_path / "balinese/notes.txt", "nothing\n")
-    found = check_source(TASKS["nusax"], tmp_path)
-    assert found.without_split == ("ngaju",) and found.empty_folders == ("balinese",)
-    assert found.lines() == [
-        "english: 1 blank (2), 1 repeated ids (2), 1 also in train (2)",
-        "no test split: 1 languages (ngaju)",
-        "no data files: 1 folders (balinese)",
-    ]
-    assert "1 rows with a text that also stands in the training split (kept): english 1" in caplog.text
-    assert "1 languages without a test split: ngaju" in caplog.text
+    task = TASKS["nusax"]
+    assert task.empty_folders(tmp_path) == ["balinese"]
+    scores = evaluate({"fake": FakeEngine(task.labels)}, task, tmp_path, progress=False)
+    for line in (
+        "1 rows with an empty text (scored all the same): english 1",
+        "1 rows with an id that occurs more than once (kept): english 1",
+        "1 rows whose text also stands in the training split of the same language (kept): english 1",
+        "1 folders named like a language hold no data file: balinese",
+    ):
+        assert line in scores.issues
+    assert scores.models[0].skipped == {"ngaju": "no test split"}
     with pytest.raises(ValueError, match=r"language='balinese'.*holds no data files"):
-        TASKS["nusax"].rows(tmp_path, "balinese")
+        task.rows(tmp_path, "balinese")
 
 
 def test_wrong_labels_are_counted(tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 from .americasnli import AMERICASNLI
 from .base import SPLITS, Task, canonical_split, nearest
 from .belebele import BELEBELE
-from .checks import RowIssues, SourceIssues, check_rows, check_source, overlap
+from .checks import RowIssues, check_rows, overlap
 from .copa import COPA, XCOPA
 from .custom import from_yaml
 from .folder import FolderTask
@@ -45,12 +45,10 @@ __all__ = [
     "HubSet",
     "Layout",
     "RowIssues",
-    "SourceIssues",
     "Table",
     "Task",
     "canonical_split",
     "check_rows",
-    "check_source",
     "from_yaml",
     "get_task",
     "nearest",
