@@ -75,6 +75,10 @@ def main(arguments: list[str] | None = None) -> None:
         if os.environ.get("MTLLM_TRACEBACK"):
             raise
         fail(name, str(error))
+    except OSError as error:  # a full disk, a file that may not be written
+        if os.environ.get("MTLLM_TRACEBACK"):
+            raise
+        fail(name, str(error), code=1)
 
 
 def run(name: str, arguments: list[str]) -> None:
@@ -161,10 +165,10 @@ def from_mapping(settings_type: type, data: dict[str, Any], where: str) -> Any:
     return settings_type(**values)
 
 
-def fail(name: str, message: str) -> typing.NoReturn:
-    """Print one line and exit with code 2."""
+def fail(name: str, message: str, code: int = 2) -> typing.NoReturn:
+    """Print one line and exit."""
     print(f"mtllm{' ' + name if name else ''}: error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

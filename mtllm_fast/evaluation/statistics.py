@@ -2,7 +2,8 @@
 
 * Intervals: percentile bootstrap over test rows (Efron and Tibshirani, 1993), with a fixed seed. Two vectors of one
   length are resampled with the same draws, so the difference of two models on the same rows, and a mean over languages
-  whose rows are translations of each other, are resampled jointly.
+  whose rows are translations of each other, are resampled jointly. Samples of macro-F1, which are biased low, are
+  centred on the score (in `aggregate`).
 * Test: the two-sided paired sign-flip permutation test on per-row differences, over all 2^n sign patterns. For two
   single models it is the exact McNemar test (McNemar, 1947; Dietterich, 1998).
 * Correction: Holm, "A Simple Sequentially Rejective Multiple Test Procedure", 1979.

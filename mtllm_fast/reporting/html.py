@@ -235,8 +235,7 @@ def _heat(scores: Scores, names: dict[str, str], chance: float) -> dict[str, Any
             "name": scores.language_name(code), "family": family(code) if first else "", "cells": cells,
             "english": code == scores.english, "hint": _where(scores, code),
         })  # fmt: skip
-    panels = max(1, math.ceil(len(rows) / 70)) if len(rows) > 36 else 1
-    panels = 4 if len(rows) > 120 else 3 if len(rows) > 70 else 2 if len(rows) > 36 else panels
+    panels = 4 if len(rows) > 120 else 3 if len(rows) > 70 else 2 if len(rows) > 36 else 1
     size = math.ceil(len(rows) / panels)
     for start in range(size, len(rows), size):  # a panel begins with its family's name
         rows[start]["family"] = rows[start]["family"] or f"{family(codes[start])} (continued)"
