@@ -20,11 +20,6 @@ TEXTS = list(LINES)
 LANGUAGES = ["eng_Latn", "fra_Latn", "swh_Latn", "eng_Latn", "deu_Latn", "zho_Hans"]
 
 
-@pytest.fixture(autouse=True)
-def _exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-
-
 def test_generate(encoder_folder: str, llm_folder: str) -> None:
     torch.manual_seed(2)
     model = MTLLM.stack(encoder_folder, llm_folder, causal=True, lora=LoraSettings(r=4), dtype=torch.float32)
