@@ -86,6 +86,14 @@ def flash_4(
     return out, None
 
 
+def torch_varlen(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
+    enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
+):  # fmt: skip
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    return flash_2(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, softmax_scale=scale, window_size=window_size)
+
+
 FAKES = {
     "flash_attn_2": ("flash_attn", flash_2),
     "flash_attn_3": ("flash_attn_interface", flash_3),
@@ -140,10 +148,15 @@ def call(**changes) -> Call:
 
 @pytest.mark.parametrize("features", [f for f in FEATURES.values() if f.width == 16])
 @pytest.mark.parametrize("lengths", [(0, 1, 9, 12, 0, 3), (30, 1, 2)])
-@pytest.mark.parametrize("backend", list(FAKES))
-def test_flash_packages_get_what_they_document(backend, lengths, features, fake) -> None:
+@pytest.mark.parametrize("backend", [*FAKES, "varlen"])
+def test_flash_packages_get_what_they_document(backend, lengths, features, fake, monkeypatch) -> None:
     """Output and gradients through each package's documented arguments are the reference's."""
-    fake(backend)
+    if backend == "varlen":
+        if features.softcap is not None:
+            pytest.skip("varlen has no soft-cap")
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torch_varlen)
+    else:
+        fake(backend)
     features = features._replace(window=features.window and min(features.window, 5))
 
     def attend(q, k, v, plan, *, scale, window, softcap):
@@ -180,6 +193,7 @@ def test_flash_2_passes_dropout_on(fake, monkeypatch) -> None:
         (8, ("flash_attn_2",), {"dropout": 0.1, "softcap": 30.0}, "sdpa"),
         (8, ("flash_attn_2",), {"head_dim": 20, "value_dim": 20}, "flash_attn_2"),
         (8, (), {}, "varlen"),
+        (8, ("flash_attn_3", "flash_attn_4"), {}, "varlen"),
         (8, (), {"softcap": 30.0}, "sdpa"),
         (8, (), {"dtype": torch.float32}, "sdpa"),
         (8, (), {"head_dim": 512, "value_dim": 512}, "sdpa"),
@@ -204,6 +218,7 @@ def test_choice_by_gpu_packages_and_features(capability, installed, changes, exp
         ("varlen", 8, {"softcap": 5.0}, "has no soft-cap"),
         ("varlen", 8, {"dropout": 0.1}, "has no dropout"),
         ("flash_attn_2", 8, {"dropout": 0.1, "softcap": 5.0}, "no dropout together with a soft-cap"),
+        ("flash_attn_3", 8, {}, "needs compute capability 9.0"),
         ("flash_attn_3", 10, {}, "no kernels for compute capability 10.0"),
         ("flash_attn_3", 9, {"dropout": 0.1}, "has no dropout"),
         ("flash_attn_4", 8, {}, "needs compute capability 9.0"),
@@ -221,6 +236,19 @@ def test_refusals_say_why(backend, capability, changes, reason, fake, gpu) -> No
     gpu(capability)
     with pytest.raises(ValueError, match=f"attention={backend!r} cannot serve this call .*{backend} .*{reason}"):
         choose_backend(call(**changes), backend)
+
+
+def test_varlen_of_an_older_torch(gpu, monkeypatch) -> None:
+    gpu(8)
+    module = "mtllm_fast.models.attention.varlen._options"
+    monkeypatch.setattr(module, lambda: frozenset({"scale", "window_size"}))
+    assert choose_backend(call(), "varlen").name == "varlen"
+    with pytest.raises(ValueError, match="varlen has no grouped heads in this torch"):
+        choose_backend(call(kv_heads=2), "varlen")
+    choose_backend.cache_clear()
+    monkeypatch.setattr(module, lambda: frozenset({"is_causal"}))
+    with pytest.raises(ValueError, match="varlen_attn has no scale and window_size"):
+        choose_backend(call(), "varlen")
 
 
 def test_missing_and_broken_packages(fake, gpu, monkeypatch) -> None:

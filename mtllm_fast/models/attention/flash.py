@@ -2,7 +2,7 @@
 
     generation  module                 pip                     kernels for
     2           flash_attn             flash-attn              Ampere and newer (and AMD)
-    3           flash_attn_interface   flash-attention/hopper  Ampere to Hopper
+    3           flash_attn_interface   flash-attention/hopper  Hopper
     4           flash_attn.cute        flash-attn-4            Hopper, Blackwell
 
 Facts: the packages' interface files and READMEs. Their windows are (left, right): row i sees i - left to i + right,
@@ -88,9 +88,9 @@ class FlashAttention2(_FlashPackage):
 
 class FlashAttention3(_FlashPackage):
     name = "flash_attn_3"
-    about = "FlashAttention-3 (flash_attn_interface); float16 and bfloat16 up to Hopper, soft-cap"
+    about = "FlashAttention-3 (flash_attn_interface); float16 and bfloat16 on Hopper, soft-cap"
     module, pip = "flash_attn_interface", "built from flash-attention's folder hopper/"
-    least, most = (8, 0), (10, 0)
+    least, most = (9, 0), (10, 0)
 
     def cannot(self, call: Call) -> str | None:
         if call.dropout:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from importlib.util import find_spec
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .contract import AttentionPlan, Backend, Call, cuda_missing, half_cannot
+
+
+@lru_cache(maxsize=1)
+def _options() -> frozenset[str]:
+    """Parameters of this torch's `varlen_attn`: it is young and grows."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(signature(varlen_attn).parameters)
 
 
 class Varlen(Backend):
@@ -18,11 +29,15 @@ class Varlen(Backend):
         reason = cuda_missing(device, (8, 0))
         if reason is None and find_spec("torch.nn.attention.varlen") is None:
             reason = "this torch has no torch.nn.attention.varlen"
+        if reason is None and not _options() >= {"scale", "window_size"}:
+            reason = "this torch's varlen_attn has no scale and window_size"
         return reason
 
     def cannot(self, call: Call) -> str | None:
         if call.head_dim % 8:
             return f"takes head sizes that are multiples of 8, not {call.head_dim}"
+        if call.groups > 1 and "enable_gqa" not in _options():
+            return "has no grouped heads in this torch"
         if call.softcap is not None:
             return "has no soft-cap"
         if call.dropout:
@@ -32,6 +47,7 @@ class Varlen(Backend):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, call: Call) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
+        grouped: dict[str, Any] = {"enable_gqa": True} if call.groups > 1 else {}
         left, right = call.sides
         cu_seqlens, longest = plan.cu_seqlens, plan.batch.max_seqlen
         return varlen_attn(  # type: ignore[return-value]  # a pair only with return_aux
@@ -44,5 +60,5 @@ class Varlen(Backend):
             longest,
             scale=call.scale,
             window_size=(-1 if left is None else left, -1 if right is None else right),
-            enable_gqa=call.groups > 1,
+            **grouped,
         )
