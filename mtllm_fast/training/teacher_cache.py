@@ -167,7 +167,7 @@ def open_or_build(
     computed = truncated = 0
     if not entry.exists():
         root.mkdir(parents=True, exist_ok=True)
-        with _lock(root / f"{key}.lock"):
+        with exclusive(root / f"{key}.lock"):
             if not entry.exists():  # another process may have built it while this one waited
                 _say_why(root, made_from)
                 computed, truncated = _build(entry, rows, teacher, keys, made_from, max_tokens, bf16)
@@ -328,7 +328,7 @@ def _say_why(root: Path, made_from: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def exclusive(path: Path) -> Iterator[None]:
     """Exclusive between processes; the system lets go of it when its holder ends, however it ends."""
     with path.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
