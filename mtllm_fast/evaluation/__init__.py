@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .probe import LinearProbe, fit_probe
     from .results import LanguageScore, ModelScores, Scores
     from .suite import evaluate
+    from .suite_file import Suite, read_suite, run_suite
     from .tasks import TASKS, FolderTask, Task, get_task
     from .translate_test import Translator
 
@@ -20,6 +21,9 @@ _HOME = {
     "ModelScores": "results",
     "Scores": "results",
     "evaluate": "suite",
+    "Suite": "suite_file",
+    "read_suite": "suite_file",
+    "run_suite": "suite_file",
     "TASKS": "tasks",
     "FolderTask": "tasks",
     "Task": "tasks",
@@ -34,6 +38,7 @@ __all__ = [
     "LinearProbe",
     "ModelScores",
     "Scores",
+    "Suite",
     "Task",
     "Translator",
     "accuracy",
@@ -41,6 +46,8 @@ __all__ = [
     "fit_probe",
     "get_task",
     "macro_f1",
+    "read_suite",
+    "run_suite",
 ]
 
 
