@@ -55,6 +55,7 @@ class Parts:
     ) -> None:
         self.output, self.rank, self.reserve = output, rank, reserve
         self.folder = output.with_name(output.name + ".part")
+        shutil.rmtree(self._gone, ignore_errors=True)
         if output.exists() and not (replace or self.folder.exists()):
             raise ValueError(f"--output {output}: exists; pass --overwrite to replace it")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -133,6 +134,10 @@ class Parts:
         path = self.folder / "joined"
         return path.exists() and self.output.exists() and not (self.folder / path.read_text()).exists()
 
+    @property
+    def _gone(self) -> Path:
+        return self.folder.with_name(self.folder.name + ".done")
+
     def rows(self) -> int:
         """Rows that are stored, of all processes."""
         return int(self.records()["rows"].sum())
@@ -194,11 +199,10 @@ class Parts:
         """Delete the folder."""
         if not self.folder.exists():
             return
-        gone = self.folder.with_name(self.folder.name + ".done")
-        shutil.rmtree(gone, ignore_errors=True)
-        os.replace(self.folder, gone)  # at once: a folder half deleted would look like a run half done
+        shutil.rmtree(self._gone, ignore_errors=True)
+        os.replace(self.folder, self._gone)  # at once: a folder half deleted would look like a run half done
         self.close()
-        shutil.rmtree(gone)
+        shutil.rmtree(self._gone)
 
 
 def clear(output: Path) -> None:
