@@ -47,8 +47,8 @@ class Translate:
     """With `task`: the data set's own codes, or "all"."""
     language_map: tuple[str, ...] = ()
     """With `task`: CODE=MT_CODE for languages that the MT model has no code for, e.g. arb_Latn=arb_Arab."""
-    split: str = "test"
-    """With `task`: test, dev or train."""
+    split: str = ""
+    """Of the task (by default test) or of a hub dataset (by default train)."""
     limit: int | None = None
     """Only the first rows (of each language)."""
     target: str = "eng_Latn"
@@ -146,7 +146,7 @@ class Translate:
             id_column=self.id_column,
             language=self.language,
             language_column=self.language_column,
-            split="train" if self.split == "test" else self.split,
+            split=self.split or "train",
             limit=self.limit,
         )
         if self.language_column is None:
@@ -173,7 +173,7 @@ class Translate:
         data = self.data or task.default_source
         if data is None:
             raise ValueError(f"--data is missing: the folder of task {self.task!r}")
-        split, overrides = canonical_split(self.split), mapping(self.language_map, "--language-map")
+        split, overrides = canonical_split(self.split or "test"), mapping(self.language_map, "--language-map")
         available = task.languages(data)
         chosen = available if self.languages == ("all",) else list(dict.fromkeys(self.languages))
         for name in (*chosen, *overrides):
