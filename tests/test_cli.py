@@ -140,7 +140,7 @@ def test_stages_evaluate_and_report(capsys, adapted, encoder_folder, llm_folder,
     report = str(tmp_path / "scores")
     evaluate = ["evaluate", "--model", student, *source, "--output", report, "--no-progress"]
     cli.main([*evaluate, "--translator", encoder_folder, "--teacher", teacher])
-    scores = json.loads((tmp_path / "scores" / "scores.json").read_text())
+    (scores,) = json.loads((tmp_path / "scores" / "scores.json").read_text())["tasks"]
     assert [m["name"] for m in scores["models"]][-1] == "translate-test"
     assert len(scores["models"]) == 2
     out = capsys.readouterr().out
