@@ -76,7 +76,7 @@ def summary_lines(scores: Scores, *, rates: bool = False) -> list[str]:
         mean = model.overall("shared")
         if mean is not None and mean.gap is not None:
             points = gap_text(mean.gap, interval=True)
-            lines.append(f"  {points} points above translate-test over {mean.languages} languages")
+            lines.append(f"  gap to translate-test: {points} points, mean over {mean.languages} languages")
     mapped = {code: score.mt_code for model in scores.models for code, score in model.languages.items() if score.mapped}
     if mapped:
         lines.append(

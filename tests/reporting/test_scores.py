@@ -39,7 +39,7 @@ def test_console_names_everything(capsys):
     assert out.count("a note that both share") == 1
     assert "rows/s" in out
     assert "3 seeds" in out
-    assert "points above translate-test" in out
+    assert "gap to translate-test: " in out
     assert "only the first 10 rows" in out
 
 
