@@ -230,27 +230,26 @@ CURVES = (
 def _curve(curve: Curve, table: Table, results: dict[str, Any], root: Path) -> list[str]:
     names = sorted({name for row in table.values() for name in row}, key=curve.x)
     seeds = [seed for seed in table if all(name in table[seed] for name in names)]
+    if not seeds:
+        return [f"## {curve.title}", "", "No seed is complete yet.", ""]
     xs = [curve.x(name) for name in names]
-    points: dict[str, list[Estimate]] = {}
-    for system in curve.lines:
-        per_x = [
-            [_mean(r[system] for r in table[seed][name]["languages"].values()) for seed in seeds] for name in names
-        ]
-        points[system] = [estimate(values) for values in per_x]
+    runs = {  # system -> seed -> accuracy at each x
+        system: {
+            seed: [_mean(r[system] for r in table[seed][name]["languages"].values()) for name in names]
+            for seed in seeds
+        }
+        for system in curve.lines
+    }
+    points = {system: [estimate(values) for values in zip(*run.values())] for system, run in runs.items()}
     ours, theirs = ([point.mean for point in points[system]] for system in BOTH)
     where = crossing(xs, ours, theirs)
-    by_seed = {}
-    for seed in seeds:
-        lines_ = [
-            [_mean(r[system] for r in table[seed][name]["languages"].values()) for name in names] for system in BOTH
-        ]
-        by_seed[seed] = crossing(xs, *lines_)
+    by_seed = {seed: crossing(xs, *(runs[system][seed] for system in BOTH)) for seed in seeds}
     languages = {
         code: crossing(
             xs,
             *([_mean(table[s][name]["languages"][code][system] for s in seeds) for name in names] for system in BOTH),
         )
-        for code in next(iter(table.values()))[names[0]]["languages"]
+        for code in table[seeds[0]][names[0]]["languages"]
     }
     results[curve.name] = {
         "axis": curve.axis, "x": xs, "seeds": seeds,
@@ -279,14 +278,14 @@ def _curve(curve: Curve, table: Table, results: dict[str, Any], root: Path) -> l
             f"({100 * (ours[-1] - theirs[-1]):+.1f} points at {xs[-1]:g}). Seeds cross between {min(at):.2f} and "
             f"{max(at):.2f} ({len(at)} of {len(seeds)} cross); {ahead} of {len(languages)} languages cross."
         )
-    draw_curve(curve, xs, points, where, root / f"{curve.name}.png")
+    draw_curve(curve, xs, runs, where, root / f"{curve.name}.png")
     return [*lines, "", verdict, "", f"![{curve.title}]({curve.name}.png)", ""]
 
 
 def draw_curve(
-    curve: Curve, xs: Sequence[float], points: dict[str, list[Estimate]], where: float | None, path: Path
+    curve: Curve, xs: Sequence[float], runs: dict[str, dict[str, list[float]]], where: float | None, path: Path
 ) -> None:
-    """Accuracy against the condition with 95 % bands, the crossing marked, as a PNG."""
+    """Accuracy against the condition, a thin line per seed and a thick one for their mean, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -296,18 +295,15 @@ def draw_curve(
     # Okabe and Ito's colours; markers and dashes tell them apart in print
     styles = (("#0072B2", "o", "-"), ("#D55E00", "s", "-"), ("#999999", "^", "--"))
     for (system, title), (colour, marker, dash) in zip(curve.lines.items(), styles):
-        means = [100 * point.mean for point in points[system]]
-        halves = [0.0 if math.isnan(point.half) else 100 * point.half for point in points[system]]
-        axis.plot(xs, means, dash, color=colour, marker=marker, label=title, markersize=5)
-        axis.fill_between(
-            xs, [m - h for m, h in zip(means, halves)], [min(100, m + h) for m, h in zip(means, halves)],
-            color=colour, alpha=0.15, linewidth=0,
-        )  # fmt: skip
+        for values in runs[system].values():
+            axis.plot(xs, [100 * value for value in values], dash, color=colour, linewidth=0.7, alpha=0.5)
+        means = [100 * _mean(values) for values in zip(*runs[system].values())]
+        axis.plot(xs, means, dash, color=colour, marker=marker, label=title, markersize=5, linewidth=2)
     axis.axhline(100 / len(World().categories), color="0.6", linestyle=":", linewidth=1)
     axis.text(xs[-1], 100 / 12 + 1, "chance", ha="right", color="0.4", fontsize=8)
     if where is not None:
         axis.axvline(where, color="0.3", linestyle="--", linewidth=1)
-        axis.annotate(f"crossing {where:.2f}", (where, 100), ha="left", va="top", fontsize=8, xytext=(3, 0),
+        axis.annotate(f"crossing at {where:.2f}", (where, 45), ha="left", va="top", fontsize=8, xytext=(3, 0),
                       textcoords="offset points")  # fmt: skip
     axis.set_xlabel(curve.axis)
     axis.set_ylabel("accuracy, %, mean of 8 languages")
