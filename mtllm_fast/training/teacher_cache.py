@@ -7,7 +7,7 @@
     FOLDER/<key>.building/   one in the making, or left unfinished: the next run goes on with it
     FOLDER/<key>.lock        held by the process that builds, so that runs and ranks can share FOLDER
 
-Texts are found by their content, so the order of the data and the seed of a run do not matter.
+Texts are found by their content, so the order in which a run draws them, and its seed, do not matter.
 """
 
 from __future__ import annotations
