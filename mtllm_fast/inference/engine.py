@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
@@ -27,6 +28,7 @@ from ..kernels import hidden_mse
 from ..models import MTLLM
 from ..models.adapters import AdaptedModel
 from .compile import compile_layers
+from .cpu_linear import fast_linear
 from .progress import progress_bar
 from .quantize import Quantization, quantize_layers
 
@@ -100,6 +102,7 @@ class Engine:
         self.max_tokens = max_tokens or default_budget(model)
         self.window, self.ahead = window, ahead
         self.truncated = 0
+        self.compiled = compile
         if merge_adapters or quantize:
             for part in self._parts():
                 part.merge_adapter(keep=not quantize)
@@ -287,7 +290,8 @@ class Engine:
     @torch.no_grad()
     def _run(self, window: _Prepared, run: Callable[[Batch], Tensor]) -> NDArray[np.float32]:
         # one copy to the host per window: until then the device is never waited for
-        results = [run(batch.to(self.device, non_blocking=True)).float() for batch in window.batches]
+        with nullcontext() if self.compiled else fast_linear(self.device):
+            results = [run(batch.to(self.device, non_blocking=True)).float() for batch in window.batches]
         width = max(result.shape[1] for result in results)
         results = [F.pad(r, (0, width - r.shape[1]), value=-torch.inf) if r.shape[1] < width else r for r in results]
         return torch.cat(results).cpu().numpy()[window.place]

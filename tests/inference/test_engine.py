@@ -12,6 +12,7 @@ import torch
 from mtllm_fast import MTLLM, Engine, HeadConfig, LoraSettings, TextRow
 from mtllm_fast.inference import engine as module
 from mtllm_fast.inference.compile import compile_layers
+from mtllm_fast.inference.cpu_linear import OneDnnLinear
 from tests.conftest import assert_matches, relative_error
 from tests.tiny import LINES
 
@@ -203,12 +204,26 @@ def test_compile(encoder_folder, llm_folder, texts) -> None:
     torch.compiler.reset()
     compile_layers(model.llm.decoder.layers, backend="eager")  # code generation is torch's own affair
     engine = Engine(model, max_tokens=300)
+    engine.compiled = True
     assert_matches(torch.from_numpy(engine.encode(texts)), expected, 1e-5)
     graphs = counters["stats"]["unique_graphs"]
     assert graphs > 0
     engine.encode([text + " again" for text in texts[::2]])
     assert counters["stats"]["unique_graphs"] == graphs
     torch.compiler.reset()
+
+
+def test_linear_layers_on_the_cpu() -> None:
+    """Plain fp32 layers go to oneDNN and give torch's numbers; everything else is left to torch."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 5, 8, generator=generator), torch.randn(3, 8, generator=generator)
+    for bias in (None, torch.randn(3, generator=generator)):
+        with OneDnnLinear(), torch.no_grad():
+            got = torch.nn.functional.linear(x, weight, bias)
+            wide = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        assert_matches(got, torch.nn.functional.linear(x, weight, bias), 1e-5)
+        assert wide.dtype == torch.float64
+        assert_matches(got, wide.float(), 1e-5)
 
 
 def test_quantize(encoder_folder, llm_folder, texts, monkeypatch) -> None:
