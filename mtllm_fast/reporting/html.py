@@ -236,12 +236,17 @@ def _heat(scores: Scores, names: dict[str, str], chance: float) -> dict[str, Any
             "english": code == scores.english, "hint": _where(scores, code),
         })  # fmt: skip
     panels = 4 if len(rows) > 120 else 3 if len(rows) > 70 else 2 if len(rows) > 36 else 1
-    size = math.ceil(len(rows) / panels)
-    for start in range(size, len(rows), size):  # a panel begins with its family's name
-        rows[start]["family"] = rows[start]["family"] or f"{family(codes[start])} (continued)"
+    # a family's name takes a line of its own, so panels of one height hold different numbers of languages
+    heights = [2.2 if row["family"] else 1.0 for row in rows]
+    wanted, starts, filled = sum(heights) / panels, [0], 0.0
+    for index, height in enumerate(heights):
+        if filled >= wanted * len(starts) and len(starts) < panels:
+            starts.append(index)
+            rows[index]["family"] = rows[index]["family"] or f"{family(codes[index])} (continued)"
+        filled += height
     return {
         "models": [{"number": n + 1, "name": names[model.name]} for n, model in enumerate(scores.models)],
-        "panels": [rows[start : start + size] for start in range(0, len(rows), size)],
+        "panels": [rows[start:end] for start, end in zip(starts, [*starts[1:], len(rows)])],
         "low": f"{100 * low:.0f}",
         "high": f"{100 * high:.0f}",
         "scale": [_shade(step / 10) for step in range(11)],
