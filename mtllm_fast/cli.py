@@ -98,6 +98,8 @@ def run(name: str, arguments: list[str]) -> None:
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     quiet()
+    if name not in ("demo", "doctor"):
+        announce_attention()
     settings.run()
 
 
@@ -110,6 +112,26 @@ def quiet() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def announce_attention() -> None:
+    """One line on stderr for every attention backend that comes to serve, with the reason."""
+    import logging
+
+    seen = set()
+
+    def first(record: logging.LogRecord) -> bool:
+        backend = record.args[0] if isinstance(record.args, tuple) and record.args else record.msg
+        return not (backend in seen or seen.add(backend))  # type: ignore[func-returns-value]
+
+    logger = logging.getLogger("mtllm_fast.models.attention.choice")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.addFilter(first)
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
 
 
 def yaml_default(settings_type: type, arguments: list[str]) -> tuple[Any, list[str]]:

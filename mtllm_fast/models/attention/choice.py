@@ -50,16 +50,20 @@ def choose_backend(call: Call, name: str | None = None) -> Backend:
         candidates = tuple(key for key, backend in BACKENDS.items() if backend.automatic)
     else:
         candidates = FAMILIES.get(name, (name,))
-    refusals: list[str] = []
+    refusals: dict[str, list[str]] = {}  # reason -> backends
     for candidate in candidates:
         reason = BACKENDS[candidate].refusal(call)
         if reason is None:
             why = "named by the caller" if name else "the first that serves it"
-            others = f" ({'; '.join(refusals)})" if refusals else ""
+            others = f" ({_listed(refusals)})" if refusals else ""
             logger.info("packed attention: %s for %s, %s%s", candidate, call, why, others)
             return BACKENDS[candidate]
-        refusals.append(f"{candidate} {reason}")
-    raise ValueError(f"attention={name!r} cannot serve this call ({call}): {'; '.join(refusals)}")
+        refusals.setdefault(reason, []).append(candidate)
+    raise ValueError(f"attention={name!r} cannot serve this call ({call}): {_listed(refusals)}")
+
+
+def _listed(refusals: dict[str, list[str]]) -> str:
+    return "; ".join(f"{', '.join(names)}{':' * (len(names) > 1)} {reason}" for reason, names in refusals.items())
 
 
 def attention(
