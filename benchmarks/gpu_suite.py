@@ -2,8 +2,9 @@
 
     python -m benchmarks.gpu_suite OUT [--budget 520]
 
-Each step is a process of its own with its own limit, and its log in OUT; results are JSON, figures PNG. A step that
-fails or runs out of time is named in the table at the end and does not stop the others. Needs torch and triton with a
+Each step is a process of its own with its own limit, and its log in OUT; results are JSON, with a
+report of them in Markdown and HTML. A step that fails or runs out of time is named in the table at the end and does not
+stop the others. Needs torch and triton with a
 GPU, pytest and numpy; what else is missing (liger-kernel, matplotlib) is named.
 """
 
@@ -21,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-OPTIONAL = {"liger_kernel": "Liger baselines", "matplotlib": "figures", "pytest": "tests"}
+OPTIONAL = {"liger_kernel": "Liger baselines", "matplotlib": "report.html", "jinja2": "report.html", "pytest": "tests"}
 # What the tests outside tests/kernels import; without one of these only the kernels' own tests run.
 WHOLE_SUITE = ("transformers", "peft", "accelerate", "datasets", "safetensors", "hypothesis", "yaml")
 
@@ -66,18 +67,22 @@ def steps(out: Path) -> list[Step]:
     """The suite, most important first."""
 
     def benchmark(name: str, module: str, share: float, *arguments: str) -> Step:
-        json_file = str(out / f"{module}.json")
-        return Step(
-            name, {module: (sys.executable, "-m", f"benchmarks.{module}", *arguments, "--json", json_file)}, share
-        )
+        log = name.replace(" ", "_")
+        where = ("--device", "cuda", "--json", str(out / f"{log}.json"))
+        return Step(name, {log: (sys.executable, "-m", f"benchmarks.{module}", *where, *arguments)}, share)
 
+    # torch.compile of every size would take the whole budget; linear_kl keeps it
+    packed = ("ours", "ours-triton", "ours-library", "padded", "packed, unfused", "gemm", "copy")
+    sizes = ("T=16384, 1024 to 4096", "T=16384, 2048 to 4096", "NLI")
     shapes = ("2048x4096x128256", "8192x4096x128256", "4096x2048x32000")
+    few = ("--repeats", "5")
     return [
-        benchmark("kernels", "packed_kernels", 0.15),
-        Step("tests", test_commands(out), 0.40),
-        benchmark("linear_kl", "linear_kl", 0.30, "--device", "cuda", "--repeats", "5", "--shape", *shapes),
-        benchmark("packed path", "packed_path", 0.10, "--device", "cuda"),
-        benchmark("gradient accuracy", "kl_accuracy", 0.05, "--device", "cuda"),
+        benchmark("kernels", "packed_path", 0.10, *few, "--sizes", *sizes, "--variants", *packed),
+        Step("tests", test_commands(out), 0.35),
+        benchmark("linear kl", "linear_kl", 0.25, *few, "--sizes", *shapes),
+        benchmark("training steps", "steps", 0.15, *few),
+        benchmark("attention and lora", "run", 0.10, "attention", "lora", *few),
+        benchmark("gradient accuracy", "kl_accuracy", 0.05),
     ]
 
 
@@ -105,31 +110,22 @@ def run_step(step: Step, out: Path, limit: float, environment: dict[str, str]) -
     return outcomes
 
 
-def time_figure(out: Path) -> str | None:
-    """times.png from every JSON result; the reason where there is none."""
-    records = []
-    for path in sorted(out.glob("*.json")):
-        found = json.loads(path.read_text())
-        records += [r for r in found if isinstance(r, dict) and r.get("time_ms")] if isinstance(found, list) else []
-    if not records:
-        return "no timed results"
-    if importlib.util.find_spec("matplotlib") is None:
-        return "matplotlib is missing"
-    import matplotlib
+def write_report(out: Path) -> str | None:
+    """report.md and report.html from every result file; why not, where there is none."""
+    from mtllm_fast.reporting.throughput import read_results, to_markdown
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    files = [path for path in sorted(out.glob("*.json")) if path.name != "summary.json"]
+    try:
+        records = read_results(files)
+    except ValueError as error:
+        return str(error)
+    (out / "report.md").write_text(to_markdown(records), encoding="utf-8")
+    missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"no report.html: {', '.join(missing)} missing"
+    from mtllm_fast.reporting.throughput_html import to_html
 
-    cases = sorted({f"{r['case']} {r['shape']}" for r in records})
-    figure, axes = pyplot.subplots(len(cases), 1, figsize=(9, 0.6 + 1.5 * len(cases)), squeeze=False)
-    for axis, case in zip(axes[:, 0], cases):
-        rows = [r for r in records if f"{r['case']} {r['shape']}" == case]
-        axis.barh([r["variant"] for r in rows], [r["time_ms"] for r in rows])
-        axis.set_title(case, fontsize=8)
-        axis.tick_params(labelsize=7)
-    axes[-1, 0].set_xlabel("time (ms)")
-    figure.tight_layout()
-    figure.savefig(out / "times.png", dpi=120)
+    (out / "report.html").write_text(to_html(records), encoding="utf-8")
     return None
 
 
@@ -137,7 +133,7 @@ def machine() -> dict[str, object]:
     """Device, driver, versions."""
     import torch
 
-    from benchmarks.common import commit, versions
+    from .common import commit, versions
 
     query = ["nvidia-smi", "--query-gpu=name,driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
     try:
@@ -186,10 +182,10 @@ def main(argv: list[str] | None = None) -> int:
         outcomes += done
         carried = max(0.0, limit - max(o.seconds for o in done)) if done else limit
         print(f"{step.name}: {', '.join(o.status for o in done)}", flush=True)
-    reason = time_figure(out)
+    reason = write_report(out)
     write_summary(out, outcomes)
     if reason:
-        print(f"times.png: not drawn, {reason}")
+        print(f"report: {reason}")
     print(f"\n{'step':34} {'status':14} {'s':>5}  last line")
     for o in outcomes:
         print(f"{o.step:34} {o.status:14} {o.seconds:5.0f}  {o.last_line}")

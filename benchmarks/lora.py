@@ -161,7 +161,7 @@ register(
         shape=lambda p: {"T": p.x.shape[0], "K": p.w.shape[1], "N": p.w.shape[0], "r": p.a.shape[0]},
         warm={"rows": 4, "width": 8, "out": 8, "rank": 2},
         work=work,
-        sources=(),
+        sources=("benchmarks/lora.py",),
     )
 )
 

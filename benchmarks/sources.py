@@ -12,6 +12,7 @@ import mtllm_fast.kernels
 import mtllm_fast
 
 ROOTS = {
+    "benchmarks": Path(__file__).parent,
     "kernels": Path(mtllm_fast.kernels.__file__).parent,
     "mtllm_fast": Path(mtllm_fast.__file__).parent,
 }

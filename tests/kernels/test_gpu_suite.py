@@ -1,4 +1,4 @@
-"""The unattended GPU suite, without a GPU: steps that fail or hang do not stop it, results become a figure."""
+"""The unattended GPU suite, without a GPU: steps that fail or hang do not stop it, results become a report."""
 
 from __future__ import annotations
 
@@ -38,13 +38,48 @@ def test_limits_stay_within_the_budget(tmp_path):
     assert {"test_hidden_gpu", "test_linear_kl_gpu"} <= set(gpu_suite.test_commands(tmp_path))
 
 
-def test_figure(tmp_path):
-    assert gpu_suite.time_figure(tmp_path) == "no timed results"
+def test_every_benchmark_of_the_suite_can_be_parsed(tmp_path):
+    """Cases, sizes and variants that the commands name exist; a typing error would cost a GPU session."""
+    from benchmarks import registry
+
+    cases = registry.load()
+    owners = {"packed_path": ["packed_projection", "pooled_mse", "paired_mse", "distillation_loss"],
+              "linear_kl": ["linear_kl"], "steps": ["adaptation_step", "task_distillation_step"]}  # fmt: skip
+    for one in gpu_suite.steps(tmp_path):
+        for command in one.commands.values():
+            module = command[2].removeprefix("benchmarks.")
+            names = owners.get(module, [c for c in command if c in cases])
+            flags = {"--sizes": [], "--variants": []}
+            current = None
+            for word in command:
+                current = word if word.startswith("--") else current
+                if current in flags and word != current:
+                    flags[current].append(word)
+            variants = {v for name in names for v in cases[name].variants}
+            for name in names:
+                for size in flags["--sizes"]:
+                    cases[name].size(size, "cuda")
+            assert set(flags["--variants"]) <= variants
+
+
+def test_report(tmp_path):
+    assert "hold no records" in gpu_suite.write_report(tmp_path)
     pytest.importorskip("matplotlib")
-    record = {"case": "c", "shape": {"T": 1}, "variant": "ours", "time_ms": 2.0}
-    (tmp_path / "results.json").write_text(json.dumps([record, {**record, "variant": "other", "time_ms": 3.0}]))
-    assert gpu_suite.time_figure(tmp_path) is None
-    assert (tmp_path / "times.png").stat().st_size > 1000
+    record = {
+        "case": "c",
+        "shape": {"T": 1},
+        "dtype": "bf16",
+        "device": "d",
+        "variant": "ours",
+        "gate": "pass",
+        "time_ms": 2.0,
+    }
+    rows = [{**record, "ours": True}, {**record, "variant": "other", "time_ms": 3.0}]
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    gpu_suite.write_summary(tmp_path, [])
+    assert gpu_suite.write_report(tmp_path) is None
+    assert "1.50" in (tmp_path / "report.md").read_text()
+    assert "1.50" in (tmp_path / "report.html").read_text()
 
 
 def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,159 @@
+"""The registered cases: gates that can fail, a broken kernel that gets no speed, sizes, sources, `pytest --benchmark`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from mtllm_fast.benchmarks import ceilings, registry, run, sources
+from mtllm_fast.benchmarks.common import DTYPES, Record, relative_error
+from mtllm_fast.benchmarks.registry import Case, Study, Work
+
+from tests.conftest import REPO
+
+CEILINGS = {"copy": 1e10, "gemm_fp32": 1e11, "gemm_bf16": 1e11}
+CASES = {name: case for name, case in registry.load().items() if isinstance(case, Case)}
+
+
+def warm(case: Case):
+    return case.build(case.warm, DTYPES["fp32"], "cpu")
+
+
+def test_what_the_issue_asks_for_is_registered() -> None:
+    kernels = {"packed_projection", "pooled_mse", "paired_mse", "linear_kl", "attention", "lora"}
+    pipelines = {"pack_collate", "adaptation_step", "task_distillation_step", "encode", "translate"}
+    assert kernels | pipelines <= set(registry.CASES)
+    assert {"ours", "ours-moments", "unfused", "compile", "chunked", "liger-chunked"} <= set(
+        CASES["linear_kl"].variants
+    )
+    for case in registry.CASES.values():
+        assert case.about
+        assert isinstance(case, Study) or case.work or case.floor_variant or case.name == "joint_pass"
+        assert sources.sources_hash(case.sources), case.name
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n not in ("translate", "joint_pass")])
+def test_every_variant_is_right_and_its_gate_can_fail(name: str) -> None:
+    case = CASES[name]
+    problem = warm(case)
+    want = case.reference(case.small(problem) if case.small else problem)
+    tolerance = case.tolerance["fp32"]
+    for key, right in want.items():  # negative controls: zeros, and a tenth of it scaled by 1.05
+        assert relative_error(torch.zeros_like(right), right) > tolerance, key
+        wrong = right.detach().double().clone().flatten()
+        order = wrong.abs().argsort(descending=True)[: max(1, wrong.numel() // 10)]
+        wrong[order] *= 1.05
+        assert relative_error(wrong.view_as(right), right) > tolerance, key
+    for variant, spec in case.variants.items():
+        if spec.missing("cpu") or spec.slow or "compiler" in spec.needs or (spec.applies and not spec.applies(problem)):
+            continue
+        verdict, errors = registry.gate(case, variant, problem, "fp32")
+        assert verdict == ("pass" if spec.gated else "none"), (variant, errors)
+
+
+def test_a_broken_kernel_gets_no_speed_and_fails_the_run(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    case = CASES["pooled_mse"]
+    right = case.variants["ours"]
+
+    def broken(problem):
+        out = right.run(problem)
+        out["gradient"] = out["gradient"] * 1.01
+        return out
+
+    monkeypatch.setitem(case.variants, "ours", replace(right, run=broken))
+    size = {"label": "warm", **case.warm}
+    records = run.run_case(case, size, "cpu", "fp32", ceilings=CEILINGS, repeats=1, memory=False)
+    by = {r.variant: r for r in records}
+    assert by["ours"].gate == "fail"
+    assert (by["ours"].time_ms, by["ours"].round_ms, by["ours"].peak_incremental_mib) == (None, [], None)
+    assert by["padded"].gate == "pass"
+    assert by["padded"].time_ms > 0
+    assert run.failed(records) == ["pooled_mse warm ours"]
+    run.print_table(records)
+    assert "no speed is reported" in capsys.readouterr().out
+
+    monkeypatch.setattr(ceilings, "measure", lambda device: CEILINGS)
+    arguments = ["pooled_mse", "--device", "cpu", "--quick", "--repeats", "1", "--no-memory", "--variants", "ours"]
+    assert run.main(arguments) == 1
+
+
+def test_a_red_case_has_no_speedup_in_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mtllm_fast.reporting.throughput import speedups
+
+    record = Record("c", {"T": 1}, "fp32", "cpu", "ours", "fail", size="s", ours=True)
+    other = Record("c", {"T": 1}, "fp32", "cpu", "padded", "pass", time_ms=2.0, size="s")
+    assert speedups([record, other]) == []
+    assert len(speedups([replace(record, gate="pass", time_ms=1.0), other])) == 1
+
+
+def test_sizes_of_another_device_are_never_built() -> None:
+    step = CASES["adaptation_step"]
+    assert "llm" not in step.size("web text, KL", "cpu")  # the 8-billion-parameter one has the same label
+    assert step.size("web text, KL", "cuda")["llm"][0] == 4096
+    with pytest.raises(ValueError, match="NLI, KL"):
+        step.size("no such", "cpu")
+    assert CASES["linear_kl"].size("8x16x32", "cpu")["vocab"] == 32
+    with pytest.raises(ValueError, match="ROWSxWIDTHxVOCAB"):
+        CASES["linear_kl"].size("8x16", "cpu")
+
+
+def test_bad_options_are_one_line() -> None:
+    for arguments, message in (
+        ({"names": ("linear_lk",)}, "linear_kl"),
+        ({"names": ("lora",), "variants": ("no",)}, "variant 'no'"),
+        ({"repeats": 0}, "repeats=0"),
+        ({"device": "tpu"}, "device='tpu'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run.run(**arguments)
+
+
+def test_floor_is_the_slower_of_bytes_and_flops() -> None:
+    assert ceilings.floor_ms(1e10, 0, "fp32", CEILINGS) == 1000
+    assert ceilings.floor_ms(0, 2e11, "fp32", CEILINGS) == 2000
+    assert ceilings.floor_ms(1e10, 2e11, "fp16", CEILINGS) == 2000
+    record = Record("c", {}, "fp32", "cpu", "ours", "pass", ceilings=CEILINGS)
+    run.set_floor(record, Work(1e9, 1e9))
+    assert record.floor_ms == 100
+
+
+def test_the_hash_sees_code_and_nothing_else(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sources.ROOTS, "kernels", tmp_path)
+    path = tmp_path / "a.py"
+
+    def hashed(text: str) -> str:
+        path.write_text(text)
+        return sources.sources_hash(("kernels/*.py",))
+
+    first = hashed('"""Docs."""\n\ndef f(x):\n    """More."""\n    return x + 1\n')
+    assert hashed('"""Other docs,\nlonger."""\n# a comment\ndef f(x):\n\n    # why\n    return x + 1\n') == first
+    assert hashed("def f(x):\n    return x + 2\n") != first
+    assert sources.sources_hash(("kernels/none*.py",)) == ""
+
+
+def test_memory_is_measured_in_a_process_of_its_own() -> None:
+    case = CASES["pooled_mse"]
+    size = {"label": "some", "lengths": "padding 25%", "count": 64, "width": 16, "out": 2048}
+    problem = case.build(size, torch.float32, "cpu")
+    found = run.measure_memory(case, size, "padded", "fp32", "cpu", problem)
+    padded = 64 * 64 * 2048 * 4 / 2**20  # the gradient of the padded states, at least
+    assert padded * 0.9 < found < padded * 12
+
+
+def test_the_benchmark_flag(tmp_path, request: pytest.FixtureRequest) -> None:
+    """Plain pytest collects no benchmark; with the flag nothing else is; pytest-benchmark's own JSON works."""
+    pytest.importorskip("pytest_benchmark")
+    assert not any("bench_cases" in item.nodeid for item in request.session.items)
+    file = tmp_path / "b.json"
+    command = [sys.executable, "-m", "pytest", "--benchmark", "-k", "paired_mse and ours", f"--benchmark-json={file}"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
+    assert "1 passed" in done.stdout, done.stdout + done.stderr
+    assert "paired_mse, NLI, small" in done.stdout
+    (found,) = json.loads(file.read_text())["benchmarks"]
+    assert "bench_cases.py" in found["fullname"]
+    assert found["extra_info"]["gate"] == "pass"
+    assert found["extra_info"]["floor_ms"] > 0
