@@ -8,7 +8,7 @@ OUT ?= runs/gpu
 .PHONY: help venv demo test lint aot gpu clean
 
 help:
-	@echo "make demo   watch an MT encoder being stacked into an LLM (about ten minutes on 2 cores, no download of models)"
+	@echo "make demo   watch an MT encoder being stacked into an LLM (about 4 minutes on 2 cores, no download of models)"
 	@echo "make test   the test suite"
 	@echo "make lint   ruff and mypy"
 	@echo "make aot    compile every kernel for sm_80, sm_90, sm_100 and gfx942, no GPU needed"
