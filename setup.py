@@ -1,10 +1,13 @@
-"""Maps the folders `kernels/` and `benchmarks/` to `mtllm_fast.kernels` and `mtllm_fast.benchmarks`; everything else is in
+"""Maps the folders `kernels/` and `benchmarks/` to `mtllm_fast.kernels` and `mtllm_fast.benchmarks`; the rest is in
 pyproject.toml."""
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
+
+# folders of data count as packages too: setuptools warns of those that are left out
+OWN = find_namespace_packages(include=["mtllm_fast", "mtllm_fast.*"], exclude=["*.__pycache__"])
 
 setup(
-    packages=[*find_packages(include=["mtllm_fast", "mtllm_fast.*"]), "mtllm_fast.kernels", "mtllm_fast.benchmarks"],
+    packages=[*OWN, "mtllm_fast.kernels", "mtllm_fast.benchmarks"],
     package_dir={"mtllm_fast": "mtllm_fast", "mtllm_fast.kernels": "kernels", "mtllm_fast.benchmarks": "benchmarks"},
     package_data={
         "mtllm_fast.miniworld": ["assets/**/*"],
