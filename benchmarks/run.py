@@ -153,7 +153,8 @@ def measure_memory(case: Case, size: Size, name: str, dtype: str, device: str, p
     if device != "cpu":
         return peak_incremental_mib(partial(case.variants[name].run, problem), device)
     spec = json.dumps([case.name, dict(size), name, dtype, torch.get_num_threads()])
-    root = Path(__file__).resolve().parent.parent
+    # as `benchmarks` the package is found only from the clone's root
+    root = Path(__file__).resolve().parent.parent if __package__ == "benchmarks" else None
     done = subprocess.run(
         [sys.executable, "-m", f"{__package__}.run", "--memory-of", spec], capture_output=True, text=True, cwd=root
     )
@@ -227,6 +228,8 @@ def run(
                 for record in found:
                     record.source_files, record.sources = case.sources, sources_hash(case.sources)
                     record.ceilings = record.ceilings or ceilings
+                    if record.floor_flops is not None and record.floor_ms is None:
+                        set_floor(record, Work(record.floor_bytes or 0.0, record.floor_flops))
                 records += found
                 if show and found:
                     show(found)

@@ -122,7 +122,8 @@ def _bars(case: str, found: Sequence[Speedup]) -> dict[str, Any]:
         memory = "not measured" if s.memory is None else f"{s.memory:.2f} of its memory"
         bars.append({
             "name": (f"{s.ours.size}: " if s.ours.size else "") + f"against {s.other.variant}",
-            "value": f"{s.middle:.2f} ×", "start": start, "width": round(end - start, 2), "low": place(s.low), "span": round(place(s.high) - place(s.low), 2),
+            "value": f"{s.middle:.2f} ×", "start": start, "width": round(end - start, 2),
+            "low": place(s.low), "span": round(place(s.high) - place(s.low), 2),
             "kind": "up" if s.middle >= 1 else "down", "sure": s.verdict != "even",
             "hint": f"{number(s.ours.time_ms)} ms against {number(s.other.time_ms)} ms, p20 to p80 {s.low:.2f} to "
                     f"{s.high:.2f}; memory: {memory}; {floor_share(s.ours)} of the floor; "
