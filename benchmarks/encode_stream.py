@@ -59,7 +59,7 @@ def resident_mib(pid: int) -> float | None:
 
 
 def watched(model: Path, text: Path, output: Path, windows: int) -> tuple[float, list[float], float]:
-    """Seconds of a run that is left alone, its resident memory over time while it encodes, and the peak of all of it."""
+    """Seconds of a run that is left alone, its resident memory over time while it encodes, and its peak."""
     from mtllm_fast.inference.parts import RECORD
 
     log = output.with_name(output.name + ".part") / "0.log"
@@ -136,7 +136,8 @@ def main(argv: list[str] | None = None) -> int:
     flat = late <= GROWTH * early
     print(
         f"{options.lines:,} lines in {seconds:.0f} s ({options.lines / seconds:,.0f} lines/s), {size:,} bytes\n"
-        f"resident memory {early:.0f} MiB in the second fifth, {late:.0f} MiB in the last, peak of the whole run {peak:.0f} MiB: "
+        f"resident memory {early:.0f} MiB in the second fifth, {late:.0f} MiB in the last, "
+        f"peak of the whole run {peak:.0f} MiB: "
         f"{'flat' if flat else 'GROWS'}\n"
         f"killed with -9 at {kills[0]:,} and {kills[1]:,} rows and resumed: {'same bytes' if same else 'OTHER BYTES'}\n"
         f"{'PASS' if same and flat else 'FAIL'}"
