@@ -41,6 +41,8 @@ class ExperimentConfig:
     """Clauses of a text, in the experiment with longer texts."""
     typos: tuple[float, ...] = (0.0, 0.02, 0.05, 0.1, 0.2)
     """Share of letters that are changed, in the experiment with typos."""
+    longer_adaptation: tuple[int, ...] = (1_200,)
+    """Steps of stage 1, in the experiment with more adaptation, besides none and `adapt_steps`."""
     mt_steps: int = 400
     """Steps by which the MT model learns the words with two senses."""
     curve_rows: int = 120

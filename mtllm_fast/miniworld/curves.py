@@ -117,6 +117,39 @@ def typos(cells: Cells, root: Path, folders: dict[str, str]) -> Scored:
     return {str(share): cells.scores(f"typos-{share}", partial(score, share)) for share in cells.config.typos}
 
 
+def adaptation(cells: Cells, root: Path, folders: dict[str, str]) -> Scored:
+    """Accuracy on the matrix's task by steps of stage 1; the matrix's models (`folders`) are its first two points."""
+    from ..data import TextRow
+
+    world, config = cells.world, cells.config
+    plain = [TextRow(text) for text in world.adaptation_texts(config.texts)]
+    unlabelled = [TextRow(text) for text in world.unlabelled(config.unlabelled)]
+    dev = kind_rows(world, ENGLISH, "validation", config.dev_rows)
+    translate = Translations(root / "translations.json", cells.mt, config.num_beams)
+    stacks = {0: folders["no_adaptation"], config.adapt_steps: folders["full_kl"]}
+    for steps in config.longer_adaptation:
+        adapted = cells.model(f"adapted-{steps}", partial(cells.adapt, texts=plain, steps=steps))
+        stacks[steps] = cells.model(
+            f"full_kl-{steps}",
+            partial(
+                cells.distill, model=adapted, teacher=folders["teacher"], texts=unlabelled, dev=dev, kl=1.0,
+                steps=config.distill_steps,
+            ),
+        )  # fmt: skip
+
+    def score(steps: int) -> dict[str, Any]:
+        found: dict[str, Any] = {"languages": {}}
+        for code in world.languages:
+            rows = kind_rows(world, code, "test", config.test_rows)
+            found["languages"][code] = {
+                "mt_llm": cells.accuracy(stacks[steps], rows),
+                "translate_test": cells.accuracy(folders["teacher"], translate(rows)),
+            }
+        return found
+
+    return {str(steps): cells.scores(f"adaptation-{steps}", partial(score, steps)) for steps in sorted(stacks)}
+
+
 def ambiguity(cells: Cells, root: Path) -> Scored:
     """Accuracy by share of nouns that are said with a word of two senses, in texts whose other words tell the sense."""
     from ..data import TextRow

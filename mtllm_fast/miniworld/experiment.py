@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from .cells import Cells, ExperimentConfig, Translations, kind_rows
-from .curves import ambiguity, length, typos
+from .curves import adaptation, ambiguity, length, typos
 from .languages import ENGLISH
 from .world import World
 
-PARTS = ("matrix", "length", "typos", "ambiguity")
+PARTS = ("matrix", "length", "adaptation", "typos", "ambiguity")
 # what stands in the matrix, in the order of the report
 SYSTEMS = {
     "direct": "LLM, directly",
@@ -67,13 +67,13 @@ def run_experiment(
     if not (root / "models" / "llm" / "tokenizer.json").is_file():
         base_models(world, root / "models", seed=0, from_scratch=False)
     results: dict[str, Any] = {}
-    for part in PARTS:  # typos are read by the matrix's models, so the order matters
+    for part in PARTS:  # some use the matrix's models, which it makes
         if part not in parts:
             continue
         results[part] = {}
         for seed in seeds:
             say(f"{part}, seed {seed}")
-            folder = root / ("matrix" if part == "typos" else part) / f"seed-{seed}"
+            folder = root / ("matrix" if part in ("adaptation", "typos") else part) / f"seed-{seed}"
             cells = Cells(folder, seed=seed, world=world, mt=mt, llm=llm, config=config, say=say)
             results[part][str(seed)] = _RUN[part](cells, root)
     return results
@@ -157,6 +157,7 @@ def matrix(cells: Cells, root: Path) -> dict[str, dict[str, float]]:
 _RUN: dict[str, Callable[[Cells, Path], dict[str, Any]]] = {
     "matrix": matrix,
     "length": length,
+    "adaptation": lambda cells, root: adaptation(cells, root, train_matrix(cells)),
     "typos": lambda cells, root: typos(cells, root, train_matrix(cells)),
     "ambiguity": ambiguity,
 }

@@ -21,7 +21,7 @@ from mtllm_fast.miniworld.world import World
 
 TINY = ExperimentConfig(
     texts=40, unlabelled=40, train_rows=24, dev_rows=12, test_rows=4, rows=16, teacher_steps=1, encoder_steps=1,
-    adapt_steps=1, task_steps=1, distill_steps=1, num_beams=1, lengths=(1, 3), typos=(0.0, 0.2), mt_steps=1, curve_rows=4,
+    adapt_steps=1, task_steps=1, distill_steps=1, num_beams=1, longer_adaptation=(2,), lengths=(1, 3), typos=(0.0, 0.2), mt_steps=1, curve_rows=4,
 )  # fmt: skip
 
 
