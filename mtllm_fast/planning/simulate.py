@@ -96,7 +96,7 @@ def _padded_attention(
 
 
 def _cpu_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0, *, is_causal: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, *, is_causal: bool, scale: float, **_: Any
 ) -> Tensor:
     """What `scaled_dot_product_attention` runs on the CPU; on meta tensors it would hold all scores."""
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -20,6 +20,7 @@ _BUCKET_SHARE = 0.85
 _BUCKET_SLACK = 4
 # Bytes of q rows whose copies into a bucket and back cost about as much as one more call on the CPU.
 _CALL_BYTES = 32768
+_CPU = ("cpu", "meta")  # meta tensors stand for a CPU step that is only planned
 
 
 class Buckets(NamedTuple):
@@ -86,7 +87,7 @@ def _block(q: Tensor, k: Tensor, v: Tensor, shape: tuple[int, int], mask: Tensor
     """(b * L, H, d_v) from the (b * L, ...) rows of a block of `shape` (b, L)."""
     q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in (q, k, v))
     # on CUDA only the flash kernel takes grouped heads, and it takes no mask: the fallback would hold all scores
-    grouped = call.groups > 1 and call.softcap is None and q.device.type == "cpu"
+    grouped = call.groups > 1 and call.softcap is None and q.device.type in _CPU
     if call.groups > 1 and not grouped:
         k, v = k.repeat_interleave(call.groups, 1), v.repeat_interleave(call.groups, 1)
     if call.softcap is not None:
@@ -123,7 +124,7 @@ class SDPA(Backend):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, call: Call) -> Tensor:
         in_place = False
-        if q.device.type == "cpu":
+        if q.device.type in _CPU:
             runs = plan.cached("sdpa runs", lambda: make_runs(plan.lengths))
             in_place = len(runs.shapes) * _CALL_BYTES <= q.numel() * q.element_size()
         buckets = runs if in_place else plan.cached("sdpa", lambda: make_buckets(plan.lengths, q.device))
