@@ -9,9 +9,10 @@ The lengths are those of real texts, and a sweep over the share of padding that 
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -50,7 +51,8 @@ class Problem:
     padded_direction: Tensor  # (B, L + 1, D), the same with zeros at padding
     with_prefix: Tensor  # (T + B,) rows of the flattened (B, L + 1)
     inside: Tensor  # (T,) rows of (T + B) that are not the prefix
-    backward: bool = field(default=True)
+    compile: bool = False
+    backward: bool = True
 
     def wide(self) -> Problem:
         """The same in fp64."""
@@ -60,9 +62,13 @@ class Problem:
 
 
 def make(
-    lengths: str = "NLI", count: int = 32, width: int = 1024, out: int = 2048, *, dtype: torch.dtype, device: str
+    lengths: str = "NLI", count: int = 32, width: int = 1024, out: int = 2048, compile: bool = False, *,
+    dtype: torch.dtype, device: str,
 ) -> Problem:  # fmt: skip
-    """Random states; the teacher's sequences are a tenth longer, and half of the student's rows have a partner."""
+    """Random states; the teacher's sequences are a tenth longer, and half of the student's rows have a partner.
+
+    compile: whether the torch.compile variants run too; at every size they would take most of an hour.
+    """
     torch.manual_seed(0)
     sizes = DISTRIBUTIONS[lengths](count)
     other = [max(1, round(n * 1.1)) for n in sizes]
@@ -88,7 +94,7 @@ def make(
         sizes, normal(count, max(sizes), width), student, teacher, normal(out, width, scale=width**-0.5), normal(out),
         normal(width) + 1, normal(width), normal(1, out), cu, cu_t, rows, rows_t, pairs_s, pairs_t,
         student.flatten(0, 1)[rows].contiguous(), teacher.flatten(0, 1)[rows_t].contiguous(), direction,
-        padded.view(count, -1, out), with_prefix, keep.nonzero().squeeze(1),
+        padded.view(count, -1, out), with_prefix, keep.nonzero().squeeze(1), compile,
     )  # fmt: skip
 
 
@@ -304,11 +310,12 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def _compiled_variant(run: Callable[..., Any], chain: Callable[..., Any], first: bool, **options: Any) -> Variant:
     whole = compiled(chain)
     call = partial(run, whole) if first else partial(run, chain=whole)
-    return Variant(call, needs=("compiler",), prepare=fresh_compile, quick=False, **options)
+    applies = operator.attrgetter("compile")
+    return Variant(call, needs=("compiler",), prepare=fresh_compile, applies=applies, quick=False, **options)
 
 
 def sizes(**widths: int) -> tuple[Size, ...]:
-    return tuple({"label": name, "lengths": name, **widths} for name in DISTRIBUTIONS)
+    return tuple({"label": name, "lengths": name, **widths, "compile": name == "NLI"} for name in DISTRIBUTIONS)
 
 
 CPU = {"count": 32, "width": 1024, "out": 2048}

@@ -257,7 +257,7 @@ def encode(device: str, repeats: int, memory: bool, quick: bool) -> list[Record]
         return []
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         command = [sys.executable, "-m", "benchmarks.encode", "--device", device, "--json", file.name]
-        command += ["--texts", "64" if quick else "2000", "--repeats", str(repeats)]
+        command += ["--texts", "64" if quick else "256", "--repeats", str(repeats)]
         command += ["--threads", str(torch.get_num_threads()), *(() if memory else ("--no-memory",))]
         done = subprocess.run(command, cwd=root, capture_output=True, text=True)
         rows = json.loads(Path(file.name).read_text() or "[]")
