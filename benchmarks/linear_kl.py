@@ -24,7 +24,6 @@ from .common import Record, versions, write
 from .linear_kl_variants import Problem, make_problem
 from .registry import Case, Size, Variant, Work, register
 from .run import main
-from .states import demo_states
 
 GATE_ROWS = 64
 # (GEMMs, bytes per logit that the row kernels move) of ours on a GPU with a frozen head, for predictions.
@@ -51,6 +50,8 @@ def make(
     """states "random", or "model": a trained LLM's own states and head, the student's from perturbed embeddings."""
     if states == "random":
         return make_problem(rows, width, vocab, dtype, device, **options)
+    from .states import demo_states
+
     h_s, h_t, w = (x.to(device, dtype) for x in demo_states(rows))
     return Problem(h_s.requires_grad_(), h_t, w)
 

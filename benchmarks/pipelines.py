@@ -25,7 +25,7 @@ from mtllm_fast.data.tokenise import StackTokenizer
 from mtllm_fast.miniworld.languages import ENGLISH
 from mtllm_fast.miniworld.world import World
 
-from .common import Record
+from .common import Record, commit
 from .lengths import nli_texts, sentence_texts
 from .registry import Case, Study, Variant, Work, register
 from .run import main
@@ -267,7 +267,7 @@ def encode(device: str, repeats: int, memory: bool, quick: bool) -> list[Record]
     for row in rows:
         record = Record(**row)
         record.case, _, record.size = record.case.partition(", ")
-        record.ours = record.variant == "ours"
+        record.ours, record.commit = record.variant == "ours", commit()
         record.gate_detail.pop("control", None)  # what the gate must refuse is no error of the variant
         record.floor_flops = 2.0 * ENCODE_WEIGHTS * record.shape["D"] ** 2 * record.shape["T"]
         records.append(record)

@@ -6,7 +6,6 @@ python -m benchmarks.run linear_kl --device cpu --json F        the same as `mtl
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from .common import (
     versions,
     write,
 )
-from .registry import CASES, Case, Size, Study, Work, chosen, gate
+from .registry import Case, Size, Study, Work, chosen, gate, get
 from .sources import sources_hash
 
 LEAST_MS = 5.0  # a timed round of a CUDA variant lasts at least so long
@@ -153,8 +152,7 @@ def measure_memory(case: Case, size: Size, name: str, dtype: str, device: str, p
     """Peak incremental memory of one step; on the CPU in a process of its own, by its resident high-water mark."""
     if device != "cpu":
         return peak_incremental_mib(partial(case.variants[name].run, problem), device)
-    module = case.make.__module__.rsplit(".", 1)[-1]
-    spec = json.dumps([module, case.name, dict(size), name, dtype, torch.get_num_threads()])
+    spec = json.dumps([case.name, dict(size), name, dtype, torch.get_num_threads()])
     # as `benchmarks` the package is found only from the clone's root
     root = Path(__file__).resolve().parent.parent if __package__ == "benchmarks" else None
     done = subprocess.run(
@@ -165,11 +163,10 @@ def measure_memory(case: Case, size: Size, name: str, dtype: str, device: str, p
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 
-def memory_here(module: str, case_name: str, size: Size, name: str, dtype: str, threads: int) -> float:
+def memory_here(case_name: str, size: Size, name: str, dtype: str, threads: int) -> float:
     """Peak incremental memory of a CPU step in this process, its libraries warmed up on a tiny problem first."""
     torch.set_num_threads(threads)
-    importlib.import_module(f".{module}", __package__)  # the other modules take seconds to load
-    case = CASES[case_name]
+    case = get(case_name)
     assert isinstance(case, Case)
     variant = case.variants[name]
     for options in ({"label": "warm", **case.warm}, size):
