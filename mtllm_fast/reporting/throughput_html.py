@@ -213,8 +213,10 @@ def _sensitivity(found: Sequence[Speedup]) -> dict[str, list[tuple[float, float]
     for s in found:
         shape = s.ours.shape
         if s.other.variant in ("padded", "padded, 4-D mask") and {"B", "T", "L"} <= set(shape):
-            lines.setdefault(s.ours.case, []).append((100 * (1 - shape["T"] / (shape["B"] * shape["L"])), s.middle))
-    return {case: points for case, points in lines.items() if len(points) >= 3}
+            widths = ", ".join(f"{k} {v}" for k, v in shape.items() if k in ("E", "D", "H", "d"))
+            share = 100 * (1 - shape["T"] / (shape["B"] * shape["L"]))
+            lines.setdefault(f"{s.ours.case}, {widths}", []).append((share, s.middle))
+    return {name: points for name, points in lines.items() if len(points) >= 3}
 
 
 def _curves(
