@@ -211,7 +211,7 @@ class Curve(NamedTuple):
 BOTH = {"mt_llm": "MT-LLM + KL", "translate_test": "translate-test"}
 CURVES = (
     Curve(
-        "length", "length", "length-", "Longer texts", "clauses of a text", float,
+        "length", "length", "length-", "Longer texts", "number of clauses", float,
         {**BOTH, "translate_clauses": "translate-test, clause by clause"},
         "The task: of what kind are more than half of the things of a text? The MT model was trained on texts of one "
         "and two clauses and stops after some two, as sentence-level MT does on documents; the stack is trained on "
@@ -219,7 +219,7 @@ CURVES = (
         "into sentences, translate-test has this cure. Greedy decoding.",
     ),
     Curve(
-        "adaptation", "matrix", "adaptation-", "More adaptation", "steps of stage 1", float, BOTH,
+        "adaptation", "matrix", "adaptation-", "More adaptation", "number of steps of stage 1", float, BOTH,
         "The kind task, with stage 1 left out, as in the matrix, and longer; stage 3 and the teacher are the same.",
     ),
     Curve(
@@ -277,7 +277,7 @@ def _curve(curve: Curve, table: Table, results: dict[str, Any], root: Path) -> l
     for key in extra:
         lines.append(f"| {titles[key]} | " + " | ".join(f"{100 * v:.1f}" for v in results[curve.name][key]) + " |")
     if where is None:
-        verdict = f"**No crossing:** MT-LLM is behind translate-test at {curve.axis} {xs[-1]:g}."
+        verdict = f"**No crossing:** where the {curve.axis} is {xs[-1]:g}, MT-LLM is not ahead of translate-test."
         nearest = max(range(len(xs)), key=lambda i: ours[i] - theirs[i])
         verdict += f" It comes nearest at {xs[nearest]:g}, {100 * (ours[nearest] - theirs[nearest]):+.1f} points."
     else:
