@@ -28,7 +28,7 @@ demo: venv
 	@$(BIN)/mtllm demo
 
 test: venv
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: venv
 	@$(BIN)/ruff check .
