@@ -22,11 +22,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import Record, commit, device_name, interleaved, percentile, versions, write
+from benchmarks.common import (
+    Record,
+    commit,
+    device_name,
+    interleaved,
+    peak_incremental_mib,
+    percentile,
+    versions,
+    write,
+)
 from mtllm_fast.data.read import TextRow
 from mtllm_fast.evaluation.tasks import TASKS
 from mtllm_fast.inference import Engine
 from mtllm_fast.models import MTLLM, HeadConfig
+from mtllm_fast.planning import measured_peak
 from tests.tiny import llm_tokenizer, m2m100_config, nllb_tokenizer
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -127,6 +137,11 @@ def run_all(data: Path, device: str, width: int, layers: int, limit: int | None,
     return records
 
 
+def peak(run: Callable[[], object], device: str) -> float:
+    """MiB that a run holds at once beyond the models; on the CPU what torch's allocator gives out."""
+    return measured_peak(run) / 2**20 if device == "cpu" else peak_incremental_mib(run, device)
+
+
 def measure(
     task: str, sets: list[list[TextRow]], engine: Engine, loop: PaddedLoop, sizes: dict[str, int], repeats: int
 ) -> list[Record]:
@@ -156,6 +171,7 @@ def measure(
             record.time_ms, record.time_ms_p20, record.time_ms_p80 = (
                 percentile(times[name], q) for q in (0.5, 0.2, 0.8)
             )
+            record.peak_incremental_mib = peak(variants[name], loop.device)
         ratio = percentile([p / o for o, p in zip(times["ours"], times["padded"])], 0.5)
         rates = {name: count / (record.time_ms or 1) * 1e3 for name, record in records.items()}
         print(f"{task}: ours {rates['ours']:.1f} rows/s, padded {rates['padded']:.1f} rows/s, ratio {ratio:.2f}")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from typing import Literal
 
 from ..data.read import read_rows
-from .files import output_file
+from .files import output_file, ranks
 
 
 @dataclass
@@ -65,7 +64,7 @@ class Encode:
         from ..models import MTLLM
 
         output = output_file(self, tuple(FORMATS), resumable=True)
-        rank, world_size, local = (int(os.environ.get(n, d)) for n, d in _RANKS)
+        rank, world_size, local = ranks()
         rows = read_rows(
             self.input,
             text_column=self.text_column,
@@ -117,6 +116,3 @@ class Encode:
             f"{sum(report.skipped.values())} rows skipped"
             + (f" ({skipped}; listed in {report.skipped_file})" if skipped else "")
         )
-
-
-_RANKS = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))  # as torchrun sets them

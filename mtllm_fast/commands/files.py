@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
 from pathlib import Path
 from typing import Any
-
-from ..data.read import TextRow
 
 
 def output_file(command: Any, endings: tuple[str, ...], *, resumable: bool = False) -> Path:
@@ -28,12 +26,7 @@ def output_file(command: Any, endings: tuple[str, ...], *, resumable: bool = Fal
     return path
 
 
-def windows(rows: Iterable[TextRow], size: int) -> Iterable[list[TextRow]]:
-    window: list[TextRow] = []
-    for row in rows:
-        window.append(row)
-        if len(window) == size:
-            yield window
-            window = []
-    if window:
-        yield window
+def ranks() -> tuple[int, int, int]:
+    """(rank, number of processes, rank on this machine) as torchrun sets them; (0, 1, 0) without it."""
+    rank, count, local = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    return rank, max(count, 1), local

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..data.read import read_rows
-from .files import output_file
+from .files import output_file, ranks
 
 if TYPE_CHECKING:
     from ..evaluation import Translator
@@ -91,7 +90,7 @@ class Translate:
             model=self.model, input=self.input or self.task, output=self.output, overwrite=self.overwrite
         )
         output = output_file(named, FORMATS, resumable=True)
-        rank, world_size, local = (int(os.environ.get(n, d)) for n, d in _RANKS)
+        rank, world_size, local = ranks()
         device = self.device or (f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
         translator = Translator.from_pretrained(
             self.model,
@@ -202,4 +201,3 @@ class Translate:
 
 # texts, what tells them apart from others, endings to keep, reason -> languages that are left out
 _Texts = tuple[Iterable["Source"], dict[str, Any], tuple[str, ...], dict[str, list[str]]]
-_RANKS = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))  # as torchrun sets them

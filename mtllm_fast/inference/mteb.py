@@ -10,20 +10,17 @@ They become codes of the MT tokenizer. A language without one is an error that n
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ..data.read import TextRow
 from ..data.tokenise import StackTokenizer
 from ..models import MTLLM
-from ..models.storage import config_to_dict, own_state
+from ..models.fingerprint import fingerprint
 from .engine import Engine
 
 try:
@@ -163,16 +160,6 @@ class MTEBEncoder(AbsEncoder):
                 "which; pass MTEBEncoder(..., language_of=...)"
             )
         return mt_code(languages[side or 0], tokenizer)
-
-
-def fingerprint(model: MTLLM) -> str:
-    """12 hex digits that tell models apart: config, own weights, and the kinds of all weights."""
-    kinds = sorted({f"{type(parameter).__name__} {parameter.dtype}" for parameter in model.parameters()})
-    digest = hashlib.sha256(json.dumps([config_to_dict(model.config), kinds], sort_keys=True, default=str).encode())
-    for name, tensor in own_state(model).items():
-        digest.update(name.encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:12]
 
 
 def _languages(task: TaskMetadata, subset: str) -> list[str]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed
 
 from ..data.read import RowStream, TextRow
 from ..data.tokenise import StackTokenizer
-from ..models import MTLLM
+from ..models.fingerprint import fingerprint
 from .engine import Engine, Pooling
 from .parts import Parts, clear
 from .progress import progress_bar
@@ -190,22 +188,3 @@ def language_check(tokenizer: StackTokenizer) -> Callable[[TextRow], str | None]
         return verdicts[code]
 
     return unusable
-
-
-def fingerprint(model: MTLLM) -> str:
-    """A hash of the weights (a sample of each tensor) and of the tokenizers: another one after any training."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().flatten()
-        if flat.numel() > 256:
-            flat = flat[torch.linspace(0, flat.numel() - 1, 256, dtype=torch.float64).long().to(flat.device)]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    tokenizer = model.tokenizer
-    if tokenizer is not None:
-        for side in (tokenizer.mt, tokenizer.llm):
-            if side is not None:
-                digest.update(str((len(side), side("The same text 42")["input_ids"])).encode())
-        options = (tokenizer.max_mt_tokens, tokenizer.max_llm_tokens, tokenizer.pair_separator, tokenizer.fallbacks)
-        digest.update(str(options).encode())
-    return digest.hexdigest()[:16]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ MOST_ROWS = 10**18  # a header that is written before the rows are counted has r
 
 
 @dataclass(frozen=True)
-class EmbeddingFile:
+class EmbeddingFile(ABC):
     """How the windows of (N, `width`) float32 embeddings become one file.
 
     Args:
@@ -35,9 +36,9 @@ class EmbeddingFile:
         """What is stored of a window until the join."""
         return [window.values.astype("<f4", copy=False).tobytes()]
 
+    @abstractmethod
     def join(self, parts: Parts) -> None:
         """Write the output from all windows, in order, and put it in its place."""
-        raise NotImplementedError
 
 
 class RawFile(EmbeddingFile):
@@ -47,9 +48,9 @@ class RawFile(EmbeddingFile):
     def reserve(self) -> int:  # type: ignore[override]
         return len(self.header(MOST_ROWS))
 
+    @abstractmethod
     def header(self, rows: int) -> bytes:
         """The bytes before the embeddings; as many for any number of rows."""
-        raise NotImplementedError
 
     def join(self, parts: Parts) -> None:
         records = parts.records()

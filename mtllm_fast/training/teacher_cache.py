@@ -19,7 +19,6 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -35,6 +34,7 @@ from ..data.batch import Batch, tokenise_rows
 from ..data.pack import PackedBatch, token_budget_packs
 from ..data.read import TextRow
 from ..models import MTLLM
+from ..models.fingerprint import weights_digest
 from .run_folder import write_json
 
 log = logging.getLogger(__name__)
@@ -276,7 +276,7 @@ def _fingerprint(teacher: MTLLM, keys: list[bytes], bf16: bool) -> dict[str, Any
     for passing in ("truncation", "padding"):
         tokenizer.pop(passing, None)
     return {
-        "teacher weights": _weights_digest(state),
+        "teacher weights": weights_digest(state),
         "teacher settings": _json_digest(
             [{k: v for k, v in config.items() if k not in _VOLATILE}, adapters, teacher.config.causal]
         ),
@@ -289,18 +289,6 @@ def _fingerprint(teacher: MTLLM, keys: list[bytes], bf16: bool) -> dict[str, Any
             "bf16": bf16,
         },
     }
-
-
-def _weights_digest(state: dict[str, Tensor]) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes; tensors are hashed side by side, which threads can do."""
-
-    def one(name: str) -> str:
-        tensor = state[name].detach().cpu().contiguous()
-        content = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        return f"{name} {tensor.dtype} {tuple(tensor.shape)} {content.hexdigest()}"
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return hashlib.sha256("\n".join(pool.map(one, sorted(state))).encode()).hexdigest()
 
 
 def _json_digest(data: Any) -> str:
