@@ -8,7 +8,7 @@ function of the rows, the options, `seed` and `epoch` alone.
 import dataclasses
 import os
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -68,7 +68,7 @@ class StreamCounts:
     """What has been read since the start of the epoch, over all ranks.
 
     Fields:
-        rows, packs: rows tokenised, packs they went into.
+        windows, rows, packs: windows read, the rows in them, packs they went into.
         tokens: tokens per side.
         truncated: rows cut to the limit, per side.
         budget: tokens that the packs could have held on one side.
@@ -76,6 +76,7 @@ class StreamCounts:
         source: the reader's own counts (rows, empty, failed, reasons), where it has them.
     """
 
+    windows: int = 0
     rows: int = 0
     packs: int = 0
     tokens: Counter[str] = dataclasses.field(default_factory=Counter)
@@ -88,6 +89,16 @@ class StreamCounts:
     def efficiency(self) -> float:
         """Share of the token budget that is filled, on the fuller side."""
         return max(self.tokens.values(), default=0) / self.budget if self.budget else 0.0
+
+    def state(self) -> dict[str, Any]:
+        """Plain data; the reader's counts are left out, since whoever goes on reads the rows before again."""
+        data = {name: getattr(self, name) for name in ("windows", "rows", "packs", "budget")}
+        return data | {name: dict(getattr(self, name)) for name in ("tokens", "truncated", "fallbacks")}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "StreamCounts":
+        made: dict[str, Any] = {n: Counter(value) if isinstance(value, dict) else value for n, value in state.items()}
+        return cls(**made)
 
 
 class PackedDataset(IterableDataset):
@@ -108,7 +119,8 @@ class PackedDataset(IterableDataset):
         seed, epoch: all randomness comes from these two.
         rank, world_size: this rank takes every world_size-th batch. Where the last group is incomplete, the ranks left
             over get a batch of weight 0, so that all ranks take the same number of steps.
-        start_batch: skip so many batches of this rank at the start: exact resumption.
+        start_batch: skip so many batches of this rank at the start: exact resumption. See `set_epoch` for how to skip
+            without tokenising.
 
     Raises:
         ValueError, TypeError: naming the argument that does not fit. While iterating: whatever is wrong with a row.
@@ -165,12 +177,33 @@ class PackedDataset(IterableDataset):
         self.counters = StreamCounts()
         self.set_epoch(epoch, start_batch)
 
-    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Choose the epoch of the next pass, and how many of this rank's batches it skips."""
+    def set_epoch(self, epoch: int, start_batch: int = 0, after: dict[str, Any] | None = None) -> None:
+        """Choose the epoch of the next pass, and how many of this rank's batches it skips.
+
+        Args:
+            after: what `read_before` gave for this epoch and a batch that is not later: the rows before are read, for
+                their number and the shuffling, but neither tokenised nor packed. The batches are the same.
+
+        Raises:
+            ValueError: a negative number, or `after` lies behind `start_batch`.
+        """
         if epoch < 0 or start_batch < 0:
             raise ValueError(f"epoch and start_batch must be at least 0, got {epoch} and {start_batch}")
+        before = StreamCounts.from_state(after) if after else StreamCounts()
+        if before.packs > start_batch * self.world_size:
+            raise ValueError(
+                f"after: {before.packs} packs lie behind start_batch {start_batch} of {self.world_size} ranks"
+            )
         self.epoch = epoch
         self.start_batch = start_batch
+        self._before = before
+        self._starts = deque([before.state()], maxlen=256)
+
+    def read_before(self, batch: int) -> dict[str, Any]:
+        """Plain data: the counts at the start of the window in which this rank's `batch` of the latest pass begins, or
+        of an earlier one. With them a later pass goes on there (see `set_epoch`)."""
+        earlier = [state for state in self._starts if state["packs"] <= batch * self.world_size]
+        return earlier[-1] if earlier else StreamCounts().state()
 
     def __iter__(self) -> Iterator[Batch]:
         if get_worker_info() is not None:
@@ -178,12 +211,13 @@ class PackedDataset(IterableDataset):
         return self._batches(self._windows())
 
     def _windows(self, worker: int = 0, workers: int = 1) -> Iterator[_Window]:
-        """Windows `worker`, `worker + workers`, ... of the epoch, then one that marks the end."""
+        """Windows `worker`, `worker + workers`, ... of the rest of the epoch, then one that marks the end."""
         stream = _shuffled(self.rows, self.shuffle_buffer, f"{self.seed}/{self.epoch}")
+        first = self._before.windows
         index = 0
         try:
             while chunk := list(islice(stream, self.lookahead)):
-                if index % workers == worker:
+                if index >= first and (index - first) % workers == worker:
                     yield self._window(index, chunk)
                 index += 1
         except (ValueError, TypeError, OSError) as error:
@@ -211,13 +245,13 @@ class PackedDataset(IterableDataset):
 
     def _batches(self, windows: Iterable[_Window]) -> Iterator[Batch]:
         """This rank's batches; only here is the number of earlier packs known, and with it whose turn it is."""
-        self.counters = StreamCounts()
-        if isinstance(self.rows, TokenStore):
-            self.counters.truncated.update({side: self.rows.truncated[side] for side in self.sides})
-        turn = 0
+        self.counters = StreamCounts.from_state(self._before.state())
+        if isinstance(self.rows, TokenStore) and not self._before.windows:
+            self.counters.truncated = Counter({side: self.rows.truncated[side] for side in self.sides})
+        self._starts.clear()
+        turn = self.counters.packs
         skip = self.start_batch * self.world_size
         last: tuple[TokenizedRows | StoredRows, tuple[int, ...]] | None = None
-        expected = 0
         for window in windows:
             if window.error is not None:
                 raise window.error
@@ -225,8 +259,9 @@ class PackedDataset(IterableDataset):
                 self.counters.source = window.source
             if window.rows is None:
                 continue
+            expected = self.counters.windows
             assert window.index == expected, f"window {window.index} arrived in place of {expected}"
-            expected += 1
+            self._starts.append(self.counters.state())
             self._count(window)
             for pack in window.packs:
                 last = (window.rows, pack)
@@ -240,6 +275,7 @@ class PackedDataset(IterableDataset):
     def _count(self, window: _Window) -> None:
         assert window.rows is not None
         counts = self.counters
+        counts.windows += 1
         counts.rows += len(window.rows)
         counts.packs += len(window.packs)
         counts.budget += len(window.packs) * self.max_tokens
@@ -316,7 +352,7 @@ class PackedLoader:
 
     def count(self) -> int:
         """Batches of a whole epoch on each rank. Reads, tokenises and packs it, but makes no batch."""
-        packs = 0
+        packs = self.dataset._before.packs
         for window in self._windows():
             if window.error is not None:
                 raise window.error

@@ -1,9 +1,11 @@
 import itertools
+import json
 import pickle
 
 import pytest
 import torch
 
+import mtllm_fast.data.collate as collate_module
 from mtllm_fast.data import PackedDataset, PackedLoader, TextRow, read_rows
 from mtllm_fast.data.collate import collate
 
@@ -71,6 +73,34 @@ def test_resuming_is_exact(stack, workers):
         assert epoch(stack, workers, start_batch=start) == whole[start:]
     sharded = epoch(stack, rank=1, world_size=4)
     assert epoch(stack, workers, rank=1, world_size=4, start_batch=2) == sharded[2:]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world", [1, 3])
+def test_going_on_without_tokenising_what_lies_before(stack, monkeypatch, workers, world):
+    rank = {"rank": world - 1, "world_size": world}
+    dataset = PackedDataset(ROWS, stack, **OPTIONS, **rank)
+    whole, places = [], []
+    for number, batch in enumerate(PackedLoader(dataset)):
+        whole.append(fingerprint(batch))
+        places.append(dataset.read_before(number + 1))  # as a checkpoint after this batch does
+    assert len({place["windows"] for place in places}) == 5
+    counts = dataset.counters
+    tokenised = []
+    made = collate_module.tokenise_rows
+    monkeypatch.setattr(collate_module, "tokenise_rows", lambda rows, *a: tokenised.extend(rows) or made(rows, *a))
+    for start, place in enumerate(places, 1):
+        tokenised.clear()
+        dataset = PackedDataset(ROWS, stack, **OPTIONS, **rank)
+        dataset.set_epoch(0, start, json.loads(json.dumps(place)))
+        assert PackedLoader(dataset).count() == -(-counts.packs // world)
+        if not workers:
+            assert len(tokenised) == 150 - 32 * place["windows"]
+        assert [fingerprint(b) for b in PackedLoader(dataset, workers)] == whole[start:]
+        assert dataset.counters == counts
+        assert dataset.read_before(len(whole))["windows"] == 4
+    with pytest.raises(ValueError, match="packs lie behind start_batch 0"):
+        dataset.set_epoch(0, 0, places[-1])
 
 
 @pytest.mark.parametrize("world", [2, 3, 7])
