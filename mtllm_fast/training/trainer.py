@@ -24,6 +24,8 @@ from ..models.storage import load_own_state
 from .config import OptimSettings
 from .run_folder import RunFolder, last_complete, mark_complete, write_json
 
+PLACE_FILE = "data.json"  # in a checkpoint: where the data is read on
+
 
 class TrainStep(nn.Module):
     """One training objective: `forward(batch)` gives terms `(sum, count)`, `counts(batch)` their counts beforehand.
@@ -47,20 +49,35 @@ class EpochLoader:
     """Batches of one process, epoch after epoch without end, from batch `start` on.
 
     Nothing here draws from torch's global generator, so that dropout after a resume is that of the uninterrupted run.
+
+    Args:
+        place: what `place_of` gave for a batch up to `start`, on any number of processes; without it the batches before
+            `start` are made and dropped.
     """
 
-    def __init__(self, dataset: PackedDataset, workers: int, start: int) -> None:
+    def __init__(self, dataset: PackedDataset, workers: int, start: int, place: dict[str, Any] | None = None) -> None:
         self.dataset, self.workers, self.start = dataset, workers, start
+        self.after = place["stream"] if place else None
+        self.epoch_packs: list[int] = list(place["epoch_packs"]) if place else []
+
+    def _batches_of_epochs(self) -> int:
+        return sum(math.ceil(packs / self.dataset.world_size) for packs in self.epoch_packs)
+
+    def place_of(self, batch: int) -> dict[str, Any]:
+        """Plain data: the packs of every epoch that is over, and where the stream is read on to come to `batch`."""
+        stream = self.dataset.read_before(batch - self._batches_of_epochs())
+        return {"epoch_packs": self.epoch_packs, "stream": stream}
 
     def __iter__(self) -> Iterator[Batch]:
-        skip, epoch = self.start, 0
+        skip, epoch = max(self.start - self._batches_of_epochs(), 0), len(self.epoch_packs)
         while True:
-            self.dataset.set_epoch(epoch, skip)
+            self.dataset.set_epoch(epoch, skip, self.after)
             yield from PackedLoader(self.dataset, num_workers=self.workers, pin_memory=torch.cuda.is_available())
             size = math.ceil(self.dataset.counters.packs / self.dataset.world_size)
             if size == 0:
                 raise ValueError("the training data holds no usable row")
-            skip, epoch = max(skip - size, 0), epoch + 1
+            self.epoch_packs.append(self.dataset.counters.packs)
+            skip, epoch, self.after = max(skip - size, 0), epoch + 1, None
 
 
 class _Live(TrainerCallback):
@@ -111,6 +128,7 @@ class PackedTrainer(Trainer):
         self.optim_settings = optim
         self.validate = validate
         self.start_batch = 0
+        self.place: dict[str, Any] | None = None
         self.remove_callback(PrinterCallback)
         if not optim.progress:
             self.remove_callback(ProgressCallback)
@@ -121,7 +139,8 @@ class PackedTrainer(Trainer):
     # ---- data
     def get_train_dataloader(self) -> EpochLoader:  # type: ignore[override]
         self.packs.rank, self.packs.world_size = self.args.process_index, self.args.world_size
-        return EpochLoader(self.packs, self.optim_settings.workers, self.start_batch)
+        self.loader = EpochLoader(self.packs, self.optim_settings.workers, self.start_batch, self.place)
+        return self.loader
 
     def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device) -> Any:
         """The packs of one step on this process, and the counts of the step over all processes."""
@@ -190,7 +209,10 @@ class PackedTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            mark_complete(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
+            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+            batch = self.state.global_step * self.args.gradient_accumulation_steps
+            write_json(folder / PLACE_FILE, self.loader.place_of(batch))
+            mark_complete(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_own_state(self.step_module.student, Path(resume_from_checkpoint))
@@ -210,6 +232,8 @@ class PackedTrainer(Trainer):
                 load_own_state(self.step_module.student, folder / Path(best).name if best else checkpoint)
                 return json.loads((folder / "metrics.json").read_text()) if (folder / "metrics.json").is_file() else {}
             self.start_batch = steps * self.args.gradient_accumulation_steps
+            if (checkpoint / PLACE_FILE).is_file():
+                self.place = json.loads((checkpoint / PLACE_FILE).read_text(encoding="utf-8"))
         output = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         metrics = dict(output.metrics)
         if self.state.best_model_checkpoint is not None:
