@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -38,10 +39,31 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def cpu_nt(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a (M, K) @ b (N, K)ᵀ + bias (N,) on the CPU, in one dtype, fp32 or fp64; operands may be transposed views."""
+    """a (M, K) @ b (N, K)ᵀ + bias (N,) on the CPU, in one dtype, fp32 or fp64; operands may be transposed views.
+
+    M may be another one in every call: oneDNN sees few different ones.
+    """
     if a.dtype == torch.float32 and has_onednn_fp32():
-        return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(_padded(a), b, bias, "none", [], "")[: a.shape[0]]
     return a @ b.t() if bias is None else torch.addmm(bias, a, b.t())
+
+
+def cpu_tn(a: Tensor, b: Tensor) -> Tensor:
+    """a (K, M)ᵀ @ b (K, N) on the CPU, in one dtype, fp32 or fp64; K may be another one in every call."""
+    if a.dtype == torch.float32 and has_onednn_fp32():
+        return torch.ops.mkldnn._linear_pointwise(_padded(a).t(), _padded(b).t(), None, "none", [], "")
+    return a.t() @ b
+
+
+def _padded(x: Tensor) -> Tensor:
+    """Zero rows below x, up to one of 16 to 32 numbers of rows per octave.
+
+    oneDNN keeps code and plans, a quarter of a MiB and more, for each of the last 1,024 shapes in two caches: packs of
+    ever different lengths would fill hundreds of MiB before memory stops growing.
+    """
+    rows = x.shape[0]
+    missing = -rows % (1 << max(rows.bit_length() - 5, 5))
+    return F.pad(x, (0, 0, 0, missing)) if missing else x
 
 
 def mm_f32(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import tiles
-from .gemms import accumulation_dtype, cpu_nt, has_fast_bf16
+from .gemms import accumulation_dtype, cpu_nt, cpu_tn, has_fast_bf16
 from .tiles import CpuChunks
 
 FORWARD, REVERSE, JSD = "forward", "reverse", "jsd"
@@ -318,7 +318,7 @@ def difference_cpu(
             elif need_dh:
                 dx += cpu_nt(grad, student.block(v0, v1).t())
             if need_dw:
-                dw[v0:v1] += cpu_nt(grad.t(), x_scaled.t())
+                dw[v0:v1] += cpu_tn(grad, x_scaled)
             if need_db:
                 db[v0:v1].addmv_(grad.t(), row_scale[:, 0])
         if need_dh:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .device_checks import require
-from .gemms import accumulation_dtype, cpu_nt, mm_f32_add
+from .gemms import accumulation_dtype, cpu_nt, cpu_tn, mm_f32_add
 from .hidden_mse_cpu import normalised
 from .linear_kl_cpu import check_rows
 from .segments import assert_values, check_values
@@ -189,7 +189,7 @@ def packed_linear_backward(
             if x.device.type == "cpu" and w.dtype in (torch.float32, torch.float64):
                 for first in range(0, width_out, BLOCK_ROWS):
                     block_d = slice(first, first + BLOCK_ROWS)
-                    dw[block_d] += cpu_nt(dz[:, block_d].t(), own.t())
+                    dw[block_d] += cpu_tn(dz[:, block_d], own)
             elif w.dtype == torch.float64:
                 dw.addmm_(dz.t(), own)
             else:

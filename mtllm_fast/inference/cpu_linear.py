@@ -21,12 +21,7 @@ class OneDnnLinear(TorchFunctionMode):
     ) -> Any:
         if func is torch.nn.functional.linear and len(args) == 3 and not kwargs and _plain(args[0]) and _plain(args[1]):
             x, weight, bias = args
-            rows = x.reshape(-1, x.shape[-1])
-            # oneDNN keeps code for up to 1,024 shapes, half a GiB of it: let there be few numbers of rows
-            count, step = len(rows), 1 << max(len(rows).bit_length() - 5, 5)
-            if count % step:
-                rows = torch.nn.functional.pad(rows, (0, 0, 0, -count % step))
-            return cpu_nt(rows, weight, bias)[:count].view(*x.shape[:-1], -1)
+            return cpu_nt(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
         return func(*args, **(kwargs or {}))
 
 

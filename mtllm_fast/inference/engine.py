@@ -319,11 +319,13 @@ def _distinct(side: TokenizedSide) -> tuple[list[int], list[int]]:
 
 
 def _packs(order: list[int], lengths: list[int], choices: list[int], max_tokens: int) -> Iterator[list[int]]:
-    """Cut `order` where the next row would exceed the budget or has another number of choices."""
+    """Cut `order` into packs of about equal size within the budget, and where the number of choices changes."""
+    tokens = sum(lengths)
+    share = -(-tokens // -(-tokens // max_tokens))  # no small pack at the end, and few different sizes
     pack: list[int] = []
     total = 0
     for k in order:
-        if pack and (total + lengths[k] > max_tokens or choices[k] != choices[pack[0]]):
+        if pack and (total >= share or total + lengths[k] > max_tokens or choices[k] != choices[pack[0]]):
             yield pack
             pack, total = [], 0
         pack.append(k)
