@@ -29,6 +29,7 @@ class Batch:
         mt_spans, llm_spans: (B, C, 2) int64, packed rows [start, end) of each choice, or None.
         ids: the rows' names.
         weight: 0.0 for a filler that only keeps the ranks in step, else 1.0; multiply losses and counts with it.
+        place: its number among the batches of a step over all ranks.
     """
 
     mt: PackedBatch | None
@@ -40,6 +41,7 @@ class Batch:
     llm_spans: Tensor | None = None
     ids: tuple[str | None, ...] = ()
     weight: float = 1.0
+    place: int = 0
 
     @property
     def num_rows(self) -> int:

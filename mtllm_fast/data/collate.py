@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from mtllm_fast.data.balance import deal, pack_cost
 from mtllm_fast.data.batch import SIDES, Batch, TokenizedRows, check_sides, tokenise_rows
 from mtllm_fast.data.pack import token_budget_packs
 from mtllm_fast.data.read import TextRow
@@ -58,9 +59,18 @@ class _Window:
     index: int
     rows: TokenizedRows | StoredRows | None = None
     packs: tuple[tuple[int, ...], ...] = ()
+    costs: tuple[float, ...] = ()
     fallbacks: Counter[str] = dataclasses.field(default_factory=Counter)
     source: Any = None
     error: Exception | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Pack:
+    rows: TokenizedRows | StoredRows
+    index: tuple[int, ...]
+    cost: float
+    weight: float = 1.0
 
 
 @dataclass
@@ -117,8 +127,9 @@ class PackedDataset(IterableDataset):
         shuffle_buffer: rows held for shuffling the stream; 0 keeps its order. Packs of a window are always shuffled,
             since packing sorts by length.
         seed, epoch: all randomness comes from these two.
-        rank, world_size: this rank takes every world_size-th batch. Where the last group is incomplete, the ranks left
-            over get a batch of weight 0, so that all ranks take the same number of steps.
+        rank, world_size, accumulation: a step of training is `world_size * accumulation` consecutive batches, of which
+            every rank gets `accumulation`, such that all have about the same to do. What is in a step depends on that
+            product alone. The last step of an epoch is filled with batches of weight 0.
         start_batch: skip so many batches of this rank at the start: exact resumption. See `set_epoch` for how to skip
             without tokenising.
 
@@ -141,6 +152,7 @@ class PackedDataset(IterableDataset):
         epoch: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        accumulation: int = 1,
         start_batch: int = 0,
     ) -> None:
         super().__init__()
@@ -155,8 +167,10 @@ class PackedDataset(IterableDataset):
                     "a row of that length would fit in no batch"
                 )
         at_least = {"max_rows": 1, "lookahead": 1, "shuffle_buffer": 0, "seed": 0, "epoch": 0, "world_size": 1}
+        at_least["accumulation"] = 1
         given = {"max_rows": max_rows if max_rows is not None else 1, "lookahead": lookahead, "seed": seed}
         given |= {"shuffle_buffer": shuffle_buffer, "epoch": epoch, "world_size": world_size}
+        given["accumulation"] = accumulation
         for name, least in at_least.items():
             if given[name] < least:
                 raise ValueError(f"{name} must be at least {least}, got {given[name]}")
@@ -174,8 +188,22 @@ class PackedDataset(IterableDataset):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.accumulation = accumulation
         self.counters = StreamCounts()
         self.set_epoch(epoch, start_batch)
+
+    @property
+    def step_size(self) -> int:
+        """Batches of one step over all ranks."""
+        return self.world_size * self.accumulation
+
+    def size(self, packs: int) -> int:
+        """Batches of each rank in an epoch of so many packs."""
+        return -(-packs // self.step_size) * self.accumulation
+
+    def _step_start(self, batch: int) -> int:
+        """Packs of the epoch before the step that this rank's `batch` belongs to."""
+        return batch // self.accumulation * self.step_size
 
     def set_epoch(self, epoch: int, start_batch: int = 0, after: dict[str, Any] | None = None) -> None:
         """Choose the epoch of the next pass, and how many of this rank's batches it skips.
@@ -190,7 +218,7 @@ class PackedDataset(IterableDataset):
         if epoch < 0 or start_batch < 0:
             raise ValueError(f"epoch and start_batch must be at least 0, got {epoch} and {start_batch}")
         before = StreamCounts.from_state(after) if after else StreamCounts()
-        if before.packs > start_batch * self.world_size:
+        if before.packs > self._step_start(start_batch):
             raise ValueError(
                 f"after: {before.packs} packs lie behind start_batch {start_batch} of {self.world_size} ranks"
             )
@@ -202,7 +230,7 @@ class PackedDataset(IterableDataset):
     def read_before(self, batch: int) -> dict[str, Any]:
         """Plain data: the counts at the start of the window in which this rank's `batch` of the latest pass begins, or
         of an earlier one. With them a later pass goes on there (see `set_epoch`)."""
-        earlier = [state for state in self._starts if state["packs"] <= batch * self.world_size]
+        earlier = [state for state in self._starts if state["packs"] <= self._step_start(batch)]
         return earlier[-1] if earlier else StreamCounts().state()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -233,12 +261,14 @@ class PackedDataset(IterableDataset):
             rows = StoredRows(self.rows, np.array(chunk, dtype=np.int64), self.sides)
         else:
             rows = tokenise_rows(chunk, self.tokenizer, self.sides)
-        packs = token_budget_packs(rows.costs(), self.max_tokens, self.max_rows)
+        costs = rows.costs()
+        packs = token_budget_packs(costs, self.max_tokens, self.max_rows)
         order = np.random.default_rng([self.seed, self.epoch, index]).permutation(len(packs))
         return _Window(
             index,
             rows,
             tuple(tuple(packs[i]) for i in order),
+            tuple(pack_cost(costs, packs[i]) for i in order),
             self.tokenizer.fallback_counts - before,
             getattr(self.rows, "counts", None),
         )
@@ -249,9 +279,9 @@ class PackedDataset(IterableDataset):
         if isinstance(self.rows, TokenStore) and not self._before.windows:
             self.counters.truncated = Counter({side: self.rows.truncated[side] for side in self.sides})
         self._starts.clear()
-        turn = self.counters.packs
-        skip = self.start_batch * self.world_size
-        last: tuple[TokenizedRows | StoredRows, tuple[int, ...]] | None = None
+        turn, start = self.counters.packs, self._step_start(self.start_batch)
+        skip = self.start_batch % self.accumulation
+        step: list[_Pack] = []
         for window in windows:
             if window.error is not None:
                 raise window.error
@@ -263,14 +293,24 @@ class PackedDataset(IterableDataset):
             assert window.index == expected, f"window {window.index} arrived in place of {expected}"
             self._starts.append(self.counters.state())
             self._count(window)
-            for pack in window.packs:
-                last = (window.rows, pack)
-                if turn >= skip and turn % self.world_size == self.rank:
-                    yield window.rows.batch(pack, self.align)
+            for pack, cost in zip(window.packs, window.costs):
+                if turn >= start:
+                    step.append(_Pack(window.rows, pack, cost))
+                if len(step) == self.step_size:
+                    yield from self._own(step, skip)
+                    step, skip = [], 0
                 turn += 1
-        over = turn % self.world_size
-        if last is not None and over and self.rank >= over and turn >= skip:
-            yield dataclasses.replace(last[0].batch(last[1], self.align), weight=0.0)
+        if step:
+            filler = dataclasses.replace(min(step, key=lambda pack: pack.cost), weight=0.0)
+            yield from self._own(step + [filler] * (self.step_size - len(step)), skip)
+
+    def _own(self, step: "list[_Pack]", skip: int) -> Iterator[Batch]:
+        """This rank's batches of a step, but for its first `skip`."""
+        shares = deal([pack.cost for pack in step], self.world_size)
+        for place in shares[self.rank][skip:]:
+            pack = step[place]
+            batch = pack.rows.batch(pack.index, self.align)
+            yield dataclasses.replace(batch, weight=pack.weight, place=place)
 
     def _count(self, window: _Window) -> None:
         assert window.rows is not None
@@ -357,7 +397,7 @@ class PackedLoader:
             if window.error is not None:
                 raise window.error
             packs += len(window.packs)
-        return -(-packs // self.dataset.world_size)
+        return self.dataset.size(packs)
 
     def _windows(self) -> Iterable[_Window]:
         if self.num_workers == 0:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import check_backend
+from .sharded import whole_state, writes
 
 
 @dataclass(frozen=True)
@@ -149,17 +150,19 @@ class AdaptedModel(nn.Module):
             layer.merged_adapters.clear()
         self._unmerged.clear()
 
-    def save(self, folder: Any) -> None:
-        """Write the bare model (no adapters) as safetensors so that `from_pretrained` reads it back.
+    def bare_state(self) -> dict[str, Tensor]:
+        """The bare model's weights (no adapters) under the names that transformers gives them, each whole.
 
         Raises:
             ValueError: an adapter is merged into the weights.
         """
         if self._unmerged:
             raise ValueError("the adapter is merged into the base weights: unmerge it before saving")
-        if not self.adapters:
-            self.model.save_pretrained(folder)
-            return
-        state = self.model.state_dict()
-        bare = {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
-        self.model.save_pretrained(folder, state_dict=bare)
+        state = whole_state(self.model)
+        return {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
+
+    def save(self, folder: Any) -> None:
+        """Write `bare_state` as safetensors so that `from_pretrained` reads it back."""
+        state = self.bare_state()
+        if writes(self.model):
+            self.model.save_pretrained(folder, state_dict=state)

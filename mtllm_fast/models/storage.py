@@ -25,6 +25,7 @@ from .heads import HeadConfig
 from .llm import PackedLLM
 from .mtllm import MTLLM, MTLLMConfig
 from .projection import ProjectionConfig
+from .sharded import load_whole, whole, writes
 
 MODEL_TYPE = "mtllm"
 FORMAT = 1
@@ -40,7 +41,7 @@ def own_state(model: MTLLM) -> dict[str, Tensor]:
             return any(adapter in name for adapter in adapters)
         return name in trained or name.startswith(("projection.", "head."))
 
-    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in model.state_dict().items() if owned(name)}
+    return {name: whole(tensor) for name, tensor in model.state_dict().items() if owned(name)}
 
 
 def load_own_state(model: MTLLM, folder: Path) -> None:
@@ -63,7 +64,7 @@ def load_own_state(model: MTLLM, folder: Path) -> None:
                 f"model={str(folder)!r}: {name} is {tuple(tensor.shape)}, "
                 f"the base model needs {tuple(expected[name].shape)}"
             )
-    model.load_state_dict(state, strict=False)
+    load_whole(model, state)
 
 
 def read_safetensors(folder: Path, stem: str) -> dict[str, Tensor]:
@@ -163,6 +164,15 @@ def save(model: MTLLM, folder: Path, *, include_base: bool | None = None) -> Non
     """See `MTLLM.save_pretrained`. Everything is written beside the folder first and moved in at the end."""
     from huggingface_hub import save_torch_state_dict
 
+    own = own_state(model)
+    parts: tuple[tuple[str, PackedEncoder | PackedLLM | None], ...] = (("encoder", model.encoder), ("llm", model.llm))
+    stored = {
+        role: part.bare_state()
+        for role, part in parts
+        if part is not None and (include_base or (include_base is None and part.name is None))
+    }
+    if not writes(model):
+        return
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder={str(folder)!r}: is a file")
     folder.mkdir(parents=True, exist_ok=True)
@@ -171,15 +181,11 @@ def save(model: MTLLM, folder: Path, *, include_base: bool | None = None) -> Non
     staging.mkdir()
     try:
         config = config_to_dict(model.config)
-        parts: tuple[tuple[str, PackedEncoder | PackedLLM | None], ...] = (
-            ("encoder", model.encoder),
-            ("llm", model.llm),
-        )
         for role, part in parts:
             if part is None:
                 continue
-            if include_base or (include_base is None and part.name is None):
-                part.save(staging / role)
+            if role in stored:
+                part.model.save_pretrained(staging / role, state_dict=stored[role])
                 config[role] = None
             elif part.name is None:
                 raise ValueError(
@@ -189,7 +195,7 @@ def save(model: MTLLM, folder: Path, *, include_base: bool | None = None) -> Non
                 config[role] = str(Path(part.name).resolve())
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(staging)
-        save_torch_state_dict(own_state(model), staging, max_shard_size="5GB")
+        save_torch_state_dict(own, staging, max_shard_size="5GB")
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for path in sorted(staging.iterdir(), key=lambda p: p.name == "config.json"):
             target = folder / path.name
