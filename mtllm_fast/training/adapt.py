@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from transformers import set_seed
 
 from ..data.collate import Batch
@@ -21,6 +20,7 @@ from ..models import MTLLM, LoraSettings, ProjectionConfig
 from .config import OptimSettings
 from .projection_fit import fit_projection
 from .run_folder import RunFolder
+from .switches import base_dtype
 from .trainer import TrainStep, run_stage
 
 
@@ -88,6 +88,7 @@ def adapt(
     for name in ("encoder", "llm"):
         if not getattr(config, name):
             raise ValueError(f"--{name} is missing: name a folder or a hub model")
+    dtype = base_dtype(config.train, include_base=config.include_base)
     set_seed(config.train.seed)
     run = RunFolder(config.output, {"stage": "adapt", "source": source or {}, **asdict(config)}, config.resume)
     student = MTLLM.stack(
@@ -96,7 +97,7 @@ def adapt(
         causal=config.causal,
         projection=config.projection,
         lora=config.lora,
-        dtype=torch.bfloat16 if config.train.bf16 and torch.cuda.is_available() else torch.float32,
+        dtype=dtype,
         trust_remote_code=config.trust_remote_code,
     )
     assert student.tokenizer is not None

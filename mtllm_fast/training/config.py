@@ -35,9 +35,22 @@ class OptimSettings:
     """Rows of a shuffle buffer before packing; 0 keeps the order of the files."""
     bf16: bool = False
     """Mixed precision: bf16 autocast over fp32 trainable weights."""
-    gradient_checkpointing: bool = False
+    base_weights: Literal["auto", "fp32", "bf16", "int8", "nf4", "fp8"] = "auto"
+    """Frozen base weights. auto: bf16 with `bf16` on a GPU, otherwise fp32. int8 (torchao), nf4 (bitsandbytes): linear
+    layers of the LLM held so and multiplied in the activations' dtype. fp8 (torchao, with `compile`): held in bf16 and
+    multiplied in fp8. The LM head and embeddings stay bf16 or fp32."""
+    checkpointing: Literal["none", "full", "budget"] = "none"
+    """Layers run again in backward instead of keeping activations: none, all, or as few as the budget allows."""
+    activation_memory_gib: float = 0.0
+    """Budget of "budget": what the LLM's layers may keep for the backward of one pack of `tokens` tokens."""
+    compile: bool = False
+    """torch.compile of the layers; the first steps are slow, other pack lengths compile nothing anew."""
+    liger: bool = False
+    """Liger's RMSNorm, RoPE and SwiGLU in the LLM (GPU; for every model of its family in the process)."""
     optim: str = "adamw_torch"
-    """Any optimizer name of transformers.TrainingArguments, e.g. adamw_bnb_8bit."""
+    """Any optimizer name of transformers.TrainingArguments, e.g. adamw_8bit (bitsandbytes)."""
+    offload_optimizer: bool = False
+    """AdamW state that leaves the GPU for host memory when room is short (bitsandbytes' paged optimizers)."""
     seed: int = 42
     workers: int = 0
     """Processes that tokenise and pack."""
@@ -60,6 +73,11 @@ class OptimSettings:
                 raise ValueError(f"{name}={getattr(self, name)}: must be > 0")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup={self.warmup}: must be a share in [0, 1)")
+        if (self.checkpointing == "budget") != (self.activation_memory_gib > 0):
+            raise ValueError(
+                f"activation_memory_gib={self.activation_memory_gib}: must be > 0 with checkpointing='budget', "
+                f"and not given with checkpointing={self.checkpointing!r}"
+            )
         if self.keep < 2:
             raise ValueError(f"keep={self.keep}: at least 2 checkpoints are kept, so that one is always complete")
         if self.max_length > self.tokens:

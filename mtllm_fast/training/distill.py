@@ -26,6 +26,7 @@ from ..models.storage import read_config, read_safetensors
 from .config import OptimSettings
 from .finetune import validation
 from .run_folder import RunFolder
+from .switches import base_dtype
 from .teacher_cache import CacheReport, KeyedRows, TeacherCache, open_or_build
 from .trainer import TrainStep, run_stage
 
@@ -122,10 +123,12 @@ def add_teacher(student: MTLLM, folder: str, *, adapter: bool = True) -> None:
     student.head.requires_grad_(False)
 
 
-def cached_teacher(config: DistillConfig, rows: Iterable[TextRow]) -> tuple[TeacherCache, CacheReport]:
+def cached_teacher(
+    config: DistillConfig, rows: Iterable[TextRow], dtype: torch.dtype
+) -> tuple[TeacherCache, CacheReport]:
     """The teacher's states of `rows` from `config.teacher_cache`, computed there where they are missing."""
     optim = config.train
-    teacher = MTLLM.from_pretrained(config.teacher, trust_remote_code=config.trust_remote_code)
+    teacher = MTLLM.from_pretrained(config.teacher, dtype=dtype, trust_remote_code=config.trust_remote_code)
     if optim.device != "cpu" and torch.cuda.is_available():
         teacher.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     return open_or_build(
@@ -153,6 +156,7 @@ def distill(
             f"teacher_cache={config.teacher_cache!r}: holds pooled states; paired_mse and kl compare single tokens: "
             "use pooled_mse and head_kl, or leave the cache out"
         )
+    dtype = base_dtype(config.train, include_base=config.include_base)
     set_seed(config.train.seed)
     run = RunFolder(config.output, {"stage": "distill", "source": source or {}, **asdict(config)}, config.resume)
     if (done := run.finished()) is not None:
@@ -168,10 +172,10 @@ def distill(
         raise ValueError(f"teacher={config.teacher!r}: has a {taught.head.kind} head, but the rows have {has}")
     cache, report = None, None
     if config.teacher_cache:
-        cache, report = cached_teacher(config, rows)
+        cache, report = cached_teacher(config, rows, dtype)
         rows = KeyedRows(rows)
         set_seed(config.train.seed)  # the same run, whether the states were there or not
-    student = MTLLM.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    student = MTLLM.from_pretrained(config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
     add_teacher(student, config.teacher, adapter=cache is None)
     assert student.llm is not None and student.projection is not None
     student.projection.requires_grad_(config.train_projection)

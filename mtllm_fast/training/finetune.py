@@ -22,6 +22,7 @@ from ..models import MTLLM, HeadConfig, LoraSettings
 from ..models.mtllm import Reader
 from .config import OptimSettings
 from .run_folder import RunFolder
+from .switches import base_dtype
 from .trainer import TrainStep, run_stage
 
 # what MT tokenizers call English: NLLB, M2M100 (less its underscores), mBART
@@ -124,6 +125,7 @@ def finetune(
     sources = [name for name in ("llm", "encoder", "model") if getattr(config, name)]
     if len(sources) != 1:
         raise ValueError(f"name exactly one of --llm, --encoder and --model, got {', '.join(sources) or 'none'}")
+    dtype = base_dtype(config.train, include_base=config.include_base)
     set_seed(config.train.seed)
     settings = {"stage": "finetune", "source": source or {}, "labels": list(labels), **asdict(config)}
     run = RunFolder(config.output, settings, config.resume)
@@ -131,7 +133,7 @@ def finetune(
         return done
     head = head_for(rows, labels)
     if config.model:
-        student = MTLLM.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+        student = MTLLM.from_pretrained(config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
         student.set_head(head)
     else:
         reader: Reader = "llm" if config.llm else "encoder"
@@ -142,7 +144,7 @@ def finetune(
             causal=config.causal,
             lora=config.lora,
             head=head,
-            dtype=torch.float32,
+            dtype=dtype,
             trust_remote_code=config.trust_remote_code,
         )
     if student.projection is not None:

@@ -23,6 +23,7 @@ from ..models import MTLLM
 from ..models.storage import load_own_state
 from .config import OptimSettings
 from .run_folder import RunFolder, last_complete, mark_complete, write_json
+from .switches import apply_switches, optimizer_name
 
 PLACE_FILE = "data.json"  # in a checkpoint: where the data is read on
 
@@ -118,6 +119,7 @@ class PackedTrainer(Trainer):
         validate_steps: int | None = None,
     ) -> None:
         arguments = training_arguments(optim, folder, steps, validate_steps if validate else None)
+        apply_switches(step.student, optim, arguments.device)
         # the Trainer reads these to decide how a loss is scaled; compute_loss does all of it
         self.loss_is_scaled_for_ga = True
         super().__init__(model=step, args=arguments, data_collator=None, eval_dataset=[] if validate else None)
@@ -279,7 +281,7 @@ def training_arguments(optim: OptimSettings, folder: Path, steps: int, validate_
         max_grad_norm=optim.clip,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=optim.gradient_accumulation,
-        optim=optim.optim,
+        optim=optimizer_name(optim),
         bf16=optim.bf16,
         seed=optim.seed,
         logging_steps=optim.log_steps,
@@ -319,8 +321,6 @@ def run_stage(
     if tokenizer is None:
         raise ValueError("the student has no tokenizer: pass tokenizer=StackTokenizer(...) when stacking it")
     tokenizer.max_mt_tokens = tokenizer.max_llm_tokens = optim.max_length
-    if optim.gradient_checkpointing:
-        step.student.backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
     dataset = PackedDataset(
         rows,
         tokenizer,

@@ -18,7 +18,7 @@ from mtllm_fast import MTLLM, Engine, TextRow
 from mtllm_fast.losses import DistillationWeights
 from mtllm_fast.models import LoraSettings
 from mtllm_fast.training import AdaptConfig, DistillConfig, FinetuneConfig, OptimSettings, adapt, distill, finetune
-from mtllm_fast.training.run_folder import is_complete, last_complete
+from mtllm_fast.training.checkpoint import is_complete, last_complete
 from tests.tiny import LINES
 
 TASK = [TextRow(line + " " + ("good", "bad")[i % 2], label=i % 2) for i, line in enumerate(LINES * 4)]
@@ -246,7 +246,7 @@ def test_gradient_checkpointing_changes_nothing(encoder_folder, llm_folder, tmp_
     for index, switch in enumerate((False, True)):
         config = AdaptConfig(
             encoder=encoder_folder, llm=llm_folder, output=str(tmp_path / str(index)), lora=LoraSettings(dropout=0.0),
-            train=_optim(max_steps=3, gradient_checkpointing=switch),
+            train=_optim(max_steps=3, checkpointing="full" if switch else "none"),
         )  # fmt: skip
         adapt(config, rows)
         weights.append(load_file(tmp_path / str(index) / "model.safetensors"))

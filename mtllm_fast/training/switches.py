@@ -1,0 +1,148 @@
+"""The switches of `OptimSettings` that make a step smaller or faster, each through the library that has it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+
+from ..inference.compile import compile_layers
+from ..models import MTLLM
+from ..models.checkpointing import kept_bytes_per_token, layers_within, recompute_layers
+from ..models.frozen import PACKAGES, quantize_frozen
+from .config import OptimSettings
+
+log = logging.getLogger(__name__)
+
+# what pages its state out of the GPU's memory, by what does not
+PAGED = {
+    "adamw_torch": "paged_adamw_32bit",
+    "adamw_torch_fused": "paged_adamw_32bit",
+    "adamw_8bit": "paged_adamw_8bit",
+    "adamw_bnb_8bit": "paged_adamw_8bit",
+}
+
+
+def _needs(package: str, extra: str, what: str) -> None:
+    if find_spec(package) is None:
+        raise ValueError(f"{what} needs {package}: pip install 'mtllm-fast[{extra}]'")
+
+
+def on_gpu(optim: OptimSettings) -> bool:
+    """Whether the run that `optim` describes trains on a GPU."""
+    return optim.device != "cpu" and torch.cuda.is_available()
+
+
+def optimizer_name(optim: OptimSettings) -> str:
+    """The name that transformers knows the optimizer by."""
+    if not optim.offload_optimizer or optim.optim.startswith("paged_"):
+        return optim.optim
+    if optim.optim not in PAGED:
+        raise ValueError(f"offload_optimizer with optim={optim.optim!r}: expected one of {', '.join(PAGED)}")
+    return PAGED[optim.optim]
+
+
+def check_switches(optim: OptimSettings, *, include_base: bool = False) -> None:
+    """Refuse, before a model is loaded, what this machine or the other settings cannot serve.
+
+    Raises:
+        ValueError: naming the setting, and the extra of a package that is missing.
+    """
+    from transformers.training_args import OptimizerNames
+
+    kind, gpu = optim.base_weights, on_gpu(optim)
+    name = optimizer_name(optim)
+    if name not in {str(known.value) for known in OptimizerNames}:
+        raise ValueError(
+            f"optim={optim.optim!r}: expected a name of transformers.TrainingArguments, such as adamw_8bit"
+        )
+    if kind in PACKAGES:
+        _needs(PACKAGES[kind], "quant", f"base_weights={kind!r}")
+        if include_base:
+            raise ValueError(f"include_base with base_weights={kind!r}: the base weights would be saved quantised")
+    if kind == "fp8":
+        if not gpu:
+            raise ValueError("base_weights='fp8': needs a GPU of compute capability 8.9 or newer; int8 and nf4 do not")
+        if torch.cuda.get_device_capability() < (8, 9):
+            raise ValueError(
+                f"base_weights='fp8': needs compute capability 8.9, {torch.cuda.get_device_name()} has less"
+            )
+        if not optim.compile:
+            raise ValueError("base_weights='fp8': needs compile, or gradients of the frozen weights are computed too")
+    if name in ("adamw_torch_8bit", "adamw_torch_4bit"):
+        _needs("torchao", "quant", f"optim={name!r}")
+    elif name.startswith("paged_") or name.endswith(("_8bit", "bnb")):
+        _needs("bitsandbytes", "quant", f"optim={name!r}")
+    if name.startswith("paged_") and not gpu:
+        which = "offload_optimizer" if optim.offload_optimizer else f"optim={name!r}"
+        raise ValueError(f"{which}: on the CPU the optimizer's state is in host memory already")
+    if optim.liger:
+        _needs("liger_kernel", "liger", "liger")
+        if not gpu:
+            raise ValueError("liger: its layers are Triton kernels and need a GPU")
+    if optim.compile and not gpu and not (shutil.which("g++") or shutil.which("c++")):
+        raise ValueError("compile: torch.compile needs a C++ compiler (g++) on the CPU")
+
+
+def base_dtype(optim: OptimSettings, *, include_base: bool = False) -> torch.dtype:
+    """The dtype in which base models are loaded, after `check_switches`."""
+    check_switches(optim, include_base=include_base)
+    if optim.base_weights == "auto":
+        return torch.bfloat16 if optim.bf16 and on_gpu(optim) else torch.float32
+    if optim.base_weights in ("fp32", "bf16"):
+        return torch.float32 if optim.base_weights == "fp32" else torch.bfloat16
+    return torch.bfloat16 if optim.bf16 else torch.float32
+
+
+def apply_switches(student: MTLLM, optim: OptimSettings, device: torch.device) -> None:
+    """Put the switches of `optim` into the student, in place; the trainer has not wrapped it yet.
+
+    Raises:
+        ValueError: a switch that this student cannot have, or an activation budget that is too small.
+    """
+    backbone = student.backbone
+    if optim.base_weights in PACKAGES:
+        count = quantize_frozen(backbone.layers_root, optim.base_weights, device)  # type: ignore[arg-type]
+        log.info("base weights: %d linear layers in %s", count, optim.base_weights)
+    if optim.liger:
+        apply_liger(student)
+    if optim.checkpointing == "full":
+        recompute_layers(backbone)
+    elif optim.checkpointing == "budget":
+        # where Triton kernels are in it, the layer can only be measured on its GPU
+        student.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=optim.bf16):
+            kept, recomputed = kept_bytes_per_token(backbone)
+        layers = len(backbone.layers_root.layers)  # type: ignore[arg-type]
+        count = layers_within(optim.activation_memory_gib * 2**30, optim.tokens, layers, kept, recomputed)
+        recompute_layers(backbone, count)
+        log.info("checkpointing: %d of %d layers run again in backward (%.1f KiB per token and layer)",
+                 count, layers, kept / 1024)  # fmt: skip
+    if optim.compile:
+        for part in (student.encoder, student.llm):
+            if part is not None:
+                compile_layers(part.layers_root.layers)
+
+
+def apply_liger(student: MTLLM) -> None:
+    """Liger's RMSNorm, RoPE and SwiGLU in the LLM; RoPE for every model of its family in this process.
+
+    Raises:
+        ValueError: the student has no LLM, or one of a family that Liger does not know.
+    """
+    from transformers.integrations.liger import apply_liger_kernel
+
+    if student.llm is None:
+        raise ValueError("liger: reader='encoder' has no LLM for its layers")
+    family = student.llm.model.config.model_type
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    if family not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ValueError(
+            f"liger: has no layers for {family!r}; it knows {', '.join(sorted(MODEL_TYPE_TO_APPLY_LIGER_FN))}"
+        )
+    model: nn.Module = student.llm.model
+    apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
