@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mtllm_fast.data.long_text import CHARACTERS_PER_TOKEN, beginning, settled, splits_at_spaces
 from mtllm_fast.data.read import TextRow
 
 logger = logging.getLogger(__name__)
@@ -262,7 +263,10 @@ class StackTokenizer:
             texts = _segments(row)
             segments.extend(texts)
             counts.append(len(texts))
-        token_ids, offsets = _encode(tokenizer, segments, with_ends)
+        if any(row.choices is not None for row in rows):  # of a question the end is kept
+            token_ids, offsets = _encode(tokenizer, segments, with_ends)
+        else:
+            token_ids, offsets = _encode_up_to(limit, tokenizer, segments, with_ends)
 
         all_ids: list[NDArray[np.int64]] = []
         all_ends: list[NDArray[np.int32]] = []
@@ -374,6 +378,24 @@ def _encode(
                 raise ValueError(f"text {text[:40]!r} holds a lone surrogate: it is not valid Unicode") from None
         raise
     return [e.ids for e in encoded], [e.offsets for e in encoded] if with_offsets else []
+
+
+def _encode_up_to(
+    limit: int, tokenizer: Any, texts: list[str], with_offsets: bool
+) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
+    """As `_encode`, but of a text with far more than `limit` tokens only more than `limit` of its first ones."""
+    longest = max((len(text) for text in texts if isinstance(text, str)), default=0)
+    if longest <= CHARACTERS_PER_TOKEN * limit or not splits_at_spaces(tokenizer):
+        return _encode(tokenizer, texts, with_offsets)
+    read = [beginning(text, limit) for text in texts]
+    ids, offsets = _encode(tokenizer, read, with_offsets)
+    again = [i for i, text in enumerate(texts) if len(read[i]) < len(text) and not settled(ids[i], limit)]
+    more_ids, more_offsets = _encode(tokenizer, [texts[i] for i in again], with_offsets)
+    for k, i in enumerate(again):
+        ids[i] = more_ids[k]
+        if with_offsets:
+            offsets[i] = more_offsets[k]
+    return ids, offsets
 
 
 def _check_tokenizer(name: str, tokenizer: Any) -> None:
