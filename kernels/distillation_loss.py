@@ -114,8 +114,8 @@ def _save(ctx, inputs, output):
     ctx.need_dx, ctx.need_dw, ctx.need_db = inputs[-3:]
     _, _, _, u, pair_stats, dh, dw, db = output
     ctx.set_materialize_grads(False)
-    # Only row pairs need the teacher again.
-    teacher = teacher if ctx.kind else None
+    # Only row pairs need the states again.
+    student, teacher = (student, teacher) if ctx.kind else (hidden_mse_ops.shape_of(student), None)
     ctx.save_for_backward(student, teacher, bounds_s, rows_s, rows_t, pair_weight, u, pair_stats, dh, dw, db)
 
 

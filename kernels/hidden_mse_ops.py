@@ -191,10 +191,15 @@ def scales_of(like: Tensor, *gradients: Tensor | None) -> Tensor:
     return torch.stack([zero if g is None else g.to(dtype) for g in padded])
 
 
+def shape_of(x: Tensor) -> Tensor:
+    """What stands for `x` (T, D) in backward where only its shape and dtype are read: one row of memory."""
+    return x.new_empty(1, x.shape[1]).expand(x.shape)
+
+
 def _save_segment_mean(ctx, inputs, output):
     x, bounds, ctx.pooling, ctx.norm, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, bounds, output[1])
+    ctx.save_for_backward(shape_of(x) if ctx.norm == "none" else x, bounds, output[1])
 
 
 def _segment_mean_backward(ctx, grad_mean, _):
@@ -219,7 +224,8 @@ def _save_hidden_loss(ctx, inputs, output):
     _, _, _, _, u, stats, pair_stats, d_norm = output
     ctx.norm_dtype = None if norm_weight is None else norm_weight.dtype
     ctx.set_materialize_grads(False)
-    # Only row pairs need the teacher again.
+    # Only row pairs need the states again, and a norm those of the student.
+    student = student if rows_s is not None or ctx.norm != "none" else shape_of(student)
     teacher = teacher if rows_s is not None else None
     ctx.save_for_backward(student, teacher, bounds_s, rows_s, rows_t, pair_weight, u, stats, pair_stats, d_norm)
 

@@ -17,6 +17,7 @@ RESULT = "result.json"
 
 # Settings that may differ between a run and its continuation without changing what it computes.
 _FREE = {"resume", "output", "save_steps", "log_steps", "keep", "workers", "progress", "report_to", "device"}
+_FREE |= {"checkpointing", "activation_memory_gib"}
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -56,9 +56,7 @@ def check_switches(optim: OptimSettings, *, include_base: bool = False) -> None:
     kind, gpu = optim.base_weights, on_gpu(optim)
     name = optimizer_name(optim)
     if name not in {str(known.value) for known in OptimizerNames}:
-        raise ValueError(
-            f"optim={optim.optim!r}: expected a name of transformers.TrainingArguments, such as adamw_8bit"
-        )
+        raise ValueError(f"optim={optim.optim!r}: expected a name that transformers knows, such as adamw_8bit")
     if kind in PACKAGES:
         _needs(PACKAGES[kind], "quant", f"base_weights={kind!r}")
         if include_base:
