@@ -13,6 +13,8 @@ import sys
 import typing
 from typing import Any
 
+from .failures import RunFailed
+
 # name: (module:class in mtllm_fast.commands, what it does)
 COMMANDS = {
     "demo": (
@@ -75,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
         if os.environ.get("MTLLM_TRACEBACK"):
             raise
         fail(name, str(error))
-    except OSError as error:  # a full disk, a file that may not be written
+    except (OSError, RunFailed) as error:  # a full disk, a file that may not be written, a run that cannot go on
         if os.environ.get("MTLLM_TRACEBACK"):
             raise
         fail(name, str(error), code=1)

@@ -59,6 +59,10 @@ class OptimSettings:
     """Steps between checkpoints."""
     keep: int = 2
     """Checkpoints kept on disk (at least 2, so that one is always complete)."""
+    async_save: bool = True
+    """Training goes on while a checkpoint reaches the disk."""
+    bad_steps: int = 10
+    """A step whose loss or gradient is not finite changes no weight; so many in a row end the run."""
     report_to: Literal["auto", "none"] = "auto"
     """auto: TensorBoard and W&B where installed (W&B only if it is configured)."""
     progress: bool = True
@@ -68,7 +72,7 @@ class OptimSettings:
         if self.max_steps < 1 and not (self.max_steps == -1 and self.epochs >= 1):
             raise ValueError(f"max_steps={self.max_steps}: must be >= 1, or -1 with epochs >= 1")
         positive = ("lr", "tokens", "gradient_accumulation", "max_length", "lookahead", "log_steps", "save_steps")
-        for name in positive:
+        for name in (*positive, "bad_steps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be > 0")
         if not 0 <= self.warmup < 1:

@@ -1,10 +1,9 @@
-"""The folder of a training run: what made it, and which of its checkpoints are complete."""
+"""The folder of a training run, and what made it."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +11,11 @@ if TYPE_CHECKING:
     from ..models import MTLLM
 
 RUN_FILE = "run.json"
-MARKER = "complete.json"
 RESULT = "result.json"
 
 # Settings that may differ between a run and its continuation without changing what it computes.
 _FREE = {"resume", "output", "save_steps", "log_steps", "keep", "workers", "progress", "report_to", "device"}
-_FREE |= {"checkpointing", "activation_memory_gib"}
+_FREE |= {"async_save", "bad_steps"}
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -42,7 +40,8 @@ class RunFolder:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"output={output!r}: is a file, not a folder")
         record = self.folder / RUN_FILE
-        used = self.folder.is_dir() and any(self.folder.iterdir())
+        # a hidden file is what a run left that was killed while it wrote its first one
+        used = self.folder.is_dir() and any(not path.name.startswith(".") for path in self.folder.iterdir())
         if used and not resume:
             held = "holds another run" if record.is_file() else "is not empty"
             raise ValueError(f"output={output!r}: {held}; continue it with --resume or name a new folder")
@@ -91,31 +90,3 @@ def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def mark_complete(checkpoint: Path) -> None:
-    """Record the size of every file, after the last one is written and flushed."""
-    files = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MARKER)
-    for path in files:
-        with path.open("rb") as handle:
-            os.fsync(handle.fileno())
-    write_json(checkpoint / MARKER, {str(p.relative_to(checkpoint)): p.stat().st_size for p in files})
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether every file that was recorded is there at its full size."""
-    try:
-        sizes = json.loads((checkpoint / MARKER).read_text())
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
-        return False
-
-
-def last_complete(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run, None where there is none."""
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match and is_complete(path):
-            found.append((int(match.group(1)), path))
-    return max(found)[1] if found else None

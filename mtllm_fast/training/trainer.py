@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..data.collate import Batch, PackedDataset, PackedLoader
@@ -21,8 +20,10 @@ from ..data.store import TokenStore
 from ..losses import LossTerm
 from ..models import MTLLM
 from ..models.storage import load_own_state
+from .checkpoint import said_in_bytes
 from .config import OptimSettings
-from .run_folder import RunFolder, last_complete, mark_complete, write_json
+from .run_folder import RunFolder, write_json
+from .survival import STATE_FILE, SurvivingTrainer
 from .switches import apply_switches, optimizer_name
 
 PLACE_FILE = "data.json"  # in a checkpoint: where the data is read on
@@ -62,7 +63,7 @@ class EpochLoader:
         self.epoch_packs: list[int] = list(place["epoch_packs"]) if place else []
 
     def _batches_of_epochs(self) -> int:
-        return sum(math.ceil(packs / self.dataset.world_size) for packs in self.epoch_packs)
+        return sum(self.dataset.size(packs) for packs in self.epoch_packs)
 
     def place_of(self, batch: int) -> dict[str, Any]:
         """Plain data: the packs of every epoch that is over, and where the stream is read on to come to `batch`."""
@@ -74,7 +75,7 @@ class EpochLoader:
         while True:
             self.dataset.set_epoch(epoch, skip, self.after)
             yield from PackedLoader(self.dataset, num_workers=self.workers, pin_memory=torch.cuda.is_available())
-            size = math.ceil(self.dataset.counters.packs / self.dataset.world_size)
+            size = self.dataset.size(self.dataset.counters.packs)
             if size == 0:
                 raise ValueError("the training data holds no usable row")
             self.epoch_packs.append(self.dataset.counters.packs)
@@ -93,7 +94,7 @@ class _Live(TrainerCallback):
                 handle.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
-class PackedTrainer(Trainer):
+class PackedTrainer(SurvivingTrainer):
     """Trains a `TrainStep` on a `PackedDataset`.
 
     Every term is divided once, by its count over all packs of the step on all processes. So a step's gradient depends
@@ -122,7 +123,9 @@ class PackedTrainer(Trainer):
         apply_switches(step.student, optim, arguments.device)
         # the Trainer reads these to decide how a loss is scaled; compute_loss does all of it
         self.loss_is_scaled_for_ga = True
-        super().__init__(model=step, args=arguments, data_collator=None, eval_dataset=[] if validate else None)
+        super().__init__(
+            model=step, args=arguments, data_collator=None, eval_dataset=[] if validate else None, optim=optim
+        )
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self.step_module = step
@@ -135,30 +138,22 @@ class PackedTrainer(Trainer):
         if not optim.progress:
             self.remove_callback(ProgressCallback)
         self.add_callback(_Live(folder))
-        self._term_sums: dict[str, Tensor] = {}
         self._term_steps = 0
 
     # ---- data
     def get_train_dataloader(self) -> EpochLoader:  # type: ignore[override]
         self.packs.rank, self.packs.world_size = self.args.process_index, self.args.world_size
+        self.packs.accumulation = self.args.gradient_accumulation_steps
         self.loader = EpochLoader(self.packs, self.optim_settings.workers, self.start_batch, self.place)
         return self.loader
 
     def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device) -> Any:
         """The packs of one step on this process, and the counts of the step over all processes."""
-        batches = []
-        for _ in range(num_batches):
-            batch = next(epoch_iterator, None)
-            if batch is None:
-                break
-            batches.append(batch)
+        batches = self.next_batches(epoch_iterator, num_batches)
         per_batch = [self.step_module.counts(batch) for batch in batches]
-        names = sorted(per_batch[0]) if per_batch else []
-        totals = torch.tensor([sum(c[name] for c in per_batch) for name in names], dtype=torch.float64, device=device)
-        if self.args.world_size > 1:
-            totals = totals.float() if device.type == "mps" else totals
-            dist.all_reduce(totals)
-        return batches, dict(zip(names, totals.tolist()))
+        names = sorted(self.step_module.weights)
+        totals = self.agreed_sums([sum(counts.get(name, 0.0) for counts in per_batch) for name in names], device)
+        return ([], {}) if totals is None else (batches, dict(zip(names, totals)))
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:  # type: ignore[override]
         return inputs.to(self.args.device)
@@ -177,15 +172,18 @@ class PackedTrainer(Trainer):
             scaled = term.sum * (inputs.weight * self.args.world_size / max(num_items_in_batch[name], 1e-9))
             self._term_sums[name] = self._term_sums.get(name, 0.0) + scaled.detach()  # type: ignore[assignment]
             parts.append(self.step_module.weights[name] * scaled)
+        self._in_backward = True
         return torch.stack(parts).sum()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of every term since the last log (over all processes)."""
         if "loss" in logs and self._term_sums:
             steps = max(self.state.global_step - self._term_steps, 1)
+            good = max(steps - self.bad_since_log, 1)
+            logs["loss"] *= steps / good
             for name, total in self._term_sums.items():
-                logs[name] = float(self.accelerator.reduce(total.clone(), "mean")) / steps
-            self._term_sums, self._term_steps = {}, self.state.global_step
+                logs[name] = float(self.accelerator.reduce(total.clone(), "mean")) / good
+            self._term_sums, self._term_steps, self.bad_since_log = {}, self.state.global_step, 0
         super().log(logs, start_time)
 
     # ---- evaluation
@@ -207,14 +205,9 @@ class PackedTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         self.step_module.student.save_pretrained(output_dir or str(self.args.output_dir), include_base=False)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-            batch = self.state.global_step * self.args.gradient_accumulation_steps
-            write_json(folder / PLACE_FILE, self.loader.place_of(batch))
-            mark_complete(folder)
+    def _save_place(self, folder: Path) -> None:
+        batch = self.state.global_step * self.args.gradient_accumulation_steps
+        write_json(folder / PLACE_FILE, self.loader.place_of(batch))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_own_state(self.step_module.student, Path(resume_from_checkpoint))
@@ -226,9 +219,9 @@ class PackedTrainer(Trainer):
     def run(self, resume: bool) -> dict[str, float]:
         """Train, from the newest complete checkpoint if `resume` finds one; returns the run's metrics."""
         folder = Path(str(self.args.output_dir))
-        checkpoint = last_complete(folder) if resume else None
+        checkpoint = self.checkpoint_to_resume(resume)
         if checkpoint is not None:
-            state = json.loads((checkpoint / "trainer_state.json").read_text())
+            state = json.loads((checkpoint / STATE_FILE).read_text())
             steps, best = state["global_step"], state.get("best_model_checkpoint")
             if steps >= self.args.max_steps:  # finished; the Trainer would take one step more
                 load_own_state(self.step_module.student, folder / Path(best).name if best else checkpoint)
@@ -236,8 +229,10 @@ class PackedTrainer(Trainer):
             self.start_batch = steps * self.args.gradient_accumulation_steps
             if (checkpoint / PLACE_FILE).is_file():
                 self.place = json.loads((checkpoint / PLACE_FILE).read_text(encoding="utf-8"))
-        output = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        metrics = dict(output.metrics)
+        with self.stop:
+            output = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            self.conclude()
+        metrics = {**output.metrics, "skipped_steps": self.bad_steps}
         if self.state.best_model_checkpoint is not None:
             metrics["best_step"] = int(Path(self.state.best_model_checkpoint).name.rsplit("-", 1)[-1])
             (metrics["best_eval_accuracy"],) = {
@@ -246,7 +241,8 @@ class PackedTrainer(Trainer):
                 if "eval_accuracy" in entry and entry["step"] == metrics["best_step"]
             }
         if self.args.should_save:
-            write_json(folder / "metrics.json", {**metrics, "log": self.state.log_history})
+            with said_in_bytes("metrics.json", folder, len(str(self.state.log_history))):
+                write_json(folder / "metrics.json", {**metrics, "log": self.state.log_history})
         return metrics
 
 
@@ -296,6 +292,7 @@ def training_arguments(optim: OptimSettings, folder: Path, steps: int, validate_
         use_cpu=optim.device == "cpu" or not torch.cuda.is_available(),
         average_tokens_across_devices=False,
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # they are constants; without it a pack can be split on one process alone
         **options,
     )
 

@@ -1,0 +1,231 @@
+"""Checkpoints that are whole or not there.
+
+    checkpoint-N/            state after step N; it has this name only once every file is on the disk
+      complete.json          size and SHA-256 of every other file, written last
+    .checkpoint-N/           one in the making, or what a killed run left of it; removed when the run is resumed
+
+A kill leaves the last complete checkpoint. What the disk damages later is found by size and digest, and refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+log = logging.getLogger(__name__)
+
+MARKER = "complete.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def mark_complete(folder: Path) -> None:
+    """Bring every file of `folder` to the disk, then record their sizes and digests in it."""
+    record = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARKER):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            record[path.relative_to(folder).as_posix()] = {"bytes": file.tell(), "sha256": digest}
+    temporary = folder / f".{MARKER}"
+    with temporary.open("w", encoding="utf-8") as marker:
+        json.dump(record, marker, indent=1)
+        marker.flush()
+        os.fsync(marker.fileno())
+    os.replace(temporary, folder / MARKER)
+    for inner in [p for p in folder.rglob("*") if p.is_dir()] + [folder]:
+        _sync_folder(inner)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Why `checkpoint` is not a complete one, None where it is. Reads every file: about a second per GB."""
+    try:
+        record = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"it has no {MARKER}"
+    except (OSError, ValueError) as error:
+        return f"{MARKER} cannot be read ({error})"
+    try:
+        for name, is_to_be in record.items():
+            size = (checkpoint / name).stat().st_size
+            if size != is_to_be["bytes"]:
+                return f"{name} has {size} bytes instead of {is_to_be['bytes']}"
+        for name, is_to_be in record.items():
+            with (checkpoint / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != is_to_be["sha256"]:
+                    return f"the content of {name} is not what was written"
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is missing"
+    except (OSError, TypeError, KeyError, AttributeError) as error:
+        return f"it cannot be read ({error})"
+    return None
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether every file that was recorded is there, byte for byte."""
+    return damage(checkpoint) is None
+
+
+def step_of(checkpoint: str | Path) -> int:
+    """N of checkpoint-N. Raises ValueError for another name."""
+    match = _NAME.fullmatch(Path(checkpoint).name)
+    if match is None:
+        raise ValueError(f"{str(checkpoint)!r} is not named checkpoint-N")
+    return int(match.group(1))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Everything in `folder` that has a checkpoint's name, oldest step first."""
+    return sorted((p for p in folder.glob("checkpoint-*") if _NAME.fullmatch(p.name)), key=step_of)
+
+
+def last_complete(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run, None where there is none; newer ones that are damaged are named."""
+    for path in reversed(checkpoints(folder)):
+        if (why := damage(path)) is None:
+            return path
+        log.warning("%s is not a complete checkpoint (%s): it is left out", path, why)
+    return None
+
+
+def size_of(checkpoint: Path) -> int:
+    """Bytes of a complete checkpoint."""
+    record = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+    return sum(entry["bytes"] for entry in record.values())
+
+
+def staged(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is written before it is complete; hidden, so that nobody takes it for one."""
+    return folder / f".checkpoint-{step}"
+
+
+def clean(folder: Path) -> None:
+    """Remove what a killed run left unfinished: checkpoints and models in the making, temporary JSON files."""
+    for path in (*folder.glob(".checkpoint-*"), *folder.glob(".saving-*")):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".*.json.*"):
+        path.unlink(missing_ok=True)
+
+
+def publish(folder: Path, step: int) -> Path:
+    """Complete the staged checkpoint of `step` and give it its name; an incomplete one of that name makes way."""
+    source, final = staged(folder, step), folder / f"checkpoint-{step}"
+    mark_complete(source)
+    if final.exists():
+        old = folder / f".checkpoint-{step}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(final, old)
+        os.rename(source, final)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.rename(source, final)
+    _sync_folder(folder)
+    return final
+
+
+def rotate(folder: Path, newest: Path, keep: int, best: str | None) -> None:
+    """Delete all but the `keep` latest checkpoints up to `newest`, which is complete; `best` stays too."""
+    older = [path for path in checkpoints(folder) if step_of(path) <= step_of(newest)]
+    for path in older[:-keep]:
+        if best is None or path.name != Path(best).name:
+            # under another name first: a kill must not leave half a checkpoint with the name of a whole one
+            doomed = folder / f".{path.name}.old"
+            shutil.rmtree(doomed, ignore_errors=True)
+            os.rename(path, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+class Publisher:
+    """Publishes staged checkpoints one at a time, in a thread of its own where `background` says so.
+
+    Staged files lie in the page cache, which is the copy on the host: what the thread waits for is the disk. Its error
+    is kept for `settle`.
+    """
+
+    def __init__(self, folder: Path, keep: int, background: bool) -> None:
+        self.folder, self.keep, self.background = folder, keep, background
+        self.newest: Path | None = None
+        self._thread: threading.Thread | None = None
+        self._step = 0
+        self._error: OSError | None = None
+
+    def publish(self, step: int, best: str | None) -> None:
+        """Start publishing the staged checkpoint of `step`. Call `settle` before and afterwards."""
+        assert self._thread is None, "the checkpoint before is not settled"
+        self._step = step
+        # not a daemon: a process that ends in an error still finishes the checkpoint that it began
+        self._thread = threading.Thread(target=self._publish, args=(step, best), name=f"checkpoint-{step}")
+        self._thread.start()
+        if not self.background:
+            self._thread.join()
+
+    def _publish(self, step: int, best: str | None) -> None:
+        try:
+            self.newest = publish(self.folder, step)
+            rotate(self.folder, self.newest, self.keep, best)
+        except OSError as error:
+            self._error = error
+
+    def settle(self) -> tuple[int, OSError] | None:
+        """Wait for the checkpoint in flight; (its step, the error) where it could not be completed."""
+        if self._thread is None:
+            return None
+        self._thread.join()
+        self._thread, error, self._error = None, self._error, None
+        if error is None:
+            return None
+        shutil.rmtree(staged(self.folder, self._step), ignore_errors=True)
+        return self._step, error
+
+
+def write_failure(error: BaseException) -> str | None:
+    """The reason, where `error` says that something could not be written; each library has its own kind of error."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    text = str(error)
+    if match := re.search(r"\(os error (\d+)\)", text):  # safetensors, tokenizers
+        return os.strerror(int(match.group(1)))
+    if isinstance(error, SafetensorError):
+        return text
+    if isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "inline_container" in text):
+        return "the disk takes no more bytes"  # torch.save keeps the system's reason to itself
+    return None
+
+
+@contextmanager
+def said_in_bytes(what: str, folder: Path, needed: int) -> Iterator[None]:
+    """Turn a failed write of `what` into an OSError that says how many bytes are needed and how many are free.
+
+    Raises:
+        OSError: what was to be written in the block could not be.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (reason := write_failure(error)) is None:
+            raise
+        raise OSError(f"{what} could not be written: {reason}; {room(folder, needed)}") from error
+
+
+def room(folder: Path, needed: int) -> str:
+    """What is needed and what is there."""
+    while not folder.exists():
+        folder = folder.parent
+    return f"it needs {needed:,} bytes and {folder} has {shutil.disk_usage(folder).free:,} free"
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
