@@ -60,9 +60,12 @@ def quantize_frozen(root: nn.Module, kind: Frozen, device: torch.device | str, *
     ]
     names = {module: name for name, module in root.named_modules()}
     found = [entry for entry in found if ".lora_" not in names[entry[0]]]
+    count = 0
     for module, name, child in found:
-        setattr(module, name, _replaced(child, kind, device, emulate).train(child.training))
-    return len(found)
+        new = _replaced(child, kind, device, emulate).train(child.training)
+        setattr(module, name, new)
+        count += new is not child
+    return count
 
 
 def _replaced(layer: nn.Linear, kind: Frozen, device: torch.device | str, emulate: bool) -> nn.Module:

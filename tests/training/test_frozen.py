@@ -1,0 +1,113 @@
+"""Quantised base weights and 8-bit AdamW, where their packages are installed (extra: quant)."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mtllm_fast import TextRow
+from mtllm_fast.models.checkpointing import recompute_layers
+from mtllm_fast.models.frozen import dequantised, quantize_frozen
+from mtllm_fast.training import AdaptConfig, adapt
+from tests.tiny import LINES, build_llm_folder
+from tests.training.test_switches import CPU, _batch, _gradient, _optim, _saved_bytes, _student
+
+PACKAGE = {"int8": "torchao", "nf4": "bitsandbytes", "fp8": "torchao"}
+
+
+def _flat(gradient: dict[str, Tensor]) -> Tensor:
+    return torch.cat([value.double().flatten() for value in gradient.values()])
+
+
+def _distance(mine: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    return float((_flat(mine) - _flat(right)).norm() / _flat(right).norm())
+
+
+def _bases(student) -> dict[str, nn.Module]:
+    """The layers under the adapters, by name."""
+    return {n: m for n, m in student.llm.layers_root.named_modules() if n.endswith(".base_layer")}
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_gradient_is_that_of_the_dequantised_weights(kind, encoder_folder, llm_folder) -> None:
+    pytest.importorskip(PACKAGE[kind])
+    student = _student(encoder_folder, llm_folder)
+    batch = _batch(student)
+    plain = _gradient(student, batch)
+    reference = copy.deepcopy(student)
+    head = student.llm.lm_head.weight
+    count = quantize_frozen(student.llm.layers_root, kind, CPU)
+    assert count == len(_bases(student)) == 7 * len(student.llm.layers_root.layers)
+    assert student.llm.lm_head.weight is head
+    for name, layer in _bases(reference).items():
+        layer.weight.data = dequantised(_bases(student)[name]).float()
+    got, right = _gradient(student, batch), _gradient(reference, batch)
+    assert _distance(got, right) < 1e-5
+    assert _distance(plain, right) > 1e-3  # control: the weights are other ones
+    recompute_layers(student.llm)
+    assert _distance(_gradient(student, batch), right) < 1e-5
+
+
+def test_int8_keeps_no_dense_weight_until_backward(encoder_folder, llm_folder) -> None:
+    pytest.importorskip("torchao")
+    student = _student(encoder_folder, llm_folder)
+    batch = _batch(student)
+
+    def saved() -> int:
+        return _saved_bytes(
+            lambda: student.states(batch.mt),
+            {p.data_ptr() for p in student.parameters() if p.is_leaf and type(p) is nn.Parameter},
+        )
+
+    before = saved()
+    quantize_frozen(student.llm.layers_root, "int8", CPU)
+    dense = sum(4 * layer.weight.numel() for layer in _bases(student).values())
+    assert saved() - before < dense / 10
+    for layer in _bases(student).values():  # control: torchao's own product does keep them
+        layer.forward = nn.Linear.forward.__get__(layer)
+    assert saved() - before > dense / 2
+
+
+def test_fp8_products_are_near_and_weights_stay(encoder_folder, tmp_path) -> None:
+    pytest.importorskip("torchao")
+    student = _student(encoder_folder, build_llm_folder(tmp_path, hidden_size=64))
+    batch = _batch(student)
+    plain = _gradient(student, batch)
+    assert quantize_frozen(student.llm.layers_root, "fp8", CPU, emulate=True) == len(_bases(student))
+    assert {type(layer).__name__ for layer in _bases(student).values()} == {"Float8Linear"}
+    assert all(layer.weight.dtype == torch.float32 for layer in _bases(student).values())
+    got = _gradient(student, batch)
+    assert 0.005 < _distance(got, plain) < 0.2  # 3 bits of mantissa in every product, and no more is lost
+
+
+def _run(folder: Path, encoder: str, llm: str, resume: bool = False, **changes) -> dict[str, Tensor]:
+    train = _optim(**{"max_steps": 6, "save_steps": 3, "warmup": 0.0, "log_steps": 1, **changes})
+    adapt(
+        AdaptConfig(encoder=encoder, llm=llm, output=str(folder), train=train, resume=resume),
+        [TextRow(line) for line in LINES],
+    )
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"base_weights": "nf4"}, {"base_weights": "int8"}, {"optim": "adamw_8bit"}], ids=str
+)
+def test_runs_learn_and_resume_bitwise(changes, encoder_folder, llm_folder, tmp_path) -> None:
+    pytest.importorskip(PACKAGE[changes.get("base_weights", "nf4")])
+    whole = _run(tmp_path / "run", encoder_folder, llm_folder, **changes)
+    assert all(".lora_" in name or name.startswith("projection.") for name in whole)
+    log = [line for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines() if '"loss"' in line]
+    losses = [float(line.split('"loss": ')[1].split(",")[0]) for line in log]
+    assert losses[-1] < losses[0]
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    again = _run(tmp_path / "run", encoder_folder, llm_folder, resume=True, **changes)
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    other = _run(tmp_path / "other", encoder_folder, llm_folder)  # control: the switch is on
+    assert not all(torch.equal(other[name], whole[name]) for name in whole)
