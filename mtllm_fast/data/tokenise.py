@@ -36,6 +36,10 @@ _OPTIONS_FILE = "stack_tokenizer.json"
 _FOLDERS = {"mt": "mt_tokenizer", "llm": "llm_tokenizer"}
 
 
+class BadText(ValueError):
+    """A text that a tokenizer cannot read, or one of several."""
+
+
 @dataclass(frozen=True, eq=False)
 class TokenizedSide:
     """Rows as one of the two models reads them.
@@ -370,14 +374,17 @@ def _encode(
     try:
         encode = backend.encode_batch if with_offsets else backend.encode_batch_fast
         encoded = encode(texts, add_special_tokens=False)
-    except (UnicodeEncodeError, TypeError, ValueError):
+    except BaseException as error:
         for text in texts:
             if not isinstance(text, str):
                 raise TypeError(f"text must be a string, got {text!r}") from None
             if any("\ud800" <= c <= "\udfff" for c in text):
-                raise ValueError(f"text {text[:40]!r} holds a lone surrogate: it is not valid Unicode") from None
-        raise
-    return [e.ids for e in encoded], [e.offsets for e in encoded] if with_offsets else []
+                raise BadText(f"text {text[:40]!r} holds a lone surrogate: it is not valid Unicode") from None
+        # a panic of the Rust library is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise BadText(f"the tokenizer fails on {texts[0][:40]!r}: {error}") from error
+    return [e.ids for e in encoded], [e.offsets if with_offsets else [] for e in encoded]
 
 
 def _encode_up_to(
@@ -387,14 +394,15 @@ def _encode_up_to(
     longest = max((len(text) for text in texts if isinstance(text, str)), default=0)
     if longest <= CHARACTERS_PER_TOKEN * limit or not splits_at_spaces(tokenizer):
         return _encode(tokenizer, texts, with_offsets)
-    read = [beginning(text, limit) for text in texts]
-    ids, offsets = _encode(tokenizer, read, with_offsets)
-    again = [i for i, text in enumerate(texts) if len(read[i]) < len(text) and not settled(ids[i], limit)]
-    more_ids, more_offsets = _encode(tokenizer, [texts[i] for i in again], with_offsets)
-    for k, i in enumerate(again):
-        ids[i] = more_ids[k]
-        if with_offsets:
-            offsets[i] = more_offsets[k]
+    ids: list[list[int]] = [[] for _ in texts]
+    offsets: list[list[tuple[int, int]]] = [[] for _ in texts]
+    waiting, tokens = list(range(len(texts))), limit
+    while waiting:
+        read = [beginning(texts[i], tokens) for i in waiting]
+        for i, found, places in zip(waiting, *_encode(tokenizer, read, with_offsets), strict=True):
+            ids[i], offsets[i] = found, places
+        unsettled = [len(read[k]) < len(texts[i]) and not settled(ids[i], limit) for k, i in enumerate(waiting)]
+        waiting, tokens = [i for i, again in zip(waiting, unsettled) if again], 2 * tokens
     return ids, offsets
 
 
