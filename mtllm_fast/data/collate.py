@@ -1,6 +1,6 @@
 """Rows to batches: tokenise, pack, align; and the stream of batches that a training run reads.
 
-The unit of work is a window: `lookahead` consecutive rows, tokenised together and packed best-fit. Windows are made by
+The unit of work is a window: consecutive rows, tokenised together and packed best-fit. Windows are made by
 worker processes in any number, and turned into batches in order in the main process, so the batches of an epoch are a
 function of the rows, the options, `seed` and `epoch` alone.
 """
@@ -26,6 +26,8 @@ from mtllm_fast.data.store import StoredRows, TokenStore
 from mtllm_fast.data.tokenise import StackTokenizer
 
 T = TypeVar("T")
+
+_WINDOW_PACKS, _LEAST_ROWS, _MOST_ROWS = 64, 1024, 65536  # of a window, where its rows are not given
 
 
 def collate(
@@ -123,7 +125,9 @@ class PackedDataset(IterableDataset):
         max_tokens: budget of one batch on each side; at least the tokenizer's limits.
         max_rows: at most so many rows in a batch.
         sides, align: as in `collate`.
-        lookahead: rows of one window; more fills the packs better and mixes them further.
+        lookahead: rows of one window; more fills the packs better and mixes them further. None: as many as fill about
+            64 packs, judged by the first rows, so that the last pack of a window, which is half empty on average,
+            costs less than 1 % of the budget.
         shuffle_buffer: rows held for shuffling the stream; 0 keeps its order. Packs of a window are always shuffled,
             since packing sorts by length.
         seed, epoch: all randomness comes from these two.
@@ -146,7 +150,7 @@ class PackedDataset(IterableDataset):
         max_rows: int | None = None,
         sides: Sequence[str] = SIDES,
         align: bool = True,
-        lookahead: int = 1024,
+        lookahead: int | None = None,
         shuffle_buffer: int = 0,
         seed: int = 0,
         epoch: int = 0,
@@ -168,7 +172,8 @@ class PackedDataset(IterableDataset):
                 )
         at_least = {"max_rows": 1, "lookahead": 1, "shuffle_buffer": 0, "seed": 0, "epoch": 0, "world_size": 1}
         at_least["accumulation"] = 1
-        given = {"max_rows": max_rows if max_rows is not None else 1, "lookahead": lookahead, "seed": seed}
+        given = {"max_rows": 1 if max_rows is None else max_rows, "lookahead": 1 if lookahead is None else lookahead}
+        given["seed"] = seed
         given |= {"shuffle_buffer": shuffle_buffer, "epoch": epoch, "world_size": world_size}
         given["accumulation"] = accumulation
         for name, least in at_least.items():
@@ -191,6 +196,14 @@ class PackedDataset(IterableDataset):
         self.accumulation = accumulation
         self.counters = StreamCounts()
         self.set_epoch(epoch, start_batch)
+
+    def window_rows(self) -> int:
+        """`lookahead`, or what it is by default; the first call may read and tokenise the first rows."""
+        if self.lookahead is None:
+            first = list(islice(self.rows, _LEAST_ROWS))
+            packs = len(self._window(0, first).packs) if first else 1
+            self.lookahead = min(max(_LEAST_ROWS, -(-len(first) * _WINDOW_PACKS // packs)), _MOST_ROWS)
+        return self.lookahead
 
     @property
     def step_size(self) -> int:
@@ -244,7 +257,7 @@ class PackedDataset(IterableDataset):
         first = self._before.windows
         index = 0
         try:
-            while chunk := list(islice(stream, self.lookahead)):
+            while chunk := list(islice(stream, self.window_rows())):
                 if index >= first and (index - first) % workers == worker:
                     yield self._window(index, chunk)
                 index += 1
@@ -400,6 +413,7 @@ class PackedLoader:
         return self.dataset.size(packs)
 
     def _windows(self) -> Iterable[_Window]:
+        self.dataset.window_rows()  # here once, not in every worker
         if self.num_workers == 0:
             return self.dataset._windows()
         return DataLoader(

@@ -29,8 +29,8 @@ class OptimSettings:
     """Packs per process and step."""
     max_length: int = 512
     """Longer texts are truncated to this many tokens by each tokenizer, and counted."""
-    lookahead: int = 1024
-    """Rows among which packs are chosen."""
+    lookahead: int | None = None
+    """Rows among which packs are chosen; by default as many as fill about 64 packs."""
     shuffle_buffer: int = 0
     """Rows of a shuffle buffer before packing; 0 keeps the order of the files."""
     bf16: bool = False
@@ -71,10 +71,12 @@ class OptimSettings:
     def __post_init__(self) -> None:
         if self.max_steps < 1 and not (self.max_steps == -1 and self.epochs >= 1):
             raise ValueError(f"max_steps={self.max_steps}: must be >= 1, or -1 with epochs >= 1")
-        positive = ("lr", "tokens", "gradient_accumulation", "max_length", "lookahead", "log_steps", "save_steps")
+        positive = ("lr", "tokens", "gradient_accumulation", "max_length", "log_steps", "save_steps")
         for name in (*positive, "bad_steps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be > 0")
+        if self.lookahead is not None and self.lookahead < 1:
+            raise ValueError(f"lookahead={self.lookahead}: must be > 0")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup={self.warmup}: must be a share in [0, 1)")
         if (self.checkpointing == "budget") != (self.activation_memory_gib > 0):

@@ -193,5 +193,22 @@ def test_bad_arguments(stack, options, error, message):
         PackedDataset(options.pop("rows"), stack, **options)
 
 
+def test_windows_fill_64_packs_by_default(stack):
+    """The last pack of a window is half empty on average: 64 packs of a window make that less than 1 %."""
+    rows = [TextRow("the lazy dog looked " * (1 + i % 3), id=str(i)) for i in range(4000)]
+    options = {"max_tokens": 512, "align": False}
+    dataset = PackedDataset(rows, stack, **options)
+    assert len(list(dataset)) == dataset.counters.packs
+    short = PackedDataset(rows, stack, lookahead=128, **options)
+    packs = len(list(short))
+    assert dataset.window_rows() == -(-1024 * 64 // len(dataset._window(0, rows[:1024]).packs)) > 1024
+    assert dataset.counters.efficiency > 0.97 > short.counters.efficiency
+    assert PackedLoader(PackedDataset(rows, stack, **options)).count() == dataset.counters.packs < packs
+    assert PackedDataset(ROWS, stack, max_tokens=512, max_rows=3).window_rows() == 1024
+    assert PackedDataset(rows, stack, max_tokens=2**20).window_rows() == 65536
+    few = PackedDataset(rows[:1], stack, **options)
+    assert [b.num_rows for b in few] == [1]
+
+
 def test_max_rows(stack):
     assert max(len(b[0]) for b in epoch(stack, max_rows=3)) == 3
