@@ -13,7 +13,7 @@ from torch import Tensor
 from mtllm_fast.data.align import align_rows
 from mtllm_fast.data.pack import PackedBatch
 from mtllm_fast.data.read import TextRow
-from mtllm_fast.data.tokenise import StackTokenizer, TokenizedSide
+from mtllm_fast.data.tokenise import BadText, StackTokenizer, TokenizedSide
 
 SIDES = ("mt", "llm")
 
@@ -111,6 +111,30 @@ class TokenizedRows:
 def tokenise_rows(rows: Sequence[TextRow], tokenizer: StackTokenizer, sides: Sequence[str]) -> TokenizedRows:
     made = {side: tokenizer.mt_side(rows) if side == "mt" else tokenizer.llm_side(rows) for side in sides}
     return TokenizedRows(made, [row.label for row in rows], [row.id for row in rows])
+
+
+def tokenise_readable(
+    rows: Sequence[TextRow], tokenizer: StackTokenizer, sides: Sequence[str]
+) -> tuple[TokenizedRows, list[tuple[str, str]]]:
+    """As `tokenise_rows`, without the rows that a tokenizer cannot read, and for each of those (its name, the reason).
+
+    A row without an id goes by the beginning of its text.
+    """
+    fallbacks = tokenizer.fallback_counts.copy()
+    try:
+        return tokenise_rows(rows, tokenizer, sides), []
+    except BadText:
+        pass  # which row it was is not said
+    readable, bad = [], []
+    for row in rows:
+        try:
+            tokenise_rows([row], tokenizer, sides)
+            readable.append(row)
+        except BadText as error:
+            bad.append((row.id if row.id is not None else repr(row.text[:40]), str(error)))
+    tokenizer.fallback_counts.clear()
+    tokenizer.fallback_counts.update(fallbacks)
+    return tokenise_rows(readable, tokenizer, sides), bad
 
 
 def check_sides(sides: Sequence[str], tokenizer: StackTokenizer) -> tuple[str, ...]:

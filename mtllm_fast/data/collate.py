@@ -6,7 +6,7 @@ function of the rows, the options, `seed` and `epoch` alone.
 """
 
 import dataclasses
-import os
+import logging
 import random
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,15 +19,20 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mtllm_fast.data.balance import deal, pack_cost
-from mtllm_fast.data.batch import SIDES, Batch, TokenizedRows, check_sides, tokenise_rows
+from mtllm_fast.data.batch import SIDES, Batch, TokenizedRows, check_sides, tokenise_readable, tokenise_rows
 from mtllm_fast.data.pack import token_budget_packs
 from mtllm_fast.data.read import TextRow
 from mtllm_fast.data.store import StoredRows, TokenStore
 from mtllm_fast.data.tokenise import StackTokenizer
+from mtllm_fast.data.workers import WorkerDied, from_workers, start_worker
 
 T = TypeVar("T")
 
 _WINDOW_PACKS, _LEAST_ROWS, _MOST_ROWS = 64, 1024, 65536  # of a window, where its rows are not given
+
+logger = logging.getLogger(__name__)
+_SHOWN = 10  # bad rows of an epoch that are named in the log
+_DEATHS = 3  # of workers in a row without a window between them
 
 
 def collate(
@@ -65,6 +70,7 @@ class _Window:
     fallbacks: Counter[str] = dataclasses.field(default_factory=Counter)
     source: Any = None
     error: Exception | None = None
+    bad: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +91,7 @@ class StreamCounts:
         truncated: rows cut to the limit, per side.
         budget: tokens that the packs could have held on one side.
         fallbacks: rows per language code that was read as another one.
+        unreadable: rows left out because a tokenizer fails on them.
         source: the reader's own counts (rows, empty, failed, reasons), where it has them.
     """
 
@@ -95,6 +102,7 @@ class StreamCounts:
     truncated: Counter[str] = dataclasses.field(default_factory=Counter)
     budget: int = 0
     fallbacks: Counter[str] = dataclasses.field(default_factory=Counter)
+    unreadable: int = 0
     source: Any = None
 
     @property
@@ -104,7 +112,7 @@ class StreamCounts:
 
     def state(self) -> dict[str, Any]:
         """Plain data; the reader's counts are left out, since whoever goes on reads the rows before again."""
-        data = {name: getattr(self, name) for name in ("windows", "rows", "packs", "budget")}
+        data = {name: getattr(self, name) for name in ("windows", "rows", "packs", "budget", "unreadable")}
         return data | {name: dict(getattr(self, name)) for name in ("tokens", "truncated", "fallbacks")}
 
     @classmethod
@@ -251,10 +259,10 @@ class PackedDataset(IterableDataset):
             raise RuntimeError("a PackedDataset inside a DataLoader has no defined order: use PackedLoader")
         return self._batches(self._windows())
 
-    def _windows(self, worker: int = 0, workers: int = 1) -> Iterator[_Window]:
-        """Windows `worker`, `worker + workers`, ... of the rest of the epoch, then one that marks the end."""
+    def _windows(self, worker: int = 0, workers: int = 1, first: int | None = None) -> Iterator[_Window]:
+        """Windows `first + worker`, `first + worker + workers`, ... of the epoch, then one that marks the end."""
         stream = _shuffled(self.rows, self.shuffle_buffer, f"{self.seed}/{self.epoch}")
-        first = self._before.windows
+        first = self._before.windows if first is None else first
         index = 0
         try:
             while chunk := list(islice(stream, self.window_rows())):
@@ -270,10 +278,11 @@ class PackedDataset(IterableDataset):
     def _window(self, index: int, chunk: list[Any]) -> _Window:
         before = self.tokenizer.fallback_counts.copy()
         rows: TokenizedRows | StoredRows
+        bad: list[tuple[str, str]] = []
         if isinstance(self.rows, TokenStore):
             rows = StoredRows(self.rows, np.array(chunk, dtype=np.int64), self.sides)
         else:
-            rows = tokenise_rows(chunk, self.tokenizer, self.sides)
+            rows, bad = tokenise_readable(chunk, self.tokenizer, self.sides)
         costs = rows.costs()
         packs = token_budget_packs(costs, self.max_tokens, self.max_rows)
         order = np.random.default_rng([self.seed, self.epoch, index]).permutation(len(packs))
@@ -284,6 +293,7 @@ class PackedDataset(IterableDataset):
             tuple(pack_cost(costs, packs[i]) for i in order),
             self.tokenizer.fallback_counts - before,
             getattr(self.rows, "counts", None),
+            bad=tuple(bad),
         )
 
     def _batches(self, windows: Iterable[_Window]) -> Iterator[Batch]:
@@ -333,6 +343,9 @@ class PackedDataset(IterableDataset):
         counts.packs += len(window.packs)
         counts.budget += len(window.packs) * self.max_tokens
         counts.fallbacks.update(window.fallbacks)
+        for name, reason in window.bad[: max(_SHOWN - counts.unreadable, 0)]:
+            logger.warning("row %s is left out: %s", name, reason)
+        counts.unreadable += len(window.bad)
         for name, (tokens, truncated) in window.rows.totals().items():
             counts.tokens[name] += tokens
             counts.truncated[name] += truncated
@@ -357,22 +370,16 @@ def _shuffled(rows: Iterable[T], size: int, seed: str) -> Iterator[T]:
 
 
 class _WindowStream(IterableDataset):
-    """The windows of one DataLoader worker."""
+    """The windows of one DataLoader worker, from number `first` on."""
 
-    def __init__(self, dataset: PackedDataset) -> None:
+    def __init__(self, dataset: PackedDataset, first: int) -> None:
         super().__init__()
-        self.dataset = dataset
+        self.dataset, self.first = dataset, first
 
     def __iter__(self) -> Iterator[_Window]:
         info = get_worker_info()
         assert info is not None, "windows are only asked for in workers"
-        return self.dataset._windows(info.id, info.num_workers)
-
-
-def _start_worker(_: int) -> None:
-    # each worker is one core; threads inside a forked tokenizer would also warn about the fork
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    torch.set_num_threads(1)
+        return self.dataset._windows(info.id, info.num_workers, self.first)
 
 
 def _as_is(window: Any) -> Any:
@@ -384,7 +391,7 @@ class PackedLoader:
 
     Args:
         dataset: the PackedDataset; every pass reads its current epoch and start_batch.
-        num_workers: 0 reads in this process.
+        num_workers: 0 reads in this process. A worker that dies is replaced; one that keeps dying is a WorkerDied.
         prefetch: windows that each worker holds ready.
         pin_memory: page-lock the batches for asynchronous copies to a GPU.
     """
@@ -416,13 +423,32 @@ class PackedLoader:
         self.dataset.window_rows()  # here once, not in every worker
         if self.num_workers == 0:
             return self.dataset._windows()
+        return self._windows_of_workers()
+
+    def _windows_of_workers(self) -> Iterator[_Window]:
+        """As `PackedDataset._windows`; dead workers are replaced, and the new ones go on where those stopped."""
+        first, deaths = self.dataset._before.windows, 0
+        while True:
+            try:
+                for window in from_workers(self._loader(first)):
+                    if window.rows is not None:
+                        first, deaths = window.index + 1, 0
+                    yield window
+                return
+            except WorkerDied as error:
+                deaths += 1
+                if deaths > _DEATHS:
+                    raise
+                logger.warning("%s; new workers go on at window %d, no row is lost or repeated", error, first)
+
+    def _loader(self, first: int) -> DataLoader:
         return DataLoader(
-            _WindowStream(self.dataset),
+            _WindowStream(self.dataset, first),
             batch_size=None,
             num_workers=self.num_workers,
             prefetch_factor=self.prefetch,
             collate_fn=_as_is,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             # without its own generator it would draw from the global one and change every later dropout mask
             generator=torch.Generator(),
         )

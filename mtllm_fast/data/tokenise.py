@@ -375,14 +375,14 @@ def _encode(
         encode = backend.encode_batch if with_offsets else backend.encode_batch_fast
         encoded = encode(texts, add_special_tokens=False)
     except BaseException as error:
+        # a panic of the Rust library is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         for text in texts:
             if not isinstance(text, str):
                 raise TypeError(f"text must be a string, got {text!r}") from None
             if any("\ud800" <= c <= "\udfff" for c in text):
                 raise BadText(f"text {text[:40]!r} holds a lone surrogate: it is not valid Unicode") from None
-        # a panic of the Rust library is no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
         raise BadText(f"the tokenizer fails on {texts[0][:40]!r}: {error}") from error
     return [e.ids for e in encoded], [e.offsets if with_offsets else [] for e in encoded]
 

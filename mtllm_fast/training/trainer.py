@@ -351,6 +351,6 @@ def run_stage(
         "truncated": dict(stats.truncated),
         "fallbacks": dict(stats.fallbacks),
         "packing_efficiency": round(stats.efficiency, 4),
-        "skipped_rows": getattr(stats.source, "failed", 0) + getattr(stats.source, "empty", 0),
+        "skipped_rows": sum(getattr(stats.source, name, 0) for name in ("failed", "empty")) + stats.unreadable,
     }
     return metrics

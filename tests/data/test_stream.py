@@ -87,8 +87,8 @@ def test_going_on_without_tokenising_what_lies_before(stack, monkeypatch, worker
     assert len({place["windows"] for place in places}) == 5
     counts = dataset.counters
     tokenised = []
-    made = collate_module.tokenise_rows
-    monkeypatch.setattr(collate_module, "tokenise_rows", lambda rows, *a: tokenised.extend(rows) or made(rows, *a))
+    made = collate_module.tokenise_readable
+    monkeypatch.setattr(collate_module, "tokenise_readable", lambda rows, *a: tokenised.extend(rows) or made(rows, *a))
     for start, place in enumerate(places, 1):
         tokenised.clear()
         dataset = PackedDataset(ROWS, stack, **OPTIONS, **rank)

@@ -1,0 +1,78 @@
+"""Rows that no tokenizer reads, and workers that die: the other rows come, each once and in order."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+
+from mtllm_fast.data import PackedDataset, TextRow
+from mtllm_fast.data.collate import PackedLoader
+from mtllm_fast.data.tokenise import StackTokenizer
+from mtllm_fast.data.workers import WorkerDied
+from tests.tiny import LINES, llm_tokenizer, nllb_tokenizer
+
+ROWS = [TextRow(f"{LINES[i % len(LINES)]} {i}", id=str(i)) for i in range(240)]
+OPTIONS = {"max_tokens": 96, "lookahead": 16}
+
+
+@pytest.fixture(scope="module")
+def stack() -> StackTokenizer:
+    lines = list(LINES)
+    return StackTokenizer(nllb_tokenizer(lines), llm_tokenizer(lines), max_mt_tokens=48, max_llm_tokens=48)
+
+
+def _ids(batches) -> list[tuple[str | None, ...]]:
+    return [batch.ids for batch in batches]
+
+
+def test_killed_workers_are_replaced(stack, caplog) -> None:
+    whole = _ids(PackedDataset(ROWS, stack, **OPTIONS))
+    dataset = PackedDataset(ROWS, stack, **OPTIONS)
+    found, killed = [], []
+    for number, batch in enumerate(PackedLoader(dataset, num_workers=2)):
+        found.append(batch.ids)
+        if number in (2, 20):
+            worker = max(multiprocessing.active_children(), key=lambda child: child.pid)
+            os.kill(worker.pid, signal.SIGKILL)
+            killed.append(worker.pid)
+            time.sleep(0.2)  # nothing is raised here, where training would be
+    assert found == whole
+    assert all(f"process {pid}" in caplog.text for pid in killed)
+    assert dataset.counters.rows == len(ROWS)
+
+
+class _Deadly(list):
+    """Rows that kill the worker that reads them."""
+
+    def __iter__(self):
+        if multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__iter__()
+
+
+def test_workers_that_keep_dying_are_an_error(stack) -> None:
+    with pytest.raises(WorkerDied, match=r"data worker 1 of 1 \(process \d+\) was killed by SIGKILL"):
+        list(PackedLoader(PackedDataset(_Deadly(ROWS), stack, **OPTIONS), num_workers=1))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_poisoned_rows_are_left_out(stack, caplog, workers) -> None:
+    rows = list(ROWS)
+    rows[37], rows[200] = TextRow("half \ud800 a pair"), TextRow("another \udc00", id="two hundred")
+    dataset = PackedDataset(rows, stack, **OPTIONS)
+    found = _ids(PackedLoader(dataset, workers))
+    good = {row.id for row in ROWS} - {"37", "200"}
+    assert sorted(name for names in found for name in names) == sorted(good)
+    assert dataset.counters.unreadable == 2
+    assert "row two hundred is left out" in caplog.text
+    assert "lone surrogate" in caplog.text
+
+
+def test_every_row_poisoned_gives_no_batch(stack) -> None:
+    dataset = PackedDataset([TextRow("\ud800")] * 3, stack, **OPTIONS)
+    assert list(dataset) == []
+    assert dataset.counters.unreadable == 3
