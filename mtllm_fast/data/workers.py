@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ def from_workers(loader: DataLoader) -> Iterator[Any]:
     items = iter(loader)
     workers = [child for child in multiprocessing.active_children() if child not in others]
     workers.sort(key=lambda worker: worker.pid or 0)
+    # at its end Python sends SIGTERM to what is left of them, which they ignore, and then waits
+    at_exit = Finalize(None, _kill, (workers,), exitpriority=1)
     waiting = False
 
     def check() -> None:
@@ -72,12 +75,16 @@ def from_workers(loader: DataLoader) -> Iterator[Any]:
                 waiting = False
             yield item
     except WorkerDied:
-        # the others may wait for a lock that the dead one held
-        for worker in workers:
-            worker.kill()
-            worker.join()
+        _kill(workers)  # the others may wait for a lock that the dead one held
         _ABANDONED.append(items)
         raise
     finally:
+        at_exit.cancel()
         if in_main:
             signal.signal(signal.SIGCHLD, before)
+
+
+def _kill(workers: list[Any]) -> None:
+    for worker in workers:
+        worker.kill()
+        worker.join()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -13,6 +15,7 @@ from mtllm_fast.data import PackedDataset, TextRow
 from mtllm_fast.data.collate import PackedLoader
 from mtllm_fast.data.tokenise import StackTokenizer
 from mtllm_fast.data.workers import WorkerDied
+from tests.conftest import REPO
 from tests.tiny import LINES, llm_tokenizer, nllb_tokenizer
 
 ROWS = [TextRow(f"{LINES[i % len(LINES)]} {i}", id=str(i)) for i in range(240)]
@@ -76,3 +79,20 @@ def test_every_row_poisoned_gives_no_batch(stack) -> None:
     dataset = PackedDataset([TextRow("\ud800")] * 3, stack, **OPTIONS)
     assert list(dataset) == []
     assert dataset.counters.unreadable == 3
+
+
+def test_a_process_ends_while_its_workers_wait(tmp_path):
+    """Workers ignore SIGTERM, which is how Python ends its children: one that is left in the middle would never end."""
+    script = tmp_path / "left.py"
+    script.write_text(
+        "from mtllm_fast.data import PackedDataset, PackedLoader, StackTokenizer, TextRow\n"
+        "from tests.tiny import LINES, llm_tokenizer\n"
+        "tokenizer = StackTokenizer(None, llm_tokenizer(list(LINES)), max_llm_tokens=16)\n"
+        "rows = [TextRow('a b c')] * 1000\n"
+        "options = dict(max_tokens=16, sides=('llm',), align=False, lookahead=8)\n"
+        "batches = iter(PackedLoader(PackedDataset(rows, tokenizer, **options), 2))\n"
+        "print(next(batches).num_rows, flush=True)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=90)
+    assert (done.returncode, done.stdout) == (0, "4\n"), done.stderr
