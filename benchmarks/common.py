@@ -44,6 +44,7 @@ class Record:
     round_ms: list[float] = field(default_factory=list)
     forward_ms: float | None = None
     peak_incremental_mib: float | None = None
+    static_mib: float | None = None  # weights and optimizer state, where a case counts them
     floor_ms: float | None = None
     host_syncs: int | None = None
     gate_detail: dict[str, float] = field(default_factory=dict)

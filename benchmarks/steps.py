@@ -187,8 +187,13 @@ def ours(p: Problem) -> dict[str, Any]:
     return gradients(p, total)
 
 
-def unfused_loss(p: Problem, means: tuple[Tensor, Tensor], rows: tuple[Tensor, Tensor]) -> Tensor:
-    """Pooled MSE, LM-head KL with logits held, task-head KL: fp32 after the heads, one op after the other."""
+def unfused_loss(
+    p: Problem, means: tuple[Tensor, Tensor], rows: tuple[Tensor, Tensor], select: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Pooled MSE, LM-head KL with logits held, task-head KL: fp32 after the heads, one op after the other.
+
+    With `select` the logits of all `rows` are computed and those are compared that it names.
+    """
     wide = torch.float64 if means[0].dtype == torch.float64 else torch.float32
     total = p.weights.pooled_mse * F.mse_loss(means[0].to(wide), means[1].to(wide))
 
@@ -202,7 +207,10 @@ def unfused_loss(p: Problem, means: tuple[Tensor, Tensor], rows: tuple[Tensor, T
         head = p.model.llm.lm_head.weight
         with torch.no_grad():
             teacher_logits = F.linear(rows[1], head)
-        total = total + p.weights.kl * kl(F.linear(rows[0], head), teacher_logits)
+        student_logits = F.linear(rows[0], head)
+        if select is not None:
+            student_logits, teacher_logits = student_logits[select[0]], teacher_logits[select[1]]
+        total = total + p.weights.kl * kl(student_logits, teacher_logits)
     if p.weights.head_kl:
         assert p.model.head is not None
         head = p.model.head.linear.weight
@@ -241,30 +249,38 @@ def huggingface(model: MTLLM) -> Iterator[None]:
             base.set_attn_implementation(NAME)
 
 
-def padded(p: Problem, decoder: Any = None) -> dict[str, Any]:
-    """Two padded passes with 4-D masks, as the authors train."""
+def padded_states(p: Problem, decoder: Any = None) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Student (B, L, D) and teacher (B, L_llm, D) states of two padded passes with 4-D masks, and the masks (B, L)."""
     model, mt, llm = p.model, p.batch.mt, p.batch.llm
     assert mt is not None and llm is not None and model.encoder is not None and model.llm is not None
-    assert model.projection is not None and p.batch.mt_rows is not None and p.batch.llm_rows is not None
+    assert model.projection is not None
     decoder = decoder or model.llm.decoder
-    dtype = next(model.parameters()).dtype
-    sides = [packed.to_padded(1) for packed in (mt, llm)]
+    dtype = model.llm.model.dtype
+    (ids, mask), (llm_ids, llm_mask) = (packed.to_padded(1) for packed in (mt, llm))
+    with torch.no_grad(), model.teacher(p.teacher):
+        teacher = decoder(input_ids=llm_ids, attention_mask=mask_4d(llm, dtype, False), use_cache=False)[0]
+    with torch.no_grad():
+        states = model.encoder.model(input_ids=ids, attention_mask=mask).last_hidden_state
+    embeds = model.projection.layers(states.to(next(model.projection.parameters()).dtype)).to(dtype)
+    student = decoder(inputs_embeds=embeds, attention_mask=mask_4d(mt, dtype, False), use_cache=False)[0]
+    return student, teacher, (mask, llm_mask)
 
-    def mean(states: Tensor, mask: Tensor) -> Tensor:
-        return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
-    with mixed(p), huggingface(model):
-        ids, mask = sides[1]
-        with torch.no_grad(), model.teacher(p.teacher):
-            teacher = decoder(input_ids=ids, attention_mask=mask_4d(llm, dtype, False), use_cache=False)[0]
-        teacher_mean, teacher_rows = mean(teacher, mask), teacher.flatten(0, 1)[padded_rows(llm)[p.batch.llm_rows]]
-        ids, mask = sides[0]
-        with torch.no_grad():
-            states = model.encoder.model(input_ids=ids, attention_mask=mask).last_hidden_state
-        embeds = model.projection.layers(states)
-        student = decoder(inputs_embeds=embeds, attention_mask=mask_4d(mt, dtype, False), use_cache=False)[0]
+def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
+    """(B, D) means of (B, L, D) over the rows that `mask` keeps."""
+    return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+def padded(p: Problem, decoder: Any = None) -> dict[str, Any]:
+    """Two padded passes with 4-D masks, as the authors train."""
+    mt, llm = p.batch.mt, p.batch.llm
+    assert mt is not None and llm is not None and p.batch.mt_rows is not None and p.batch.llm_rows is not None
+    with mixed(p), huggingface(p.model):
+        student, teacher, masks = padded_states(p, decoder)
+        means = masked_mean(student, masks[0]), masked_mean(teacher, masks[1])
         rows = student.flatten(0, 1)[padded_rows(mt)[p.batch.mt_rows]]
-        total = unfused_loss(p, (mean(student, mask), teacher_mean), (rows, teacher_rows))
+        teacher_rows = teacher.flatten(0, 1)[padded_rows(llm)[p.batch.llm_rows]]
+        total = unfused_loss(p, means, (rows, teacher_rows))
         return gradients(p, total)
 
 

@@ -18,7 +18,9 @@ def recompute_layers(model: AdaptedModel, count: int | None = None) -> None:
     The last layers are the ones that keep their activations: those are freed before the first recomputation starts.
     By transformers' own checkpointing, not reentrant; results are those without it, dropout included.
     """
-    model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    # its name before transformers 5.23
+    enable = getattr(model.model, "activation_checkpointing_enable", None) or model.model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     layers = model.layers_root.layers
     for index, layer in enumerate(layers):  # type: ignore[arg-type]
         layer.gradient_checkpointing = count is None or index < count

@@ -77,7 +77,7 @@ def _replaced(layer: nn.Linear, kind: Frozen, device: torch.device | str, emulat
         holder = nn.Sequential(layer.to(device))
         # the hardware takes multiples of 16; other layers stay as they are
         if all(size % 16 == 0 for size in sizes):
-            convert_to_float8_training(holder, config=Float8LinearConfig(emulate=emulate))
+            convert_to_float8_training(holder, config=Float8LinearConfig(emulate=emulate, pad_inner_dim=not emulate))
         return holder[0]
     if kind == "nf4":
         from bitsandbytes.nn import Linear4bit, Params4bit
