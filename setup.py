@@ -13,6 +13,7 @@ setup(
         "mtllm_fast.miniworld": ["assets/**/*"],
         "mtllm_fast.reporting": ["templates/*"],
         "mtllm_fast.evaluation": ["*.tsv"],
+        "mtllm_fast.training": ["configs/*.yaml"],
         "mtllm_fast": ["py.typed"],
     },
 )

@@ -27,6 +27,9 @@ class OptimSettings:
     """Most texts in one pack."""
     gradient_accumulation: int = 1
     """Packs per process and step."""
+    parallel: Literal["auto", "ddp", "fsdp2", "deepspeed"] = "auto"
+    """With several processes (torchrun, accelerate launch): ddp, the whole model on each; fsdp2, its weights spread
+    over them; deepspeed, ZeRO-2. auto: what accelerate was configured for, else ddp."""
     max_length: int = 512
     """Longer texts are truncated to this many tokens by each tokenizer, and counted."""
     lookahead: int | None = None

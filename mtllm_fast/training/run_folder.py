@@ -7,6 +7,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..models.sharded import is_sharded
+from .processes import packs_per_process, processes
+
 if TYPE_CHECKING:
     from ..models import MTLLM
 
@@ -15,7 +18,10 @@ RESULT = "result.json"
 
 # Settings that may differ between a run and its continuation without changing what it computes.
 _FREE = {"resume", "output", "save_steps", "log_steps", "keep", "workers", "progress", "report_to", "device"}
-_FREE |= {"async_save", "bad_steps"}
+_FREE |= {"checkpointing", "activation_memory_gib"}
+_FREE |= {"async_save", "bad_steps", "parallel"}
+# Settings whose product is what may not differ.
+_STEP = ("train.gradient_accumulation", "processes")
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -31,12 +37,16 @@ class RunFolder:
     Args:
         output: the folder. settings: everything that made the run. resume: continue the run that is there, if one is.
 
+    Attributes:
+        packs_per_process: what gradient_accumulation is to be for a run that is resumed; None for a new one.
+
     Raises:
         ValueError: the folder holds another run or other files, or `resume` meets other settings.
     """
 
     def __init__(self, output: str, settings: dict[str, Any], resume: bool) -> None:
-        self.folder, self.settings, self.resume = Path(output), settings, resume
+        self.folder, self.settings, self.resume = Path(output), {**settings, "processes": processes()}, resume
+        self.packs_per_process: int | None = None
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"output={output!r}: is a file, not a folder")
         record = self.folder / RUN_FILE
@@ -49,15 +59,17 @@ class RunFolder:
             raise ValueError(f"output={output!r}: holds files but no {RUN_FILE}, so there is no run to resume")
         if used:
             now, before = (
-                _flatten(json.loads(json.dumps(settings, default=str))),
+                _flatten(json.loads(json.dumps(self.settings, default=str))),
                 _flatten(json.loads(record.read_text())),
             )
             for name in sorted(set(now) | set(before)):
-                if name.rsplit(".", 1)[-1] not in _FREE and now.get(name) != before.get(name):
+                if name.rsplit(".", 1)[-1] not in _FREE and name not in _STEP and now.get(name) != before.get(name):
                     raise ValueError(
                         f"--resume: {name.removeprefix('train.')}={now.get(name)!r}, "
                         f"but the run in {output!r} was started with {before.get(name)!r}"
                     )
+            if all(name in now and name in before for name in _STEP):
+                self.packs_per_process = packs_per_process(now[_STEP[0]], *(before[name] for name in _STEP))
 
     def start(self) -> None:
         """Create the folder and record the settings."""
@@ -67,7 +79,7 @@ class RunFolder:
 
     def save(self, student: MTLLM, *, include_base: bool) -> None:
         """Write the finished model into the folder, once."""
-        if not int(os.environ.get("RANK", "0")):
+        if is_sharded(student) or not int(os.environ.get("RANK", "0")):
             student.save_pretrained(self.folder, include_base=include_base or None)
 
     def finish(self, student: MTLLM, metrics: dict[str, Any], *, include_base: bool) -> None:

@@ -30,6 +30,7 @@ from transformers import Trainer, TrainerCallback
 from ..data.batch import Batch
 from ..data.split import halves
 from ..failures import RunFailed
+from ..models.sharded import is_sharded
 from .checkpoint import Publisher, clean, last_complete, room, size_of, staged, write_failure
 from .config import OptimSettings
 from .signals import StopRequest
@@ -161,7 +162,7 @@ class SurvivingTrainer(Trainer):
         why = None
         if inputs.num_rows < 2:
             why = "a single row does not fit"
-        elif self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        elif is_sharded(self.step_module) or self.is_deepspeed_enabled:
             why = "a pack cannot be split where the parameters are sharded"
         elif self.args.world_size > 1 and self._in_backward:
             why = "other processes wait for its gradient, so it cannot be split now"
@@ -235,7 +236,7 @@ class SurvivingTrainer(Trainer):
             except Exception as failure:
                 error = write_failure(failure)
                 # under FSDP and DeepSpeed other processes may wait for this one inside of what failed
-                if error is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                if error is None or is_sharded(self.step_module) or self.is_deepspeed_enabled:
                     raise
         if self._on_any(error is not None):
             self.state.best_model_checkpoint = best

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from ..models import MTLLM
 from ..models.storage import load_own_state
 from .checkpoint import said_in_bytes
 from .config import OptimSettings
+from .distributed import ParallelTrainer, choose_engine, pack_seed, shard
+from .processes import processes
 from .run_folder import RunFolder, write_json
-from .survival import STATE_FILE, SurvivingTrainer
+from .survival import STATE_FILE
 from .switches import apply_switches, optimizer_name
 
 PLACE_FILE = "data.json"  # in a checkpoint: where the data is read on
@@ -94,7 +96,7 @@ class _Live(TrainerCallback):
                 handle.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
-class PackedTrainer(SurvivingTrainer):
+class PackedTrainer(ParallelTrainer):
     """Trains a `TrainStep` on a `PackedDataset`.
 
     Every term is divided once, by its count over all packs of the step on all processes. So a step's gradient depends
@@ -119,8 +121,11 @@ class PackedTrainer(SurvivingTrainer):
         validate: Callable[[], dict[str, float]] | None = None,
         validate_steps: int | None = None,
     ) -> None:
+        engine = choose_engine(optim)
         arguments = training_arguments(optim, folder, steps, validate_steps if validate else None)
         apply_switches(step.student, optim, arguments.device)
+        if engine == "fsdp2":
+            shard(step, step.student, arguments.device)
         # the Trainer reads these to decide how a loss is scaled; compute_loss does all of it
         self.loss_is_scaled_for_ga = True
         super().__init__(
@@ -166,6 +171,9 @@ class PackedTrainer(SurvivingTrainer):
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """`sum_k weight_k * sum_k / global_count_k`, times the number of processes since DDP averages gradients."""
+        if self.packs.step_size > 1:
+            # where a pack is computed is not to matter; one pack per step has but one place
+            torch.manual_seed(pack_seed(self.args.seed, self.state.global_step, inputs.place))
         terms: dict[str, LossTerm] = model(inputs)
         parts = []
         for name, term in terms.items():
@@ -192,7 +200,8 @@ class PackedTrainer(SurvivingTrainer):
         assert self.validate is not None
         training = self.step_module.training
         self.step_module.eval()
-        scores = self.validate()
+        with self.outside_of_forward():
+            scores = self.validate()
         # the loss only settles ties: an accuracy over fewer than 10,000 rows moves by more than its share here
         scores["selection"] = scores["accuracy"] - 1e-4 * scores["loss"] / (1 + scores["loss"])
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
@@ -318,6 +327,8 @@ def run_stage(
     if tokenizer is None:
         raise ValueError("the student has no tokenizer: pass tokenizer=StackTokenizer(...) when stacking it")
     tokenizer.max_mt_tokens = tokenizer.max_llm_tokens = optim.max_length
+    if run.packs_per_process is not None:
+        optim = replace(optim, gradient_accumulation=run.packs_per_process)
     dataset = PackedDataset(
         rows,
         tokenizer,
@@ -334,12 +345,8 @@ def run_stage(
         raise ValueError("the training data holds no usable row")
     steps, per_epoch = optim.max_steps, None
     if steps == -1 or validate is not None:
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        packs = PackedLoader(
-            dataset, num_workers=optim.workers
-        ).count()  # of the first epoch; shuffling moves it little
-        per_step = optim.gradient_accumulation * world
-        per_epoch = max(math.ceil(packs / per_step), 1)
+        packs = PackedLoader(dataset, num_workers=optim.workers).count()  # shuffling moves it little
+        per_epoch = max(math.ceil(packs / (optim.gradient_accumulation * processes())), 1)
         steps = per_epoch * optim.epochs if steps == -1 else steps
         per_epoch = min(per_epoch, steps)  # a run of less than an epoch is validated too
     trainer = PackedTrainer(step, dataset, optim, run.folder, steps=steps, validate=validate, validate_steps=per_epoch)

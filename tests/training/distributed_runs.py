@@ -1,0 +1,58 @@
+"""Short runs of two processes, one after the other: torchrun --nproc-per-node=2 -m tests.training.distributed_runs ENCODER LLM FOLDER"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.parallel import CONTROLS
+from mtllm_fast import TextRow
+from mtllm_fast.losses import DistillationWeights
+from mtllm_fast.training import AdaptConfig, FinetuneConfig, OptimSettings, adapt, finetune, trainer
+from tests.tiny import LINES
+
+ROWS = [TextRow(line[: 20 + 7 * i % 41]) for i, line in enumerate(LINES * 3)]
+TASK = [TextRow(line + " " + ("good", "bad")[i % 2], label=i % 2) for i, line in enumerate(LINES * 4)]
+STEPS = 6
+
+
+def settings(**changes: Any) -> OptimSettings:
+    options: dict[str, Any] = {
+        "tokens": 64, "max_length": 48, "progress": False, "report_to": "none", "device": "cpu", "lr": 2e-3, "warmup": 0.0,
+        "log_steps": 1, "max_steps": STEPS, "save_steps": 2, "keep": 9,
+    }  # fmt: skip
+    return OptimSettings(**{**options, **changes})
+
+
+def run_adapt(encoder: str, llm: str, output: Path, *, resume: bool = False, **changes: Any) -> Path:
+    loss = DistillationWeights(pooled_mse=1.0, paired_mse=0.5, kl=0.3, temperature=2.0)
+    config = AdaptConfig(
+        encoder=encoder, llm=llm, output=str(output), loss=loss, train=settings(**changes), resume=resume, include_base=True
+    )  # fmt: skip
+    adapt(config, ROWS)
+    return output
+
+
+def run_finetune(llm: str, output: Path, **changes: Any) -> Path:
+    """Two epochs, validated after each."""
+    config = FinetuneConfig(llm=llm, output=str(output), train=settings(max_steps=-1, epochs=2, **changes))
+    finetune(config, TASK, ["good", "bad"], TASK[:12])
+    return output
+
+
+def main() -> None:
+    encoder, llm, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    torch.set_num_threads(1)
+    run_adapt(encoder, llm, folder / "ddp")
+    run_adapt(encoder, llm, folder / "fsdp2", parallel="fsdp2", checkpointing="full")
+    run_adapt(encoder, llm, folder / "one-fsdp2", parallel="fsdp2", resume=True, gradient_accumulation=2)
+    run_finetune(llm, folder / "teacher-fsdp2", parallel="fsdp2")
+    CONTROLS["pack means"](trainer)
+    run_adapt(encoder, llm, folder / "pack-means", parallel="fsdp2")
+
+
+if __name__ == "__main__":
+    main()
