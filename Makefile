@@ -27,6 +27,8 @@ $(STAMP): pyproject.toml setup.py constraints/cpu.txt
 demo: venv
 	@$(BIN)/mtllm demo
 
+# One thread a process: four processes of two spinning threads each cost minutes on two cores.
+test: export OMP_NUM_THREADS := 1
 test: venv
 	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
