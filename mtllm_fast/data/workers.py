@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from multiprocessing.util import Finalize
 from typing import Any
@@ -28,6 +29,14 @@ def start_worker(_: int) -> None:
     # sent to the whole group by a terminal or a batch system; the main process still needs data for its last step
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_after(parent: int) -> None:
+    """End this process when its parent is gone; a worker of PyTorch alone can wait for ever to hand over its data."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def from_workers(loader: DataLoader) -> Iterator[Any]:

@@ -62,6 +62,38 @@ def test_workers_that_keep_dying_are_an_error(stack) -> None:
         list(PackedLoader(PackedDataset(_Deadly(ROWS), stack, **OPTIONS), num_workers=1))
 
 
+def _read_and_wait(stack: StackTokenizer, pipe) -> None:
+    batches = iter(PackedLoader(PackedDataset(ROWS * 20, stack, max_tokens=96, lookahead=1024), num_workers=2))
+    next(batches)
+    pipe.send([child.pid for child in multiprocessing.active_children()])
+    time.sleep(60)
+
+
+def test_workers_end_with_a_killed_main_process(stack) -> None:
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    main = context.Process(target=_read_and_wait, args=(stack, there))
+    main.start()
+    workers = here.recv()
+    time.sleep(0.5)  # they wait with windows that nobody will take
+    os.kill(main.pid, signal.SIGKILL)
+    main.join()
+    deadline = time.monotonic() + 5
+    alive = workers
+    while alive and time.monotonic() < deadline:
+        alive = [pid for pid in alive if _runs(pid)]
+        time.sleep(0.05)
+    assert len(workers) == 2
+    assert not alive
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_poisoned_rows_are_left_out(stack, caplog, workers) -> None:
     rows = list(ROWS)
@@ -95,4 +127,4 @@ def test_a_process_ends_while_its_workers_wait(tmp_path):
     )
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=90)
-    assert (done.returncode, done.stdout) == (0, "4\n"), done.stderr
+    assert (done.returncode, done.stdout.strip()) == (0, "5"), done.stderr
