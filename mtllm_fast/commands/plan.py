@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from ..losses import DistillationWeights
 from ..models import LoraSettings
@@ -33,9 +34,12 @@ class Plan:
     """Longer texts are cut to this many tokens."""
     loss: DistillationWeights = field(default_factory=DistillationWeights)
     lora: LoraSettings = field(default_factory=LoraSettings)
-    nf4: bool = False
-    """Hold the LLM's linear layers in 4 bits."""
+    base_weights: Literal["bf16", "int8", "nf4", "fp8"] = "bf16"
+    """The LLM's linear layers: as `--base-weights` of `mtllm adapt`."""
     adam_8bit: bool = False
+    """AdamW state in 8 bits, as `--optim adamw_8bit`."""
+    offload_optimizer: bool = False
+    """AdamW state in host memory between steps."""
     efficiency: float = 0.0
     """Share of the roofline that a step reaches; 0 takes the default."""
     measured_flops: float = 0.0
@@ -66,7 +70,8 @@ class Plan:
         efficiency = self.efficiency or planning.EFFICIENCY
         spec = planning.StepSpec(
             planning.config(self.encoder), planning.config(self.llm), self.loss, self.lora,
-            quantised=self.nf4, eight_bit_optimizer=self.adam_8bit,
+            base="dense" if self.base_weights == "bf16" else self.base_weights,
+            eight_bit_optimizer=self.adam_8bit, offloaded_optimizer=self.offload_optimizer,
         )  # fmt: skip
         lengths = planning.sample_lengths(self.lengths, limit=self.max_length)
         job = (lengths, device, self.documents, self.gpus, efficiency)

@@ -47,6 +47,8 @@ class Accounting(TorchDispatchMode):
         peak_parts: bytes per part at the peak.
         flops, seconds: per part.
         attention_pairs: sum over sequences of length squared; set it before a model runs, for packed attention.
+        fp8: storages of weights whose products are fp8: twice the FLOPs per second, and the other operand is read
+            twice and written as fp8 before.
     """
 
     def __init__(self, rates: Rates | None = None, architecture: str = "sm_90") -> None:
@@ -58,6 +60,7 @@ class Accounting(TorchDispatchMode):
         self.flops: Counter[str] = Counter()
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.attention_pairs = 0
+        self.fp8: set[Any] = set()
         self._part = "other"
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -110,7 +113,13 @@ class Accounting(TorchDispatchMode):
         self.flops[self._part] += int(flops)
         if self.rates is not None:
             touched = sum(map(_bytes, inputs)) + sum(map(_bytes, fresh if not mutates else outputs))
-            self.seconds[self._part] += max(flops / self.rates.flops, touched / self.rates.bytes)
+            rate = self.rates.flops
+            if flops and self.fp8 and (weights := known & self.fp8):
+                rate *= 2
+                others = [x for x in inputs if x.untyped_storage() not in weights]
+                cast = sum(_bytes(x) * (2 + 1 / x.element_size()) for x in others)
+                self.seconds[self._part] += cast / self.rates.bytes
+            self.seconds[self._part] += max(flops / rate, touched / self.rates.bytes)
         return out
 
     def _count_flops(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> float:

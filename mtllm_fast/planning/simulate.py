@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
@@ -18,12 +18,15 @@ from ..losses import DistillationLoss, DistillationWeights
 from ..models import MTLLM, LoraSettings, PackedEncoder, PackedLLM, ProjectionConfig
 from ..models.adapters import AdaptedModel
 from ..models.attention import AttentionPlan
+from ..models.checkpointing import recompute_layers
 from ..models.mtllm import MTLLMConfig
 from .accounting import Accounting, Rates
 from .parts import forward_parts
 
 PACKED, PADDED = "mtllm_plan_packed", "mtllm_plan_padded"
-NF4_BYTES = 0.5 + 0.127 / 8  # per weight, with double quantisation: 4.127 bits
+# bytes per weight of a frozen linear layer; nf4 with double quantisation has 4.127 bits, int8 a scale per output row
+WEIGHT_BYTES = {"int8": 1.0, "nf4": 0.5 + 0.127 / 8}
+PAGING = 20e9  # bytes/s between the GPU and host memory that paged optimizer state moves at, an assumption
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,11 @@ class StepSpec:
     """What is trained, and how.
 
     Attributes:
-        quantised: LLM linear layers in nf4, dequantised at every use.
-        checkpointing: the student's layers are run again in backward instead of being kept.
+        base: LLM linear layers "dense" in `dtype`; "int8" or "nf4", dequantised at every use; or "fp8", held in
+            `dtype` and multiplied in fp8 at twice the rate.
+        checkpointing: True, or how many of the student's layers are run again in backward instead of being kept.
         dtype: of frozen weights and activations. Trained weights, gradients and optimizer state are float32.
-        eight_bit_optimizer: AdamW state in 8 bits.
+        eight_bit_optimizer: AdamW state in 8 bits. offloaded_optimizer: it is in host memory between steps.
     """
 
     encoder: Any
@@ -42,10 +46,16 @@ class StepSpec:
     loss: DistillationWeights = field(default_factory=DistillationWeights)
     lora: LoraSettings = field(default_factory=LoraSettings)
     projection: ProjectionConfig = field(default_factory=ProjectionConfig)
-    quantised: bool = False
-    checkpointing: bool = False
+    base: Literal["dense", "int8", "nf4", "fp8"] = "dense"
+    checkpointing: bool | int = False
     dtype: torch.dtype = torch.bfloat16
     eight_bit_optimizer: bool = False
+    offloaded_optimizer: bool = False
+
+    @property
+    def optimizer_bytes(self) -> float:
+        """AdamW state per trained weight."""
+        return 2.0 if self.eight_bit_optimizer else 8.0
 
 
 @dataclass
@@ -122,7 +132,8 @@ def build(spec: StepSpec, device: str = "meta") -> MTLLM:
         config = MTLLMConfig(projection=spec.projection, adapters={"student": spec.lora})
         model = MTLLM(config, PackedEncoder(encoder), PackedLLM(llm))
     if spec.checkpointing:
-        llm.gradient_checkpointing_enable({"use_reentrant": False})
+        assert model.llm is not None
+        recompute_layers(model.llm, None if spec.checkpointing is True else int(spec.checkpointing))
     return model.to(spec.dtype).train()
 
 
@@ -160,24 +171,27 @@ def static_memory(spec: StepSpec, model: nn.Module, encoder: nn.Module, llm: Any
         for m in llm.get_decoder().modules()
         if isinstance(m, nn.Linear) and not m.weight.requires_grad
     }
-    quantised = sum(linear.values()) if spec.quantised else 0
-    llm_bytes = item * (sum(p.numel() for p in frozen) - quantised) + NF4_BYTES * quantised
+    quantised = sum(linear.values()) if spec.base in WEIGHT_BYTES else 0
+    llm_bytes = item * (sum(p.numel() for p in frozen) - quantised) + WEIGHT_BYTES.get(spec.base, 0.0) * quantised
     return {
         "encoder weights": float(item * sum(p.numel() for p in encoder.parameters())),
         "LLM weights": float(llm_bytes),
         "trained weights": 4.0 * trained,
         "gradients": 4.0 * trained,
-        "optimizer state": (2.0 if spec.eight_bit_optimizer else 8.0) * trained,
+        "optimizer state": 0.0 if spec.offloaded_optimizer else spec.optimizer_bytes * trained,
     }
 
 
 def _dequantise(acc: Accounting, spec: StepSpec, llm: Any, rates: Rates | None, uses: dict[str, int]) -> None:
-    """nf4 weights become bf16 before every GEMM that reads them: half a byte read and two written per weight."""
-    if not spec.quantised or rates is None:
+    """Weights change their form before every GEMM that reads them: int8 and nf4 are read and written in `dtype`; for
+    fp8 those in `dtype` are read twice (the largest value, then all) and written."""
+    if spec.base == "dense" or rates is None:
         return
+    item = spec.dtype.itemsize
+    touched = 2 * item + 1 if spec.base == "fp8" else WEIGHT_BYTES[spec.base] + item
     weights = sum(m.weight.numel() for m in llm.get_decoder().modules() if isinstance(m, nn.Linear))
     for part, count in uses.items():
-        acc.seconds[part] += count * weights * (NF4_BYTES + spec.dtype.itemsize) / rates.bytes
+        acc.seconds[part] += count * weights * touched / rates.bytes
 
 
 def _prepare(model: nn.Module) -> int:
@@ -198,6 +212,8 @@ def _cost(
 ) -> StepCost:
     if acc.rates is not None:
         acc.seconds["optimizer"] += 28 * trained / acc.rates.bytes  # AdamW reads and writes weight, gradient, moments
+        if spec.offloaded_optimizer:
+            acc.seconds["optimizer"] += 2 * spec.optimizer_bytes * trained / PAGING
     tokens = (sum(n for n, _ in lengths), sum(m for _, m in lengths))
     seconds = {k: v for k, v in acc.seconds.items() if v}
     return StepCost(
@@ -225,6 +241,9 @@ def ours(
     batch = make_batch(lengths, "meta")
     trained = _prepare(model)
     acc = Accounting(rates, architecture)
+    if spec.base == "fp8":
+        layers = [m for m in model.llm.layers_root.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad]
+        acc.fp8 = {layer.weight.untyped_storage() for layer in layers}
     squares = [sum(side[i] ** 2 for side in lengths) for i in (0, 1)]
 
     @contextmanager

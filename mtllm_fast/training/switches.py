@@ -110,9 +110,11 @@ def apply_switches(student: MTLLM, optim: OptimSettings, device: torch.device) -
     if optim.checkpointing == "full":
         recompute_layers(backbone)
     elif optim.checkpointing == "budget":
-        # where Triton kernels are in it, the layer can only be measured on its GPU
-        student.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=optim.bf16):
+        # else it is measured where it was loaded: a model that FSDP will spread may be too large for one device
+        if optim.liger or optim.base_weights in PACKAGES:
+            student.to(device)
+        where = next(backbone.parameters()).device.type
+        with torch.autocast(where, torch.bfloat16, enabled=optim.bf16):
             kept, recomputed = kept_bytes_per_token(backbone)
         layers = len(backbone.layers_root.layers)  # type: ignore[arg-type]
         count = layers_within(optim.activation_memory_gib * 2**30, optim.tokens, layers, kept, recomputed)

@@ -37,7 +37,7 @@ def measured(spec, lengths):
     return planning.measured_peak(step)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, 2, True])
 @pytest.mark.parametrize("weights", [DistillationWeights(), DistillationWeights(kl=1.0, paired_mse=1.0)])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_predicted_memory_is_within_a_tenth_of_a_real_step(weights, checkpointing):
@@ -54,8 +54,31 @@ def test_static_memory_counts_every_weight():
     model = build(spec, "cpu")
     real = sum(p.numel() * p.element_size() for p in model.parameters())
     assert static["encoder weights"] + static["LLM weights"] + static["trained weights"] == real
-    quantised = planning.ours(planning.StepSpec(ENCODER, LLM, dtype=torch.float32, quantised=True), LENGTHS).static
-    assert quantised["LLM weights"] < 0.7 * static["LLM weights"]
+    layers = [m for n, m in model.llm.layers_root.named_modules() if n.endswith(".base_layer")]
+    assert len(layers) == 7 * LLM.num_hidden_layers
+    weights = sum(layer.weight.numel() for layer in layers)
+    for base, saved in {"nf4": 4 - 0.516, "int8": 3.0, "fp8": 0.0}.items():
+        spec = planning.StepSpec(ENCODER, LLM, dtype=torch.float32, base=base, offloaded_optimizer=True)
+        other = planning.ours(spec, LENGTHS).static
+        assert static["LLM weights"] - other["LLM weights"] == pytest.approx(saved * weights, rel=1e-3)
+        assert other["optimizer state"] == 0 < static["optimizer state"]
+
+
+def test_fp8_halves_the_time_of_frozen_products_alone():
+    """With endless bandwidth only the FLOPs of the LLM's base layers go at twice the rate."""
+    rates = planning.Rates(1e12, 1e30)
+    dense, fp8 = (
+        planning.ours(planning.StepSpec(ENCODER, LLM, base=base), LENGTHS, rates) for base in ("dense", "fp8")
+    )
+    assert fp8.flops == dense.flops
+    assert fp8.seconds["encoder"] == pytest.approx(dense.seconds["encoder"])
+    layers = build(planning.StepSpec(ENCODER, LLM)).llm.layers_root
+    base = sum(m.weight.numel() for n, m in layers.named_modules() if n.endswith(".base_layer"))
+    saved = 2 * base * sum(m for _, m in LENGTHS) / 2 / 1e12
+    assert dense.seconds["LLM teacher"] - fp8.seconds["LLM teacher"] == pytest.approx(saved, rel=1e-6)
+    slow = planning.ours(planning.StepSpec(ENCODER, LLM, base="fp8"), LENGTHS, planning.Rates(1e30, 1e12))
+    plain = planning.ours(planning.StepSpec(ENCODER, LLM), LENGTHS, planning.Rates(1e30, 1e12))
+    assert slow.seconds["LLM teacher"] > 1.05 * plain.seconds["LLM teacher"]  # control: casting is not free
 
 
 def test_flops_are_those_of_the_gemms():
