@@ -28,7 +28,7 @@ COMMANDS = {
     "evaluate": ("evaluate:Evaluate", "zero-shot scores of models in every language of a task, against translate-test"),
     "translate": ("translate:Translate", "translate texts with the MT model"),
     "encode": ("encode:Encode", "embed texts in any language of the MT encoder"),
-    "convert": ("convert:Convert", "read or write a model in the layout of the published NLLB-LLM2Vec models"),
+    "convert": ("convert:Convert", "LoRA merged, the layout of the published NLLB-LLM2Vec models, the hub"),
     "plan": ("plan:Plan", "memory, speed and hours of a run before renting a GPU; nothing is downloaded"),
     "profile": ("profile:Profile", "where the time of a training or encode step goes, by part"),
     "bench": ("bench:Bench", "time and memory of kernels and pipelines here, against PyTorch, torch.compile and Liger"),

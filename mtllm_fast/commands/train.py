@@ -13,7 +13,9 @@ import tyro
 
 from ..data.read import TextRow, read_rows
 from ..data.store import STORE_FILE, TokenStore
+from ..models.hub import check_push, push
 from ..training import AdaptConfig, DistillConfig, FinetuneConfig, OptimSettings, run_seeds
+from .watch import WatchSettings
 
 Flat = tyro.conf.arg(name="")  # its fields are options without a prefix
 
@@ -52,10 +54,26 @@ def finish(stage: str, output: str, metrics: dict[str, Any]) -> None:
         print(f"{stage}: {note}")
 
 
-def run_all(stage: str, config: Any, seeds: tuple[int, ...], train: Callable[[Any], dict[str, Any]]) -> None:
+def check_hub(name: str) -> None:
+    """Refuse before the run what could not be pushed after it."""
+    if name and not int(os.environ.get("RANK", "0")):
+        check_push(name)
+
+
+def put_on_hub(stage: str, output: str, name: str) -> None:
+    """Push a finished run where its user asked for it."""
+    if name and not int(os.environ.get("RANK", "0")):
+        print(f"{stage}: {output} -> {push(output, name)}")
+
+
+def run_all(stage: str, config: Any, seeds: tuple[int, ...], hub: str, train: Callable[[Any], dict[str, Any]]) -> None:
     """One run, or one per seed, and what to say of each."""
+    if hub and seeds:
+        raise ValueError(f"--push-to-hub {hub}: takes one model; push a seed with `mtllm convert --push-to-hub`")
+    check_hub(hub)
     if not seeds:
         finish(stage, config.output, train(config))
+        put_on_hub(stage, config.output, hub)
         return
 
     def one(settings: Any) -> dict[str, Any]:
@@ -141,12 +159,17 @@ class Adapt(AdaptConfig):
     limit: int | None = None
     """Read at most this many rows."""
     train: Annotated[OptimSettings, Flat] = field(default_factory=OptimSettings)
+    watch: WatchSettings = field(default_factory=WatchSettings)
+    push_to_hub: str = ""
+    """NAME or ORGANISATION/NAME: where the finished model goes on the Hugging Face hub (private, if it is new)."""
 
     def run(self) -> None:
         from ..training import adapt
 
         if not self.text:
             raise ValueError("--text is missing: name a file, folder, glob or hub dataset")
+        check_hub(self.push_to_hub)
+        watch = self.watch.watch()
         names = ("text", "text_column", "language", "language_column", "split", "limit")
         source = {name: getattr(self, name) for name in names}
         if (Path(self.text) / STORE_FILE).is_file():
@@ -161,7 +184,8 @@ class Adapt(AdaptConfig):
                 split=self.split,
                 limit=self.limit,
             )
-        finish("adapt", self.output, adapt(base_settings(self, AdaptConfig), rows, source))
+        finish("adapt", self.output, adapt(base_settings(self, AdaptConfig), rows, source, watch))
+        put_on_hub("adapt", self.output, self.push_to_hub)
 
 
 @dataclass
@@ -174,6 +198,9 @@ class Finetune(FinetuneConfig):
 
     source: Annotated[TextSource, Flat] = field(default_factory=TextSource)
     train: Annotated[OptimSettings, Flat] = field(default_factory=lambda: FinetuneConfig().train)
+    watch: WatchSettings = field(default_factory=WatchSettings)
+    push_to_hub: str = ""
+    """NAME or ORGANISATION/NAME: where the finished model goes on the Hugging Face hub (private, if it is new)."""
     seeds: tuple[int, ...] = ()
     """One run per seed, into OUTPUT/seed-N, and OUTPUT/summary.json. The same command goes on where it stopped.
     {seed} in --model stands for the seed."""
@@ -182,12 +209,14 @@ class Finetune(FinetuneConfig):
         from ..training import finetune
 
         rows, labels, valid = self.source.load()
+        watch = self.watch.watch(self.source.task, self.source.data)
         source = dataclasses.asdict(self.source)
         run_all(
             "finetune",
             base_settings(self, FinetuneConfig),
             self.seeds,
-            lambda config: finetune(config, rows, labels, valid, source),
+            self.push_to_hub,
+            lambda config: finetune(config, rows, labels, valid, source, watch),
         )
 
 
@@ -201,6 +230,9 @@ class Distill(DistillConfig):
 
     source: Annotated[TextSource, Flat] = field(default_factory=TextSource)
     train: Annotated[OptimSettings, Flat] = field(default_factory=lambda: DistillConfig().train)
+    watch: WatchSettings = field(default_factory=WatchSettings)
+    push_to_hub: str = ""
+    """NAME or ORGANISATION/NAME: where the finished model goes on the Hugging Face hub (private, if it is new)."""
     seeds: tuple[int, ...] = ()
     """One run per seed, into OUTPUT/seed-N, and OUTPUT/summary.json. The same command goes on where it stopped.
     {seed} in --model and --teacher stands for the seed."""
@@ -209,10 +241,12 @@ class Distill(DistillConfig):
         from ..training import distill
 
         rows, _, valid = self.source.load()
+        watch = self.watch.watch(self.source.task, self.source.data)
         source = dataclasses.asdict(self.source)
         run_all(
             "distill",
             base_settings(self, DistillConfig),
             self.seeds,
-            lambda config: distill(config, rows, valid, source),
+            self.push_to_hub,
+            lambda config: distill(config, rows, valid, source, watch),
         )

@@ -18,6 +18,7 @@ from ..data.store import TokenStore
 from ..losses import DistillationLoss, DistillationWeights, LossTerm
 from ..models import MTLLM, LoraSettings, ProjectionConfig
 from .config import OptimSettings
+from .live import Watch
 from .projection_fit import fit_projection
 from .run_folder import RunFolder
 from .switches import base_dtype
@@ -72,12 +73,16 @@ class AdaptStep(TrainStep):
 
 
 def adapt(
-    config: AdaptConfig, rows: Iterable[TextRow] | TokenStore, source: dict[str, Any] | None = None
+    config: AdaptConfig,
+    rows: Iterable[TextRow] | TokenStore,
+    source: dict[str, Any] | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Run stage 1 on `rows` (re-iterable, e.g. `read_rows(...)`, or a store); the model ends in `config.output`.
 
     Args:
         source: where the rows come from, recorded with the run and compared on resume.
+        watch: scores to log while training; they choose nothing.
 
     Returns:
         The run's metrics: final losses, seconds, rows read, truncated texts.
@@ -108,6 +113,6 @@ def adapt(
     assert student.projection is not None
     student.projection.requires_grad_(config.train_projection)
     step = AdaptStep(student, config.loss)
-    metrics = run_stage(step, rows, config.train, run, sides=("mt", "llm"), align=config.loss.needs_pairs)
+    metrics = run_stage(step, rows, config.train, run, sides=("mt", "llm"), align=config.loss.needs_pairs, watch=watch)
     run.save(student, include_base=config.include_base)
     return metrics

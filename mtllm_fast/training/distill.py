@@ -25,6 +25,7 @@ from ..models.mtllm import MTLLMConfig
 from ..models.storage import read_config, read_safetensors
 from .config import OptimSettings
 from .finetune import validation
+from .live import Watch
 from .run_folder import RunFolder
 from .switches import base_dtype
 from .teacher_cache import CacheReport, KeyedRows, TeacherCache, open_or_build
@@ -141,6 +142,7 @@ def distill(
     rows: Iterable[TextRow],
     valid_rows: Sequence[TextRow] | None = None,
     source: dict[str, Any] | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Run stage 3 on English task `rows` (labels are not used); the model ends in `config.output`.
 
@@ -188,6 +190,7 @@ def distill(
         sides=("mt",) if cache else ("mt", "llm"),
         align=config.loss.needs_pairs,
         validate=validate,
+        watch=watch,
     )
     if cache is None:
         student.llm.remove_adapter(TEACHER)

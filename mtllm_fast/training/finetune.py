@@ -21,6 +21,7 @@ from ..losses import LossTerm
 from ..models import MTLLM, HeadConfig, LoraSettings
 from ..models.mtllm import Reader
 from .config import OptimSettings
+from .live import Watch
 from .run_folder import RunFolder
 from .switches import base_dtype
 from .trainer import TrainStep, run_stage
@@ -110,6 +111,7 @@ def finetune(
     labels: Sequence[str],
     valid_rows: Sequence[TextRow] | None = None,
     source: dict[str, Any] | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Train on labelled English `rows` (re-iterable); the model ends in `config.output`.
 
@@ -118,6 +120,7 @@ def finetune(
             number of the right choice.
         valid_rows: labelled English rows; scored once per epoch, the best checkpoint is kept.
         source: where the rows come from, recorded with the run and compared on resume.
+        watch: scores to log while training, in any language; they choose nothing.
 
     Raises:
         ValueError: not exactly one reader named, labels missing, or the output folder holds another run.
@@ -150,6 +153,8 @@ def finetune(
     if student.projection is not None:
         student.projection.requires_grad_(config.train_projection)
     validate = validation(student, valid_rows, config.train.tokens) if valid_rows else None
-    metrics = run_stage(TaskStep(student), rows, config.train, run, sides=(student.side,), validate=validate)
+    metrics = run_stage(
+        TaskStep(student), rows, config.train, run, sides=(student.side,), validate=validate, watch=watch
+    )
     run.finish(student, metrics, include_base=config.include_base)
     return metrics

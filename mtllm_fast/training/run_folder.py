@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..models.sharded import is_sharded
 from .processes import packs_per_process, processes
+from .provenance import provenance, read_list
 
 if TYPE_CHECKING:
     from ..models import MTLLM
 
 RUN_FILE = "run.json"
+VERSIONS_FILE = "versions.json"  # of every start: command, package versions, state of the checkout, devices
 RESULT = "result.json"
 
 # Settings that may differ between a run and its continuation without changing what it computes.
@@ -72,10 +74,13 @@ class RunFolder:
                 self.packs_per_process = packs_per_process(now[_STEP[0]], *(before[name] for name in _STEP))
 
     def start(self) -> None:
-        """Create the folder and record the settings."""
+        """Create the folder, record the settings, and add to `versions.json` what this start was made with."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / RUN_FILE).is_file() and not int(os.environ.get("RANK", "0")):
             write_json(self.folder / RUN_FILE, self.settings)
+        if not int(os.environ.get("RANK", "0")):
+            starts = read_list(self.folder / VERSIONS_FILE)
+            write_json(self.folder / VERSIONS_FILE, [*starts, provenance()])
 
     def save(self, student: MTLLM, *, include_base: bool) -> None:
         """Write the finished model into the folder, once."""

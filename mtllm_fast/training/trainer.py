@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..data.collate import Batch, PackedDataset, PackedLoader
@@ -23,6 +23,7 @@ from ..models.storage import load_own_state
 from .checkpoint import said_in_bytes
 from .config import OptimSettings
 from .distributed import ParallelTrainer, choose_engine, pack_seed, shard
+from .live import Live, LiveProgress, ModelFlops, Throughput, Watch, Watching, bf16_peak
 from .processes import processes
 from .run_folder import RunFolder, write_json
 from .survival import STATE_FILE
@@ -84,18 +85,6 @@ class EpochLoader:
             skip, epoch, self.after = max(skip - size, 0), epoch + 1, None
 
 
-class _Live(TrainerCallback):
-    """Puts loss and speed on the progress bar, and keeps the metrics of the run in `log.jsonl`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and logs:
-            with (self.folder / "log.jsonl").open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-
-
 class PackedTrainer(ParallelTrainer):
     """Trains a `TrainStep` on a `PackedDataset`.
 
@@ -108,6 +97,7 @@ class PackedTrainer(ParallelTrainer):
         optim: settings. `folder`: the run's folder.
         validate: called on English validation data for {"accuracy", "loss"}, None for none; the step of highest
             accuracy, and of lowest loss among equals, is what `train` leaves in the model.
+        watch: scores that are logged and choose nothing.
     """
 
     def __init__(
@@ -120,6 +110,7 @@ class PackedTrainer(ParallelTrainer):
         steps: int,
         validate: Callable[[], dict[str, float]] | None = None,
         validate_steps: int | None = None,
+        watch: Watch | None = None,
     ) -> None:
         engine = choose_engine(optim)
         arguments = training_arguments(optim, folder, steps, validate_steps if validate else None)
@@ -140,9 +131,14 @@ class PackedTrainer(ParallelTrainer):
         self.start_batch = 0
         self.place: dict[str, Any] | None = None
         self.remove_callback(PrinterCallback)
-        if not optim.progress:
-            self.remove_callback(ProgressCallback)
-        self.add_callback(_Live(folder))
+        self.remove_callback(ProgressCallback)
+        if optim.progress:
+            self.add_callback(LiveProgress())
+        self.add_callback(Live(folder))
+        if watch is not None:
+            self.add_callback(Watching(self, watch))
+        flops = ModelFlops(step.student, kl=bool(step.weights.get("kl")))
+        self.throughput = Throughput(flops, bf16_peak(self.args.device) if optim.bf16 else None)
         self._term_steps = 0
 
     # ---- data
@@ -155,6 +151,7 @@ class PackedTrainer(ParallelTrainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device) -> Any:
         """The packs of one step on this process, and the counts of the step over all processes."""
         batches = self.next_batches(epoch_iterator, num_batches)
+        self.throughput.add(batches, self.state.global_step)
         per_batch = [self.step_module.counts(batch) for batch in batches]
         names = sorted(self.step_module.weights)
         totals = self.agreed_sums([sum(counts.get(name, 0.0) for counts in per_batch) for name in names], device)
@@ -184,7 +181,7 @@ class PackedTrainer(ParallelTrainer):
         return torch.stack(parts).sum()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean of every term since the last log (over all processes)."""
+        """Adds the mean of every term since the last log, and the throughput (over all processes)."""
         if "loss" in logs and self._term_sums:
             steps = max(self.state.global_step - self._term_steps, 1)
             good = max(steps - self.bad_since_log, 1)
@@ -192,6 +189,14 @@ class PackedTrainer(ParallelTrainer):
             for name, total in self._term_sums.items():
                 logs[name] = float(self.accelerator.reduce(total.clone(), "mean")) / good
             self._term_sums, self._term_steps, self.bad_since_log = {}, self.state.global_step, 0
+            logs.update(
+                self.throughput.rates(
+                    self.state.global_step,
+                    self.args.max_steps,
+                    lambda counts: self.accelerator.reduce(counts.float().to(self.args.device), "sum"),
+                    self.args.world_size,
+                )
+            )
         super().log(logs, start_time)
 
     # ---- evaluation
@@ -315,6 +320,7 @@ def run_stage(
     sides: tuple[str, ...],
     align: bool = False,
     validate: Callable[[], dict[str, float]] | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Pack `rows`, train `step` on them, and return the run's metrics with what the data held.
 
@@ -322,6 +328,7 @@ def run_stage(
         rows: re-iterable texts. sides: which tokenizations the step needs. align: also the aligned row pairs.
         validate: scores on English validation data, asked once per epoch (in a shorter run, at its end); the best
             checkpoint is kept.
+        watch: scores to log while training, in any language; they choose nothing.
     """
     tokenizer = step.student.tokenizer
     if tokenizer is None:
@@ -349,7 +356,9 @@ def run_stage(
         per_epoch = max(math.ceil(packs / (optim.gradient_accumulation * processes())), 1)
         steps = per_epoch * optim.epochs if steps == -1 else steps
         per_epoch = min(per_epoch, steps)  # a run of less than an epoch is validated too
-    trainer = PackedTrainer(step, dataset, optim, run.folder, steps=steps, validate=validate, validate_steps=per_epoch)
+    trainer = PackedTrainer(
+        step, dataset, optim, run.folder, steps=steps, validate=validate, validate_steps=per_epoch, watch=watch
+    )
     run.start()
     metrics: dict[str, Any] = trainer.run(run.resume)
     stats = dataset.counters

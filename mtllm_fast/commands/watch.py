@@ -1,0 +1,75 @@
+"""The options with which a training run also looks at other languages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..models import MTLLM
+    from ..training.live import Watch
+
+
+@dataclass
+class WatchSettings:
+    """Scores in other languages while training, for log.jsonl and the progress bar. They choose nothing: checkpoints
+    are chosen on English alone."""
+
+    languages: tuple[str, ...] = ()
+    """The task's own codes, e.g. swh_Latn. Without them only English is looked at."""
+    task: str = ""
+    """A task as for `mtllm evaluate`; by default the one that is trained."""
+    data: str = ""
+    """Its folder or hub name; by default the one that is trained on."""
+    split: str = "dev"
+    limit: int | None = 200
+    """Rows of each language."""
+    steps: int = 500
+    """Optimizer steps between two looks."""
+
+    def watch(self, task: str = "", data: str = "") -> Watch | None:
+        """What the training stage takes; None where no languages are named.
+
+        Args:
+            task, data: of the run, where its options name none.
+
+        Raises:
+            ValueError: options without languages, no task, or a task, language or split that is not there.
+        """
+        if not self.languages:
+            if self.task or self.data:
+                raise ValueError("--watch.languages is missing: name the languages to look at")
+            return None
+        from ..evaluation import evaluate, get_task
+        from ..training.live import Watch
+
+        name = self.task or task
+        if not name:
+            raise ValueError("--watch.task is missing: name the task to look at")
+        named = self.data or (data if name == task else "")
+        chosen = get_task(name, named or None)
+        source = named or chosen.default_source
+        if source is None:
+            raise ValueError(f"--watch.data is missing: the folder or hub name of task {name!r}")
+        available = chosen.languages(source)
+        for language in self.languages:
+            if language not in available:
+                raise ValueError(f"--watch.languages: {language!r} is none of the {len(available)} of {source}")
+            if self.split not in (splits := chosen.splits(source, language)):
+                raise ValueError(f"--watch.split {self.split!r}: {source} has only {', '.join(splits)} for {language}")
+
+        def score(student: MTLLM) -> dict[str, float]:
+            found = evaluate(
+                {"student": student},
+                chosen,
+                source,
+                languages=list(self.languages),
+                split=self.split,
+                limit=self.limit,
+                probe_rows=2000,
+                resamples=1,
+                progress=False,
+            )
+            return {f"{code}_accuracy": one.accuracy for code, one in found.models[0].languages.items()}
+
+        return Watch(self.steps, score)
