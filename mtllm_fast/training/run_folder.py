@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..models.sharded import is_sharded
+from .checkpoint import said_in_bytes
 from .processes import packs_per_process, processes
 from .provenance import provenance, read_list
 
@@ -85,7 +86,9 @@ class RunFolder:
     def save(self, student: MTLLM, *, include_base: bool) -> None:
         """Write the finished model into the folder, once."""
         if is_sharded(student) or not int(os.environ.get("RANK", "0")):
-            student.save_pretrained(self.folder, include_base=include_base or None)
+            own = (p for p in student.parameters() if p.requires_grad or include_base)
+            with said_in_bytes("the model", self.folder, sum(p.numel() * p.element_size() for p in own)):
+                student.save_pretrained(self.folder, include_base=include_base or None)
 
     def finish(self, student: MTLLM, metrics: dict[str, Any], *, include_base: bool) -> None:
         """Write the finished model, then its metrics: a folder with them is finished."""
