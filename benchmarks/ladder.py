@@ -52,8 +52,8 @@ from .steps import REAL, SMALL, Problem, exact, make, result, shape, small
 Log = Callable[[str], None]
 SIZES: dict[str, dict[str, Size]] = {
     "cpu": {
-        "NLI": {"lengths": "NLI", "count": 16},
-        "web text": {"lengths": "web text", "count": 4},
+        "NLI": {"lengths": "NLI", "count": 10},
+        "web text": {"lengths": "web text", "count": 3},
     },
     "cuda": {"web text": {"lengths": "web text", "count": 8, **REAL}},
     "quick": {"tiny": {**SMALL, "kl": 0.5}},

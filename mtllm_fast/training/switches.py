@@ -8,6 +8,8 @@ from importlib.util import find_spec
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..inference.compile import compile_layers
 from ..models import MTLLM
@@ -95,8 +97,13 @@ def base_dtype(optim: OptimSettings, *, include_base: bool = False) -> torch.dty
     return torch.bfloat16 if optim.bf16 else torch.float32
 
 
-def apply_switches(student: MTLLM, optim: OptimSettings, device: torch.device) -> None:
+def apply_switches(
+    student: MTLLM, optim: OptimSettings, device: torch.device, wrapped: nn.Module | None = None
+) -> None:
     """Put the switches of `optim` into the student, in place; the trainer has not wrapped it yet.
+
+    Args:
+        wrapped: the module with the student in it that DistributedDataParallel may get.
 
     Raises:
         ValueError: a switch that this student cannot have, or an activation budget that is too small.
@@ -105,6 +112,10 @@ def apply_switches(student: MTLLM, optim: OptimSettings, device: torch.device) -
     if optim.base_weights in PACKAGES:
         count = quantize_frozen(backbone.layers_root, optim.base_weights, device)  # type: ignore[arg-type]
         log.info("base weights: %d linear layers in %s", count, optim.base_weights)
+        if wrapped is not None:
+            # it would send them to the other processes, which torchao's tensors do not allow; all have read the same
+            frozen = [name for name, p in wrapped.named_parameters() if is_traceable_wrapper_subclass(p)]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(wrapped, frozen)
     if optim.liger:
         apply_liger(student)
     if optim.checkpointing == "full":

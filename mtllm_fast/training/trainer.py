@@ -114,7 +114,7 @@ class PackedTrainer(ParallelTrainer):
     ) -> None:
         engine = choose_engine(optim)
         arguments = training_arguments(optim, folder, steps, validate_steps if validate else None)
-        apply_switches(step.student, optim, arguments.device)
+        apply_switches(step.student, optim, arguments.device, step)
         if engine == "fsdp2":
             shard(step, step.student, arguments.device)
         # the Trainer reads these to decide how a loss is scaled; compute_loss does all of it

@@ -15,8 +15,10 @@ from mtllm_fast import TextRow
 from mtllm_fast.models.checkpointing import recompute_layers
 from mtllm_fast.models.frozen import dequantised, quantize_frozen
 from mtllm_fast.training import AdaptConfig, adapt
+from mtllm_fast.training.adapt import AdaptStep
+from mtllm_fast.training.switches import apply_switches
 from tests.tiny import LINES, build_llm_folder
-from tests.training.test_switches import CPU, _batch, _gradient, _optim, _saved_bytes, _student
+from tests.training.test_switches import CPU, WEIGHTS, _batch, _gradient, _optim, _saved_bytes, _student
 
 PACKAGE = {"int8": "torchao", "nf4": "bitsandbytes", "fp8": "torchao"}
 
@@ -52,6 +54,15 @@ def test_gradient_is_that_of_the_dequantised_weights(kind, encoder_folder, llm_f
     assert _distance(plain, right) > 1e-3  # control: the weights are other ones
     recompute_layers(student.llm)
     assert _distance(_gradient(student, batch), right) < 1e-5
+
+
+def test_ddp_is_told_of_weights_that_cannot_be_sent(encoder_folder, llm_folder) -> None:
+    pytest.importorskip("torchao")
+    step = AdaptStep(_student(encoder_folder, llm_folder), WEIGHTS)
+    apply_switches(step.student, _optim(base_weights="int8"), CPU, step)
+    left_out = set(step._ddp_params_and_buffers_to_ignore)
+    assert left_out == {f"student.llm.model.model.{name}.weight" for name in _bases(step.student)}
+    assert not left_out & {name for name, p in step.named_parameters() if p.requires_grad}
 
 
 def test_int8_keeps_no_dense_weight_until_backward(encoder_folder, llm_folder) -> None:
