@@ -290,7 +290,8 @@ class SurvivingTrainer(Trainer):
         return max(sum(3 * p.numel() * p.element_size() for p in trained), at_least)
 
     def last_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint, of this process or of the run before it."""
+        """The newest complete checkpoint, of this process or of the run before it; waits for the one in flight."""
+        self._settle()
         return self.publisher.newest or last_complete(self.run_folder)
 
     def checkpoint_to_resume(self, resume: bool) -> Path | None:

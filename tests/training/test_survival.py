@@ -1,0 +1,458 @@
+"""Runs survive kills, signals, full disks, gradients that are not finite and packs that do not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer
+
+from benchmarks.survive import differences, entries, make_inputs, spoil, unreadable
+from mtllm_fast import TextRow
+from mtllm_fast.data.collate import collate
+from mtllm_fast.data.split import halves
+from mtllm_fast.data.tokenise import StackTokenizer
+from mtllm_fast.failures import RunFailed
+from mtllm_fast.losses import DistillationWeights
+from mtllm_fast.models import LoraSettings
+from mtllm_fast.training import AdaptConfig, OptimSettings, adapt
+from mtllm_fast.training import survival as survival_module
+from mtllm_fast.training.adapt import AdaptStep
+from mtllm_fast.training.checkpoint import Publisher, damage, last_complete, mark_complete, publish, rotate, staged
+from mtllm_fast.training.signals import StopRequest
+from tests.tiny import LINES, llm_tokenizer, nllb_tokenizer
+from tests.training.forked import Forked
+
+ROWS = [TextRow(f"{line} {i}", id=f"row-{i}") for i, line in enumerate(LINES * 4)]
+STEPS = 60
+
+
+def _config(encoder: str, llm: str, output: Path, resume: bool = False, dropout: float = 0.1, **train) -> AdaptConfig:
+    settings = {"max_steps": 8, "save_steps": 2, "log_steps": 1, "tokens": 96, "max_length": 48, "lr": 2e-3}
+    settings |= {"progress": False, "report_to": "none", "device": "cpu"}
+    return AdaptConfig(
+        encoder=encoder, llm=llm, output=str(output), lora=LoraSettings(dropout=dropout), resume=resume,
+        loss=DistillationWeights(pooled_mse=1.0, paired_mse=1.0), train=OptimSettings(**{**settings, **train}),
+    )  # fmt: skip
+
+
+def _weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "model.safetensors")
+
+
+def _equal(one: Path, two: Path) -> bool:
+    return (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+
+
+def _log(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def steps(monkeypatch) -> dict:
+    """Functions by step: `f(batch, terms)` changes what `AdaptStep.forward` gives in that step (of one pack)."""
+    actions: dict = {}
+    plain, count = AdaptStep.forward, [0]
+
+    def forward(self, batch):
+        count[0] += 1
+        terms = plain(self, batch)
+        action = actions.get(count[0]) or actions.get(0)
+        return terms if action is None else action(batch, terms)
+
+    actions["restart_at"] = lambda step: count.__setitem__(0, step)
+    monkeypatch.setattr(AdaptStep, "forward", forward)
+    return actions
+
+
+def _not_finite(batch, terms):
+    return {name: term._replace(sum=term.sum * float("nan")) for name, term in terms.items()}
+
+
+# ---- checkpoints
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for step in (10, 20):
+        made = staged(tmp_path, step)
+        (made / "inner").mkdir(parents=True)
+        (made / "model").write_bytes(bytes(range(100)))
+        (made / "inner" / "file").write_text(str(step))
+        publish(tmp_path, step)
+    return tmp_path
+
+
+def test_damaged_checkpoints_are_refused(folder, caplog) -> None:
+    newest = folder / "checkpoint-20"
+    assert damage(newest) is None
+    assert last_complete(folder) == newest
+    data = (newest / "model").read_bytes()
+    cases = {
+        "the content of model": data[:50] + b"\xff" + data[51:],
+        "model has 99 bytes instead of 100": data[:99],
+        "model is missing": None,
+    }
+    for why, content in cases.items():
+        if content is None:
+            (newest / "model").unlink()
+        else:
+            (newest / "model").write_bytes(content)
+        caplog.clear()
+        assert last_complete(folder) == folder / "checkpoint-10"
+        assert "checkpoint-20 is not a complete checkpoint" in caplog.text and why in caplog.text
+    (newest / "model").write_bytes(data)
+    assert damage(newest) is None
+    (newest / "complete.json").write_text("{")
+    assert "cannot be read" in str(damage(newest))
+    (newest / "complete.json").unlink()
+    assert "no complete.json" in str(damage(newest))
+
+
+def test_rotation_keeps_the_newest_and_the_best(folder) -> None:
+    for step in (30, 40):
+        staged(folder, step).mkdir()
+        publish(folder, step)
+    damaged = folder / "checkpoint-99"  # a later one that was refused; it is no reason to delete another
+    damaged.mkdir()
+    rotate(folder, folder / "checkpoint-40", 2, best=str(folder / "checkpoint-10"))
+    assert entries(folder) == {"checkpoint-10", "checkpoint-30", "checkpoint-40", "checkpoint-99"}
+
+
+def test_publishing_replaces_a_damaged_one_and_says_what_fails(folder, monkeypatch) -> None:
+    (folder / "checkpoint-20" / "model").write_bytes(b"")
+    staged(folder, 20).mkdir()
+    publisher = Publisher(folder, keep=2, background=True)
+    publisher.publish(20, None)
+    assert publisher.settle() is None
+    assert damage(folder / "checkpoint-20") is None
+    staged(folder, 30).mkdir()
+
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mtllm_fast.training.checkpoint.mark_complete", full)
+    publisher.publish(30, None)
+    step, error = publisher.settle() or (0, None)
+    assert step == 30 and isinstance(error, OSError)
+    assert entries(folder) == {"checkpoint-10", "checkpoint-20"}
+
+
+def test_a_marker_covers_every_file(tmp_path) -> None:
+    (tmp_path / "c" / "deep").mkdir(parents=True)
+    (tmp_path / "c" / "deep" / "x").write_text("1")
+    mark_complete(tmp_path / "c")
+    assert set(json.loads((tmp_path / "c" / "complete.json").read_text())) == {"deep/x"}
+
+
+# ---- kills and signals, in processes of their own
+@pytest.fixture(scope="module")
+def forked() -> Iterator[Forked]:
+    with Forked() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    inputs = make_inputs(tmp_path_factory.mktemp("inputs"), lines=300)
+
+    def arguments(output: Path, *more: str) -> list[object]:
+        return [
+            "adapt", "--encoder", inputs / "encoder", "--llm", inputs / "llm", "--text", inputs / "text.txt", "--output", output,
+            "--max-steps", STEPS, "--save-steps", 5, "--tokens", 96, "--max-length", 48, "--gradient-accumulation", 2,
+            "--loss.paired-mse", 1, "--report-to", "none", "--device", "cpu", "--no-progress", *more,
+        ]  # fmt: skip
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def whole(forked, command, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("whole") / "run"
+    forked.run(*command(output))
+    return output
+
+
+def _until_new(output: Path, prefix: str) -> None:
+    before, deadline = entries(output), time.monotonic() + 60
+    while not any(name.startswith(prefix) for name in entries(output) - before):
+        assert time.monotonic() < deadline, f"no new {prefix} in {output}"
+        time.sleep(0.0005)
+
+
+def test_killed_runs_resume_bitwise(forked, command, whole, tmp_path) -> None:
+    """kill -9 while a checkpoint is written, and in training, once with the newest checkpoint damaged afterwards."""
+    output, rng, name = tmp_path / "run", random.Random(), "none"
+    for number, what in enumerate((".checkpoint-", "checkpoint-", ".checkpoint-")):
+        pid = forked.start(*command(output, *(["--resume"] if number else []), *(["--no-async-save"] * (number == 1))))
+        _until_new(output, what)
+        time.sleep(rng.uniform(0, 0.01 if number != 1 else 0.1))
+        os.kill(pid, signal.SIGKILL)
+        code, out = forked.wait()
+        assert code == -signal.SIGKILL, out
+        assert [what for what in unreadable(output) if not what.startswith(f"{name}:")] == []
+        if number == 1:
+            name = spoil(output, "byte", rng)
+    assert not (output / "model.safetensors").exists(), "the run ended before it was killed"
+    out = forked.run(*command(output, "--resume"))
+    assert differences(whole, output, STEPS) == []
+    assert not [entry for entry in entries(output) if entry.startswith(".")], "what the kills left is still there"
+    # the comparison can fail
+    data = bytearray((output / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (output / "model.safetensors").write_bytes(data)
+    assert differences(whole, output, STEPS) == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_after_a_saved_step(forked, command, whole, tmp_path, number) -> None:
+    output = tmp_path / "run"
+    pid = forked.start(*command(output))
+    _until_new(output, "checkpoint-")
+    time.sleep(random.uniform(0, 0.1))
+    os.kill(pid, number)
+    code, out = forked.wait()
+    assert code == 0, out
+    assert f"{signal.Signals(number).name}: stopped after step" in out
+    said = out.rsplit(" is complete: continue from it with the same command and --resume", 1)[0].rsplit("/", 1)[1]
+    assert damage(output / said) is None
+    assert f"after step {said.rsplit('-', 1)[1]} of {STEPS}" in out
+    assert not (output / "model.safetensors").exists()
+    forked.run(*command(output, "--resume"))
+    assert differences(whole, output, STEPS) == []
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    pid = os.fork()
+    if not pid:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            if stop.received is signal.SIGTERM:
+                os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(3)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
+
+
+# ---- steps
+def test_a_step_that_is_not_finite_changes_nothing(steps, encoder_folder, llm_folder, tmp_path, monkeypatch) -> None:
+    """Skipped and said, also over a stop and a resume right after it; without the check the weights are lost."""
+    steps[3] = steps[6] = _not_finite
+    metrics = adapt(_config(encoder_folder, llm_folder, tmp_path / "whole"), ROWS)
+    assert metrics["skipped_steps"] == 2
+    noted = [entry for entry in _log(tmp_path / "whole") if "skipped" in entry]
+    assert [entry["step"] for entry in noted] == [3, 6]
+    assert all(name.startswith("row-") for entry in noted for name in entry["rows"])
+    assert all(tensor.isfinite().all() for tensor in _weights(tmp_path / "whole").values())
+    losses = [entry["loss"] for entry in _log(tmp_path / "whole") if "loss" in entry]
+    assert len(losses) == 8 and all(loss == loss for loss in losses)
+
+    def stopped(batch, terms):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return _not_finite(batch, terms)
+
+    steps[3] = stopped
+    steps["restart_at"](0)
+    with pytest.raises(SystemExit) as stop:
+        adapt(_config(encoder_folder, llm_folder, tmp_path / "stopped"), ROWS)
+    assert stop.value.code == 0
+    assert last_complete(tmp_path / "stopped") == tmp_path / "stopped" / "checkpoint-3"
+    before, after = (load_file(tmp_path / "stopped" / f"checkpoint-{n}" / "model.safetensors") for n in (2, 3))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    metrics = adapt(_config(encoder_folder, llm_folder, tmp_path / "stopped", resume=True), ROWS)
+    assert metrics["skipped_steps"] == 2
+    assert _equal(tmp_path / "whole", tmp_path / "stopped")
+
+    steps["restart_at"](0)
+    steps[3] = _not_finite
+    monkeypatch.setattr(survival_module.SurvivingTrainer, "_get_grad_norm", Trainer._get_grad_norm)
+    adapt(_config(encoder_folder, llm_folder, tmp_path / "lost", max_steps=4), ROWS)
+    assert not all(tensor.isfinite().all() for tensor in _weights(tmp_path / "lost").values())
+
+
+def test_steps_that_stay_not_finite_end_the_run(steps, encoder_folder, llm_folder, tmp_path) -> None:
+    """The count goes on over a stop and a resume."""
+
+    def stopped(batch, terms):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return _not_finite(batch, terms)
+
+    steps[3], steps[4], steps[5] = _not_finite, stopped, _not_finite
+    with pytest.raises(SystemExit):
+        adapt(_config(encoder_folder, llm_folder, tmp_path / "run", bad_steps=3), ROWS)
+    with pytest.raises(RunFailed, match=r"3 steps in a row, up to step 5 .*checkpoint-4 is complete: continue"):
+        adapt(_config(encoder_folder, llm_folder, tmp_path / "run", resume=True, bad_steps=3), ROWS)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_pack_that_does_not_fit_is_split(
+    steps, encoder_folder, llm_folder, tmp_path, where, monkeypatch, caplog
+) -> None:
+    """The step of plain SGD is the gradient, so the change of the weights tells whether it is the same."""
+    settings = {
+        "max_steps": 1,
+        "optim": "sgd",
+        "lr": 0.1,
+        "warmup": 0.0,
+        "clip": 0.0,
+        "weight_decay": 0.0,
+        "bf16": False,
+    }
+    settings |= {"tokens": 200, "dropout": 0.0, "gradient_accumulation": 2}
+    adapt(_config(encoder_folder, llm_folder, tmp_path / "fits", **settings), ROWS)
+    adapt(_config(encoder_folder, llm_folder, tmp_path / "start", **{**settings, "lr": 1e-30}), ROWS)
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def fits_not(batch, terms):
+        if batch.num_rows <= 3:
+            return terms
+        if where == "forward":
+            fail()
+        # in the backward, after the gradients of the layers above have been added up
+        named = made[-1].student.named_parameters()
+        first = next(p for name, p in named if p.requires_grad and "lora_B" in name)
+        armed.append(first.register_hook(lambda gradient: (armed.pop().remove(), fail())))
+        return terms
+
+    armed, made, plain = [], [], AdaptStep.__init__
+
+    def remember(self, *arguments):
+        plain(self, *arguments)
+        made.append(self)
+
+    monkeypatch.setattr(AdaptStep, "__init__", remember)
+    steps[0] = fits_not
+    adapt(_config(encoder_folder, llm_folder, tmp_path / "split", **settings), ROWS)
+    assert "does not fit into memory" in caplog.text
+    start, fits, split = (_weights(tmp_path / name) for name in ("start", "fits", "split"))
+    moved = {name: (fits[name] - start[name]).double() for name in start}
+    size = sum(float(change.square().sum()) for change in moved.values()) ** 0.5
+    assert size > 1e-3
+
+    def distance(other: dict[str, torch.Tensor]) -> float:
+        return sum(float((other[n].double() - fits[n].double()).square().sum()) for n in fits) ** 0.5 / size
+
+    assert distance(split) < 1e-4
+    # the control: the second half is left out
+    monkeypatch.setattr(survival_module, "halves", lambda batch: (halves(batch)[0], halves(batch)[0]))
+    adapt(_config(encoder_folder, llm_folder, tmp_path / "half", **settings), ROWS)
+    assert distance(_weights(tmp_path / "half")) > 1e-2
+
+
+def test_a_row_that_does_not_fit_ends_the_run(steps, encoder_folder, llm_folder, tmp_path) -> None:
+    def never(batch, terms):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    steps[4] = lambda batch, terms: steps.update({0: never}) or never(batch, terms)
+    with pytest.raises(RunFailed, match=r"out of memory at step 4 .*a single row does not fit; lower .*checkpoint-2"):
+        adapt(_config(encoder_folder, llm_folder, tmp_path / "run"), ROWS)
+
+
+def test_halves_of_a_batch() -> None:
+    lines = list(LINES)
+    tokenizer = StackTokenizer(nllb_tokenizer(lines), llm_tokenizer(lines), max_mt_tokens=48, max_llm_tokens=48)
+    rows = [TextRow(f"{line} {i}", label=i, id=str(i)) for i, line in enumerate(lines)]
+    batch = collate(rows, tokenizer)
+    first, second = halves(batch)
+    cut = first.num_rows
+    for part, own in ((first, rows[:cut]), (second, rows[cut:])):
+        alone = collate(own, tokenizer)
+        assert part.ids == alone.ids
+        for name in ("mt_rows", "llm_rows", "labels"):
+            assert torch.equal(getattr(part, name), getattr(alone, name)), name
+        for name in ("mt", "llm"):
+            got, want = getattr(part, name), getattr(alone, name)
+            assert got.lengths == want.lengths
+            for field in ("input_ids", "cu_seqlens", "positions"):
+                assert torch.equal(getattr(got, field), getattr(want, field)), field
+    assert abs(first.llm.num_tokens - second.llm.num_tokens) < max(batch.llm.lengths) * 2
+    choices = [TextRow(line, choices=("yes", "or no"), label=0) for line in lines]
+    batch = collate(choices, tokenizer, align=False)
+    _, second = halves(batch)
+    alone = collate(choices[-second.num_rows :], tokenizer, align=False)
+    assert torch.equal(second.mt_spans, alone.mt_spans) and torch.equal(second.llm_spans, alone.llm_spans)
+    with pytest.raises(ValueError, match="at least 2"):
+        halves(collate(rows[:1], tokenizer))
+
+
+# ---- the disk and the data
+@pytest.fixture
+def file_limit():
+    """Sets the size above which no file can be written, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (soft if size is None else size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_is_full_for_a_while(steps, encoder_folder, llm_folder, tmp_path, file_limit, caplog) -> None:
+    adapt(_config(encoder_folder, llm_folder, tmp_path / "whole"), ROWS)
+    steps["restart_at"](0)
+    steps[3] = lambda batch, terms: file_limit(60_000) or terms
+    steps[7] = lambda batch, terms: file_limit(None) or terms
+    metrics = adapt(_config(encoder_folder, llm_folder, tmp_path / "run"), ROWS)
+    assert metrics["train_runtime"] > 0
+    for step in (4, 6):
+        assert f"the checkpoint of step {step} could not be written" in caplog.text
+    assert "bytes and" in caplog.text and "checkpoint-2 is complete" in caplog.text
+    assert entries(tmp_path / "run") >= {"checkpoint-2", "checkpoint-8"}
+    assert not entries(tmp_path / "run") & {"checkpoint-4", "checkpoint-6"}
+    assert unreadable(tmp_path / "run") == []
+    assert _equal(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_disk_that_stays_full(steps, encoder_folder, llm_folder, tmp_path, file_limit) -> None:
+    """A stop that cannot be saved, and a result that cannot, are errors that name what is kept."""
+
+    def stopped(batch, terms):
+        file_limit(60_000)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return terms
+
+    steps[3] = stopped
+    with pytest.raises(OSError, match=r"checkpoint-2 is complete.*step 3 could not be written: .* needs [\d,]+ bytes"):
+        adapt(_config(encoder_folder, llm_folder, tmp_path / "run"), ROWS)
+    file_limit(None)
+    steps["restart_at"](2)
+    steps[3] = lambda batch, terms: file_limit(60_000) or terms
+    with pytest.raises(OSError, match=r"the model could not be written: .* needs [\d,]+ bytes"):
+        adapt(_config(encoder_folder, llm_folder, tmp_path / "run", resume=True), ROWS)
+    file_limit(None)
+    del steps[3]
+    assert unreadable(tmp_path / "run") == []
+    adapt(_config(encoder_folder, llm_folder, tmp_path / "run", resume=True), ROWS)
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+class _Unreadable(list):
+    """Rows of which the last half cannot be read until they are repaired."""
+
+    broken = True
+
+    def __iter__(self):
+        for number, row in enumerate(super().__iter__()):
+            if self.broken and number >= len(self) // 2:
+                raise ValueError("shard-2.jsonl.gz is cut or damaged")
+            yield row
+
+
+def test_data_that_cannot_be_read_is_said_with_what_is_kept(encoder_folder, llm_folder, tmp_path) -> None:
+    rows = _Unreadable(ROWS)
+    settings = {"lookahead": 4, "save_steps": 100}
+    with pytest.raises(RunFailed, match=r"shard-2.jsonl.gz is cut or damaged; .*checkpoint-(\d+) is complete") as error:
+        adapt(_config(encoder_folder, llm_folder, tmp_path / "run", **settings), rows)
+    kept = last_complete(tmp_path / "run")
+    assert kept is not None and kept.name in str(error.value)
+    rows.broken = False
+    adapt(_config(encoder_folder, llm_folder, tmp_path / "run", resume=True, **settings), rows)
+    adapt(_config(encoder_folder, llm_folder, tmp_path / "whole", **settings), rows)
+    assert _equal(tmp_path / "whole", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
