@@ -6,7 +6,7 @@ Every line is `mtllm adapt` on the demo's models and text (dropout 0.05, three l
 started as a user starts it. It is compared with one process that takes both packs of a step: the loss of every step,
 absolutely, and the final weights, by relative L2 distance over all of them and of the single tensor where it is
 largest. Controls, which must be far off: packs weighted alike whatever is in them, dropout that depends on the process,
-another seed.
+another seed. Where DeepSpeed is installed (on CPUs: DS_BUILD_OPS=0 pip install deepspeed), ZeRO-2 is compared too.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,9 @@ def command(inputs: Inputs, output: Path, processes: int, engine: str, *more: st
 
 def train(inputs: Inputs, output: Path, processes: int, engine: str, *more: str, control: str = "") -> Path:
     """Run `command` to its end. Raises RuntimeError with what it said where it fails."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPO)}
+    path = os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+    environment["DS_ACCELERATOR"] = "cpu"
     started = command(inputs, output, processes, engine, *more, control=control)
     done = subprocess.run(started, cwd=REPO, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -153,6 +156,10 @@ def demonstrate(inputs: Inputs, folder: Path, say: Any = print) -> tuple[dict[st
     single = resumed("FSDP2 on 2, then 1", fsdp2, 2 * fifth, 1, "auto")
     resumed("FSDP2 on 2, then 1, then FSDP2 on 2", single, 3 * fifth, 2, "fsdp2")
     resumed("1, then FSDP2 on 2", one, 2 * fifth, 2, "fsdp2", *both)
+    if find_spec("deepspeed"):
+        zero2 = train(inputs, folder / "zero2", 2, "deepspeed")
+        compare(same, "2 processes, DeepSpeed ZeRO-2", zero2)
+        resumed("DeepSpeed on 2, resumed", zero2, 2 * fifth, 2, "deepspeed")
     for name in CONTROLS:
         compare(controls, f"control: {name}", train(inputs, folder / name, 2, "ddp", control=name))
     compare(controls, "control: seed", train(inputs, folder / "seed", 1, "auto", *both, "--seed", "43"))

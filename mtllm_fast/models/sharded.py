@@ -24,10 +24,12 @@ def writes(module: nn.Module) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, on the CPU and contiguous, without gradient."""
+    """All of a tensor, on the CPU, contiguous and by itself, without gradient."""
     tensor = tensor.detach()
     full = getattr(tensor, "full_tensor", None)
-    return (tensor if full is None else full()).to("cpu").contiguous()
+    tensor = (tensor if full is None else full()).to("cpu").contiguous()
+    # DeepSpeed's weights are parts of one buffer, and safetensors refuses a part
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def whole_state(module: nn.Module) -> dict[str, Tensor]:

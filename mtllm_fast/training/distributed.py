@@ -1,9 +1,9 @@
 """Several processes: which engine shares the work, and what stays the same when their number changes.
 
-| engine    | every process holds           | by                                                               |
-| ddp       | the whole model               | torch.nn.parallel.DistributedDataParallel, through accelerate    |
-| fsdp2     | its part of the weights       | torch.distributed.fsdp.fully_shard                               |
-| deepspeed | the model, 1/n of AdamW's state | ZeRO-2, through accelerate                                     |
+| engine    | every process holds                      | by                                                            |
+| ddp       | the whole model                          | torch.nn.parallel.DistributedDataParallel, through accelerate |
+| fsdp2     | its part of the weights                  | torch.distributed.fsdp.fully_shard                            |
+| deepspeed | the model, and its part of AdamW's state | ZeRO-2, through accelerate                                    |
 
 FSDP2 is applied here and not by accelerate's plugin, which does not shard on CPUs (so that nothing could be tested
 there), casts what the model returns, the sums of the losses, to bf16, and in some versions the frozen weights to fp32.
@@ -32,11 +32,14 @@ from ..models.sharded import is_sharded, spread_like, whole
 from .config import OptimSettings
 from .processes import processes
 from .survival import SurvivingTrainer
+from .switches import optimizer_name
 
 log = logging.getLogger(__name__)
 
 Engine = Literal["one", "ddp", "fsdp2", "deepspeed"]
 CONFIGS = Path(__file__).parent / "configs"
+# torch's own know spread weights
+SPREAD_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 
 
 def _asked(name: str) -> bool:
@@ -81,8 +84,24 @@ def _check_fsdp2(optim: OptimSettings, launched: bool) -> None:
         )
     if _asked("FSDP_ACTIVATION_CHECKPOINTING"):
         raise ValueError("fsdp_activation_checkpointing: it would draw other dropout; use --checkpointing full")
-    if optim.optim != "adamw_torch" and not optim.optim.startswith(("adamw_torch", "sgd", "adagrad", "rmsprop")):
-        raise ValueError(f"optim={optim.optim!r} with FSDP2: it does not know sharded weights; use adamw_torch")
+    if _asked("FSDP_OFFLOAD_PARAMS"):
+        raise ValueError("fsdp_offload_params: spread weights stay on the GPUs here; say `fsdp_offload_params: false`")
+    if (name := optimizer_name(optim)) not in SPREAD_OPTIMIZERS:
+        raise ValueError(f"optim={name!r} with FSDP2: expected one of {', '.join(SPREAD_OPTIMIZERS)}")
+
+
+def engine_arguments(engine: Engine) -> dict[str, Any]:
+    """`TrainingArguments` of an engine that accelerate was not launched for."""
+    if engine != "deepspeed" or _asked("ACCELERATE_USE_DEEPSPEED"):
+        return {}
+    automatic = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    return {
+        "deepspeed": {
+            "zero_optimization": {"stage": 2},
+            "bf16": {"enabled": "auto"},
+            **dict.fromkeys(automatic, "auto"),
+        }
+    }
 
 
 def shard(step: nn.Module, student: MTLLM, device: torch.device) -> None:
@@ -93,7 +112,7 @@ def shard(step: nn.Module, student: MTLLM, device: torch.device) -> None:
     machines of several processes each, weights are spread inside of a machine and repeated on every machine.
     Quantised weights are not spread: they are small, and know no parts.
     """
-    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+    from torch.distributed.fsdp import fully_shard
 
     world, local = processes(), int(os.environ.get("LOCAL_WORLD_SIZE", processes()))
     several = 1 < local < world
@@ -105,11 +124,7 @@ def shard(step: nn.Module, student: MTLLM, device: torch.device) -> None:
     kept = {p for p in step.parameters() if type(p) is not nn.Parameter or not p.is_floating_point()}
     if kept:
         step.to(device)
-    options: dict[str, Any] = {
-        "mesh": mesh,
-        "offload_policy": CPUOffloadPolicy() if _asked("FSDP_OFFLOAD_PARAMS") else OffloadPolicy(),
-        "ignored_params": kept or None,
-    }
+    options: dict[str, Any] = {"mesh": mesh, "ignored_params": kept or None}
     names: set[str] = set()
     for part in (student.encoder, student.llm):
         names |= set(getattr(part.model, "_no_split_modules", None) or ()) if part is not None else set()
@@ -190,6 +205,13 @@ class ParallelTrainer(SurvivingTrainer):
         """The student's own weights; what is spread is gathered by all processes."""
         if self.spread or self.args.should_save:
             self._save(output_dir)
+
+    def check_engine_of(self, checkpoint: Path) -> None:
+        """Raise ValueError where this engine cannot go on from the checkpoint: DeepSpeed's are its own."""
+        own = not (checkpoint / OPTIMIZER_NAME).is_file()
+        if own != self.is_deepspeed_enabled:
+            made, now = ("with", "without") if own else ("without", "with")
+            raise ValueError(f"--resume: {checkpoint} was made {made} DeepSpeed, and this run is {now} it")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.spread:

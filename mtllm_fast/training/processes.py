@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 log = logging.getLogger(__name__)
 
@@ -11,6 +13,29 @@ log = logging.getLogger(__name__)
 def processes() -> int:
     """How many processes torchrun or `accelerate launch` started for this run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def leaving_group() -> Iterator[None]:
+    """Leave the group of processes at the end of the block, if it ends well.
+
+    A process that ends within its group is aborted now and then ("terminate called without an active exception"), and
+    torchrun then ends the others, whatever they are writing.
+    """
+    try:
+        yield
+    except SystemExit as ending:
+        if not ending.code:
+            _leave()
+        raise
+    _leave()
+
+
+def _leave() -> None:
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def packs_per_process(asked: int, before: int, processes_before: int) -> int:

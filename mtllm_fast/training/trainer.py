@@ -22,7 +22,7 @@ from ..models import MTLLM
 from ..models.storage import load_own_state
 from .checkpoint import said_in_bytes
 from .config import OptimSettings
-from .distributed import ParallelTrainer, choose_engine, pack_seed, shard
+from .distributed import Engine, ParallelTrainer, choose_engine, engine_arguments, pack_seed, shard
 from .live import Live, LiveProgress, ModelFlops, Throughput, Watch, Watching, bf16_peak
 from .processes import processes
 from .run_folder import RunFolder, write_json
@@ -113,7 +113,7 @@ class PackedTrainer(ParallelTrainer):
         watch: Watch | None = None,
     ) -> None:
         engine = choose_engine(optim)
-        arguments = training_arguments(optim, folder, steps, validate_steps if validate else None)
+        arguments = training_arguments(optim, folder, steps, validate_steps if validate else None, engine)
         apply_switches(step.student, optim, arguments.device, step)
         if engine == "fsdp2":
             shard(step, step.student, arguments.device)
@@ -240,6 +240,7 @@ class PackedTrainer(ParallelTrainer):
             if steps >= self.args.max_steps:  # finished; the Trainer would take one step more
                 load_own_state(self.step_module.student, folder / Path(best).name if best else checkpoint)
                 return json.loads((folder / "metrics.json").read_text()) if (folder / "metrics.json").is_file() else {}
+            self.check_engine_of(checkpoint)
             self.start_batch = steps * self.args.gradient_accumulation_steps
             if (checkpoint / PLACE_FILE).is_file():
                 self.place = json.loads((checkpoint / PLACE_FILE).read_text(encoding="utf-8"))
@@ -260,7 +261,9 @@ class PackedTrainer(ParallelTrainer):
         return metrics
 
 
-def training_arguments(optim: OptimSettings, folder: Path, steps: int, validate_steps: int | None) -> TrainingArguments:
+def training_arguments(
+    optim: OptimSettings, folder: Path, steps: int, validate_steps: int | None, engine: Engine = "one"
+) -> TrainingArguments:
     """Map `OptimSettings` to `TrainingArguments`."""
     if optim.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda': no CUDA device is visible; see `mtllm doctor`")
@@ -272,9 +275,9 @@ def training_arguments(optim: OptimSettings, folder: Path, steps: int, validate_
         report = [name for name, module in (("tensorboard", "tensorboard"),) if find_spec(module)]
         if find_spec("wandb") and ("WANDB_API_KEY" in environ or "WANDB_MODE" in environ):
             report.append("wandb")
-    options: dict[str, Any] = {}
+    options = engine_arguments(engine)
     if validate_steps:
-        options = {
+        options |= {
             "eval_strategy": "steps",
             "eval_steps": validate_steps,
             "load_best_model_at_end": True,

@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,8 +20,8 @@ from benchmarks.parallel import distance, interrupted
 from mtllm_fast import MTLLM
 from mtllm_fast.models.sharded import spread_like, whole, whole_state
 from mtllm_fast.training import distributed
-from mtllm_fast.training.distributed import CONFIGS, choose_engine, pack_seed
-from mtllm_fast.training.processes import packs_per_process
+from mtllm_fast.training.distributed import CONFIGS, ParallelTrainer, choose_engine, pack_seed
+from mtllm_fast.training.processes import leaving_group, packs_per_process
 from tests.conftest import REPO
 from tests.training.distributed_runs import STEPS, run_adapt, run_finetune, settings
 
@@ -119,6 +121,35 @@ def test_resuming_with_other_steps_is_refused(runs: Path, encoder_folder: str, l
         run_adapt(encoder_folder, llm_folder, runs / "one", resume=True, gradient_accumulation=3)
 
 
+def test_checkpoints_of_deepspeed_are_its_own(tmp_path) -> None:
+    plain, deepspeed = (SimpleNamespace(is_deepspeed_enabled=on) for on in (False, True))
+    with pytest.raises(ValueError, match="was made with DeepSpeed, and this run is without"):
+        ParallelTrainer.check_engine_of(plain, tmp_path)
+    ParallelTrainer.check_engine_of(deepspeed, tmp_path)
+    (tmp_path / "optimizer.pt").touch()
+    ParallelTrainer.check_engine_of(plain, tmp_path)
+    with pytest.raises(ValueError, match="was made without DeepSpeed, and this run is with"):
+        ParallelTrainer.check_engine_of(deepspeed, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("ending", "leaves"), [(None, True), (SystemExit(0), True), (SystemExit(1), False), (ValueError("no"), False)]
+)
+def test_a_run_that_ends_well_leaves_its_group(tmp_path, ending, leaves) -> None:
+    """After an error it does not: the others may wait in the group, and leaving could wait for them."""
+    with leaving_group():
+        pass  # one process without a group
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(type(ending)) if ending else nullcontext(), leaving_group():
+            if ending:
+                raise ending
+        assert torch.distributed.is_initialized() != leaves
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
 def test_the_dropout_of_a_pack() -> None:
     seeds = {pack_seed(seed, step, place) for seed in range(3) for step in range(20) for place in range(8)}
     assert len(seeds) == 3 * 20 * 8
@@ -177,8 +208,9 @@ def test_engines_that_cannot_be_had(monkeypatch) -> None:
     monkeypatch.setattr(distributed, "find_spec", lambda package: None)
     with pytest.raises(ValueError, match=r"pip install 'mtllm-fast\[deepspeed\]'"):
         choose_engine(settings(parallel="deepspeed"))
-    with pytest.raises(ValueError, match="does not know sharded weights"):
-        choose_engine(settings(parallel="fsdp2", optim="adamw_8bit"))
+    for unknown in ({"optim": "adamw_8bit"}, {"offload_optimizer": True}):
+        with pytest.raises(ValueError, match=r"with FSDP2: expected one of adamw_torch"):
+            choose_engine(settings(parallel="fsdp2", **unknown))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="fsdp_version: 2"):
         choose_engine(settings())
@@ -187,6 +219,9 @@ def test_engines_that_cannot_be_had(monkeypatch) -> None:
     with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading: false"):
         choose_engine(settings())
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    with pytest.raises(ValueError, match="fsdp_offload_params: false"):
+        choose_engine(settings())
     monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
     with pytest.raises(ValueError, match="--checkpointing full"):
         choose_engine(settings())
