@@ -167,6 +167,7 @@ def run_part(folder: Path, ranks: int, workers: int, lookahead: int, first: int,
     command += ["--stop", str(stop)] if stop else []
     processes = [subprocess.Popen([*command, "--rank", str(rank)], cwd=REPO) for rank in range(ranks)]
     samples: list[float] = []
+    memory = 0.0
     for rank in range(ranks):
         (folder / f"rows-{rank}").unlink(missing_ok=True)
     while all(process.poll() is None for process in processes):
@@ -177,11 +178,11 @@ def run_part(folder: Path, ranks: int, workers: int, lookahead: int, first: int,
         memory = sum(pss_mib(tree(process.pid)) for process in processes)
         if started and all(process.poll() is None for process in processes):
             samples.append(memory)
-        time.sleep(0.25)
+        time.sleep(min(1.0, 0.05 * (1 + len(samples))))  # reading the memory of a process costs it milliseconds
     codes = [process.wait() for process in processes]
     if any(codes):
         raise RuntimeError(f"a rank failed: exit codes {codes}")
-    return samples
+    return samples or [memory]
 
 
 def growth(samples: Sequence[float]) -> float:

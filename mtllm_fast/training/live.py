@@ -42,6 +42,7 @@ class Watch:
 def linear_weights(module: nn.Module) -> tuple[int, int]:
     """(weights of all linear layers, of those that are trained); embeddings multiply nothing and do not count."""
     everything = trained = 0
+    layer: Any
     for layer in module.modules():
         if hasattr(layer, "in_features") and hasattr(layer, "out_features") and not any(layer.children()):
             size = layer.in_features * layer.out_features
