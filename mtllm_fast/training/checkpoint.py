@@ -203,7 +203,7 @@ def write_failure(error: BaseException) -> str | None:
 
 @contextmanager
 def said_in_bytes(what: str, folder: Path, needed: int) -> Iterator[None]:
-    """Turn a failed write of `what` into an OSError that says how many bytes are needed and how many are free.
+    """Turn a failed write of `what` into an OSError that says how many bytes are needed and free, and what is kept.
 
     Raises:
         OSError: what was to be written in the block could not be.
@@ -213,7 +213,9 @@ def said_in_bytes(what: str, folder: Path, needed: int) -> Iterator[None]:
     except Exception as error:
         if (reason := write_failure(error)) is None:
             raise
-        raise OSError(f"{what} could not be written: {reason}; {room(folder, needed)}") from error
+        last = last_complete(folder)
+        kept = f"; {last} is complete: free the space and continue with the same command and --resume" if last else ""
+        raise OSError(f"{what} could not be written: {reason}; {room(folder, needed)}{kept}") from error
 
 
 def room(folder: Path, needed: int) -> str:

@@ -34,7 +34,7 @@ from tests.tiny import LINES, llm_tokenizer, nllb_tokenizer
 from tests.training.forked import Forked
 
 ROWS = [TextRow(f"{line} {i}", id=f"row-{i}") for i, line in enumerate(LINES * 4)]
-STEPS = 60
+STEPS = 40
 
 
 def _config(encoder: str, llm: str, output: Path, resume: bool = False, dropout: float = 0.1, **train) -> AdaptConfig:
@@ -212,9 +212,8 @@ def test_killed_runs_resume_bitwise(forked, command, whole, tmp_path) -> None:
     assert differences(whole, output, STEPS) == ["model.safetensors"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_after_a_saved_step(forked, command, whole, tmp_path, number) -> None:
-    output = tmp_path / "run"
+def test_a_signal_stops_after_a_saved_step(forked, command, whole, tmp_path) -> None:
+    output, number = tmp_path / "run", random.choice((signal.SIGTERM, signal.SIGINT))
     pid = forked.start(*command(output))
     _until_new(output, "checkpoint-")
     time.sleep(random.uniform(0, 0.1))
@@ -230,15 +229,16 @@ def test_a_signal_stops_after_a_saved_step(forked, command, whole, tmp_path, num
     assert differences(whole, output, STEPS) == []
 
 
-def test_a_second_signal_ends_at_once() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_at_once(number) -> None:
     pid = os.fork()
     if not pid:
         with StopRequest() as stop:
-            os.kill(os.getpid(), signal.SIGTERM)
-            if stop.received is signal.SIGTERM:
-                os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
+            if stop.received is number:
+                os.kill(os.getpid(), number)
         os._exit(3)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -number
 
 
 # ---- steps
@@ -291,61 +291,51 @@ def test_steps_that_stay_not_finite_end_the_run(steps, encoder_folder, llm_folde
         adapt(_config(encoder_folder, llm_folder, tmp_path / "run", resume=True, bad_steps=3), ROWS)
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
-def test_a_pack_that_does_not_fit_is_split(
-    steps, encoder_folder, llm_folder, tmp_path, where, monkeypatch, caplog
-) -> None:
+def test_a_pack_that_does_not_fit_is_split(steps, encoder_folder, llm_folder, tmp_path, monkeypatch, caplog) -> None:
     """The step of plain SGD is the gradient, so the change of the weights tells whether it is the same."""
-    settings = {
-        "max_steps": 1,
-        "optim": "sgd",
-        "lr": 0.1,
-        "warmup": 0.0,
-        "clip": 0.0,
-        "weight_decay": 0.0,
-        "bf16": False,
-    }
+    settings = {"max_steps": 1, "optim": "sgd", "lr": 0.1, "warmup": 0.0, "clip": 0.0, "weight_decay": 0.0}
     settings |= {"tokens": 200, "dropout": 0.0, "gradient_accumulation": 2}
-    adapt(_config(encoder_folder, llm_folder, tmp_path / "fits", **settings), ROWS)
-    adapt(_config(encoder_folder, llm_folder, tmp_path / "start", **{**settings, "lr": 1e-30}), ROWS)
-
-    def fail(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    def fits_not(batch, terms):
-        if batch.num_rows <= 3:
-            return terms
-        if where == "forward":
-            fail()
-        # in the backward, after the gradients of the layers above have been added up
-        named = made[-1].student.named_parameters()
-        first = next(p for name, p in named if p.requires_grad and "lora_B" in name)
-        armed.append(first.register_hook(lambda gradient: (armed.pop().remove(), fail())))
-        return terms
-
-    armed, made, plain = [], [], AdaptStep.__init__
+    made, plain = [], AdaptStep.__init__
 
     def remember(self, *arguments):
         plain(self, *arguments)
         made.append(self)
 
     monkeypatch.setattr(AdaptStep, "__init__", remember)
-    steps[0] = fits_not
-    adapt(_config(encoder_folder, llm_folder, tmp_path / "split", **settings), ROWS)
-    assert "does not fit into memory" in caplog.text
-    start, fits, split = (_weights(tmp_path / name) for name in ("start", "fits", "split"))
-    moved = {name: (fits[name] - start[name]).double() for name in start}
-    size = sum(float(change.square().sum()) for change in moved.values()) ** 0.5
+
+    def trained(name: str, **changes) -> dict[str, torch.Tensor]:
+        adapt(_config(encoder_folder, llm_folder, tmp_path / name, **{**settings, **changes}), ROWS)
+        return _weights(tmp_path / name)
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def in_forward(batch, terms):
+        return terms if batch.num_rows <= 3 else fail()
+
+    def in_backward(batch, terms):
+        if batch.num_rows > 3:  # after the gradients of the layers above have been added up
+            named = made[-1].student.named_parameters()
+            first = next(p for name, p in named if p.requires_grad and "lora_B" in name)
+            armed.append(first.register_hook(lambda gradient: (armed.pop().remove(), fail())))
+        return terms
+
+    start, fits, armed = trained("start", lr=1e-30), trained("fits"), []
+    size = sum(float((fits[name] - start[name]).double().square().sum()) for name in fits) ** 0.5
     assert size > 1e-3
 
     def distance(other: dict[str, torch.Tensor]) -> float:
         return sum(float((other[n].double() - fits[n].double()).square().sum()) for n in fits) ** 0.5 / size
 
-    assert distance(split) < 1e-4
+    for name, where in (("forward", in_forward), ("backward", in_backward)):
+        steps[0] = where
+        caplog.clear()
+        assert distance(trained(name)) < 1e-4
+        assert "does not fit into memory" in caplog.text
     # the control: the second half is left out
     monkeypatch.setattr(survival_module, "halves", lambda batch: (halves(batch)[0], halves(batch)[0]))
-    adapt(_config(encoder_folder, llm_folder, tmp_path / "half", **settings), ROWS)
-    assert distance(_weights(tmp_path / "half")) > 1e-2
+    steps[0] = in_forward
+    assert distance(trained("half")) > 1e-2
 
 
 def test_a_row_that_does_not_fit_ends_the_run(steps, encoder_folder, llm_folder, tmp_path) -> None:
