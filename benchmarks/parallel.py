@@ -31,6 +31,8 @@ from .common import commit, device_name, relative_error, versions, write
 REPO = Path(__file__).resolve().parent.parent
 LOSS, WEIGHTS = 1e-5, 1e-4  # what the comparison is held to
 FAR = 30  # a control is at least so many times beyond
+# DeepSpeed clips by a norm that it sums in float32 and by parts, which early steps amplify; controls are beyond
+DEEPSPEED = 1e-3
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,12 @@ class Distance:
         return self.loss <= LOSS and self.weights <= WEIGHTS and self.worst_tensor <= WEIGHTS
 
     @property
+    def near(self) -> bool:
+        return max(self.loss, self.weights, self.worst_tensor) <= DEEPSPEED
+
+    @property
     def far(self) -> bool:
-        return self.loss >= FAR * LOSS and self.weights >= FAR * WEIGHTS
+        return self.loss >= max(FAR * LOSS, 2 * DEEPSPEED) and self.weights >= max(FAR * WEIGHTS, 2 * DEEPSPEED)
 
 
 def command(inputs: Inputs, output: Path, processes: int, engine: str, *more: str, control: str = "") -> list[str]:
@@ -220,18 +226,19 @@ def main(argv: list[str] | None = None) -> int:
         folder = options.keep or Path(name)
         folder.mkdir(parents=True, exist_ok=not options.keep)
         same, controls = demonstrate(small_inputs(folder, options.steps), folder, lambda text: None)
-    good = all(d.same for d in same.values()) and all(d.far for d in controls.values())
+    good = all(d.near if "DeepSpeed" in run else d.same for run, d in same.items())
+    good &= all(d.far for d in controls.values())
     print(f"{'against 1 process with both packs of a step':46} {'steps':>5} {'loss':>9} {'weights':>9} {'tensor':>9}")
     for run, d in (same | controls).items():
         print(f"{run:46} {d.steps:5} {d.loss:9.1e} {d.weights:9.1e} {d.worst_tensor:9.1e}")
-    print(f"held to                                              {LOSS:9.0e} {WEIGHTS:9.0e} {WEIGHTS:9.0e}")
+    print(f"{'held to':52} {LOSS:9.0e} {WEIGHTS:9.0e} {WEIGHTS:9.0e}   (DeepSpeed: {DEEPSPEED:.0e})")
     print(f"{'PASS' if good else 'FAIL'} in {time.perf_counter() - started:.0f} s")
     if options.json:
         record = {
             "case": "parallel", "shape": {"steps": options.steps}, "dtype": "fp32", "device": device_name("cpu"),
             "variant": "ours", "gate": "pass" if good else "fail", "runs": {k: asdict(d) for k, d in same.items()},
-            "controls": {k: asdict(d) for k, d in controls.items()}, "limits": {"loss": LOSS, "weights": WEIGHTS},
-            "time_ms": (time.perf_counter() - started) * 1e3, "versions": versions(), "commit": commit(),
+            "controls": {k: asdict(d) for k, d in controls.items()}, "versions": versions(), "commit": commit(),
+            "limits": {"loss": LOSS, "weights": WEIGHTS, "deepspeed": DEEPSPEED},
         }  # fmt: skip
         write(options.json, [record])
     return 0 if good else 1

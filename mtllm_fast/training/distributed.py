@@ -17,12 +17,14 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
@@ -78,6 +80,8 @@ def choose_engine(optim: OptimSettings) -> Engine:
 def _check_fsdp2(optim: OptimSettings, launched: bool) -> None:
     if launched and os.environ.get("FSDP_VERSION", "1") != "2":
         raise ValueError("fsdp_version: only FSDP2 is known here; say `fsdp_version: 2` in accelerate's configuration")
+    if Version(version("accelerate")) < Version("1.14"):  # older ones put a model that is spread already into DDP
+        raise ValueError(f"FSDP2 needs accelerate 1.14 or newer, this is {version('accelerate')}")
     if _asked("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         raise ValueError(
             "say `fsdp_cpu_ram_efficient_loading: false`: with true only the first process would read the weights"

@@ -211,6 +211,10 @@ def test_engines_that_cannot_be_had(monkeypatch) -> None:
     for unknown in ({"optim": "adamw_8bit"}, {"offload_optimizer": True}):
         with pytest.raises(ValueError, match=r"with FSDP2: expected one of adamw_torch"):
             choose_engine(settings(parallel="fsdp2", **unknown))
+    with monkeypatch.context() as older:
+        older.setattr(distributed, "version", lambda package: "1.13.0")
+        with pytest.raises(ValueError, match=r"needs accelerate 1.14 or newer, this is 1.13.0"):
+            choose_engine(settings(parallel="fsdp2"))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="fsdp_version: 2"):
         choose_engine(settings())
