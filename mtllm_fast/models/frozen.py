@@ -54,12 +54,10 @@ def quantize_frozen(root: nn.Module, kind: Frozen, device: torch.device | str, *
         raise ValueError(f"base_weights={kind!r} needs {PACKAGES[kind]}: pip install 'mtllm-fast[quant]'")
     found = [
         (module, name, child)
-        for module in root.modules()
+        for path, module in root.named_modules()
         for name, child in module.named_children()
-        if type(child) is nn.Linear and not child.weight.requires_grad and not name.startswith("lora_")
+        if type(child) is nn.Linear and not child.weight.requires_grad and ".lora_" not in path
     ]
-    names = {module: name for name, module in root.named_modules()}
-    found = [entry for entry in found if ".lora_" not in names[entry[0]]]
     count = 0
     for module, name, child in found:
         new = _replaced(child, kind, device, emulate).train(child.training)
