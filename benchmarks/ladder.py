@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +30,7 @@ from torch import Tensor
 
 from mtllm_fast.models.frozen import PACKAGES
 
+from .apart import apart
 from .common import (
     DTYPES,
     Record,
@@ -218,33 +217,6 @@ def run_cuda(repeats: int, path: Path | None = None) -> list[Record]:
         found, plain = apart("spawn", climb, rungs, SIZES["cuda"]["web text"], "cuda", repeats, records, plain, path)
         records += found
     return records
-
-
-def apart(method: str, function: Callable[..., Any], *args: Any) -> Any:
-    """What `function(*args)` gives in a fresh process; "forkserver": one that has imported all and computed nothing.
-
-    Raises:
-        RuntimeError: the process ended without a result.
-    """
-    # the child runs the module that is `main` here once more, as multiprocessing does, and Python wonders at that
-    os.environ["PYTHONWARNINGS"] = "ignore::RuntimeWarning"
-    context: Any = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload([memory_here.__module__])
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(send, function, args))
-    process.start()
-    send.close()
-    try:
-        return receive.recv()
-    except EOFError:
-        raise RuntimeError(f"{function.__name__} ended without a result, see above") from None
-    finally:
-        process.join()
-
-
-def _send(pipe: Any, function: Callable[..., Any], args: Any) -> None:
-    pipe.send(function(*args))
 
 
 def say(text: str) -> None:

@@ -6,8 +6,6 @@ python -m benchmarks.run linear_kl --device cpu --json F        the same as `mtl
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,6 +16,7 @@ from typing import Any
 import torch
 
 from . import ceilings as ceilings_
+from .apart import apart
 from .common import (
     DTYPES,
     Record,
@@ -31,7 +30,7 @@ from .common import (
     versions,
     write,
 )
-from .registry import Case, Size, Study, Work, chosen, gate, get
+from .registry import MODULES, Case, Size, Study, Work, chosen, gate, get
 from .sources import sources_hash
 
 LEAST_MS = 5.0  # a timed round of a CUDA variant lasts at least so long
@@ -152,15 +151,10 @@ def measure_memory(case: Case, size: Size, name: str, dtype: str, device: str, p
     """Peak incremental memory of one step; on the CPU in a process of its own, by its resident high-water mark."""
     if device != "cpu":
         return peak_incremental_mib(partial(case.variants[name].run, problem), device)
-    spec = json.dumps([case.name, dict(size), name, dtype, torch.get_num_threads()])
-    # as `benchmarks` the package is found only from the clone's root
-    root = Path(__file__).resolve().parent.parent if __package__ == "benchmarks" else None
-    done = subprocess.run(
-        [sys.executable, "-m", f"{__package__}.run", "--memory-of", spec], capture_output=True, text=True, cwd=root
+    cases = [f"{__package__}.{module}" for module in MODULES.values()]
+    return float(
+        apart("forkserver", memory_here, case.name, dict(size), name, dtype, torch.get_num_threads(), preload=cases)
     )
-    if done.returncode:
-        raise RuntimeError(f"measuring the memory of {case.name} {name} failed:\n{done.stderr}")
-    return float(json.loads(done.stdout.splitlines()[-1]))
 
 
 def memory_here(case_name: str, size: Size, name: str, dtype: str, threads: int) -> float:
@@ -330,11 +324,7 @@ def main(argv: list[str] | None = None, cases: Sequence[str] | None = None, prog
     parser.add_argument("--repeats", type=int, default=7, help="timed rounds after a warm-up round")
     parser.add_argument("--threads", type=int, help="CPU threads; default: all")
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    if options.memory_of:
-        print(json.dumps(memory_here(*json.loads(options.memory_of))))
-        return 0
     if options.threads:
         torch.set_num_threads(options.threads)
     synchronise(options.device)

@@ -7,11 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-
-from benchmarks import ladder, ladder_rungs
-from benchmarks.ladder import ALONE, CLIMBS, SIZES, climb, run_cpu
-from benchmarks.ladder_rungs import Rung, forward_backward, gate, missing, prepare
-from benchmarks.steps import exact, make
+from mtllm_fast.benchmarks import ladder, ladder_rungs
+from mtllm_fast.benchmarks.ladder import ALONE, CLIMBS, SIZES, climb, run_cpu
+from mtllm_fast.benchmarks.ladder_rungs import Rung, forward_backward, gate, missing, prepare
+from mtllm_fast.benchmarks.steps import exact, make
 
 TINY = SIZES["quick"]["tiny"]
 # compiling and the quantised rungs have tests of their own
