@@ -127,6 +127,8 @@ def test_ctrl_c_and_kill_9_of_the_command(model_folder, tmp_path) -> None:
             stderr=subprocess.PIPE,
             text=True,
             env=environment,
+            # a shell starts what it runs in the background with SIGINT ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         deadline = time.monotonic() + 60
         while not log.exists() or log.stat().st_size < sizes[-1] + 3 * parts.RECORD.itemsize:
