@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mtllm_fast.data.align import align_rows
     from mtllm_fast.data.batch import Batch
-    from mtllm_fast.data.collate import PackedDataset, PackedLoader
+    from mtllm_fast.data.collate import PackedDataset
+    from mtllm_fast.data.loader import PackedLoader
     from mtllm_fast.data.pack import PackedBatch, token_budget_packs
     from mtllm_fast.data.read import RowStream, TextRow, read_rows
     from mtllm_fast.data.tokenise import StackTokenizer, TokenizedSide
@@ -23,7 +24,7 @@ _HOME = {
     "TextRow": "read",
     "read_rows": "read",
     "PackedDataset": "collate",
-    "PackedLoader": "collate",
+    "PackedLoader": "loader",
     "StackTokenizer": "tokenise",
     "TokenizedSide": "tokenise",
 }

@@ -1,4 +1,4 @@
-"""Rows to batches: tokenise, pack, align; and the stream of batches that a training run reads.
+"""Rows to batches: tokenise, pack, align; and the stream of batches that a training run reads (by `loader`).
 
 The unit of work is a window: consecutive rows, tokenised together and packed best-fit. Windows are made by
 worker processes in any number, and turned into batches in order in the main process, so the batches of an epoch are a
@@ -15,8 +15,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from mtllm_fast.data.balance import deal, pack_cost
 from mtllm_fast.data.batch import SIDES, Batch, TokenizedRows, check_sides, tokenise_readable, tokenise_rows
@@ -24,7 +23,6 @@ from mtllm_fast.data.pack import token_budget_packs
 from mtllm_fast.data.read import TextRow
 from mtllm_fast.data.store import StoredRows, TokenStore
 from mtllm_fast.data.tokenise import StackTokenizer
-from mtllm_fast.data.workers import WorkerDied, from_workers, start_worker
 
 T = TypeVar("T")
 
@@ -32,7 +30,6 @@ _WINDOW_PACKS, _LEAST_ROWS, _MOST_ROWS = 64, 1024, 65536  # of a window, where i
 
 logger = logging.getLogger(__name__)
 _SHOWN = 10  # bad rows of an epoch that are named in the log
-_DEATHS = 3  # of workers in a row without a window between them
 
 
 def collate(
@@ -60,7 +57,7 @@ def collate(
 
 
 @dataclass(frozen=True, eq=False)
-class _Window:
+class Window:
     """What a worker sends: tokenised rows and how they are packed; or the end of its stream; or an error."""
 
     index: int
@@ -245,7 +242,7 @@ class PackedDataset(IterableDataset):
             )
         self.epoch = epoch
         self.start_batch = start_batch
-        self._before = before
+        self.before = before
         self._starts = deque([before.state()], maxlen=256)
 
     def read_before(self, batch: int) -> dict[str, Any]:
@@ -257,12 +254,12 @@ class PackedDataset(IterableDataset):
     def __iter__(self) -> Iterator[Batch]:
         if get_worker_info() is not None:
             raise RuntimeError("a PackedDataset inside a DataLoader has no defined order: use PackedLoader")
-        return self._batches(self._windows())
+        return self.batches(self.windows())
 
-    def _windows(self, worker: int = 0, workers: int = 1, first: int | None = None) -> Iterator[_Window]:
+    def windows(self, worker: int = 0, workers: int = 1, first: int | None = None) -> Iterator[Window]:
         """Windows `first + worker`, `first + worker + workers`, ... of the epoch, then one that marks the end."""
         stream = _shuffled(self.rows, self.shuffle_buffer, f"{self.seed}/{self.epoch}")
-        first = self._before.windows if first is None else first
+        first = self.before.windows if first is None else first
         index = 0
         try:
             while chunk := list(islice(stream, self.window_rows())):
@@ -271,11 +268,11 @@ class PackedDataset(IterableDataset):
                 index += 1
         except (ValueError, TypeError, OSError) as error:
             # raised in a worker it would reach the user as a traceback of another process
-            yield _Window(index, error=error)
+            yield Window(index, error=error)
             return
-        yield _Window(-1, source=getattr(self.rows, "counts", None))
+        yield Window(-1, source=getattr(self.rows, "counts", None))
 
-    def _window(self, index: int, chunk: list[Any]) -> _Window:
+    def _window(self, index: int, chunk: list[Any]) -> Window:
         before = self.tokenizer.fallback_counts.copy()
         rows: TokenizedRows | StoredRows
         bad: list[tuple[str, str]] = []
@@ -286,7 +283,7 @@ class PackedDataset(IterableDataset):
         costs = rows.costs()
         packs = token_budget_packs(costs, self.max_tokens, self.max_rows)
         order = np.random.default_rng([self.seed, self.epoch, index]).permutation(len(packs))
-        return _Window(
+        return Window(
             index,
             rows,
             tuple(tuple(packs[i]) for i in order),
@@ -296,10 +293,10 @@ class PackedDataset(IterableDataset):
             bad=tuple(bad),
         )
 
-    def _batches(self, windows: Iterable[_Window]) -> Iterator[Batch]:
+    def batches(self, windows: Iterable[Window]) -> Iterator[Batch]:
         """This rank's batches; only here is the number of earlier packs known, and with it whose turn it is."""
-        self.counters = StreamCounts.from_state(self._before.state())
-        if isinstance(self.rows, TokenStore) and not self._before.windows:
+        self.counters = StreamCounts.from_state(self.before.state())
+        if isinstance(self.rows, TokenStore) and not self.before.windows:
             self.counters.truncated = Counter({side: self.rows.truncated[side] for side in self.sides})
         self._starts.clear()
         turn, start = self.counters.packs, self._step_start(self.start_batch)
@@ -335,7 +332,7 @@ class PackedDataset(IterableDataset):
             batch = pack.rows.batch(pack.index, self.align)
             yield dataclasses.replace(batch, weight=pack.weight, place=place)
 
-    def _count(self, window: _Window) -> None:
+    def _count(self, window: Window) -> None:
         assert window.rows is not None
         counts = self.counters
         counts.windows += 1
@@ -367,88 +364,3 @@ def _shuffled(rows: Iterable[T], size: int, seed: str) -> Iterator[T]:
         yield leaving
     rng.shuffle(buffer)
     yield from buffer
-
-
-class _WindowStream(IterableDataset):
-    """The windows of one DataLoader worker, from number `first` on."""
-
-    def __init__(self, dataset: PackedDataset, first: int) -> None:
-        super().__init__()
-        self.dataset, self.first = dataset, first
-
-    def __iter__(self) -> Iterator[_Window]:
-        info = get_worker_info()
-        assert info is not None, "windows are only asked for in workers"
-        return self.dataset._windows(info.id, info.num_workers, self.first)
-
-
-def _as_is(window: Any) -> Any:
-    return window
-
-
-class PackedLoader:
-    """A PackedDataset read by worker processes; the batches and their order are the same for any number of them.
-
-    Args:
-        dataset: the PackedDataset; every pass reads its current epoch and start_batch.
-        num_workers: 0 reads in this process. A worker that dies is replaced; one that keeps dying is a WorkerDied.
-        prefetch: windows that each worker holds ready.
-        pin_memory: page-lock the batches for asynchronous copies to a GPU.
-    """
-
-    def __init__(
-        self, dataset: PackedDataset, num_workers: int = 0, prefetch: int = 2, pin_memory: bool = False
-    ) -> None:
-        if num_workers < 0 or prefetch < 1:
-            raise ValueError(f"num_workers must be >= 0 and prefetch >= 1, got {num_workers} and {prefetch}")
-        self.dataset = dataset
-        self.num_workers = num_workers
-        self.prefetch = prefetch
-        self.pin_memory = pin_memory
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in self.dataset._batches(self._windows()):
-            yield batch.pin_memory() if self.pin_memory else batch
-
-    def count(self) -> int:
-        """Batches of a whole epoch on each rank. Reads, tokenises and packs it, but makes no batch."""
-        packs = self.dataset._before.packs
-        for window in self._windows():
-            if window.error is not None:
-                raise window.error
-            packs += len(window.packs)
-        return self.dataset.size(packs)
-
-    def _windows(self) -> Iterable[_Window]:
-        self.dataset.window_rows()  # here once, not in every worker
-        if self.num_workers == 0:
-            return self.dataset._windows()
-        return self._windows_of_workers()
-
-    def _windows_of_workers(self) -> Iterator[_Window]:
-        """As `PackedDataset._windows`; dead workers are replaced, and the new ones go on where those stopped."""
-        first, deaths = self.dataset._before.windows, 0
-        while True:
-            try:
-                for window in from_workers(self._loader(first)):
-                    if window.rows is not None:
-                        first, deaths = window.index + 1, 0
-                    yield window
-                return
-            except WorkerDied as error:
-                deaths += 1
-                if deaths > _DEATHS:
-                    raise
-                logger.warning("%s; new workers go on at window %d, no row is lost or repeated", error, first)
-
-    def _loader(self, first: int) -> DataLoader:
-        return DataLoader(
-            _WindowStream(self.dataset, first),
-            batch_size=None,
-            num_workers=self.num_workers,
-            prefetch_factor=self.prefetch,
-            collate_fn=_as_is,
-            worker_init_fn=start_worker,
-            # without its own generator it would draw from the global one and change every later dropout mask
-            generator=torch.Generator(),
-        )

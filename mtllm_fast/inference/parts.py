@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..disk import sync_folder
+
 RECORD = np.dtype(
     [
         ("window", "<u8"),
@@ -177,7 +179,7 @@ class Parts:
         write_whole(self.folder / "joined", path.name, self.rank)
         os.replace(path, self.output)
         self.joined = True
-        _sync_folder(self.output.parent)
+        sync_folder(self.output.parent)
 
     def lock_for_joining(self) -> bool:
         """Wait until no other process joins; False where one has, and the folder is gone."""
@@ -225,7 +227,7 @@ def write_whole(path: Path, text: str, rank: int) -> None:
         handle.flush()
         os.fsync(handle.fileno())
     os.replace(temporary, path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def _check(records: NDArray[Any]) -> NDArray[np.uint32]:
@@ -273,11 +275,3 @@ def _read(handle: int, start: int, size: int) -> bytes:
         blocks.append(block)
         start, size = start + len(block), size - len(block)
     return b"".join(blocks)
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -22,6 +22,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from ..disk import sync_folder
+
 log = logging.getLogger(__name__)
 
 MARKER = "complete.json"
@@ -43,7 +45,7 @@ def mark_complete(folder: Path) -> None:
         os.fsync(marker.fileno())
     os.replace(temporary, folder / MARKER)
     for inner in [p for p in folder.rglob("*") if p.is_dir()] + [folder]:
-        _sync_folder(inner)
+        sync_folder(inner)
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -128,7 +130,7 @@ def publish(folder: Path, step: int) -> Path:
         shutil.rmtree(old, ignore_errors=True)
     else:
         os.rename(source, final)
-    _sync_folder(folder)
+    sync_folder(folder)
     return final
 
 
@@ -223,11 +225,3 @@ def room(folder: Path, needed: int) -> str:
     while not folder.exists():
         folder = folder.parent
     return f"it needs {needed:,} bytes and {folder} has {shutil.disk_usage(folder).free:,} free"
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from ..data.collate import Batch, PackedDataset, PackedLoader
+from ..data.collate import Batch, PackedDataset
+from ..data.loader import PackedLoader
 from ..data.read import TextRow
 from ..data.store import TokenStore
 from ..losses import LossTerm

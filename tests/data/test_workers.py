@@ -12,7 +12,7 @@ import time
 import pytest
 
 from mtllm_fast.data import PackedDataset, TextRow
-from mtllm_fast.data.collate import PackedLoader
+from mtllm_fast.data.loader import PackedLoader
 from mtllm_fast.data.tokenise import StackTokenizer
 from mtllm_fast.data.workers import WorkerDied
 from tests.conftest import REPO
