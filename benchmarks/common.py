@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import os
 import platform
 import subprocess
 import time
@@ -74,14 +75,19 @@ def versions() -> dict[str, str]:
 
 @cache
 def commit() -> str:
-    """Short hash of the checkout, with "+changes" when tracked files differ from it; "" outside a checkout."""
+    """Short hash of the checkout, with "+changes" when tracked files differ from it; elsewhere MTLLM_COMMIT."""
 
     def git(*arguments: str) -> str:
         where = Path(__file__).parent
-        return subprocess.run(["git", *arguments], cwd=where, capture_output=True, text=True).stdout.strip()
+        try:
+            return subprocess.run(["git", *arguments], cwd=where, capture_output=True, text=True).stdout.strip()
+        except OSError:
+            return ""
 
     head = git("rev-parse", "--short=10", "HEAD")
-    return head + ("+changes" if head and git("status", "--porcelain", "-uno", "--", "../kernels", ".") else "")
+    if not head:
+        return os.environ.get("MTLLM_COMMIT", "")
+    return head + ("+changes" if git("status", "--porcelain", "-uno", "--", "../kernels", ".") else "")
 
 
 def device_name(device: str) -> str:
@@ -110,7 +116,8 @@ def host_syncs(run: Callable[[], object]) -> int:
             run()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(w.message) for w in caught)
+    # switching the mode on warns as well, once per process
+    return sum("called a synchronizing" in str(w.message) for w in caught)
 
 
 def synchronise(device: str) -> None:

@@ -1,22 +1,28 @@
 """Everything that needs a GPU, unattended: all `gpu` tests, then the benchmarks, within a time budget.
 
-    python -m benchmarks.gpu_suite OUT [--budget 520] [--only ladder]
+    python -m benchmarks.gpu_suite OUT [--budget 520] [--only ladder] [--archive FILE.tar.gz]
 
-Each step is a process of its own with its own limit, and its log in OUT; results are JSON, with a
-report of them in Markdown and HTML. A step that fails or runs out of time is named in the table at the end and does not
-stop the others. Needs torch and triton with a
-GPU, pytest and numpy; what else is missing (liger-kernel, matplotlib) is named.
+Each step is a process of its own with its own limit, and its log in OUT; results are JSON, with a report of them in
+Markdown and HTML. A step that fails or runs out of time is named in the table at the end and does not stop the others.
+Needs torch and triton with a GPU, pytest and numpy; what else is missing (liger-kernel, matplotlib) is named.
+
+On a machine that gives back few files, all of them in one, where git and the commit do not travel:
+
+    MTLLM_COMMIT=... python -m benchmarks.gpu_suite /tmp/gpu --archive $OUT/gpu.tar.gz
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +30,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = {"liger_kernel": "Liger baselines", "matplotlib": "report.html", "jinja2": "report.html", "pytest": "tests"}
 # What the tests outside tests/kernels import; without one of these only the kernels' own tests run.
-WHOLE_SUITE = ("transformers", "peft", "accelerate", "datasets", "safetensors", "hypothesis", "yaml")
+WHOLE_SUITE = ("transformers", "peft", "accelerate", "safetensors", "hypothesis", "yaml")
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Outcome:
 def test_commands(out: Path) -> dict[str, tuple[str, ...]]:
     """One pytest per file that has GPU tests; only the kernels' own where the rest could not be imported."""
     whole = all(importlib.util.find_spec(name) is not None for name in WHOLE_SUITE)
+    spread = ("-n", "4") if importlib.util.find_spec("xdist") else ()
     found = {}
     for path in sorted((ROOT / "tests" if whole else ROOT / "tests" / "kernels").rglob("test_*.py")):
         if "mark.gpu" not in path.read_text():
@@ -58,7 +65,7 @@ def test_commands(out: Path) -> dict[str, tuple[str, ...]]:
         found[path.stem] = (
             sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-ra", "--tb=short", "-o",
             "addopts=--import-mode=importlib", f"--junitxml={out / path.stem}.xml",
-            *(() if whole else ("--noconftest",)), str(path),
+            *spread, *(() if whole else ("--noconftest",)), str(path),
         )  # fmt: skip
     return found
 
@@ -94,7 +101,9 @@ def run_step(step: Step, out: Path, limit: float, environment: dict[str, str]) -
     running = {}
     for name, command in step.commands.items():
         with (out / f"{name}.log").open("w") as file:
-            process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment)
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
         running[name] = process
     outcomes = []
     for name, process in running.items():
@@ -102,14 +111,32 @@ def run_step(step: Step, out: Path, limit: float, environment: dict[str, str]) -
             code = process.wait(timeout=max(0.1, limit - (time.monotonic() - start)))
             status = "ok" if code == 0 else f"failed ({code})"
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            end(process)
             status = "out of time"
         log = out / f"{name}.log"
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         seconds = time.monotonic() - start
         outcomes.append(Outcome(f"{step.name}: {name}", status, seconds, log.name, lines[-1][:100] if lines else ""))
     return outcomes
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt a process and its children: pytest then writes what it found; kill them where that takes long."""
+    try:
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(timeout=10)
+    except (subprocess.TimeoutExpired, ProcessLookupError):
+        pass
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def pack(out: Path, archive: Path | None) -> None:
+    """Put all of `out` into `archive`, if there is to be one."""
+    if archive is not None:
+        with tarfile.open(archive, "w:gz") as tar:
+            tar.add(out, arcname=out.name)
 
 
 def write_report(out: Path) -> str | None:
@@ -161,6 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="folder for results, figures and logs")
     parser.add_argument("--budget", type=float, default=520.0, help="seconds in all")
     parser.add_argument("--only", nargs="+", default=[], help="steps by name; they share the whole budget")
+    parser.add_argument("--archive", type=Path, help="also put everything into this .tar.gz, after every step")
     options = parser.parse_args(argv)
     out: Path = options.out.resolve()
     chosen = steps(out)
@@ -190,8 +218,10 @@ def main(argv: list[str] | None = None) -> int:
         outcomes += done
         carried = max(0.0, limit - max(o.seconds for o in done)) if done else limit
         print(f"{step.name}: {', '.join(o.status for o in done)}", flush=True)
+        write_summary(out, outcomes)
+        pack(out, options.archive)
     reason = write_report(out)
-    write_summary(out, outcomes)
+    pack(out, options.archive)
     if reason:
         print(f"report: {reason}")
     print(f"\n{'step':34} {'status':14} {'s':>5}  last line")

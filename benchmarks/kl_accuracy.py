@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,9 @@ VARIANTS: dict[str, Callable[[Problem], Tensor]] = {
     "unfused bf16": v.unfused,
     "unfused bf16 logits, fp32 after": v.unfused_upcast,
     "fp16 logits, fp32 after": fp16_logits,
-    "liger chunked": v.liger_chunked,
 }
+if find_spec("liger_kernel") is not None:
+    VARIANTS["liger chunked"] = v.liger_chunked
 
 
 def run(

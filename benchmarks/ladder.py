@@ -22,11 +22,12 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from mtllm_fast.models.frozen import PACKAGES
 
@@ -83,6 +84,8 @@ def _fused(name: str, below: str, budget: float = 0.0, **switches: Any) -> Rung:
     return Rung(name, packed=True, fused=True, switches={**BF16, **switches}, budget=budget, below=below)
 
 
+HAS_LIGER = find_spec("liger_kernel") is not None
+
 # on a GPU: rungs that are climbed on one model, in a process of their own
 CLIMBS = (
     (
@@ -91,8 +94,8 @@ CLIMBS = (
         Rung("packed + joint", packed=True, joint=True, switches=BF16, below="packed"),
         _fused("fused loss", "packed"),
         _fused("Liger layers", "fused loss", liger=True),
-        _fused("compile", "Liger layers", liger=True, compile=True),
-        _fused("fp8", "compile", liger=True, compile=True, base_weights="fp8"),
+        _fused("compile", "Liger layers", liger=HAS_LIGER, compile=True),
+        _fused("fp8", "compile", liger=HAS_LIGER, compile=True, base_weights="fp8"),
     ),
     (
         _fused("8-bit AdamW", "fused loss", optim="adamw_8bit"),
@@ -152,9 +155,11 @@ def run_cpu(size: str, rungs: Sequence[Rung], repeats: int, log: Log, options: S
 
 def climb(
     rungs: Sequence[Rung], options: Size, device: str, repeats: int, before: list[Record],
-    plain: dict[str, Tensor] | None, path: Path | None,
-) -> tuple[list[Record], dict[str, Tensor] | None]:  # fmt: skip
+    plain: dict[str, NDArray[Any]] | None, path: Path | None,
+) -> tuple[list[Record], dict[str, NDArray[Any]] | None]:  # fmt: skip
     """Records of rungs climbed on one model, and the gradients of the plain one on the whole batch.
+
+    Those are numpy arrays: a tensor that crosses a pipe needs its sender alive until it is read.
 
     Args:
         before, path: all records so far are written to `path` after every rung.
@@ -179,8 +184,10 @@ def climb(
                 ready = prepare(rung, large, device, done)
                 done = rung.switches
                 got = {k: v.float().cpu() for k, v in result(large, forward_backward(rung, large)).items()}
-                plain = got if plain is None else plain
-                record.gate_detail |= {f"{key}, whole": relative_error(got[key], plain[key]) for key in plain}
+                plain = {k: v.numpy() for k, v in got.items()} if plain is None else plain
+                record.gate_detail |= {
+                    f"{key}, whole": relative_error(got[key], torch.from_numpy(plain[key])) for key in plain
+                }
                 if record.gate == "pass":
                     ready.step()
                     timed(record, [_milliseconds(ready, device) for _ in range(repeats)])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
@@ -65,26 +66,30 @@ def run_case(
         if (why := variant.missing(device)) or (variant.applies and not variant.applies(problem)):
             log(f"{case.name} {size['label']} {name}: left out{', ' + why if why else ''}")
             continue
-        verdict, errors = gate(case, name, problem, dtype)
-        log(f"{case.name} {size['label']} {name}: gate {verdict} {errors}")
-        record = Record(case.name, case.shape(problem), dtype, device_name(device), name, verdict)
-        record.size, record.ours, record.gate_detail = size["label"], variant.ours, errors
+        record = Record(case.name, case.shape(problem), dtype, device_name(device), name, "fail")
+        record.size, record.ours = size["label"], variant.ours
         record.versions, record.commit, record.ceilings = versions(), commit(), ceilings
         record.source_files, record.sources = case.sources, sources_hash(case.sources)
         work = variant.work(problem) if variant.work else least
         if work is not None:
             set_floor(record, work)
         records.append(record)
-        if verdict == "fail":
-            record.notes = "wrong result: no speed is reported"
-            continue
         try:
+            record.gate, record.gate_detail = gate(case, name, problem, dtype)
+            log(f"{case.name} {size['label']} {name}: gate {record.gate} {record.gate_detail}")
+            if record.gate == "fail":
+                record.notes = "wrong result: no speed is reported"
+                continue
             if variant.prepare:
                 variant.prepare(problem)
             variant.run(problem)
             runs[name] = partial(variant.run, problem)
         except torch.OutOfMemoryError:
             record.notes = "out of memory"
+        except Exception as error:  # one variant that breaks must not hide the others
+            record.gate, record.notes = "fail", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            log(f"{case.name} {size['label']} {name}: {traceback.format_exc()}")
+        if name not in runs and device != "cpu":
             torch.cuda.empty_cache()
     time_records({r.variant: r for r in records}, runs, problem, device, repeats, log)
     if case.floor_variant in runs:
@@ -141,10 +146,11 @@ def time_records(
             record.host_syncs = host_syncs(runs[name])
     if hasattr(problem, "backward"):
         problem.backward = False
-        forward = interleaved({n: r for n, r in runs.items() if records[n].gate == "pass"}, device, 3)
+        passed = [name for name in runs if records[name].gate == "pass"]
+        forward = interleaved({name: partial(many, name) for name in passed}, device, 3)
         problem.backward = True
         for name, values in forward.items():
-            records[name].forward_ms = percentile(values, 0.5)
+            records[name].forward_ms = percentile(values, 0.5) / inner[name]
 
 
 def measure_memory(case: Case, size: Size, name: str, dtype: str, device: str, problem: Any) -> float:
@@ -235,10 +241,10 @@ def run(
                 repeats=repeats, memory=memory, log=log,
             )  # fmt: skip
             records += found
-            if show and found:
-                show(found)
             if path:
                 write(path, records)
+            if show and found:
+                show(found)
     if path:
         write(path, records)
     return records
@@ -250,7 +256,7 @@ def ratios(case: Case, records: list[Record]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for top, bottom, quantity, aim in case.aims.get(records[0].size, ()):
         a, b = by_name.get(top), by_name.get(bottom)
-        if a is None or b is None or "fail" in (a.gate, b.gate):
+        if a is None or b is None or "fail" in (a.gate, b.gate) or not (a.round_ms and b.round_ms):
             continue
         if quantity == "memory":
             if a.peak_incremental_mib is None or not b.peak_incremental_mib:

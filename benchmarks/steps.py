@@ -382,7 +382,7 @@ register(
             ),
             "cuda": (
                 sized("web text, KL", lengths="web text", count=8, **REAL),
-                sized("NLI, KL", lengths="NLI", count=64, **REAL),
+                sized("NLI, KL", lengths="NLI", count=24, **REAL),
             ),
         },
         warm={**SMALL, "kl": 0.5},
@@ -397,7 +397,7 @@ register(
         sizes={
             "quick": (sized("NLI, small", lengths="NLI", count=8, kl=0.0, task=True, **TINY),),
             "cpu": (sized("NLI", lengths="NLI", count=32, kl=0.0, task=True),),
-            "cuda": (sized("NLI", lengths="NLI", count=64, kl=0.0, task=True, **REAL),),
+            "cuda": (sized("NLI", lengths="NLI", count=24, kl=0.0, task=True, **REAL),),
         },
         warm={**SMALL, "kl": 0.0, "task": True},
         aims={"NLI": aims(0.5)},

@@ -1,8 +1,10 @@
-"""Checks of values that live on the device: an assertion there, which costs no synchronisation, or a host check."""
+"""What concerns the device: launching on that of the arguments; checks of values there without a synchronisation."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,16 @@ from torch import Tensor
 def debugging() -> bool:
     """MTLLM_DEBUG is set to something other than 0: checks stop the host at the call that is wrong."""
     return os.environ.get("MTLLM_DEBUG", "0") not in ("", "0")
+
+
+def on_device_of_arguments(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the CUDA kernel of an op: Triton launches on the current device, which need not be that of the tensors."""
+
+    def launch(*args: Any) -> Any:
+        with torch.cuda.device(next(a.device for a in args if isinstance(a, Tensor))):
+            return kernel(*args)
+
+    return launch
 
 
 def require(good: Tensor, message: str, error: type[Exception] = ValueError) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import hidden_mse_cpu
+from .device_checks import on_device_of_arguments
 from .gemms import accumulation_dtype
 
 
@@ -34,6 +35,7 @@ def segment_mean(
 
 
 @segment_mean.register_kernel("cuda")
+@on_device_of_arguments
 def _(x, bounds, pooling, norm, eps):
     from . import hidden_mse_launch
 
@@ -76,6 +78,7 @@ def hidden_loss(
 
 
 @hidden_loss.register_kernel("cuda")
+@on_device_of_arguments
 def _(
     student, teacher, bounds_s, bounds_t, pooling, segment_weight, norm, norm_weight, eps, rows_s, rows_t, pair_weight,
     kind, rows_sorted, need_dx, need_norm,
@@ -163,6 +166,7 @@ def state_gradient(
 
 
 @state_gradient.register_kernel("cuda")
+@on_device_of_arguments
 def _(
     scales, student, teacher, u, bounds, pooling, norm, stats, rows_s, rows_t, pair_weight, pair_stats, kind,
     rows_sorted, more,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import linear_kl_cpu, moments_cpu
+from .device_checks import on_device_of_arguments
 from .gemms import accumulation_dtype
 
 
@@ -44,6 +45,7 @@ def difference(
 
 
 @difference.register_kernel("cuda")
+@on_device_of_arguments
 def _(
     h_s, w_s, h_t, w_t, bias_s, bias_t, rows_s, rows_t, row_weight, num_valid, temperature, scale, softcap, divergence,
     beta, need_dh, need_dw, need_db,
@@ -97,6 +99,7 @@ def moment_step(
 
 
 @moment_step.register_kernel("cuda")
+@on_device_of_arguments
 def _(
     h_s, w_s, bias_s, m, entropy, bias_mean, rows_s, rows_t, row_weight, num_valid, temperature, scale, need_dh
 ):  # fmt: skip
@@ -138,6 +141,7 @@ def moments_of(
 
 
 @moments_of.register_kernel("cuda")
+@on_device_of_arguments
 def _(h_t, w_t, w_s, bias_t, bias_s, rows, temperature, softcap):
     from .linear_kl_launch import teacher_moments_triton
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import packed_projection_cpu as shared
+from .device_checks import on_device_of_arguments
 from .gemms import accumulation_dtype
 
 
@@ -39,6 +40,7 @@ def packed_linear(
 
 
 @packed_linear.register_kernel("cuda")
+@on_device_of_arguments
 def _(
     x, rows, w, bias, norm, norm_weight, norm_bias, eps, scale, activation, cu_seqlens, prefix, suffix, dtype, need_pre
 ):  # fmt: skip

@@ -80,7 +80,9 @@ class Encode:
         assert model.tokenizer is not None
         if self.language_column is None and model.side == "mt" and model.tokenizer.languages:
             model.tokenizer.language_id(self.language)
-        device = self.device or (f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
+        if not self.device and torch.cuda.is_available():
+            torch.cuda.set_device(local % torch.cuda.device_count())
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         engine = Engine(
             model,
             max_tokens=self.max_tokens,

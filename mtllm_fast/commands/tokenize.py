@@ -61,8 +61,9 @@ class Tokenize:
                 rows, tokenizer, self.output, shard_rows=self.shard_rows, source=rows.identity(), on_progress=report
             )
         before = f" ({made.resumed:,} were there before)" if made.resumed else ""
-        cut = ", ".join(f"{count:,} cut on the {side} side" for side, count in made.truncated.items() if count)
+        notes = [f"{count:,} cut on the {side} side" for side, count in made.truncated.items() if count]
+        notes += [f"{count:,} rows left out ({why})" for why, count in made.skipped.items() if count]
         print(
             f"tokenize: {made.rows:,} rows{before}, {made.tokens['mt']:,} MT and {made.tokens['llm']:,} LLM tokens -> "
-            f"{self.output}{'; ' + cut if cut else ''}"
+            f"{'; '.join([self.output, *notes])}"
         )

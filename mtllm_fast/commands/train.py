@@ -55,10 +55,12 @@ def finish(stage: str, output: str, metrics: dict[str, Any]) -> None:
         print(f"{stage}: {note}")
 
 
-def check_hub(name: str) -> None:
+def check_hub(name: str, config: Any) -> None:
     """Refuse before the run what could not be pushed after it."""
-    if name and not int(os.environ.get("RANK", "0")):
-        check_push(name)
+    if not name or int(os.environ.get("RANK", "0")):
+        return
+    bases = {role: getattr(config, role, "") for role in ("encoder", "llm")}
+    check_push(name, bases={} if config.include_base else bases)
 
 
 def put_on_hub(stage: str, output: str, name: str) -> None:
@@ -71,7 +73,7 @@ def run_all(stage: str, config: Any, seeds: tuple[int, ...], hub: str, train: Ca
     """One run, or one per seed, and what to say of each."""
     if hub and seeds:
         raise ValueError(f"--push-to-hub {hub}: takes one model; push a seed with `mtllm convert --push-to-hub`")
-    check_hub(hub)
+    check_hub(hub, config)
     if not seeds:
         finish(stage, config.output, train(config))
         put_on_hub(stage, config.output, hub)
@@ -170,7 +172,7 @@ class Adapt(AdaptConfig):
 
         if not self.text:
             raise ValueError("--text is missing: name a file, folder, glob or hub dataset")
-        check_hub(self.push_to_hub)
+        check_hub(self.push_to_hub, self)
         watch = self.watch.watch()
         names = ("text", "text_column", "language", "language_column", "split", "limit")
         source = {name: getattr(self, name) for name in names}

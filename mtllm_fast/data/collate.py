@@ -206,8 +206,8 @@ class PackedDataset(IterableDataset):
         """`lookahead`, or what it is by default; the first call may read and tokenise the first rows."""
         if self.lookahead is None:
             first = list(islice(self.rows, _LEAST_ROWS))
-            packs = len(self._window(0, first).packs) if first else 1
-            self.lookahead = min(max(_LEAST_ROWS, -(-len(first) * _WINDOW_PACKS // packs)), _MOST_ROWS)
+            packs = len(self._window(0, first).packs) if first else 0
+            self.lookahead = min(max(_LEAST_ROWS, -(-len(first) * _WINDOW_PACKS // max(packs, 1))), _MOST_ROWS)
         return self.lookahead
 
     @property

@@ -5,6 +5,7 @@
         mt.ids.npy           (tokens,) int32          mt.starts.npy      (rows + 1,) int64
         mt.ends.npy          (tokens,) int32, as in TokenizedSide
         mt.truncated.npy     (1,) int64, rows cut     the same for llm.
+        unreadable.npy       (1,) int64, rows left out because a tokenizer cannot read them
         labels.npy           (rows,) int64            only where rows have labels
         names.npy, name_starts.npy                    row ids as UTF-8, only where rows have ids
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,23 +28,34 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mtllm_fast.data.batch import Batch, TokenizedRows, check_sides, tokenise_rows
+from mtllm_fast.data.batch import Batch, TokenizedRows, check_sides, tokenise_readable
 from mtllm_fast.data.read import TextRow
 from mtllm_fast.data.tokenise import StackTokenizer, TokenizedSide
 
 STORE_FILE = "store.json"
 _WINDOW = 2048
-_FORMAT = 1
+_FORMAT = 2
+_SHOWN = 10  # unreadable rows that are named in the log
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class StoreReport:
-    """What came of `write_store`: rows, how many of them were there before, tokens and rows cut by side."""
+    """What came of `write_store`.
+
+    Fields:
+        rows: of the store. resumed: rows of the source that a killed call had read.
+        tokens, truncated: tokens and rows cut, by side.
+        skipped: rows of the source that are not in the store, by reason: "empty", "failed" (the reader could not read
+            the record), "unreadable" (a tokenizer could not read the text).
+    """
 
     rows: int
     resumed: int
     tokens: dict[str, int]
     truncated: dict[str, int]
+    skipped: dict[str, int]
 
 
 def tokenizer_key(tokenizer: StackTokenizer, sides: Sequence[str]) -> dict[str, Any]:
@@ -72,12 +85,13 @@ def write_store(
     """Tokenise `rows` into `folder`, going on after the complete shards of a call that was killed.
 
     Args:
-        rows: re-iterable; rows with choices are refused.
+        rows: re-iterable; rows with choices are refused, rows that a tokenizer cannot read are left out and counted.
         source: plain data that names the rows, such as `RowStream.identity()`; compared before going on.
         on_progress: called with the number of rows done after every window.
 
     Raises:
-        ValueError: the folder holds a store of other rows or tokenizers, or is complete already; no rows; choices.
+        ValueError: the folder holds a store of other rows or tokenizers, or is complete already; no usable row;
+            choices.
     """
     folder, sides = Path(folder), check_sides(sides, tokenizer)
     if shard_rows < 1:
@@ -99,14 +113,21 @@ def write_store(
         _write_shard(folder, name, chunk, tokenizer, sides, position, on_progress)
         shards.append(name)
         position += len(chunk)
-    if not shards:
+    opened = _open_shards(folder, shards)
+    if not any(len(shard[f"{sides[0]}.starts"]) > 1 for shard in opened):
         raise ValueError("rows: the source holds no usable row")
     counts = getattr(rows, "counts", None)
     skipped = {"empty": counts.empty, "failed": counts.failed} if counts is not None else {}
+    skipped["unreadable"] = int(sum(shard["unreadable"][0] for shard in opened))
     _write_json(folder / STORE_FILE, {**made, "shards": shards, "skipped": skipped})
     store = TokenStore(folder)
     tokens = {side: int(sum(shard[f"{side}.starts"][-1] for shard in store.shards)) for side in sides}
-    return StoreReport(len(store), min(done, len(store)), tokens, store.truncated)
+    return StoreReport(len(store), min(done, position), tokens, store.truncated, skipped)
+
+
+def _open_shards(folder: Path, names: Sequence[str]) -> list[dict[str, NDArray[Any]]]:
+    files = [sorted((folder / name).glob("*.npy")) for name in names]
+    return [{file.stem: np.load(file, mmap_mode="r") for file in inside} for inside in files]
 
 
 def _check_started(folder: Path, made: dict[str, Any]) -> None:
@@ -144,29 +165,39 @@ def _write_shard(
     on_progress: Any,
 ) -> None:
     parts: dict[str, list[NDArray[Any]]] = {}
+    labels: list[int | None] = []
+    ids: list[str | None] = []
+    unreadable = 0
     for start in range(0, len(rows), _WINDOW):
         window = rows[start : start + _WINDOW]
         if any(row.choices is not None for row in window):
             raise ValueError("choices: a token store holds texts and pairs, multiple choice is tokenised as it is read")
-        for side, made in tokenise_rows(window, tokenizer, sides).sides.items():
-            parts.setdefault(f"{side}.ids", []).extend(ids.astype(np.int32) for ids in made.ids)
+        readable, bad = tokenise_readable(window, tokenizer, sides)
+        for row, reason in bad[: max(_SHOWN - unreadable, 0)]:
+            logger.warning("row %s is left out: %s", row, reason)
+        unreadable += len(bad)
+        labels += readable.labels
+        ids += readable.ids
+        for side, made in readable.sides.items():
+            parts.setdefault(f"{side}.ids", []).extend(row.astype(np.int32) for row in made.ids)
             parts.setdefault(f"{side}.ends", []).extend(made.ends)
             parts.setdefault(f"{side}.truncated", []).append(np.array([made.truncated]))
         if on_progress is not None:
             on_progress(position + start + len(window))
-    arrays: dict[str, NDArray[Any]] = {}
+    arrays: dict[str, NDArray[Any]] = {"unreadable": np.array([unreadable], dtype=np.int64)}
     for side in sides:
         lengths = [len(ids) for ids in parts[f"{side}.ids"]]
         arrays[f"{side}.starts"] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         for part in ("ids", "ends"):
-            arrays[f"{side}.{part}"] = np.concatenate(parts[f"{side}.{part}"])
+            arrays[f"{side}.{part}"] = np.concatenate([np.empty(0, np.int32), *parts[f"{side}.{part}"]])
         arrays[f"{side}.truncated"] = np.array([np.sum(parts[f"{side}.truncated"])], dtype=np.int64)
-    if any(row.label is not None for row in rows):
-        if any(row.label is None for row in rows):
+    given = [label for label in labels if label is not None]
+    if given:
+        if len(given) < len(labels):
             raise ValueError("label: some rows of a shard have a label and some have none")
-        arrays["labels"] = np.array([row.label for row in rows], dtype=np.int64)
-    if any(row.id is not None for row in rows):
-        names = [(row.id or "").encode() for row in rows]
+        arrays["labels"] = np.array(given, dtype=np.int64)
+    if any(name is not None for name in ids):
+        names = [(name or "").encode() for name in ids]
         arrays["name_starts"] = np.concatenate([[0], np.cumsum([len(n) for n in names])]).astype(np.int64)
         arrays["names"] = np.frombuffer(b"".join(names), dtype=np.uint8)
     temporary = folder / f".{name}.{os.getpid()}"
@@ -202,10 +233,7 @@ class TokenStore:
         try:
             self.made = json.loads(path.read_text(encoding="utf-8"))
             self.sides = tuple(self.made["sides"])
-            self.shards = [
-                {file.stem: np.load(file, mmap_mode="r") for file in sorted((self.folder / name).glob("*.npy"))}
-                for name in self.made["shards"]
-            ]
+            self.shards = _open_shards(self.folder, self.made["shards"])
             sizes = [len(shard[f"{self.sides[0]}.starts"]) - 1 for shard in self.shards]
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{self.folder} is damaged ({error}): tokenise the text again") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 _NAME = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")
@@ -15,11 +16,12 @@ _MODEL_FILES = (
 _NOT_MODEL = ("checkpoint-*", ".*", "*/.*", "evaluation/*")
 
 
-def check_push(name: str, folder: str | Path | None = None) -> None:
+def check_push(name: str, folder: str | Path | None = None, bases: Mapping[str, str] | None = None) -> None:
     """Refuse, before hours of work, what could not be pushed.
 
     Args:
-        name: "name" or "org/name". folder: the model, where it exists already.
+        name: "name" or "org/name". folder: the model, where it exists already. bases: where it does not, the models by
+            role that its config will name.
 
     Raises:
         ValueError: no hub name, nobody logged in, or a model that others could not load.
@@ -35,13 +37,13 @@ def check_push(name: str, folder: str | Path | None = None) -> None:
         if not config.is_file():
             raise ValueError(f"--push-to-hub {name}: {str(folder)!r} holds no config.json, so it is no complete model")
         data = json.loads(config.read_text(encoding="utf-8"))
-        for role in ("encoder", "llm"):
-            base = data.get(role)
-            if isinstance(base, str) and Path(base).is_dir():
-                raise ValueError(
-                    f"--push-to-hub {name}: the model names its {role} by the local folder {base!r}, which nobody else "
-                    "has; store it with the model (--include-base, or `mtllm convert --to merged`)"
-                )
+        bases = {role: data.get(role) for role in ("encoder", "llm")}
+    for role, base in (bases or {}).items():
+        if isinstance(base, str) and Path(base).is_dir():
+            raise ValueError(
+                f"--push-to-hub {name}: the model names its {role} by the local folder {base!r}, which nobody else "
+                "has; store it with the model (--include-base, or `mtllm convert --to merged`)"
+            )
 
 
 def push(folder: str | Path, name: str, *, private: bool = True) -> str:

@@ -92,8 +92,11 @@ class MTLLM(nn.Module):
         self.projection: Projection | None = None
         if config.reader == "stack":
             assert encoder is not None and llm is not None
-            self.projection = Projection(encoder.hidden_size, llm.hidden_size, config.projection)
-        self.head = TaskHead(self.hidden_size, config.head) if config.head else None
+            device = next(encoder.parameters()).device
+            self.projection = Projection(encoder.hidden_size, llm.hidden_size, config.projection).to(device)
+        self.head: TaskHead | None = None
+        if config.head:
+            self.set_head(config.head)
         for base in (encoder, llm):
             if base is not None:
                 base.requires_grad_(False)

@@ -173,9 +173,13 @@ class Publisher:
     def _publish(self, step: int, best: str | None) -> None:
         try:
             self.newest = publish(self.folder, step)
-            rotate(self.folder, self.newest, self.keep, best)
         except OSError as error:
             self._error = error
+            return
+        try:
+            rotate(self.folder, self.newest, self.keep, best)
+        except OSError as error:
+            log.warning("a checkpoint older than that of step %d could not be deleted: %s", step, error)
 
     def settle(self) -> tuple[int, OSError] | None:
         """Wait for the checkpoint in flight; (its step, the error) where it could not be completed."""

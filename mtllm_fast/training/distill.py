@@ -131,7 +131,8 @@ def cached_teacher(
     optim = config.train
     teacher = MTLLM.from_pretrained(config.teacher, dtype=dtype, trust_remote_code=config.trust_remote_code)
     if optim.device != "cpu" and torch.cuda.is_available():
-        teacher.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        teacher.to("cuda")
     return open_or_build(
         config.teacher_cache, rows, teacher, max_tokens=optim.tokens, max_length=optim.max_length, bf16=optim.bf16
     )

@@ -201,7 +201,7 @@ class Watching(TrainerCallback):
         self.trainer, self.watch = trainer, watch
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self.watch.steps:
+        if state.global_step % self.watch.steps or self.trainer.stopping:
             return
         step = self.trainer.step_module
         training = step.training

@@ -41,17 +41,30 @@ STATE_FILE = "trainer_state.json"
 _KEY = "bad_steps"  # in the Trainer's state
 
 
-class _StopAfterStep(TrainerCallback):
-    """Saves and ends the run after the step, once all processes know that it is to end."""
+class _Schedule(TrainerCallback):
+    """When the run saves, and that it ends after the step in which all processes know that it is to end."""
 
-    def __init__(self, trainer: SurvivingTrainer) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: SurvivingTrainer, save_steps: int) -> None:
+        self.trainer, self.save_steps = trainer, save_steps
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # a resumed state has the intervals and the path of the best checkpoint as they were
+        state.compute_steps(args, state.max_steps)
+        if state.best_global_step:
+            best = self.trainer.run_folder / f"checkpoint-{state.best_global_step}"
+            if best.is_dir():
+                state.best_model_checkpoint = str(best)
+            else:
+                state.best_metric, state.best_global_step, state.best_model_checkpoint = None, None, None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.args.world_size == 1:
             self.trainer.stopping |= self.trainer.stop.received is not None
         if self.trainer.stopping:
-            control.should_save = control.should_training_stop = True
+            control.should_training_stop = True
+        # the Trainer itself saves where it evaluates, if it does
+        if self.trainer.stopping or state.global_step % self.save_steps == 0:
+            control.should_save = True
 
 
 class SurvivingTrainer(Trainer):
@@ -82,13 +95,13 @@ class SurvivingTrainer(Trainer):
         self._data_failed = False
         self._saved_step = -1
         self._save_error: str | None = None
-        self._best_before: str | None = None
+        self._best_before: tuple[Any, ...] = (None, None, None)
         self._done: list[tuple[Batch, Tensor]] = []
         self._sums_before: dict[str, Tensor] = {}
         self._term_sums: dict[str, Tensor] = {}
         self._in_backward = False
         self._unlogged: str | None = None
-        self.add_callback(_StopAfterStep(self))
+        self.add_callback(_Schedule(self, optim.save_steps))
 
     # ---- data, and what all processes agree on
     def next_batches(self, batches: Iterator[Batch], count: int) -> list[Batch]:
@@ -116,7 +129,7 @@ class SurvivingTrainer(Trainer):
         if failures:
             self._data_failed = True
             self.control.should_training_stop = True
-            self.control.should_save = self._saved_step != self.state.global_step
+            self.control.should_save = True
             return None
         return sums
 
@@ -169,7 +182,8 @@ class SurvivingTrainer(Trainer):
         if why:
             raise RunFailed(
                 f"out of memory at step {self.state.global_step + 1} in a pack of {inputs.num_rows} rows ({reason}): "
-                f"{why}; lower --tokens or --max-length, or use --gradient-checkpointing; {self._kept()}"
+                f"{why}; go on with --checkpointing full, or begin anew with fewer --tokens or a lower --max-length; "
+                f"{self._kept()}"
             )
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -183,9 +197,8 @@ class SurvivingTrainer(Trainer):
         self.bad_steps, self.bad_in_a_row = self.bad_steps + 1, self.bad_in_a_row + 1
         self.bad_since_log += 1
         step = self.state.global_step + 1
-        bad = [batch for batch, loss in self._done if not bool(loss.isfinite())]
+        bad, rows = self._rows_to_name()
         what = "the loss is not finite" if bad else "the gradient is not finite, though the loss is"
-        rows = [name for batch in bad or [batch for batch, _ in self._done] for name in self._names(batch)]
         shown = ", ".join(rows[:5]) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
         log.warning("step %d changes no weight: %s; its rows: %s", step, what, shown)
         self._note({"step": step, "skipped": what, "rows": rows})
@@ -193,11 +206,22 @@ class SurvivingTrainer(Trainer):
             raise RunFailed(f"step {step}: {what}, and DeepSpeed has applied it already; {self._kept()}")
         if self.bad_in_a_row >= self.bad_limit:
             raise RunFailed(
-                f"{what} in {self.bad_in_a_row} steps in a row, up to step {step} (bad_steps={self.bad_limit}): lower "
-                f"--lr or look at the rows that log.jsonl names; {self._kept()}"
+                f"{what} in {self.bad_in_a_row} steps in a row, up to step {step} (bad_steps={self.bad_limit}): look "
+                f"at the rows that log.jsonl names, or begin anew with a lower --lr; {self._kept()}"
             )
         model.zero_grad(set_to_none=True)
         return norm
+
+    def _rows_to_name(self) -> tuple[bool, list[str]]:
+        """Whether a loss of this step is not finite, and the rows of those packs, or of all; over all processes."""
+        bad = [batch for batch, loss in self._done if not bool(loss.isfinite())]
+        mine = (bool(bad), [name for batch in bad or [batch for batch, _ in self._done] for name in self._names(batch)])
+        found: list[Any] = [mine]
+        if self.args.world_size > 1:
+            found = [None] * self.args.world_size
+            dist.all_gather_object(found, mine)
+        any_bad = any(is_bad for is_bad, _ in found)
+        return any_bad, [name for is_bad, names in found if is_bad == any_bad for name in names]
 
     def _names(self, batch: Batch) -> list[str]:
         """The rows of a batch: their ids, or how their texts begin."""
@@ -219,10 +243,9 @@ class SurvivingTrainer(Trainer):
         """The Trainer's own files, written under a temporary name and published when all of them are there."""
         step = self.state.global_step
         self._settle()
-        if self._saved_step == step:
+        if not self._on_any(self._saved_step != step):  # only the process that publishes knows what failed
             return
-        folder, best = staged(self.run_folder, step), self.state.best_model_checkpoint
-        self._best_before = best
+        folder = staged(self.run_folder, step)
         error: str | None = None
         if self.args.should_save:
             try:
@@ -239,7 +262,7 @@ class SurvivingTrainer(Trainer):
                 if error is None or is_sharded(self.step_module) or self.is_deepspeed_enabled:
                     raise
         if self._on_any(error is not None):
-            self.state.best_model_checkpoint = best
+            self._lost(step)
             if self.args.should_save:
                 written = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) if folder.exists() else 0
                 shutil.rmtree(folder, ignore_errors=True)
@@ -271,9 +294,21 @@ class SurvivingTrainer(Trainer):
         """Wait for the checkpoint that is being published; report it if it could not be."""
         if (failed := self.publisher.settle()) is not None:
             step, error = failed
-            if self.state.best_model_checkpoint == str(self.run_folder / f"checkpoint-{step}"):
-                self.state.best_model_checkpoint = self._best_before
+            self._lost(step)
             self._report(step, write_failure(error) or str(error), 0)
+
+    def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
+        self._settle()  # a checkpoint that is lost is not one to be compared with
+        self._best_before = self._best()
+        return super()._determine_best_metric(metrics, trial)
+
+    def _best(self) -> tuple[Any, ...]:
+        return self.state.best_metric, self.state.best_global_step, self.state.best_model_checkpoint
+
+    def _lost(self, step: int) -> None:
+        """The checkpoint of `step` does not exist: if it was the best one, the one before it is."""
+        if self.state.best_global_step == step:
+            self.state.best_metric, self.state.best_global_step, self.state.best_model_checkpoint = self._best_before
 
     def _report(self, step: int, reason: str, written: int) -> None:
         self._saved_step = -1
@@ -331,13 +366,13 @@ class SurvivingTrainer(Trainer):
             OSError: it was asked to stop and cannot be saved. The error of the data, with what is kept.
         """
         step = self.state.global_step
+        if self._data_failed and self._data_error is None:
+            raise SystemExit(1)
+        if not self._data_failed and (not self.stopping or step >= self.args.max_steps):
+            return
         kept = self._kept() + (f" ({self._save_error})" if self._save_error else "")
         if self._data_error is not None:
             raise RunFailed(f"{self._data_error}; {kept}") from self._data_error
-        if self._data_failed:
-            raise SystemExit(1)
-        if not self.stopping or step >= self.args.max_steps:
-            return
         if self._on_any(self._save_error is not None):
             raise OSError(kept)
         if self.args.process_index == 0:

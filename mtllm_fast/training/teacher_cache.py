@@ -53,14 +53,15 @@ def text_key(row: TextRow) -> bytes:
 
 
 class KeyedRows:
-    """The rows with their key as `id`, so that a batch knows which cached states are its own."""
+    """The rows with their key behind their name as `id`, so that a batch knows which cached states are its own."""
 
     def __init__(self, rows: Iterable[TextRow]) -> None:
         self.rows = rows
 
     def __iter__(self) -> Iterator[TextRow]:
         for row in self.rows:
-            yield dataclasses.replace(row, id=text_key(row).hex())
+            name = row.id if row.id is not None else repr(row.text[:40])
+            yield dataclasses.replace(row, id=f"{name} {text_key(row).hex()}")
 
     @property
     def counts(self) -> Any:
@@ -97,12 +98,12 @@ class TeacherCache:
         self._sorted = keys[self._order]
 
     def lookup(self, ids: Sequence[str | None]) -> Tensor:
-        """Pooled states (B, D), or (B, C, D) of choices, float32, of the texts with these keys.
+        """Pooled states (B, D), or (B, C, D) of choices, float32, of the texts with these ids, which `KeyedRows` gave.
 
         Raises:
             ValueError: a text that the cache has not.
         """
-        wanted = np.array([bytes.fromhex(key or "") for key in ids], f"S{_KEY_BYTES}")
+        wanted = np.array([bytes.fromhex((name or "")[-2 * _KEY_BYTES :]) for name in ids], f"S{_KEY_BYTES}")
         place = np.minimum(np.searchsorted(self._sorted, wanted), len(self._sorted) - 1)
         if not (self._sorted[place] == wanted).all():
             raise ValueError(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from ..data.collate import Batch, PackedDataset
+from ..data.collate import Batch, PackedDataset, StreamCounts
 from ..data.loader import PackedLoader
 from ..data.read import TextRow
 from ..data.store import TokenStore
@@ -31,6 +31,7 @@ from .survival import STATE_FILE
 from .switches import apply_switches, optimizer_name
 
 PLACE_FILE = "data.json"  # in a checkpoint: where the data is read on
+METRICS_FILE = "metrics.json"
 
 
 class TrainStep(nn.Module):
@@ -115,6 +116,8 @@ class PackedTrainer(ParallelTrainer):
     ) -> None:
         engine = choose_engine(optim)
         arguments = training_arguments(optim, folder, steps, validate_steps if validate else None, engine)
+        if arguments.n_gpu > 1:
+            arguments._n_gpu = 1  # one process uses one GPU: the Trainer would wrap the model in nn.DataParallel
         apply_switches(step.student, optim, arguments.device, step)
         if engine == "fsdp2":
             shard(step, step.student, arguments.device)
@@ -186,9 +189,13 @@ class PackedTrainer(ParallelTrainer):
         if "loss" in logs and self._term_sums:
             steps = max(self.state.global_step - self._term_steps, 1)
             good = max(steps - self.bad_since_log, 1)
-            logs["loss"] *= steps / good
-            for name, total in self._term_sums.items():
-                logs[name] = float(self.accelerator.reduce(total.clone(), "mean")) / good
+            means = {
+                name: float(self.accelerator.reduce(total.clone(), "mean")) / good
+                for name, total in self._term_sums.items()
+            }
+            # the Trainer's own mean counts the steps that changed nothing
+            logs["loss"] = sum(self.step_module.weights[name] * mean for name, mean in means.items())
+            logs.update(means)
             self._term_sums, self._term_steps, self.bad_since_log = {}, self.state.global_step, 0
             logs.update(
                 self.throughput.rates(
@@ -231,7 +238,7 @@ class PackedTrainer(ParallelTrainer):
         assert self.state.best_model_checkpoint is not None
         load_own_state(self.step_module.student, Path(self.state.best_model_checkpoint))
 
-    def run(self, resume: bool) -> dict[str, float]:
+    def run(self, resume: bool) -> dict[str, Any]:
         """Train, from the newest complete checkpoint if `resume` finds one; returns the run's metrics."""
         folder = Path(str(self.args.output_dir))
         checkpoint = self.checkpoint_to_resume(resume)
@@ -240,26 +247,48 @@ class PackedTrainer(ParallelTrainer):
             steps, best = state["global_step"], state.get("best_model_checkpoint")
             if steps >= self.args.max_steps:  # finished; the Trainer would take one step more
                 load_own_state(self.step_module.student, folder / Path(best).name if best else checkpoint)
-                return json.loads((folder / "metrics.json").read_text()) if (folder / "metrics.json").is_file() else {}
+                if (folder / METRICS_FILE).is_file():
+                    return json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
+                # it was killed between its last checkpoint and its metrics
+                return {**best_of(state["log_history"], best), "log": state["log_history"]}
             self.check_engine_of(checkpoint)
-            self.start_batch = steps * self.args.gradient_accumulation_steps
+            self.start_batch, self._term_steps = steps * self.args.gradient_accumulation_steps, steps
             if (checkpoint / PLACE_FILE).is_file():
                 self.place = json.loads((checkpoint / PLACE_FILE).read_text(encoding="utf-8"))
         with self.stop:
             output = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             self.conclude()
-        metrics = {**output.metrics, "skipped_steps": self.bad_steps}
-        if self.state.best_model_checkpoint is not None:
-            metrics["best_step"] = int(Path(self.state.best_model_checkpoint).name.rsplit("-", 1)[-1])
-            (metrics["best_eval_accuracy"],) = {
-                entry["eval_accuracy"]
-                for entry in self.state.log_history
-                if "eval_accuracy" in entry and entry["step"] == metrics["best_step"]
-            }
+        history = self.state.log_history
+        metrics = {
+            **output.metrics,
+            "skipped_steps": self.bad_steps,
+            **best_of(history, self.state.best_model_checkpoint),
+            "data": data_report(self.packs.counters),
+        }
         if self.args.should_save:
-            with said_in_bytes("metrics.json", folder, len(str(self.state.log_history))):
-                write_json(folder / "metrics.json", {**metrics, "log": self.state.log_history})
+            with said_in_bytes(METRICS_FILE, folder, len(str(history))):
+                write_json(folder / METRICS_FILE, {**metrics, "log": history})
         return metrics
+
+
+def best_of(history: list[dict[str, float]], checkpoint: str | None) -> dict[str, Any]:
+    """Step and English accuracy of the best checkpoint, if there is one."""
+    if checkpoint is None:
+        return {}
+    step = int(Path(checkpoint).name.rsplit("-", 1)[-1])
+    (accuracy,) = {entry["eval_accuracy"] for entry in history if "eval_accuracy" in entry and entry["step"] == step}
+    return {"best_step": step, "best_eval_accuracy": accuracy}
+
+
+def data_report(counts: StreamCounts) -> dict[str, Any]:
+    """What the last epoch read, for the run's metrics."""
+    return {
+        "rows": counts.rows,
+        "truncated": dict(counts.truncated),
+        "fallbacks": dict(counts.fallbacks),
+        "packing_efficiency": round(counts.efficiency, 4),
+        "skipped_rows": sum(getattr(counts.source, name, 0) for name in ("failed", "empty")) + counts.unreadable,
+    }
 
 
 def training_arguments(
@@ -364,13 +393,4 @@ def run_stage(
         step, dataset, optim, run.folder, steps=steps, validate=validate, validate_steps=per_epoch, watch=watch
     )
     run.start()
-    metrics: dict[str, Any] = trainer.run(run.resume)
-    stats = dataset.counters
-    metrics["data"] = {
-        "rows": stats.rows,
-        "truncated": dict(stats.truncated),
-        "fallbacks": dict(stats.fallbacks),
-        "packing_efficiency": round(stats.efficiency, 4),
-        "skipped_rows": sum(getattr(stats.source, name, 0) for name in ("failed", "empty")) + stats.unreadable,
-    }
-    return metrics
+    return trainer.run(run.resume)

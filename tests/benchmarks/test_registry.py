@@ -82,6 +82,33 @@ def test_a_broken_kernel_gets_no_speed_and_fails_the_run(monkeypatch: pytest.Mon
     assert run.main(arguments) == 1
 
 
+def test_a_variant_that_breaks_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    case = CASES["pooled_mse"]
+    size = {"label": "warm", **case.warm}
+
+    def breaks(problem):
+        raise RuntimeError("no kernel image is available")
+
+    def too_large(problem):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    aims = {"warm": (("ours", "padded", "time", 1.0),)}
+    monkeypatch.setattr(run, "chosen", lambda names: [replace(case, aims=aims)])
+    for failing, gate, note in (
+        (breaks, "fail", "RuntimeError: no kernel image"),
+        (too_large, "pass", "out of memory"),
+    ):
+        changed = replace(case.variants["padded"], run=failing, gated=gate == "fail")
+        monkeypatch.setitem(case.variants, "padded", changed)
+        records = run.run_case(case, size, "cpu", "fp32", ceilings=CEILINGS, repeats=1, memory=False)
+        by = {r.variant: r for r in records}
+        assert note in by["padded"].notes and by["padded"].time_ms is None
+        assert (by["padded"].gate == "fail") == (gate == "fail")
+        assert by["ours"].time_ms > 0
+        run.print_table(records)
+        assert "ours / padded" not in capsys.readouterr().out
+
+
 def test_a_red_case_has_no_speedup_in_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
     from mtllm_fast.reporting.throughput import speedups
 

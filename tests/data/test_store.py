@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mtllm_fast.cli import main
@@ -117,6 +118,24 @@ def test_bad_rows(stack, tmp_path):
         write_store([TextRow("a", label=1), TextRow("b")], stack, tmp_path / "c")
 
 
+def test_rows_that_no_tokenizer_reads_are_left_out(stack, tmp_path, caplog):
+    lone = "the \ud800 cat"
+    good = [TextRow(f"the cat {i}", label=i, id=f"row-{i}") for i in range(9)]
+    bad = [TextRow(lone, id="broken"), TextRow(lone, id="last")]
+    rows = [*good[:4], bad[0], *good[4:], bad[1]]
+    report = write_store(rows, stack, tmp_path / "s", shard_rows=5)
+    store = TokenStore(tmp_path / "s")
+    assert (report.rows, report.skipped) == (9, {"unreadable": 2})
+    assert "row broken is left out: text" in caplog.text
+    assert [len(shard["labels"]) for shard in store.shards if "labels" in shard] == [4, 5]
+    assert len(store.shards) == 3, "the shard of one unreadable row is there, and empty"
+    kept = store.take(np.arange(9), ("mt", "llm"))
+    assert kept.ids == [row.id for row in good]
+    assert kept.labels == list(range(9))
+    with pytest.raises(ValueError, match="no usable row"):
+        write_store(bad, stack, tmp_path / "none")
+
+
 def test_command_killed_and_resumed(encoder_folder, llm_folder, tmp_path):
     text = tmp_path / "t.txt"
     text.write_text("".join(f"the cat sat on mat number {i} and looked at the dog\n" for i in range(30_000)))
@@ -140,7 +159,7 @@ def test_command_killed_and_resumed(encoder_folder, llm_folder, tmp_path):
     whole, resumed = (
         {f.relative_to(g): f.read_bytes() for f in g.glob("shard-*/*")} for g in (tmp_path / "whole", tmp_path / "s")
     )
-    assert len(whole) == 8 * 8
+    assert len(whole) == 8 * 9
     assert resumed == whole
 
 

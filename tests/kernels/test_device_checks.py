@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from mtllm_fast.kernels.device_checks import require, require_rows
+from mtllm_fast.kernels import device_checks
+from mtllm_fast.kernels.device_checks import on_device_of_arguments, require, require_rows
 from mtllm_fast.kernels.segments import assert_values
 
 
@@ -29,3 +32,30 @@ def test_without_debug_the_device_asserts(monkeypatch):
     with pytest.raises(RuntimeError, match="rows_s holds"):  # the CPU's own assertion
         require_rows(torch.tensor([5]), 3, "rows_s")
     require(torch.tensor(True), "never")
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
+    entered = []
+
+    class Device:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            entered.append(self.device)
+
+        def __exit__(self, *error):
+            entered.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    kernel = on_device_of_arguments(lambda scale, x, y: (scale, entered[:]))
+    x = torch.empty(2, device="meta")
+    assert kernel(0.5, x, None) == (0.5, [x.device])
+    assert entered == [x.device, "left"]
+
+
+def test_every_cuda_kernel_is_launched_so():
+    for path in Path(device_checks.__file__).parent.glob("*_ops.py"):
+        lines = path.read_text().splitlines()
+        after = [lines[i + 1] for i, line in enumerate(lines) if line.endswith('.register_kernel("cuda")')]
+        assert after and set(after) == {"@on_device_of_arguments"}, path.name

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tarfile
+import time
 
 import pytest
 import torch
@@ -29,6 +31,33 @@ def test_a_step_is_ok_fails_or_runs_out_of_time(tmp_path):
     late = run("import time; print('began', flush=True); time.sleep(60)", tmp_path, 2)
     assert (late.status, late.last_line) == ("out of time", "began")
     assert late.seconds < 10
+
+
+def test_a_test_step_that_runs_out_of_time_keeps_what_it_found(tmp_path):
+    """Its whole group is interrupted first, children too."""
+    child = "import time, pathlib; time.sleep(8); pathlib.Path('late').touch()"
+    (tmp_path / "test_it.py").write_text(
+        f"import subprocess, sys, time\ndef test_fails(): assert 1 == 2\n"
+        f"def test_hangs():\n    subprocess.Popen([sys.executable, '-c', {child!r}], cwd={str(tmp_path)!r})\n"
+        "    time.sleep(60)\n"
+    )
+    command = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-c", os.devnull, f"--junitxml={tmp_path}/x.xml",
+               str(tmp_path / "test_it.py"))  # fmt: skip
+    began = time.monotonic()
+    (outcome,) = run_step(Step("tests", {"log": command}, 1.0), tmp_path, 5, dict(os.environ))
+    assert outcome.status == "out of time"
+    assert "assert 1 == 2" in (tmp_path / "x.xml").read_text()
+    time.sleep(max(0.0, 10 - (time.monotonic() - began)))
+    assert not (tmp_path / "late").exists()
+
+
+def test_all_files_in_one(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.json").write_text("[]")
+    gpu_suite.pack(tmp_path / "out", None)
+    gpu_suite.pack(tmp_path / "out", tmp_path / "all.tar.gz")
+    with tarfile.open(tmp_path / "all.tar.gz") as tar:
+        assert tar.getnames() == ["out", "out/a.json"]
 
 
 def test_limits_stay_within_the_budget(tmp_path):

@@ -104,7 +104,8 @@ def test_addresses_beyond_2_to_the_31():
     _, values, dh, _, _ = linear_kl_launch.difference_triton(h_s, w, h_t, *options, tiles=whole)
     last = linear_kl_launch.difference_triton(h_s[-8:], w, h_t[-8:], *options)
     check(values[-8:], last[1].double().cpu(), 1e-5)
-    check(dh[-8:], last[2].double().cpu(), 1e-3)
+    # two shapes of GEMM may round a few of the 128 bf16 entries apart, half a percent each; a wrong address is off by all
+    check(dh[-8:], last[2].double().cpu(), 4e-3)
 
 
 def test_compile_and_opcheck():

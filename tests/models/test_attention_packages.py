@@ -148,13 +148,17 @@ def call(**changes) -> Call:
 
 @pytest.mark.parametrize("features", [f for f in FEATURES.values() if f.width == 16])
 @pytest.mark.parametrize("lengths", [(0, 1, 9, 12, 0, 3), (30, 1, 2)])
-@pytest.mark.parametrize("backend", [*FAKES, "varlen"])
+@pytest.mark.parametrize("backend", [*FAKES, "varlen", "varlen of torch 2.11"])
 def test_flash_packages_get_what_they_document(backend, lengths, features, fake, monkeypatch) -> None:
     """Output and gradients through each package's documented arguments are the reference's."""
-    if backend == "varlen":
+    if backend.startswith("varlen"):
         if features.softcap is not None:
             pytest.skip("varlen has no soft-cap")
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torch_varlen)
+        if backend != "varlen":  # without enable_gqa
+            options = frozenset({"scale", "window_size"})
+            monkeypatch.setattr("mtllm_fast.models.attention.varlen._options", lambda: options)
+            backend = "varlen"
     else:
         fake(backend)
     features = features._replace(window=features.window and min(features.window, 5))
@@ -243,8 +247,7 @@ def test_varlen_of_an_older_torch(gpu, monkeypatch) -> None:
     module = "mtllm_fast.models.attention.varlen._options"
     monkeypatch.setattr(module, lambda: frozenset({"scale", "window_size"}))
     assert choose_backend(call(), "varlen").name == "varlen"
-    with pytest.raises(ValueError, match="varlen has no grouped heads in this torch"):
-        choose_backend(call(kv_heads=2), "varlen")
+    assert choose_backend(call(kv_heads=2), "varlen").name == "varlen"
     choose_backend.cache_clear()
     monkeypatch.setattr(module, lambda: frozenset({"is_causal"}))
     with pytest.raises(ValueError, match="varlen_attn has no scale and window_size"):

@@ -145,6 +145,11 @@ def test_what_is_not_pushed(hub, monkeypatch, adapted, tmp_path, capsys) -> None
     with pytest.raises(SystemExit):  # before the run, not after it
         cli.main([*adapt, "--push-to-hub", "mine"])
     assert "no access token" in capsys.readouterr().err
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "token")
+    (tmp_path / "local").mkdir()
+    with pytest.raises(SystemExit):
+        cli.main([*adapt[:3], *adapt[5:], "--llm", str(tmp_path / "local"), "--push-to-hub", "mine"])
+    assert "names its llm by the local folder" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,13 @@ import torch
 
 from benchmarks.parallel import CONTROLS
 from mtllm_fast import TextRow
+from mtllm_fast.data.batch import Batch
 from mtllm_fast.losses import DistillationWeights
 from mtllm_fast.training import AdaptConfig, FinetuneConfig, OptimSettings, adapt, finetune, trainer
+from mtllm_fast.training.adapt import AdaptStep
 from tests.tiny import LINES
 
-ROWS = [TextRow(line[: 20 + 7 * i % 41]) for i, line in enumerate(LINES * 3)]
+ROWS = [TextRow(line[: 20 + 7 * i % 41], id=f"row-{i}") for i, line in enumerate(LINES * 3)]
 TASK = [TextRow(line + " " + ("good", "bad")[i % 2], label=i % 2) for i, line in enumerate(LINES * 4)]
 STEPS = 6
 
@@ -43,6 +47,23 @@ def run_finetune(llm: str, output: Path, **changes: Any) -> Path:
     return output
 
 
+def run_with_a_bad_pack(encoder: str, llm: str, output: Path) -> None:
+    """The loss of rank 1 alone is not finite in the second step; `bad.json` names its rows."""
+    plain, count = AdaptStep.forward, [0]
+
+    def forward(self: AdaptStep, batch: Batch) -> Any:
+        terms = plain(self, batch)
+        count[0] += 1
+        if os.environ["RANK"] != "1" or count[0] != 2:
+            return terms
+        output.with_name("bad.json").write_text(json.dumps(batch.ids))
+        return {name: term._replace(sum=term.sum * float("nan")) for name, term in terms.items()}
+
+    AdaptStep.forward = forward  # type: ignore[method-assign]
+    run_adapt(encoder, llm, output, max_steps=3)
+    AdaptStep.forward = plain  # type: ignore[method-assign]
+
+
 def main() -> None:
     encoder, llm, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     torch.set_num_threads(1)
@@ -50,6 +71,7 @@ def main() -> None:
     run_adapt(encoder, llm, folder / "fsdp2", parallel="fsdp2", checkpointing="full")
     run_adapt(encoder, llm, folder / "one-fsdp2", parallel="fsdp2", resume=True, gradient_accumulation=2)
     run_finetune(llm, folder / "teacher-fsdp2", parallel="fsdp2")
+    run_with_a_bad_pack(encoder, llm, folder / "bad-pack")
     CONTROLS["pack means"](trainer)
     run_adapt(encoder, llm, folder / "pack-means", parallel="fsdp2")
 

@@ -101,6 +101,13 @@ def test_validation_and_best_checkpoint_of_spread_weights(runs: Path) -> None:
         assert float((mine[name] - tensor).norm()) <= 1e-4 * float(tensor.norm()), name
 
 
+def test_the_rows_of_a_bad_pack_are_named_whatever_process_had_it(runs: Path) -> None:
+    notes = [json.loads(line) for line in (runs / "bad-pack" / "log.jsonl").read_text().splitlines()]
+    (note,) = [entry for entry in notes if "skipped" in entry]
+    assert (note["step"], note["skipped"]) == (2, "the loss is not finite")
+    assert note["rows"] == json.loads((runs / "bad.json").read_text())
+
+
 def test_packs_per_process(monkeypatch, caplog) -> None:
     for now, expected in ((1, 6), (2, 3), (3, 2), (6, 1)):
         monkeypatch.setenv("WORLD_SIZE", str(now))

@@ -84,6 +84,12 @@ def test_cached_losses_and_gradients_are_those_of_the_teacher_on_the_fly(
         matches(mine, theirs, 1e-4)
 
 
+def test_keyed_rows_keep_their_names() -> None:
+    rows = [TextRow("a text", id="a name"), TextRow("another text, which has none")]
+    named = [row.id[:-33] for row in KeyedRows(rows)]
+    assert named == ["a name", "'another text, which has none'"]
+
+
 def test_it_is_built_once_and_then_only_read(models, tmp_path) -> None:
     first, _ = _built(tmp_path, models[1])
     again, report = _built(tmp_path, models[1], ROWS)

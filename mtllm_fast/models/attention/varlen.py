@@ -36,8 +36,6 @@ class Varlen(Backend):
     def cannot(self, call: Call) -> str | None:
         if call.head_dim % 8:
             return f"takes head sizes that are multiples of 8, not {call.head_dim}"
-        if call.groups > 1 and "enable_gqa" not in _options():
-            return "has no grouped heads in this torch"
         if call.softcap is not None:
             return "has no soft-cap"
         if call.dropout:
@@ -47,7 +45,11 @@ class Varlen(Backend):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, call: Call) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        grouped: dict[str, Any] = {"enable_gqa": True} if call.groups > 1 else {}
+        grouped: dict[str, Any] = {}
+        if call.groups > 1 and "enable_gqa" in _options():
+            grouped["enable_gqa"] = True
+        elif call.groups > 1:  # torch 2.11
+            k, v = (x.repeat_interleave(call.groups, dim=1) for x in (k, v))
         left, right = call.sides
         cu_seqlens, longest = plan.cu_seqlens, plan.batch.max_seqlen
         return varlen_attn(  # type: ignore[return-value]  # a pair only with return_aux
