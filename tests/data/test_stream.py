@@ -143,6 +143,12 @@ def test_reader_counts_arrive_from_the_workers(stack, tmp_path):
         assert (counts.rows, counts.empty, counts.failed) == (64, 1, 1)
 
 
+def test_rows_of_which_none_can_be_read_make_no_batch(stack, caplog):
+    dataset = PackedDataset([TextRow("the \ud800 cat", id="broken")], stack, max_tokens=40)
+    assert list(dataset) == []
+    assert dataset.counters.unreadable == 1 and "row broken is left out" in caplog.text
+
+
 def test_the_global_generator_is_left_alone(stack):
     torch.manual_seed(0)
     before = torch.get_rng_state()

@@ -29,7 +29,8 @@ def test_a_step_is_ok_fails_or_runs_out_of_time(tmp_path):
     assert (ok.status, ok.last_line) == ("ok", "last")
     assert run("raise SystemExit(3)", tmp_path).status == "failed (3)"
     late = run("import time; print('began', flush=True); time.sleep(60)", tmp_path, 2)
-    assert (late.status, late.last_line) == ("out of time", "began")
+    assert (late.status, late.last_line) == ("out of time", "KeyboardInterrupt")
+    assert "began" in (tmp_path / "log.log").read_text()
     assert late.seconds < 10
 
 
