@@ -14,6 +14,7 @@ help:
 	@echo "make aot    compile every kernel for sm_80, sm_90, sm_100 and gfx942, no GPU needed"
 	@echo "make gpu    every GPU test and benchmark with this machine's own Python and torch, unattended (OUT=folder)"
 	@echo "make venv   .venv with pinned versions"
+	@echo "make clean  remove .venv, builds and caches"
 
 venv: $(STAMP)
 
@@ -46,4 +47,4 @@ gpu:
 	@$(PYTHON) -m benchmarks.gpu_suite $(OUT)
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

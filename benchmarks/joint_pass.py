@@ -1,6 +1,6 @@
 """Self-distillation in two passes of one LLM, or in one pass over student and teacher rows together: which is faster?
 
-    python -m benchmarks.joint_pass --threads 1 --json benchmarks/results/cpu/joint_pass.json
+    python -m benchmarks.joint_pass --threads 1 --json F.json
 
 two-pass      teacher rows without adapters and without a graph, then student rows with adapters, forward and backward.
 joint-masked  one pack of both, adapters masked to the student's rows; autograd goes back through all rows.

@@ -1,6 +1,6 @@
 """Error of the KL's gradient against fp64, at the distances from the teacher that a distillation passes through.
 
-    python -m benchmarks.kl_accuracy [--json benchmarks/results/cpu/kl_accuracy.json]
+    python -m benchmarks.kl_accuracy [--json F.json]
 
 bf16 states and head, V=32000, D=1024. The student is moved towards the teacher until the mean KL in fp64 is the wanted
 one; every variant then sees the same bf16 numbers, so all of its error is its own arithmetic. Errors are

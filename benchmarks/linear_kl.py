@@ -1,6 +1,6 @@
 """The KL over the LM head, forward + backward, against unfused PyTorch, torch.compile, a chunk loop and Liger.
 
-    python -m benchmarks.linear_kl --device cpu --json benchmarks/results/cpu/linear_kl.json   (mtllm bench linear_kl)
+    python -m benchmarks.linear_kl --device cpu --json F.json   (mtllm bench linear_kl)
     python -m benchmarks.linear_kl --predict FILE         what an H100 should need, by its floors; nothing is measured
 
 `gemms` and `gemms-torch` are the three matrix products alone, by our library calls and by `torch.mm`: on processors

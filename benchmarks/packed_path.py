@@ -1,6 +1,6 @@
 """Packed against padded: states to the LLM's embeddings, and hidden states to losses.
 
-    python -m benchmarks.packed_path --device cpu --json benchmarks/results/cpu/packed_path.json
+    python -m benchmarks.packed_path --device cpu --json F.json
 
 Forward + backward of everything that a padded batch makes: the unfused chains work on padded (B, L, D) tensors where
 the model hands them over padded, or packed op by op; ours works on packed rows. All get the same padded encoder states.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import torch
 
+from mtllm_fast import MTLLM
 from tests.conftest import REPO
 from tests.tiny import LINES
 
@@ -30,6 +32,16 @@ def test_training_loop(encoder_folder: str, llm_folder: str) -> None:
     exec(compile(code, "README.md", "exec"), scope)
     assert len(losses) == 15
     assert losses[-1] < losses[0]
+
+
+def test_engine(encoder_folder: str, llm_folder: str, tmp_path: Path) -> None:
+    code = next(block for block in _blocks() if "engine.encode" in block)
+    MTLLM.stack(encoder_folder, llm_folder).save_pretrained(tmp_path / "run")
+    assert "runs/adapted" in code
+    scope: dict = {}
+    exec(compile(code.replace("runs/adapted", str(tmp_path / "run")), "README.md", "exec"), scope)
+    assert scope["embeddings"].shape == (2, scope["engine"].model.hidden_size)
+    assert scope["embeddings"].isfinite().all()
 
 
 def test_linear_kl_alone() -> None:

@@ -206,9 +206,9 @@ def caveats(records: Sequence[Record]) -> list[str]:
         if torch_rate and own_rate and own_rate > 1.15 * torch_rate:
             notes.append(
                 f"On this CPU torch.mm reaches {torch_rate / 1e9:,.0f} GFLOP/s in fp32 and oneDNN, which our CPU "
-                f"kernels call, {own_rate / 1e9:,.0f}: part of the gain of linear_kl and packed_projection is the "
-                f"library ({own_rate / torch_rate:.1f} times). The variants gemms and gemms-torch show it; the models' "
-                "own layers use torch.mm in every variant."
+                f"kernels and Engine.encode call, {own_rate / 1e9:,.0f}: part of the gain of linear_kl, "
+                f"packed_projection and encode is the library ({own_rate / torch_rate:.1f} times). The variants gemms, "
+                "gemms-torch and ours-packing show it; in training steps the models' own layers use torch.mm everywhere."
             )
             break
     if red := [f"{r.case} {r.size} {r.variant}" for r in records if r.gate == "fail"]:
