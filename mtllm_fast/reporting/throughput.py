@@ -208,7 +208,7 @@ def caveats(records: Sequence[Record]) -> list[str]:
                 f"On this CPU torch.mm reaches {torch_rate / 1e9:,.0f} GFLOP/s in fp32 and oneDNN, which our CPU "
                 f"kernels and Engine.encode call, {own_rate / 1e9:,.0f}: part of the gain of linear_kl, "
                 f"packed_projection and encode is the library ({own_rate / torch_rate:.1f} times). The variants gemms, "
-                "gemms-torch and ours-packing show it; in training steps the models' layers use torch.mm in all variants."
+                "gemms-torch and ours-packing show it; in training steps the models' layers use torch.mm in every one."
             )
             break
     if red := [f"{r.case} {r.size} {r.variant}" for r in records if r.gate == "fail"]:

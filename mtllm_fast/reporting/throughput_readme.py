@@ -52,6 +52,20 @@ def headline(records: Sequence[Record]) -> list[Speedup]:
     return rows
 
 
+def losses(records: Sequence[Record]) -> str:
+    """Where a variant of ours is slower than another one, over all cases and sizes of the results."""
+    slower: dict[str, list[Speedup]] = {}
+    for s in speedups(records):
+        if s.verdict == "slower":
+            slower.setdefault(f"{s.ours.case} against {s.other.variant}", []).append(s)
+    if not slower:
+        return "In these results it is slower than nothing that it is compared with."
+    parts = [
+        f"{name} ({', '.join(f'{s.ours.size} {s.middle:.2f} x' for s in found)})" for name, found in slower.items()
+    ]
+    return f"Slower: {'; '.join(parts)}."
+
+
 def readme_block(records: Sequence[Record], readme: str, paths: Sequence[str]) -> str:
     """What stands between the markers."""
     rows = headline(records)
@@ -77,7 +91,7 @@ def readme_block(records: Sequence[Record], readme: str, paths: Sequence[str]) -
         f"{devices}; {', '.join(dict.fromkeys(s.ours.dtype for s in rows))}; {versions}; commit {commits}.",
         "Every variant gave the right result (against fp64) before it got a time.",
         *library, "",
-        *markdown_table((header, cells)),
+        *markdown_table((header, cells)), "", losses(records),
     ])  # fmt: skip
 
 

@@ -130,6 +130,7 @@ def test_the_readme_table_is_fresh_until_something_that_matters_changes(reposito
     readme = repository / "README.md"
     text = readme.read_text()
     assert "| adaptation_step | NLI, KL | padded, 4-D mask | 2.00 x |" in text
+    assert "Slower: lora against peft (x 0.50 x)." in text
     assert text.startswith("# Title")
     assert text.endswith("More.\n")
     (repository / "other.txt").write_text("a commit that changes no measured code")
