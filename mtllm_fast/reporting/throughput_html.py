@@ -176,7 +176,7 @@ def figures(records: Sequence[Record]) -> list[dict[str, str]]:
         found.append({
             "title": "What the lengths decide: speed-up against the share of padding",
             "svg": _curves(sensitivity, "padding of the padded batch (%)", "times as fast as padded", None, level=1.0),
-            "note": "below 1 the padded chain wins",
+            "note": "one mark for each distribution of lengths; below 1 the padded chain wins",
         })  # fmt: skip
     return found
 
@@ -209,21 +209,28 @@ def _floor(records: Sequence[Record]) -> list[tuple[float, float]]:
 
 def _sensitivity(found: Sequence[Speedup]) -> dict[str, list[tuple[float, float]]]:
     """Speed-up against the padded chain by padding share, for cases with at least three length distributions."""
-    lines: dict[str, list[tuple[float, float]]] = {}
+    lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for s in found:
         shape = s.ours.shape
         if s.other.variant in ("padded", "padded, 4-D mask") and {"B", "T", "L"} <= set(shape):
             widths = ", ".join(f"{k} {v}" for k, v in shape.items() if k in ("E", "D", "H", "d"))
             share = 100 * (1 - shape["T"] / (shape["B"] * shape["L"]))
-            lines.setdefault(f"{s.ours.case}, {widths}", []).append((share, s.middle))
-    return {name: points for name, points in lines.items() if len(points) >= 3}
+            lines.setdefault((s.ours.case, widths), []).append((share, s.middle))
+    enough = {key: points for key, points in lines.items() if len(points) >= 3}
+    cases = [case for case, _ in enough]
+    return {
+        case if cases.count(case) == 1 else f"{case}, {widths}": points for (case, widths), points in enough.items()
+    }
 
 
 def _curves(
     lines: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str, floor: Sequence[tuple[float, float]] | None,
     *, level: float | None = None,
 ) -> str:  # fmt: skip
-    """A chart as SVG whose text stays readable when it is shrunk to a phone's width."""
+    """A chart as SVG whose text stays readable when it is shrunk to a phone's width.
+
+    With `level`, a line to compare with, the points are not joined: they are of different texts, not of one sweep.
+    """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -238,8 +245,8 @@ def _curves(
             mine = name.startswith("ours")
             axis.plot(
                 [p[0] for p in ordered], [p[1] for p in ordered], color=COLOURS[i % len(COLOURS)], label=name,
-                linewidth=2.4 if mine else 1.4, linestyle="-" if i < len(COLOURS) else "--", marker="osD^vP"[i % 6],
-                markersize=6 if mine else 4,
+                linewidth=2.4 if mine else 1.4, linestyle=("-" if i < len(COLOURS) else "--") if log else "none",
+                marker="osD^vP"[i % 6], markersize=6 if mine or not log else 4,
             )  # fmt: skip
         if floor and len(floor) > 1:
             axis.plot(*zip(*floor), color="0.5", linewidth=3, alpha=0.6, label="floor", zorder=0)
