@@ -41,6 +41,9 @@ COMMANDS = {
     ),
 }
 
+# whose work the processes of torchrun share; the others would do all of it in each
+SHARED = ("adapt", "finetune", "distill", "encode", "translate")
+
 USAGE = """usage: mtllm COMMAND [options]
 
 {commands}
@@ -98,6 +101,9 @@ def run(name: str, arguments: list[str]) -> None:
         default=default,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+    count = int(os.environ.get("WORLD_SIZE") or 1)
+    if count > 1 and name not in SHARED:
+        raise ValueError(f"{name} runs in one process, but WORLD_SIZE={count}: start it without torchrun")
     quiet()
     if name not in ("demo", "doctor"):
         announce_attention()

@@ -268,3 +268,14 @@ def test_yaml_values_have_the_type_of_their_option(tmp_path) -> None:
         with pytest.raises(ValueError, match=r"options\.yaml: ") as caught:
             _read(tmp_path, "adapt", text)
         assert str(caught.value).endswith(message), text
+
+
+def test_one_process_unless_the_work_is_shared(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in cli.COMMANDS:
+        if name not in cli.SHARED:
+            assert f"{name} runs in one process, but WORLD_SIZE=2" in _fails(capsys, name)
+    assert "--text is missing" in _fails(capsys, "adapt")
+    assert "--model is missing" in _fails(capsys, "encode")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "--task is missing" in _fails(capsys, "evaluate")
