@@ -279,3 +279,12 @@ def test_one_process_unless_the_work_is_shared(capsys, monkeypatch) -> None:
     assert "--model is missing" in _fails(capsys, "encode")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert "--task is missing" in _fails(capsys, "evaluate")
+
+
+def test_tokens_in_place_of_text(capsys, encoder_folder, llm_folder, tmp_path) -> None:
+    (tmp_path / "store.json").write_text("{}")
+    models = ["--encoder", encoder_folder, "--llm", llm_folder, "--text", str(tmp_path)]
+    for option, value in (("limit", "3"), ("split", "dev"), ("language", "fra_Latn"), ("text-column", "t"), ("language-column", "l")):  # fmt: skip
+        assert f"--{option}: is for text" in _fails(capsys, "adapt", *models, f"--{option}", value)
+    assert "holds tokens that" in _fails(capsys, "tokenize", *models, "--output", str(tmp_path / "out"))
+    assert "holds tokens that" in _fails(capsys, "profile", *models)
