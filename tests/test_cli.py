@@ -288,3 +288,11 @@ def test_tokens_in_place_of_text(capsys, encoder_folder, llm_folder, tmp_path) -
         assert f"--{option}: is for text" in _fails(capsys, "adapt", *models, f"--{option}", value)
     assert "holds tokens that" in _fails(capsys, "tokenize", *models, "--output", str(tmp_path / "out"))
     assert "holds tokens that" in _fails(capsys, "profile", *models)
+
+
+def test_translation_needs_two_languages(capsys, encoder_folder, text_file, tmp_path) -> None:
+    command = ["translate", "--model", encoder_folder, "--input", str(text_file), "--output", str(tmp_path / "t.jsonl")]
+    assert "--language eng_Latn: is the --target, too" in _fails(capsys, *command)
+    assert "fra_Latn: is the --target, too" in _fails(
+        capsys, *command, "--language", "fra_Latn", "--target", "fra_Latn"
+    )
