@@ -296,3 +296,15 @@ def test_translation_needs_two_languages(capsys, encoder_folder, text_file, tmp_
     assert "fra_Latn: is the --target, too" in _fails(
         capsys, *command, "--language", "fra_Latn", "--target", "fra_Latn"
     )
+
+
+@pytest.mark.parametrize(("gpu", "chosen"), [(True, "cuda"), (False, "cpu")])
+def test_bench_takes_the_gpu_where_there_is_one(monkeypatch, gpu: bool, chosen: str) -> None:
+    from mtllm_fast.benchmarks import run as benchmark
+
+    devices = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr(benchmark, "run", lambda *_, device, **__: devices.append(device) or [])
+    for arguments in ([], ["--device", "cpu"]):
+        cli.main(["bench", "lora", *arguments])
+    assert devices == [chosen, "cpu"]
