@@ -28,7 +28,7 @@ COMMANDS = {
     "translate": ("translate:Translate", "translate texts with the MT model"),
     "encode": ("encode:Encode", "embed texts in any language of the MT encoder"),
     "convert": ("convert:Convert", "LoRA merged, the layout of the published NLLB-LLM2Vec models, the hub"),
-    "plan": ("plan:Plan", "memory, speed and hours of a run before renting a GPU; nothing is downloaded"),
+    "plan": ("plan:Plan", "memory, speed and hours of a run before renting a GPU; no weights are downloaded"),
     "profile": ("profile:Profile", "where the time of a training or encode step goes, by part"),
     "bench": ("bench:Bench", "time and memory of kernels and pipelines here, against PyTorch, torch.compile and Liger"),
     "report": (

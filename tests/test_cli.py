@@ -308,3 +308,17 @@ def test_bench_takes_the_gpu_where_there_is_one(monkeypatch, gpu: bool, chosen: 
     for arguments in ([], ["--device", "cpu"]):
         cli.main(["bench", "lora", *arguments])
     assert devices == [chosen, "cpu"]
+
+
+def test_help_of_what_is_switched_off(capsys) -> None:
+    """tyro shows `--no-async-save` with the text of `async_save`, so that text says what is so without it."""
+    found = []
+    for name in cli.COMMANDS:
+        with pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        words = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+        found += re.findall(r"(--no-(?!repeat)[a-z-]+) (Off:)?", words.partition("options ")[2])
+    assert {"--no-async-save", "--no-scores", "--no-memory", "--no-progress", "--no-train-projection"} == dict(
+        found
+    ).keys()
+    assert all(text for _, text in found), found
