@@ -5,7 +5,6 @@ The options of every subcommand are the fields of its dataclass in `commands/`.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import importlib
 import os
@@ -29,7 +28,7 @@ COMMANDS = {
     "translate": ("translate:Translate", "translate texts with the MT model"),
     "encode": ("encode:Encode", "embed texts in any language of the MT encoder"),
     "convert": ("convert:Convert", "LoRA merged, the layout of the published NLLB-LLM2Vec models, the hub"),
-    "plan": ("plan:Plan", "memory, speed and hours of a run before renting a GPU; nothing is downloaded"),
+    "plan": ("plan:Plan", "memory, speed and hours of a run before renting a GPU; no weights are downloaded"),
     "profile": ("profile:Profile", "where the time of a training or encode step goes, by part"),
     "bench": ("bench:Bench", "time and memory of kernels and pipelines here, against PyTorch, torch.compile and Liger"),
     "report": (
@@ -41,6 +40,9 @@ COMMANDS = {
         "versions, devices, attention backends and kernels: what will run here, and why not",
     ),
 }
+
+# whose work the processes of torchrun share; the others would do all of it in each
+SHARED = ("adapt", "finetune", "distill", "encode", "translate")
 
 USAGE = """usage: mtllm COMMAND [options]
 
@@ -99,6 +101,9 @@ def run(name: str, arguments: list[str]) -> None:
         default=default,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+    count = int(os.environ.get("WORLD_SIZE") or 1)
+    if count > 1 and name not in SHARED:
+        raise ValueError(f"{name} runs in one process, but WORLD_SIZE={count}: start it without torchrun")
     quiet()
     if name not in ("demo", "doctor"):
         announce_attention()
@@ -137,56 +142,15 @@ def announce_attention() -> None:
 
 
 def yaml_default(settings_type: type, arguments: list[str]) -> tuple[Any, list[str]]:
-    """The settings that `--config FILE` holds (None without one), and the other arguments.
-
-    Raises:
-        ValueError: the file is missing, no YAML mapping, or has a key that is no option.
-    """
+    """The settings that `--config FILE` holds (None without one), and the other arguments."""
     if "--config" not in arguments:
         return None, arguments
-    import yaml
+    from .commands.from_yaml import read_settings
 
     index = arguments.index("--config")
     if index + 1 >= len(arguments):
         raise ValueError("--config needs a YAML file")
-    path = arguments[index + 1]
-    if not os.path.isfile(path):
-        raise ValueError(f"--config {path}: no such file")
-    with open(path, encoding="utf-8") as handle:
-        try:
-            data = yaml.safe_load(handle)
-        except yaml.YAMLError as error:
-            raise ValueError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"--config {path}: expected a mapping of options")
-    return from_mapping(settings_type, data, f"--config {path}"), arguments[:index] + arguments[index + 2 :]
-
-
-def from_mapping(settings_type: type, data: dict[str, Any], where: str) -> Any:
-    """An instance of a settings dataclass from plain data; keys may use `-` or `_`, training options may be flat."""
-    hints = typing.get_type_hints(settings_type)
-    fields = {field.name for field in dataclasses.fields(settings_type)}
-    nested = {name: hints[name] for name in fields if dataclasses.is_dataclass(hints[name])}
-    values: dict[str, Any] = {}
-    flat: dict[str, Any] = {}
-    flat_fields = {f.name for f in dataclasses.fields(nested["train"])} if "train" in nested else set()
-    for key, value in data.items():
-        name = str(key).replace("-", "_")
-        if name in nested:
-            if not isinstance(value, dict):
-                raise ValueError(f"{where}: {key} must be a mapping")
-            values[name] = from_mapping(nested[name], value, f"{where}: {key}")
-        elif name in fields:
-            values[name] = tuple(value) if isinstance(value, list) else value
-        elif name in flat_fields:
-            flat[name] = value
-        else:
-            near = difflib.get_close_matches(name, fields | flat_fields, 1)
-            raise ValueError(f"{where}: unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    if flat:
-        base = values.get("train") or settings_type().train
-        values["train"] = dataclasses.replace(base, **flat)
-    return settings_type(**values)
+    return read_settings(settings_type, arguments[index + 1]), arguments[:index] + arguments[index + 2 :]
 
 
 def fail(name: str, message: str, code: int = 2) -> typing.NoReturn:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from mtllm_fast import cli
+from mtllm_fast.commands.from_yaml import read_settings
 from tests.tiny import LINES
 
 
@@ -214,3 +218,107 @@ def test_help_of_every_command(capsys) -> None:
     out = capsys.readouterr().out
     assert "--gradient-accumulation" in out
     assert "--loss.temperature" in out
+
+
+def _read(tmp_path: Path, command: str, text: str) -> Any:
+    module, _, name = cli.COMMANDS[command][0].partition(":")
+    file = tmp_path / "options.yaml"
+    file.write_text(text)
+    return read_settings(getattr(importlib.import_module(f"mtllm_fast.commands.{module}"), name), str(file))
+
+
+def test_yaml_keys_are_the_options(tmp_path) -> None:
+    """What has no prefix on the command line needs none, options have the command line's names, nested keys work too."""
+    flat = _read(tmp_path, "distill", "task: sib200\ndata: d\ntext-column: t\nlabels: [a, b]\nvalid: v\nmax_rows: 16\n")
+    nested = (
+        "source:\n  task: sib200\n  data: d\n  text_column: t\n  labels: [a, b]\n  valid: v\ntrain:\n  max_rows: 16\n"
+    )
+    assert flat == _read(tmp_path, "distill", nested)
+    assert (flat.source.task, flat.source.labels, flat.train.max_rows) == ("sib200", ("a", "b"), 16)
+    assert flat.train.lr == 1e-4  # of this stage, not of stage 1
+    assert _read(tmp_path, "finetune", "label-column: y\ntext: t.csv\n").source.label_column == "y"
+    convert = _read(tmp_path, "convert", "to: merged\n")
+    assert convert == _read(tmp_path, "convert", "target: merged\n")
+    assert convert.target == "merged"
+    assert _read(tmp_path, "convert", "from: nllb-llm2vec\n").source == "nllb-llm2vec"
+    budget = _read(tmp_path, "adapt", "checkpointing: budget\nwatch: {languages: [swh_Latn], limit: null}\ntrain: {activation_memory_gib: 2}\n")  # fmt: skip
+    assert (budget.train.checkpointing, budget.train.activation_memory_gib) == ("budget", 2.0)
+    assert (budget.watch.languages, budget.watch.limit) == (("swh_Latn",), None)
+
+
+def test_yaml_values_have_the_type_of_their_option(tmp_path) -> None:
+    right = _read(
+        tmp_path, "adapt", "lr: 1e-4\nmax_steps: '7'\nclip: 2\nlora: {dropout: 1e-1, target_modules: [q, v]}\n"
+    )
+    assert (right.train.lr, right.train.max_steps, right.train.clip) == (1e-4, 7, 2.0)
+    assert (right.lora.dropout, right.lora.target_modules) == (0.1, ("q", "v"))
+    for text, message in {
+        "lr: fast": "lr: 'fast': expected a number",
+        "lr: true": "lr: True: expected a number",
+        "max_steps: 1.5": "max_steps: 1.5: expected a whole number",
+        "bf16: 1": "bf16: 1: expected true or false",
+        "text: 3": "text: 3: expected text",
+        "limit: many": "limit: 'many': expected a whole number or null",
+        "parallel: off": "parallel: False: expected one of auto, ddp, fsdp2, deepspeed",
+        "watch: {languages: swh_Latn}": "watch: languages: 'swh_Latn': expected a list, each text",
+        "lora: 3": "lora must be a mapping",
+        "lr: 1\ntrain: {lr: 2}": "train: lr is given twice",
+        "losss: {}": "unknown option 'losss'; did you mean 'loss'?",
+    }.items():
+        with pytest.raises(ValueError, match=r"options\.yaml: ") as caught:
+            _read(tmp_path, "adapt", text)
+        assert str(caught.value).endswith(message), text
+
+
+def test_one_process_unless_the_work_is_shared(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in cli.COMMANDS:
+        if name not in cli.SHARED:
+            assert f"{name} runs in one process, but WORLD_SIZE=2" in _fails(capsys, name)
+    assert "--text is missing" in _fails(capsys, "adapt")
+    assert "--model is missing" in _fails(capsys, "encode")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "--task is missing" in _fails(capsys, "evaluate")
+
+
+def test_tokens_in_place_of_text(capsys, encoder_folder, llm_folder, tmp_path) -> None:
+    (tmp_path / "store.json").write_text("{}")
+    models = ["--encoder", encoder_folder, "--llm", llm_folder, "--text", str(tmp_path)]
+    for option, value in (("limit", "3"), ("split", "dev"), ("language", "fra_Latn"), ("text-column", "t"), ("language-column", "l")):  # fmt: skip
+        assert f"--{option}: is for text" in _fails(capsys, "adapt", *models, f"--{option}", value)
+    assert "holds tokens that" in _fails(capsys, "tokenize", *models, "--output", str(tmp_path / "out"))
+    assert "holds tokens that" in _fails(capsys, "profile", *models)
+
+
+def test_translation_needs_two_languages(capsys, encoder_folder, text_file, tmp_path) -> None:
+    command = ["translate", "--model", encoder_folder, "--input", str(text_file), "--output", str(tmp_path / "t.jsonl")]
+    assert "--language eng_Latn: is the --target, too" in _fails(capsys, *command)
+    assert "fra_Latn: is the --target, too" in _fails(
+        capsys, *command, "--language", "fra_Latn", "--target", "fra_Latn"
+    )
+
+
+@pytest.mark.parametrize(("gpu", "chosen"), [(True, "cuda"), (False, "cpu")])
+def test_bench_takes_the_gpu_where_there_is_one(monkeypatch, gpu: bool, chosen: str) -> None:
+    from mtllm_fast.benchmarks import run as benchmark
+
+    devices = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr(benchmark, "run", lambda *_, device, **__: devices.append(device) or [])
+    for arguments in ([], ["--device", "cpu"]):
+        cli.main(["bench", "lora", *arguments])
+    assert devices == [chosen, "cpu"]
+
+
+def test_help_of_what_is_switched_off(capsys) -> None:
+    """tyro shows `--no-async-save` with the text of `async_save`, so that text says what is so without it."""
+    found = []
+    for name in cli.COMMANDS:
+        with pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        words = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+        found += re.findall(r"(--no-(?!repeat)[a-z-]+) (Off:)?", words.partition("options ")[2])
+    assert {"--no-async-save", "--no-scores", "--no-memory", "--no-progress", "--no-train-projection"} == dict(
+        found
+    ).keys()
+    assert all(text for _, text in found), found

@@ -20,7 +20,8 @@ class Bench:
 
     cases: Annotated[tuple[str, ...], tyro.conf.Positional] = ("all",)
     """Names of cases, or all; --list shows them."""
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is a GPU."""
     dtype: str = ""
     """fp32, bf16 or fp16; "" for each case's own (fp32 on the CPU, bf16 on a GPU)."""
     json: str = ""
@@ -28,6 +29,7 @@ class Bench:
     sizes: tuple[str, ...] = ()
     """Labels of sizes; by default those that belong to the device."""
     variants: tuple[str, ...] = ()
+    """Names of variants; by default all that can run here and are not slow. --list shows them."""
     quick: bool = False
     """The small sizes of `pytest --benchmark`: a look, not a result."""
     repeats: int = 7
@@ -35,7 +37,7 @@ class Bench:
     threads: int = 0
     """CPU threads; 0 for all."""
     memory: bool = True
-    """Measure peak memory (on the CPU a process per variant, some seconds each)."""
+    """Off: peak memory is not measured, which takes a process per variant on the CPU, some seconds each."""
     list: bool = False
     """Print the cases with their sizes and variants, run nothing."""
 
@@ -45,11 +47,14 @@ class Bench:
         from ..benchmarks import run as benchmark
         from ..benchmarks.registry import Case, chosen
 
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.list:
             for case in chosen(self.cases):
                 print(f"{case.name}: {case.about}")
                 if isinstance(case, Case):
-                    print(f"  sizes     {'; '.join(s['label'] for s in case.sizes[self.device]) or '-'}")
+                    print(f"  sizes     {'; '.join(s['label'] for s in case.sizes[device]) or '-'}")
                     print(f"  variants  {'; '.join(case.variants)}")
             return
         if self.json and not Path(self.json).parent.is_dir():
@@ -60,7 +65,7 @@ class Bench:
             torch.set_num_threads(self.threads)
         records = benchmark.run(
             self.cases,
-            device=self.device,
+            device=device,
             dtype=self.dtype or None,
             sizes=self.sizes,
             quick=self.quick,

@@ -23,8 +23,11 @@ class Convert:
     output: str = ""
     """Folder to write; none where the model is only pushed."""
     source: Annotated[Literal["nllb-llm2vec"] | None, tyro.conf.arg(name="from")] = None
+    """Published layout that MODEL is in; OUTPUT becomes an MTLLM folder."""
     target: Annotated[Literal["nllb-llm2vec", "merged"] | None, tyro.conf.arg(name="to")] = None
+    """Layout of OUTPUT: the published one, or an MTLLM folder with LoRA merged."""
     overwrite: bool = False
+    """Replace a model that OUTPUT holds already."""
     push_to_hub: str = ""
     """NAME or ORGANISATION/NAME: where the model goes on the Hugging Face hub (private, if it is new)."""
 

@@ -12,7 +12,7 @@ from .files import output_file, ranks
 
 @dataclass
 class Encode:
-    """Embed the texts of a file: mean-pooled last hidden states, one float32 row per text, in the order of the file.
+    """Embed the texts of a file: pooled last hidden states, one float32 row per text, in the order of the file.
 
     A run that was stopped, even by kill -9, goes on where it was when the same command is given again. Under torchrun
     the ranks share the work. Example: mtllm encode --model runs/stack --input corpus.jsonl --output corpus.npy
@@ -36,10 +36,13 @@ class Encode:
     limit: int | None = None
     """Only the first rows."""
     pooling: Literal["mean", "first", "last"] = "mean"
+    """Which of a text's last hidden states is its embedding: their mean (what the stack is trained on), the first or
+    the last."""
     normalize: bool = False
     """Scale every embedding to length 1."""
     max_tokens: int | None = None
-    """Token budget of one forward pass; by default what suits the device."""
+    """Token budget of one forward pass; by default 8192 on a GPU, and on a CPU 2**19 over the hidden size, at least 512
+    and at most 8192."""
     window: int = 2048
     """Rows that are sorted and packed together, and saved together."""
     device: str | None = None
@@ -53,7 +56,7 @@ class Encode:
     overwrite: bool = False
     """Begin anew even where there is the output or a stopped run."""
     progress: bool = True
-    """Show a bar where stderr is a terminal."""
+    """Off: no bar, which there is only where stderr is a terminal."""
 
     def run(self) -> None:
         import torch

@@ -32,7 +32,7 @@ class Evaluate:
 
     suite: str = ""
     """A YAML file of models, seeds, tasks and languages (its keys: evaluation/suite_file.py); of the other options only
-    `output` and `progress` go with it."""
+    `output`, `overwrite` and `progress` go with it."""
     model: tuple[str, ...] = ()
     """One or more model folders."""
     task: str = ""
@@ -45,6 +45,7 @@ class Evaluate:
     language_map: tuple[str, ...] = ()
     """CODE=MT_CODE for languages that the MT encoder has no code for, e.g. arb_Latn=arb_Arab."""
     split: str = "test"
+    """Split that is scored: train, dev or test."""
     limit: int | None = None
     """Only the first rows of each language."""
     translator: str = ""
@@ -55,6 +56,7 @@ class Evaluate:
     teacher: str = ""
     """Task teacher that classifies the translations."""
     num_beams: int = 1
+    """Beams of `translator`; 1 for greedy decoding."""
     probe_data: str = ""
     """Where a probe's English rows come from, if not from `data`."""
     alignment: bool = False
@@ -62,15 +64,17 @@ class Evaluate:
     resamples: int = 2000
     """Of the bootstrap behind the intervals."""
     max_tokens: int | None = None
-    """Token budget of one forward pass; by default chosen by device."""
+    """Token budget of one forward pass; by default 8192 on a GPU, and on a CPU 2**19 over the hidden size, at least 512
+    and at most 8192."""
     cells: str = ""
     """Folder that keeps each finished language, so that an interrupted run goes on there."""
     output: str = ""
     """Folder for scores.html, .json, .csv, .tex, .md and .png; "" puts them into `evaluation` inside the (first) model,
     and for a suite into its own `output`."""
     overwrite: bool = False
-    """Replace a report that is already there."""
+    """Replace a report that is already there; a suite always does."""
     progress: bool = True
+    """Off: no progress bar."""
 
     def run(self) -> None:
         if self.suite:

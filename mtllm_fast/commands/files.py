@@ -26,6 +26,14 @@ def output_file(command: Any, endings: tuple[str, ...], *, resumable: bool = Fal
     return path
 
 
+def check_text(source: str) -> None:
+    """Refuse a folder of tokens where text is read."""
+    from ..data.store import STORE_FILE
+
+    if (Path(source) / STORE_FILE).is_file():
+        raise ValueError(f"--text {source}: holds tokens that `mtllm tokenize` wrote; name the text itself")
+
+
 def ranks() -> tuple[int, int, int]:
     """(rank, number of processes, rank on this machine) as torchrun sets them; (0, 1, 0) without it."""
     rank, count, local = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))

@@ -13,16 +13,16 @@ from ..models import LoraSettings
 
 @dataclass
 class Plan:
-    """Memory, speed and hours of a general adaptation, before renting anything: no download, no allocation.
+    """Memory, speed and hours of a general adaptation, before renting anything: no weights, no allocation.
 
     Every operator of one training step runs on meta tensors; a roofline of the GPU turns FLOPs and bytes into seconds.
     Example: mtllm plan --encoder NLLB-600M --llm Llama-3-8B --gpu A100-80GB --gpus 8 --documents 2560000 --lengths web
     """
 
     encoder: str = "NLLB-600M"
-    """MT encoder: a preset, a folder or a hub name."""
+    """MT encoder: a preset, a folder, or a hub name, of which only the config.json is downloaded."""
     llm: str = "Llama-3-8B"
-    """LLM: a preset, a folder or a hub name."""
+    """LLM: a preset, a folder, or a hub name, of which only the config.json is downloaded."""
     gpu: str = "H100"
     """A100-80GB, A100-40GB, H100, H200 or B200."""
     gpus: int = 1
@@ -41,7 +41,7 @@ class Plan:
     offload_optimizer: bool = False
     """AdamW state in host memory between steps."""
     efficiency: float = 0.0
-    """Share of the roofline that a step reaches; 0 takes the default."""
+    """Share of the roofline that a step reaches; 0 takes 0.65, which is an assumption: no GPU has been measured yet."""
     measured_flops: float = 0.0
     """Measured bf16 GEMM rate in TFLOP/s, in place of the datasheet's share."""
     measured_bandwidth: float = 0.0

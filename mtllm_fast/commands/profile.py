@@ -22,9 +22,11 @@ class Profile:
     model: str = ""
     """A saved stack; or name encoder and llm."""
     encoder: str = ""
+    """MT encoder: folder or hub name."""
     llm: str = ""
+    """Causal LM: folder or hub name."""
     text: str = ""
-    """Text that is read, as for `mtllm adapt`."""
+    """Text to read: .txt, .jsonl, .csv, .tsv or .parquet (also .gz), a folder or glob of them, or a hub dataset."""
     text_column: str = "text"
     language: str = "eng_Latn"
     mode: Literal["adapt", "encode"] = "adapt"
@@ -36,9 +38,11 @@ class Profile:
     max_length: int = 512
     """Longer texts are cut to this many tokens."""
     steps: int = 5
+    """Steps that are timed; the table shows their medians."""
     rows: int = 4096
     """Texts that are read."""
     bf16: bool = False
+    """bf16 autocast; on a GPU the weights are bf16, too."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     trace: str = ""
     """Write a Chrome trace of one more step to this file (chrome://tracing, Perfetto)."""
@@ -53,6 +57,7 @@ class Profile:
         from ..data.read import read_rows
         from ..models import MTLLM
         from ..planning.profile import profile_steps
+        from .files import check_text
 
         if bool(self.model) == bool(self.encoder and self.llm):
             raise ValueError("name either --model, or both --encoder and --llm")
@@ -61,6 +66,7 @@ class Profile:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: no CUDA device is visible; see `mtllm doctor`")
         device = "cuda" if torch.cuda.is_available() and self.device != "cpu" else "cpu"
+        check_text(self.text)
         rows = list(islice(read_rows(self.text, text_column=self.text_column, language=self.language), self.rows))
         if not rows:
             raise ValueError(f"--text {self.text}: holds no usable row")

@@ -19,7 +19,8 @@ class Tokenize:
     llm: str = ""
     """Causal LM: folder or hub name."""
     text: str = ""
-    """As for `mtllm adapt`."""
+    """Text to read: .txt, .jsonl, .csv, .tsv or .parquet (also .gz), a folder or glob of them, a hub dataset "org/name"
+    or "org/name:config"."""
     output: str = ""
     """Folder to write."""
     text_column: str = "text"
@@ -40,10 +41,12 @@ class Tokenize:
         from ..inference.progress import progress_bar
         from ..models import MTLLMConfig
         from ..models.storage import base_tokenizer
+        from .files import check_text
 
         for name in ("encoder", "llm", "text", "output"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is missing")
+        check_text(self.text)
         rows = read_rows(
             self.text, text_column=self.text_column, language=self.language, language_column=self.language_column,
             split=self.split, limit=self.limit,

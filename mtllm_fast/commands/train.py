@@ -152,13 +152,15 @@ class Adapt(AdaptConfig):
 
     text: str = ""
     """English text: .txt, .jsonl, .csv, .tsv or .parquet (also .gz), a folder or glob of them, a hub dataset
-    "org/name" or "org/name:config", or what `mtllm tokenize` wrote."""
+    "org/name" or "org/name:config". Or the folder that `mtllm tokenize` wrote: columns, language, split and limit are
+    those it was written with, and may not be given again."""
     text_column: str = "text"
     language: str = "eng_Latn"
     """MT code of the text's language."""
     language_column: str | None = None
     """Column with a code per row, instead of `language`."""
     split: str = "train"
+    """Split of a hub dataset."""
     limit: int | None = None
     """Read at most this many rows."""
     train: Annotated[OptimSettings, Flat] = field(default_factory=OptimSettings)
@@ -177,6 +179,12 @@ class Adapt(AdaptConfig):
         names = ("text", "text_column", "language", "language_column", "split", "limit")
         source = {name: getattr(self, name) for name in names}
         if (Path(self.text) / STORE_FILE).is_file():
+            for name in names[1:]:
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ValueError(
+                        f"--{name.replace('_', '-')}: is for text, but --text {self.text} holds tokens, made by "
+                        "`mtllm tokenize` with its own"
+                    )
             rows: Iterable[TextRow] | TokenStore = TokenStore(self.text)
             source |= TokenStore(self.text).identity()
         else:

@@ -36,7 +36,8 @@ class Translate:
     id_column: str | None = None
     """Column with a name per row; by default their numbers, rows without text not counted."""
     language: str = "eng_Latn"
-    """MT code of the texts' language."""
+    """With `input`: MT code of the texts' language. It must be another one than `target`, and both are English by
+    default, so one of the two has to be named."""
     language_column: str | None = None
     task: str = ""
     """Instead of `input`: a task by name or .yaml file; its texts, pairs and choices are translated one by one."""
@@ -51,6 +52,7 @@ class Translate:
     limit: int | None = None
     """Only the first rows (of each language)."""
     target: str = "eng_Latn"
+    """MT code of the language to translate into."""
     num_beams: int = 1
     """1 for greedy decoding."""
     no_repeat_ngram_size: int = 0
@@ -58,15 +60,15 @@ class Translate:
     repetition_penalty: float = 1.0
     """Make tokens that were written before less likely by this factor; 1 for none."""
     max_length: int = 512
-    """Most tokens of a source and of a translation."""
+    """Most tokens of a source, which is cut there, and of a translation."""
     max_new_tokens: int | None = None
-    """Most tokens of a translation; by default twice its source's plus 32."""
+    """Most tokens of a translation, by default twice its source's plus 32; `max_length` holds where it is less."""
     max_tokens: int = 8192
     """Budget of source tokens, padding and beams included, of one batch."""
     window: int = 1024
     """Texts that are sorted by length and saved together."""
     scores: bool = True
-    """Score the translations, for one more pass of the decoder."""
+    """Off: translations have no score, which saves a pass of the decoder."""
     device: str | None = None
     """"cpu", "cuda", "cuda:1", ...; by default a GPU where there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -74,7 +76,7 @@ class Translate:
     overwrite: bool = False
     """Begin anew even where there is the output or a stopped run."""
     progress: bool = True
-    """Show a bar where stderr is a terminal."""
+    """Off: no bar, which there is only where stderr is a terminal."""
 
     def run(self) -> None:
         import torch
@@ -86,6 +88,10 @@ class Translate:
 
         if bool(self.input) == bool(self.task):
             raise ValueError("name either --input FILE or --task TASK")
+        if self.input and self.language_column is None and self.language == self.target:
+            raise ValueError(
+                f"--language {self.language}: is the --target, too; name the language of the texts or its column"
+            )
         named = SimpleNamespace(
             model=self.model, input=self.input or self.task, output=self.output, overwrite=self.overwrite
         )

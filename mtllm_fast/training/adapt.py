@@ -43,7 +43,7 @@ class AdaptConfig:
     init_rows: int = 0
     """Texts that the projection is first fitted on, to pick out the LLM's own embeddings; 0 starts at random."""
     train_projection: bool = True
-    """False keeps the projection as it starts, for one that was fitted with init_rows."""
+    """Off: the projection stays as it starts, for one that was fitted with `init_rows`."""
     train: OptimSettings = field(default_factory=OptimSettings)
     resume: bool = False
     """Continue the run in `output` from its newest complete checkpoint."""

@@ -63,12 +63,13 @@ class OptimSettings:
     keep: int = 2
     """Checkpoints kept on disk (at least 2, so that one is always complete)."""
     async_save: bool = True
-    """Training goes on while a checkpoint reaches the disk."""
+    """Off: training waits for each checkpoint to reach the disk."""
     bad_steps: int = 10
     """A step whose loss or gradient is not finite changes no weight; so many in a row end the run."""
     report_to: Literal["auto", "none"] = "auto"
     """auto: TensorBoard and W&B where installed (W&B only if it is configured)."""
     progress: bool = True
+    """Off: no progress bar."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:

@@ -43,6 +43,7 @@ class DistillConfig:
     teacher: str = ""
     """Task teacher folder (from `mtllm finetune --llm`)."""
     output: str = "runs/distill"
+    """Folder of the run; holds the model, its checkpoints and logs."""
     teacher_cache: str = ""
     """Folder for the teacher's pooled states, computed once per teacher, data and settings and shared by all runs;
     without it the teacher runs in every step. For pooled_mse and head_kl."""
@@ -53,7 +54,9 @@ class DistillConfig:
         default_factory=lambda: OptimSettings(lr=1e-4, warmup=0.1, max_steps=-1, epochs=3, max_rows=32)
     )
     resume: bool = False
+    """Continue the run in `output` from its newest complete checkpoint."""
     include_base: bool = False
+    """Store the base models' weights with the result, so that its folder needs nothing else."""
     trust_remote_code: bool = False
 
 

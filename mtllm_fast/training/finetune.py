@@ -41,6 +41,7 @@ class FinetuneConfig:
     model: str = ""
     """An adapted MTLLM folder: direct fine-tuning of the stack."""
     output: str = "runs/finetune"
+    """Folder of the run; holds the model, its checkpoints and logs."""
     causal: bool = False
     """Keep the LLM's causal attention (for `llm`)."""
     train_projection: bool = False
@@ -50,7 +51,9 @@ class FinetuneConfig:
         default_factory=lambda: OptimSettings(lr=1e-4, warmup=0.1, max_steps=-1, epochs=3, max_rows=32)
     )
     resume: bool = False
+    """Continue the run in `output` from its newest complete checkpoint."""
     include_base: bool = False
+    """Store the base models' weights with the result, so that its folder needs nothing else."""
     trust_remote_code: bool = False
 
 
