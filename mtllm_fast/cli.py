@@ -88,6 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
 def run(name: str, arguments: list[str]) -> None:
     """Parse the options of command `name` and run it."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler reports on itself
     import tyro
 
     module, _, settings_name = COMMANDS[name][0].partition(":")
