@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -82,3 +84,18 @@ def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 def llm_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny Llama with its tokenizer, as a folder."""
     return build_llm_folder(tmp_path_factory.mktemp("llm"))
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, str], Path]:
+    """`hub_cache(folder, "me/model")` puts a copy into a hub cache that is empty at first, and returns it."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+
+    def put(folder: Path, name: str) -> Path:
+        home, commit = cache / f"models--{name.replace('/', '--')}", "c" * 40
+        (home / "refs").mkdir(parents=True)
+        (home / "refs" / "main").write_text(commit)
+        return Path(shutil.copytree(folder, home / "snapshots" / commit))
+
+    return put

@@ -34,8 +34,8 @@ def of_model(name: str | Path) -> str:
     """Of a model folder (an MTLLM, or any Hugging Face model) with the base models that its config names, or of a hub
     name.
 
-    Files up to 64 MiB are read whole, larger ones (base models) in 64 places. A hub name counts as the commit that is
-    in the local cache, or as the name where there is none.
+    Files up to 64 MiB are read whole, larger ones (base models) in 64 places. A hub name counts as its newest commit,
+    without the hub as the one in the local cache, or as the name where there is none.
 
     Raises:
         ValueError: a folder without config.json.
@@ -51,7 +51,7 @@ def of_model(name: str | Path) -> str:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for role in ("encoder", "llm"):
         base = config.get(role)
-        if isinstance(base, str) and base and not (folder / role).is_dir():
+        if isinstance(base, str) and base:
             parts.append(f"{role} {of_model(base)}")
     return _short("\n".join(parts).encode())
 
@@ -83,11 +83,21 @@ def _of_content(path: str, size: int, mtime_ns: int) -> str:
     return digest.hexdigest()
 
 
-def _hub_commit(name: str) -> str:
-    from huggingface_hub import try_to_load_from_cache
+def hub_config(name: str) -> Path | None:
+    """config.json of a hub model, at the commit that loading the model would take; None where it cannot be had."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
 
-    found = try_to_load_from_cache(name, "config.json")
-    return Path(found).parent.name if isinstance(found, str) else "not in the cache"
+    try:
+        return Path(hf_hub_download(name, "config.json"))
+    except (HfHubHTTPError, OSError):
+        found = try_to_load_from_cache(name, "config.json")
+        return Path(found) if isinstance(found, str) else None
+
+
+def _hub_commit(name: str) -> str:
+    config = hub_config(name)
+    return "not in the cache" if config is None else config.parent.name
 
 
 def _short(content: bytes) -> str:

@@ -247,7 +247,7 @@ class Run:
                 num_beams=one.num_beams,
                 max_tokens=tokens,
             )
-        check_codes(options.language_map, options.languages, made.mt_languages)
+        check_codes(options.language_map, options.data.available, made.mt_languages)
         return made
 
     def _keys(self) -> tuple[str, str]:
@@ -260,20 +260,30 @@ class Run:
             translator = self.one.translator
             name = translator.name if isinstance(translator, Lazy) else translator
             parts.append(_of_model(name, "translator"))
-        probe = None
-        if _headless(model):
-            train, dev, _ = probe_rows_of(options.task, self.one.name, options.probe_source, options.probe_rows)
-            probe = fingerprint.of_rows([*train, *dev])
         settings = fingerprint.of_settings(
             version=version("mtllm-fast"),
             task=options.task.name,
             max_tokens=options.max_tokens,
             device=(options.device or ("cuda" if torch.cuda.is_available() else "cpu")).split(":")[0],
-            probe=probe,
+            probe=self._probe_key(model),
             target=None if self.one.reads_itself else self.one.target,
             num_beams=self.one.num_beams if self.one.translator is not None else None,
         )
         return " ".join(parts), settings
+
+    def _probe_key(self, model: Model) -> list[Any] | None:
+        """What the linear probe of a model without a head depends on; None for a model with a head."""
+        options, headless = self.options, _headless(model)
+        if headless is False:
+            return None
+        code = self._wanted(options.task.english)
+        try:
+            train, dev, _ = probe_rows_of(options.task, self.one.name, options.probe_source, options.probe_rows)
+        except ValueError:
+            if headless:
+                raise
+            return [code, str(options.probe_source), options.probe_rows]  # it may have a head, and need no such rows
+        return [code, fingerprint.of_rows([*train, *dev])]
 
 
 def _read_as(rows: Sequence[TextRow], code: str | None) -> list[TextRow]:
@@ -300,9 +310,15 @@ def _local_config(model: Model) -> Any:
     return read_config(Path(model)) if local else None
 
 
-def _headless(model: Model) -> bool:
+def _headless(model: Model) -> bool | None:
+    """Whether a model has no head; None for a hub name whose config cannot be had."""
+    from ..models.storage import read_config
+
     config = _local_config(model)
-    return config is not None and config.head is None
+    if config is None:
+        found = fingerprint.hub_config(str(model))
+        config = None if found is None else read_config(found.parent)
+    return None if config is None else config.head is None
 
 
 def check_folder(model: Model, task: Task, name: str) -> None:

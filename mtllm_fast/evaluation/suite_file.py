@@ -112,6 +112,8 @@ def read_suite(path: str | Path) -> Suite:
     for entry in entries:  # a folder that is missing or has no {seed} is an error of the file, found before any work
         for name, folders in suite.models.items():
             _folders(folders, entry.name, suite.seeds, f"{where}: models: {name}")
+        if suite.translate_test is not None:
+            _translations(suite.translate_test, entry.name, suite.seeds, f"{where}: translate_test")
     return suite
 
 
@@ -135,9 +137,7 @@ def run_suite(suite: Suite, *, progress: bool = True) -> tuple[list[Scores], Cel
             test = suite.translate_test
             baseline = {"target": test.target, "num_beams": test.num_beams}
             baseline["teacher"] = _folders(test.teacher, entry.name, suite.seeds, f"{where}: teacher")
-            for name in ("translator", "translations"):
-                if getattr(test, name) is not None:
-                    baseline[name] = _folders(getattr(test, name), entry.name, suite.seeds, f"{where}: {name}")[0]
+            baseline |= _translations(test, entry.name, suite.seeds, where)
         scores = evaluate(
             {
                 name: _folders(folders, entry.name, suite.seeds, f"{where}: {name}")
@@ -184,6 +184,19 @@ def _folders(given: Folders, task: str, seeds: list[int], where: str) -> list[st
     if not seeds:
         raise ValueError(f"{where}: {given!r} has {{seed}}, but 'seeds' is not given")
     return [folder.replace("{seed}", str(seed)) for seed in seeds]
+
+
+def _translations(test: TranslateTest, task: str, seeds: list[int], where: str) -> dict[str, str]:
+    """The translator or the translations of a task, which the teacher's seeds share."""
+    found = {}
+    for name in ("translator", "translations"):
+        given: Folders | None = getattr(test, name)
+        if given is not None:
+            folders = _folders(given, task, seeds, f"{where}: {name}")
+            if len(folders) > 1:
+                raise ValueError(f"{where}: {name}: {', '.join(folders)}: expected one, which all seeds share")
+            found[name] = folders[0]
+    return found
 
 
 def _made(kind: Any, content: Any, where: str) -> Any:

@@ -86,14 +86,16 @@ def join_translations(
 
     Args:
         path: a parquet, jsonl, csv or tsv file, or a folder with `<language>/<split>`, `<language>_<split>` or
-            `<split>/<language>` files, in one of the formats above.
+            `<split>/<language>` files, in one of the formats above. Files of a folder with other names need a column
+            language, unless there is only one.
         rows: from `task.rows`.
         language: the set's code.
         target: MT code of the language of the translations.
 
     Raises:
         ValueError: nothing at `path` for this language and split, a format that is neither, no translation that joins,
-            labels that differ from the rows', or another number of rows where there are no ids. It names the file.
+            labels that differ from the rows', another number of rows where there are no ids, or one of several files
+            that does not say its language. It names the file.
     """
     where, content = _content(Path(path), task, language, canonical_split(split))
     if not content:
@@ -109,7 +111,7 @@ def _content(path: Path, task: Task, language: str, split: str) -> tuple[str, li
     if path.is_dir():
         found = [item.path for item in find(path, _LAYOUTS, language) if item.split == split]
         named = bool(found)
-        found = found or [item for item in sorted(path.iterdir()) if item.is_file() and item.name.endswith(ENDINGS)]
+        found = found or _unnamed(path)
         if named and len(found) > 1:
             raise ValueError(f"translations: {' and '.join(map(str, found))} could both be meant; keep one")
     elif path.is_file():
@@ -124,6 +126,20 @@ def _content(path: Path, task: Task, language: str, split: str) -> tuple[str, li
         else:
             content += _rows(file, task, language, split, whole=named)
     return where, content
+
+
+def _unnamed(folder: Path) -> list[Path]:
+    """The files whose records say what they are; not those that are named after some language and split."""
+    files = [item for item in sorted(folder.iterdir()) if item.is_file() and item.name.endswith(ENDINGS)]
+    mute = [file for file in files if "language" not in columns(file)]
+    of_others = {item.path for item in find(folder, _LAYOUTS)}
+    for file in mute if len(files) > 1 else ():
+        if file not in of_others:
+            raise ValueError(
+                f"translations: {file} stands beside others and does not say its language; name it "
+                "<language>_<split>, or give it a column language"
+            )
+    return [file for file in files if not (file in mute and file in of_others)]
 
 
 def _of(file: Path, language: str, split: str) -> list[dict[str, Any]]:

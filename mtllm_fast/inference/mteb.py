@@ -6,15 +6,21 @@
 mteb says which subset of which task it encodes, and the task's metadata which languages that subset is in ("swh-Latn").
 They become codes of the MT tokenizer. A language without one is an error that names the nearest codes; the tokenizer's
 `fallbacks` and `language_of` are the ways to decide otherwise.
+
+mteb's CachedEmbeddingWrapper finds embeddings by the text alone and hands over only the texts that it lacks. Two-sided
+tasks (translations, sentence pairs) in two languages are therefore refused under it; elsewhere, a text that stands in
+several languages of one task gets the embedding of the first.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ..data.read import TextRow
@@ -26,6 +32,7 @@ from .engine import Engine
 try:
     from mteb.models import ModelMeta
     from mteb.models.abs_encoder import AbsEncoder
+    from mteb.models.cache_wrappers import CachedEmbeddingWrapper
     from mteb.models.model_meta import ScoringFunction
 except ImportError as error:
     raise ImportError(f"mteb 2.26 or newer is needed ({error}): pip install 'mtllm-fast[doors]'") from error
@@ -77,7 +84,8 @@ class MTEBEncoder(AbsEncoder):
     """What `mteb.evaluate` takes.
 
     Args:
-        model: an MTLLM, its folder, or an Engine over it, which decides about token budget, device and quantisation.
+        model: an MTLLM, its folder, or an Engine over it, which decides about token budget, device and quantisation. A
+            model given by its folder runs on the GPU where there is one, an MTLLM where it is.
         language_of: `language_of(task_metadata, hf_subset, prompt_type)` gives the MT code of the texts of a call, or
             None to go by the metadata. Needed where a subset mixes languages and mteb does not say which texts are in
             which: multilingual text in one subset, and retrieval with queries and documents in different languages.
@@ -85,7 +93,8 @@ class MTEBEncoder(AbsEncoder):
             fingerprint of the model, which does not cover `language_of`.
 
     Raises:
-        ValueError: while evaluating, a language that the MT tokenizer does not have, or a subset of several languages.
+        ValueError: while evaluating, a language that the MT tokenizer does not have, a subset of several languages, or
+            texts in two languages whose sides mteb's CachedEmbeddingWrapper hides.
     """
 
     def __init__(
@@ -97,7 +106,8 @@ class MTEBEncoder(AbsEncoder):
         revision: str | None = None,
     ) -> None:
         if isinstance(model, str | Path):
-            model = MTLLM.from_pretrained(model)
+            device = "cuda" if torch.cuda.is_available() else None
+            model = Engine(MTLLM.from_pretrained(model), device=device)
         self.engine = model if isinstance(model, Engine) else Engine(model)
         self.model = self.engine.model
         self.language_of = language_of
@@ -130,13 +140,15 @@ class MTEBEncoder(AbsEncoder):
         this = (task_metadata.name, hf_split, hf_subset)
         two_sided = task_metadata.type in _TWO_SIDED and len(_languages(task_metadata, hf_subset)) == 2
         side = int(self._first_side == this) if two_sided else None
+        self._first_side = None  # until this call has succeeded
+        hidden = two_sided and _called_by_cache()
 
         def rows() -> Iterator[TextRow]:
             code: str | None = None
             for batch in inputs:
                 codes = batch.get("language")
                 if codes is None:
-                    code = code or self._language(task_metadata, hf_subset, prompt_type, side)
+                    code = code or self._language(task_metadata, hf_subset, prompt_type, side, hidden)
                     codes = [code] * len(batch["text"])
                 for text, language in zip(batch["text"], codes):
                     yield TextRow(text, language)
@@ -145,8 +157,13 @@ class MTEBEncoder(AbsEncoder):
         self._first_side = this if side == 0 else None
         return np.concatenate(parts) if parts else np.zeros((0, self.model.hidden_size), np.float32)
 
-    def _language(self, task: TaskMetadata, subset: str, prompt_type: PromptType | None, side: int | None) -> str:
-        """The MT code of the texts of one call, which are the subset's language number `side` where it has two."""
+    def _language(
+        self, task: TaskMetadata, subset: str, prompt_type: PromptType | None, side: int | None, hidden: bool
+    ) -> str:
+        """The MT code of the texts of one call, which are the subset's language number `side` where it has two.
+
+        hidden: `side` is a guess, since a side that mteb has in its cache never comes here.
+        """
         tokenizer = self.model.tokenizer
         assert tokenizer is not None
         if self.model.side == "llm" or not tokenizer.languages:
@@ -159,7 +176,20 @@ class MTEBEncoder(AbsEncoder):
                 f"{task.name}, subset {subset!r}: texts in {', '.join(languages)}, and mteb does not say which are in "
                 "which; pass MTEBEncoder(..., language_of=...)"
             )
+        if hidden:
+            raise ValueError(
+                f"{task.name}, subset {subset!r}: mteb's CachedEmbeddingWrapper leaves out the texts that it has, so "
+                f"{' and '.join(languages)} cannot be told apart; evaluate this task without it"
+            )
         return mt_code(languages[side or 0], tokenizer)
+
+
+def _called_by_cache() -> bool:
+    """Whether mteb's CachedEmbeddingWrapper is calling; nothing in the arguments says so."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not CachedEmbeddingWrapper.encode.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _languages(task: TaskMetadata, subset: str) -> list[str]:

@@ -14,7 +14,6 @@ model and tokenizer are registered here. The padding of its batches is taken out
 from __future__ import annotations
 
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from ..data.pack import PackedBatch
 from ..data.read import TextRow
 from ..data.tokenise import StackTokenizer
 from ..models import MTLLM, MTLLMConfig
-from ..models.storage import MODEL_TYPE, base_tokenizer, read_config
+from ..models.storage import MODEL_TYPE, base_tokenizer, local_folder, read_config
 
 # what our config.json holds beyond the labels; transformers would read some of the names as its own
 _OURS = {field.name for field in fields(MTLLMConfig)} | {"format"}
@@ -116,8 +115,8 @@ class MTLLMTokenizer:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *_: Any, **__: Any) -> MTLLMTokenizer:
-        """Read the tokenizer of an MTLLM folder."""
-        folder = Path(pretrained_model_name_or_path)
+        """Read the tokenizer of an MTLLM folder or hub name."""
+        folder = local_folder(pretrained_model_name_or_path)
         config = read_config(folder)
         saved = (folder / "stack_tokenizer.json").is_file()
         stack = StackTokenizer.from_pretrained(folder) if saved else base_tokenizer(config)

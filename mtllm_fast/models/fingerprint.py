@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..data.store import tokenizer_key
 
@@ -21,14 +22,21 @@ if TYPE_CHECKING:
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
     """SHA-256 of names, dtypes, shapes and bytes; tensors are hashed side by side, which threads can do."""
-
-    def one(name: str) -> str:
-        tensor = state[name].detach().cpu().contiguous()
-        content = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        return f"{name} {tensor.dtype} {tuple(tensor.shape)} {content.hexdigest()}"
-
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return hashlib.sha256("\n".join(pool.map(one, sorted(state))).encode()).hexdigest()
+        described = pool.map(lambda name: _described(name, state[name]), sorted(state))
+        return hashlib.sha256("\n".join(described).encode()).hexdigest()
+
+
+def _described(name: str, tensor: Tensor) -> str:
+    """Name, dtype, shape and digest. A tensor that only wraps others, as torchao's do, counts as what it wraps."""
+    if is_traceable_wrapper_subclass(tensor):
+        names, context = tensor.__tensor_flatten__()
+        inner = [_described(one, getattr(tensor, one)) for one in names]
+        content = hashlib.sha256("\n".join([repr(context), *inner]).encode())
+    else:
+        tensor = tensor.detach().cpu().contiguous()
+        content = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return f"{name} {tensor.dtype} {tuple(tensor.shape)} {content.hexdigest()}"
 
 
 def fingerprint(model: MTLLM) -> str:

@@ -92,16 +92,16 @@ def generate_ids(
         order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
         results: list[list[list[int]]] = [[] for _ in prompts]
         with cached_attention(model.llm) as llm:
-            config = generation_config or llm.generation_config
-            if config.pad_token_id is None:
-                options.setdefault("pad_token_id", pad_token(model, config))
+            configs = (generation_config, llm.generation_config)  # transformers fills the gaps of the first likewise
+            ends = end_tokens(options.get("eos_token_id", first_set("eos_token_id", configs)))
+            if first_set("pad_token_id", configs) is None:
+                options.setdefault("pad_token_id", pad_token(model, ends))
             for start in range(0, len(order), batch_size):
                 members = order[start : start + batch_size]
                 embeds, mask = left_padded([prompts[index] for index in members])
                 output = llm.generate(
                     inputs_embeds=embeds, attention_mask=mask, generation_config=generation_config, **options
                 )
-                ends = end_tokens(options.get("eos_token_id", config.eos_token_id))
                 copies = len(output) // len(members)
                 for slot, row in enumerate(output.tolist()):
                     results[members[slot // copies]].append(until_end(row, ends))
@@ -201,6 +201,11 @@ def left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return embeds, mask
 
 
+def first_set(name: str, configs: Sequence[Any]) -> Any:
+    """The setting `name` of the first config that has one."""
+    return next((value for config in configs if (value := getattr(config, name, None)) is not None), None)
+
+
 def end_tokens(ids: Any) -> set[int]:
     return set() if ids is None else set(ids) if isinstance(ids, list | tuple) else {int(ids)}
 
@@ -211,9 +216,8 @@ def until_end(ids: list[int], ends: set[int]) -> list[int]:
     return ids[: stop + 1]
 
 
-def pad_token(model: MTLLM, config: Any) -> int:
+def pad_token(model: MTLLM, ends: set[int]) -> int:
     """A token to pad finished rows with, for LLMs that define none."""
     assert model.tokenizer is not None
-    ends = end_tokens(config.eos_token_id)
     own = model.tokenizer.llm.pad_token_id
     return own if own is not None else min(ends, default=0)

@@ -29,6 +29,7 @@ from .sharded import load_whole, whole, writes
 
 MODEL_TYPE = "mtllm"
 FORMAT = 1
+_DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
 def own_state(model: MTLLM) -> dict[str, Tensor]:
@@ -206,26 +207,36 @@ def save(model: MTLLM, folder: Path, *, include_base: bool | None = None) -> Non
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def local_folder(name: str | Path) -> Path:
+    """Where a model lies: the folder itself, or what is downloaded for a hub name.
+
+    Raises:
+        ValueError: a hub name that is not reachable.
+    """
+    path = Path(name)
+    if path.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=list(_DOWNLOADED)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(f"model={str(name)!r}: neither a folder nor reachable on the hub") from error
+
+
 def load(folder: str | Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> MTLLM:
     """See `MTLLM.from_pretrained`."""
-    path = Path(folder)
-    if not path.exists() and str(folder).count("/") == 1 and not str(folder).startswith((".", "/", "~")):
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        try:
-            path = Path(snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise ValueError(f"model={str(folder)!r}: neither a folder nor reachable on the hub") from error
+    path = local_folder(folder)
     config = read_config(path)
 
     def base(role: str, name: str | None) -> str:
+        if name is not None:  # a folder of an earlier save may lie beside it
+            return name
         inside = path / role
-        if inside.is_dir():
-            return str(inside)
-        if name is None:
+        if not inside.is_dir():
             raise ValueError(f"model={str(folder)!r}: its {role} is neither stored in it nor named in its config")
-        return name
+        return str(inside)
 
     encoder = llm = None
     if config.reader != "llm":

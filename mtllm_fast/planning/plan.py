@@ -133,7 +133,7 @@ def plan_ours(
 
 def plan_authors(spec: StepSpec, lengths: Lengths, gpu: Gpu, documents: int, gpus: int, efficiency: float) -> Column:
     """The paper's code: nf4 LLM, 8-bit AdamW, padded batches of 32 texts, in micro-batches that fit."""
-    spec = replace(spec, base="nf4", eight_bit_optimizer=True, checkpointing=False)
+    spec = replace(spec, base="nf4", eight_bit_optimizer=True, offloaded_optimizer=False, checkpointing=False)
 
     def cost_of(texts: int) -> StepCost:
         batches = [lengths[i : i + texts] for i in range(0, len(lengths) - texts + 1, texts)]

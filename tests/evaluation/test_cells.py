@@ -11,6 +11,12 @@ import pytest
 from mtllm_fast.data.read import TextRow
 from mtllm_fast.evaluation import fingerprint
 from mtllm_fast.evaluation.cells import Cell, CellStore
+from mtllm_fast.evaluation.rows import TaskRows
+from mtllm_fast.evaluation.runs import Contestant, Options, Run
+from mtllm_fast.evaluation.tasks import FolderTask
+from mtllm_fast.models import MTLLM
+from mtllm_fast.models.heads import HeadConfig
+from tests.evaluation.fakes import write_folder
 from tests.reporting.made import cell
 
 KEY = {"model": "m", "data": "d", "settings": "s"}
@@ -134,10 +140,70 @@ def test_model_fingerprints(tmp_path):
     before = fingerprint.of_model(stack)
     model_folder(base, b"other")
     assert fingerprint.of_model(stack) != before
+    (stack / "encoder").mkdir()  # left by an earlier save: the base that is named counts
+    before = fingerprint.of_model(stack)
+    model_folder(base, b"a third")
+    assert fingerprint.of_model(stack) != before
     with pytest.raises(ValueError, match=r"config\.json"):
         fingerprint.of_model(tmp_path)
     with pytest.raises(ValueError, match="no such folder"):
         fingerprint.of_model(tmp_path / "none")
+
+
+def test_a_hub_name_counts_as_its_commit(tmp_path, hub_cache, monkeypatch):
+    """The first start downloads it, and must leave the key that the second one finds."""
+    unknown = fingerprint.of_model("me/model")
+    folder = model_folder(tmp_path / "m")
+    with monkeypatch.context() as online:
+        online.setattr("huggingface_hub.hf_hub_download", lambda *_: str(hub_cache(folder, "me/model") / "config.json"))
+        first = fingerprint.of_model("me/model")
+    assert fingerprint.of_model("me/model") == first != unknown
+    with monkeypatch.context() as newer:
+        newer.setattr("huggingface_hub.hf_hub_download", lambda *_: f"/hub/{'d' * 40}/config.json")
+        assert fingerprint.of_model("me/model") != first
+
+    def refused(*_):
+        raise OSError("no access")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refused)
+    assert fingerprint.of_model("me/model") == first
+
+
+TASK = FolderTask("mini", ("a", "b", "c"))
+
+
+def settings(model, source, **changes):
+    shared = {"language_map": {}, "probe_source": source, "probe_rows": 20_000, **changes}
+    data, store = TaskRows(TASK, source, "test", None), CellStore(source.parent / "cells")
+    options = Options(TASK, data, ["fra_Latn"], max_tokens=None, device="cpu", alignment=False, store=store, **shared)
+    return Run(Contestant("one", [model]), 0, options).settings
+
+
+def test_what_a_probe_depends_on_is_part_of_the_key(tmp_path, hub_cache, encoder_folder, llm_folder):
+    source = write_folder(tmp_path / "data")
+    MTLLM.stack(encoder_folder, llm_folder).save_pretrained(tmp_path / "adapted")
+    head = HeadConfig(labels=("a", "b", "c"))
+    MTLLM.stack(encoder_folder, llm_folder, head=head).save_pretrained(tmp_path / "tuned")
+    hub_cache(tmp_path / "adapted", "me/adapted")
+    hub_cache(tmp_path / "tuned", "me/tuned")
+    probed, read = (tmp_path / "adapted", "me/adapted", "me/unknown"), (tmp_path / "tuned", "me/tuned")
+
+    def keys():
+        changes = {}, {"probe_rows": 5}, {"language_map": {"eng_Latn": "fra_Latn"}}
+        return {model: [settings(model, source, **one) for one in changes] for model in (*probed, *read)}
+
+    before = keys()
+    train = source / "eng_Latn/train.tsv"
+    train.write_text(train.read_text().replace("word1", "another"))
+    after = keys()
+    for model in probed:
+        assert len({*before[model], *after[model]}) == 6, model
+    for model in read:
+        assert len({*before[model], *after[model]}) == 1, model
+    train.unlink()  # a model that may have a head is not refused for it
+    assert len({settings("me/unknown", source, probe_rows=n) for n in (5, 6)}) == 2
+    with pytest.raises(ValueError, match="'one' has no task head"):
+        settings("me/adapted", source)
 
 
 def test_large_files_are_sampled(tmp_path, monkeypatch):

@@ -50,6 +50,13 @@ def test_language_without_code_is_named_and_runs_with_a_mapping(source):
     assert not scores.models[0].languages["fra_Latn"].mapped
 
 
+def test_a_mapped_language_need_not_be_chosen(source):
+    """One mapping for a whole suite, of which a run may take some languages."""
+    mapping = {"arb_Latn": "arb_Arab"}
+    scores = run(FakeEngine(["a", "b", "c"]), source, language_map=mapping, languages=["fra_Latn"])
+    assert set(scores.models[0].languages) == {"fra_Latn"}
+
+
 def test_tokenizer_fallback_counts_as_a_mapping(source):
     scores = run(FakeEngine(["a", "b", "c"], fallbacks={"arb_Latn": "arb_Arab"}), source)
     assert (scores.models[0].languages["arb_Latn"].mt_code, scores.models[0].languages["arb_Latn"].mapped) == (

@@ -219,6 +219,11 @@ def test_a_bad_language_costs_itself_only(world, tmp_path):
         ("models: [a]\ntasks: [nusax]", "models: expected a mapping"),
         ("tasks: [nusax]", "models: none given"),
         ("models: {a: b}\ntasks: [nusax]\ntranslate_test: {techer: x}", "did you mean 'teacher'"),
+        (
+            "models: {a: b}\nseeds: [1, 2]\ntasks: [nusax]\ntranslate_test: {teacher: t, translations: 'mt-{seed}'}",
+            "translate_test: translations: mt-1, mt-2: expected one, which all seeds share",
+        ),
+        ("models: {a: b}\ntasks: [nusax]\ntranslate_test: {translator: {sib200: x}}", "translator: names sib200"),
     ],
 )
 def test_bad_files(tmp_path, content, match):

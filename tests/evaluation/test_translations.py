@@ -104,6 +104,24 @@ def test_rows_with_and_without_ids(tmp_path):
     assert len(join(tmp_path / "c.jsonl").rows) == 3
 
 
+def test_files_that_do_not_say_their_language(tmp_path):
+    """Of several files, those named after another language are left alone, and a nameless one is refused."""
+    records = [{"id": row.id, "translation": "other"} for row in ROWS]
+    rows = [TextRow(f"t{i}", "grn_Latn", id=row.id) for i, row in enumerate(ROWS)]
+    put(tmp_path / "quy_test.jsonl", *records)
+    with pytest.raises(ValueError, match="holds none of 'gn', 'test'"):
+        join(tmp_path, rows)
+    assert not has_translations(tmp_path, PAIRS, "gn")
+    put(tmp_path / "quechua.jsonl", *records)
+    with pytest.raises(ValueError, match=r"quechua\.jsonl stands beside others and does not say its language"):
+        join(tmp_path, rows)
+    put(tmp_path / "quechua.jsonl", *({"language": "quy", **one} for one in records))
+    put(tmp_path / "guarani.jsonl", *({"language": "gn", **one, "translation": "mine"} for one in records))
+    assert {row.text for row in join(tmp_path, rows).rows} == {"mine"}
+    put(tmp_path / "one/all.jsonl", *records)  # alone, it can only be for the one that is asked for
+    assert len(join(tmp_path / "one", rows).rows) == 4
+
+
 def test_choices(tmp_path):
     rows = [TextRow("P? Q?", "quy_Latn", None, 1, "0", ("a", "b"))]
     texts = {"text": "p", "choice1": "c", "choice2": "d"}

@@ -19,6 +19,7 @@ from datasets import Dataset, DatasetDict
 from mteb import TaskMetadata
 from mteb.abstasks import AbsTaskClassification
 from mteb.abstasks.text.bitext_mining import AbsTaskBitextMining
+from mteb.models.cache_wrappers import CachedEmbeddingWrapper
 
 from mtllm_fast.inference.mteb import NLLB_CODES, MTEBEncoder, mt_code
 
@@ -142,6 +143,52 @@ def test_each_side_of_a_translation_in_its_language(engine: Recorder) -> None:
         assert set(_run(encoder, LocalBitext())) == {"fra-eng", "deu-eng"}
         n = len(LINES)
         assert engine.seen == ["fra_Latn"] * n + ["eng_Latn"] * n + ["deu_Latn"] * n + ["eng_Latn"] * n
+
+
+def test_a_failed_side_does_not_count(engine: Recorder) -> None:
+    encoder = MTEBEncoder(engine)
+    where = {"task_metadata": LocalBitext.metadata, "hf_split": "test", "hf_subset": "fra-eng"}
+    texts = [{"text": list(LINES)}]
+    encoder.encode(texts, **where)
+
+    def stopped() -> Any:
+        yield texts[0]
+        raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        encoder.encode(stopped(), **where)
+    engine.seen.clear()
+    encoder.encode(texts, **where)  # from the start again
+    assert set(engine.seen) == {"fra_Latn"}
+
+
+def test_mtebs_cache_hides_the_sides(engine: Recorder, tmp_path: Path) -> None:
+    """It would take the second side, whose texts are those of the first, from the cache."""
+    encoder = MTEBEncoder(engine)
+    with pytest.raises(
+        ValueError, match=r"LocalBitext, subset 'fra-eng': .*fra-Latn and eng-Latn cannot be told apart"
+    ):
+        _run(CachedEmbeddingWrapper(encoder, tmp_path), LocalBitext())
+    assert not engine.seen
+    _run(encoder, LocalBitext())
+    assert set(_run(CachedEmbeddingWrapper(encoder, tmp_path), LocalClassification())) == {"english", "swahili"}
+
+
+def test_a_folder_runs_on_the_gpu_where_there_is_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices: list[str | None] = []
+
+    class Noted(Engine):
+        def __init__(self, model: MTLLM, *, device: str | None = None) -> None:
+            devices.append(device)
+            super().__init__(model)
+
+    monkeypatch.setattr("mtllm_fast.inference.mteb.Engine", Noted)
+    MTEBEncoder(folder)
+    model = MTLLM.from_pretrained(folder)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    MTEBEncoder(model)
+    MTEBEncoder(str(folder))
+    assert devices[1:] == [None, "cuda"]
 
 
 def test_embeddings_are_the_engines(engine: Recorder) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from transformers import pipeline
 
 import mtllm_fast.inference.pipeline as door
@@ -86,6 +88,24 @@ def test_usual_tokenizer_options_and_saving(classify: Any, folder: Path, tmp_pat
     _check(classify(TEXTS, truncation=True, padding=True), expected)
     classify.save_pretrained(str(tmp_path))
     _check(pipeline("text-classification", model=str(tmp_path), device="cpu")(TEXTS), expected)
+
+
+def test_a_hub_name(
+    folder: Path, hub_cache: Callable[[Path, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="'me/sib200': neither a folder nor reachable"):
+        door.MTLLMTokenizer.from_pretrained("me/sib200")
+    cached = hub_cache(folder, "me/sib200")
+    _check(
+        pipeline("text-classification", model="me/sib200", device="cpu")(TEXTS),
+        _probabilities(folder, ["eng_Latn"] * 6),
+    )
+    asked: list[Any] = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **given: asked.append(given) or str(cached))
+    door.MTLLMTokenizer.from_pretrained("me/sib200")
+    stored = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    stored.append("llm_tokenizer/chat_template.jinja")
+    assert list(filter_repo_objects(stored, **asked[0])) == stored
 
 
 def test_errors_say_what_would_be_right(classify: Any, folder: Path, encoder_folder: str, llm_folder: str) -> None:

@@ -118,6 +118,24 @@ def test_stops_at_the_end_token(model: MTLLM) -> None:
     assert len({len(ids) for ids in cut}) > 1
 
 
+def test_a_config_of_ones_own_ends_where_the_models_does(model: MTLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GenerationConfig leaves open is the model's: end token and padding."""
+    own = model.llm.model.generation_config
+    own.eos_token_id = generate_ids(model, TEXTS, LANGUAGES, **OPTIONS)[0][3]
+    expected = generate_ids(model, TEXTS, LANGUAGES, **OPTIONS)
+    assert len({len(ids) for ids in expected}) > 1  # some end early, and are padded
+    passed: list[Any] = []
+    whole = model.llm.model.generate
+    monkeypatch.setattr(
+        model.llm.model, "generate", lambda **options: passed.append(options.get("pad_token_id")) or whole(**options)
+    )
+    config = GenerationConfig(**OPTIONS)
+    assert generate_ids(model, TEXTS, LANGUAGES, generation_config=config) == expected
+    own.pad_token_id = None
+    assert generate_ids(model, TEXTS, LANGUAGES, generation_config=config) == expected
+    assert passed == [None, model.tokenizer.llm.pad_token_id]  # the model's own, then the tokenizer's
+
+
 def test_soft_capped_attention(encoder_folder: str, tmp_path: Path) -> None:
     """Gemma 2 caps its attention scores, which SDPA cannot do."""
     from transformers import Gemma2Config, Gemma2ForCausalLM

@@ -124,6 +124,18 @@ def test_save_with_base_needs_nothing_else(encoder_folder, llm_folder, tmp_path,
     assert_matches(torch.from_numpy(Engine(whole).encode(["The mill"], "deu_Latn")), torch.from_numpy(expected), 1e-6)
 
 
+def test_base_folders_of_an_earlier_save_are_not_read(stack, tmp_path) -> None:
+    stack.save_pretrained(tmp_path, include_base=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["encoder"] is config["llm"] is None
+    stack.save_pretrained(tmp_path)
+    for role in ("encoder", "llm"):
+        shutil.rmtree(tmp_path / role)
+        (tmp_path / role).mkdir()
+    batch = PackedBatch.from_sequences(SEQUENCES)
+    assert torch.equal(MTLLM.from_pretrained(tmp_path)(batch).pooled, stack.eval()(batch).pooled)
+
+
 def test_models_made_in_memory(stack, tmp_path) -> None:
     torch.manual_seed(0)
     settings = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

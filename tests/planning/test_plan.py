@@ -105,6 +105,16 @@ def test_the_papers_run_takes_about_22_hours():
     assert short.hours != pytest.approx(22, rel=0.25)  # negative control: the texts matter
 
 
+def test_the_papers_code_keeps_its_optimizer_on_the_gpu():
+    job = (LENGTHS * 8, planning.gpu("A100-80GB"), 1000, 1, 1.0)
+    kept, moved = (
+        planning.plan_authors(planning.StepSpec(ENCODER, LLM, offloaded_optimizer=offloaded), *job)
+        for offloaded in (False, True)
+    )
+    assert kept == moved
+    assert kept.cost.static["optimizer state"] > 0
+
+
 def test_packs_keep_every_text_and_the_budget():
     lengths = planning.sample_lengths("nli", 500)
     made = packs(lengths, 256)
