@@ -102,8 +102,9 @@ def run_step(step: Step, out: Path, limit: float, environment: dict[str, str]) -
     for name, command in step.commands.items():
         with (out / f"{name}.log").open("w") as file:
             process = subprocess.Popen(
-                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-            )
+                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
+                preexec_fn=hear_interrupts,
+            )  # fmt: skip
         running[name] = process
     outcomes = []
     for name, process in running.items():
@@ -118,6 +119,11 @@ def run_step(step: Step, out: Path, limit: float, environment: dict[str, str]) -
         seconds = time.monotonic() - start
         outcomes.append(Outcome(f"{step.name}: {name}", status, seconds, log.name, lines[-1][:100] if lines else ""))
     return outcomes
+
+
+def hear_interrupts() -> None:
+    """A shell's background jobs ignore SIGINT, and their children with them; `end` needs it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
