@@ -15,7 +15,7 @@ from ..data.read import TextRow, read_rows
 from ..data.store import STORE_FILE, TokenStore
 from ..models.hub import check_push, push
 from ..training import AdaptConfig, DistillConfig, FinetuneConfig, OptimSettings, run_seeds
-from ..training.processes import leaving_group
+from ..training.processes import ends_process
 from .watch import WatchSettings
 
 Flat = tyro.conf.arg(name="")  # its fields are options without a prefix
@@ -168,7 +168,7 @@ class Adapt(AdaptConfig):
     push_to_hub: str = ""
     """NAME or ORGANISATION/NAME: where the finished model goes on the Hugging Face hub (private, if it is new)."""
 
-    @leaving_group()
+    @ends_process()
     def run(self) -> None:
         from ..training import adapt
 
@@ -217,7 +217,7 @@ class Finetune(FinetuneConfig):
     """One run per seed, into OUTPUT/seed-N, and OUTPUT/summary.json. The same command goes on where it stopped.
     {seed} in --model stands for the seed."""
 
-    @leaving_group()
+    @ends_process()
     def run(self) -> None:
         from ..training import finetune
 
@@ -250,7 +250,7 @@ class Distill(DistillConfig):
     """One run per seed, into OUTPUT/seed-N, and OUTPUT/summary.json. The same command goes on where it stopped.
     {seed} in --model and --teacher stands for the seed."""
 
-    @leaving_group()
+    @ends_process()
     def run(self) -> None:
         from ..training import distill
 

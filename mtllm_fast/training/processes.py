@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,26 +19,37 @@ def processes() -> int:
 
 
 @contextmanager
-def leaving_group() -> Iterator[None]:
-    """Leave the group of processes at the end of the block, if it ends well.
+def ends_process() -> Iterator[None]:
+    """The block is the last thing this process does: one that joined a group of processes ends with it, if all is well.
 
-    A process that ends within its group is aborted now and then ("terminate called without an active exception"), and
-    torchrun then ends the others, whatever they are writing.
+    It leaves the group and ends as Python would, with threads, exit handlers and output, but does not tear the
+    interpreter down. Threads of gloo outlive `destroy_process_group` wherever a reference to the group is left (DDP
+    holds one in a cycle, FSDP2 in a cache), and one that wants the GIL during the teardown aborts the process now and
+    then ("terminate called without an active exception", https://github.com/pytorch/pytorch/issues/190489); torchrun
+    then ends the others, whatever they are writing. After an error the group is kept: leaving could wait for others.
     """
     try:
         yield
     except SystemExit as ending:
         if not ending.code:
-            _leave()
+            _end()
         raise
-    _leave()
+    _end()
 
 
-def _leave() -> None:
+def _end() -> None:
     from torch import distributed
 
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    distributed.destroy_process_group()
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)
 
 
 def packs_per_process(asked: int, before: int, processes_before: int) -> int:

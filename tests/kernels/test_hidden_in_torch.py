@@ -160,6 +160,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from mtllm_fast.kernels import distillation_loss, packed_projection
+from mtllm_fast.training.processes import ends_process
 
 class Student(nn.Module):
     def __init__(self):
@@ -198,7 +199,8 @@ for wrap in ("ddp", "fsdp2"):
         assert q.grad.abs().sum() > 0
         torch.testing.assert_close(grad, q.grad, rtol=1e-4, atol=1e-6, msg=f"{wrap} {name}")
 print("rank", rank, "ok")
-dist.destroy_process_group()
+with ends_process():
+    pass
 """
 
 

@@ -16,6 +16,7 @@ from mtllm_fast.data.batch import Batch
 from mtllm_fast.losses import DistillationWeights
 from mtllm_fast.training import AdaptConfig, FinetuneConfig, OptimSettings, adapt, finetune, trainer
 from mtllm_fast.training.adapt import AdaptStep
+from mtllm_fast.training.processes import ends_process
 from tests.tiny import LINES
 
 ROWS = [TextRow(line[: 20 + 7 * i % 41], id=f"row-{i}") for i, line in enumerate(LINES * 3)]
@@ -67,13 +68,14 @@ def run_with_a_bad_pack(encoder: str, llm: str, output: Path) -> None:
 def main() -> None:
     encoder, llm, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     torch.set_num_threads(1)
-    run_adapt(encoder, llm, folder / "ddp")
-    run_adapt(encoder, llm, folder / "fsdp2", parallel="fsdp2", checkpointing="full")
-    run_adapt(encoder, llm, folder / "one-fsdp2", parallel="fsdp2", resume=True, gradient_accumulation=2)
-    run_finetune(llm, folder / "teacher-fsdp2", parallel="fsdp2")
-    run_with_a_bad_pack(encoder, llm, folder / "bad-pack")
-    CONTROLS["pack means"](trainer)
-    run_adapt(encoder, llm, folder / "pack-means", parallel="fsdp2")
+    with ends_process():
+        run_adapt(encoder, llm, folder / "ddp")
+        run_adapt(encoder, llm, folder / "fsdp2", parallel="fsdp2", checkpointing="full")
+        run_adapt(encoder, llm, folder / "one-fsdp2", parallel="fsdp2", resume=True, gradient_accumulation=2)
+        run_finetune(llm, folder / "teacher-fsdp2", parallel="fsdp2")
+        run_with_a_bad_pack(encoder, llm, folder / "bad-pack")
+        CONTROLS["pack means"](trainer)
+        run_adapt(encoder, llm, folder / "pack-means", parallel="fsdp2")
 
 
 if __name__ == "__main__":

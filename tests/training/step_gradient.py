@@ -17,7 +17,7 @@ from mtllm_fast.losses import DistillationWeights
 from mtllm_fast.models import MTLLM, LoraSettings
 from mtllm_fast.training.adapt import AdaptStep
 from mtllm_fast.training.config import OptimSettings
-from mtllm_fast.training.processes import leaving_group
+from mtllm_fast.training.processes import ends_process
 from mtllm_fast.training.trainer import PackedTrainer
 from tests.tiny import LINES
 
@@ -64,12 +64,12 @@ def main() -> None:
     trainer_class = PerPackTrainer if sys.argv[6:] == ["per-pack"] else PackedTrainer
     trainer = trainer_class(step, dataset, optim, Path(out).parent / f"{Path(out).stem}-run", steps=1)
     trainer.add_callback(_Capture(out))
-    with leaving_group():
+    with ends_process():
         trainer.run(resume=False)
-    slots = int(accumulation) * trainer.args.world_size
-    assert slots - 1 <= dataset.counters.packs <= slots, (
-        f"{dataset.counters.packs} packs do not fill one step of {slots}"
-    )
+        slots = int(accumulation) * trainer.args.world_size
+        assert slots - 1 <= dataset.counters.packs <= slots, (
+            f"{dataset.counters.packs} packs do not fill one step of {slots}"
+        )
 
 
 if __name__ == "__main__":

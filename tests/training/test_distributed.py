@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +20,7 @@ from mtllm_fast import MTLLM
 from mtllm_fast.models.sharded import spread_like, whole, whole_state
 from mtllm_fast.training import distributed
 from mtllm_fast.training.distributed import CONFIGS, ParallelTrainer, choose_engine, pack_seed
-from mtllm_fast.training.processes import leaving_group, packs_per_process
+from mtllm_fast.training.processes import packs_per_process
 from tests.conftest import REPO
 from tests.training.distributed_runs import STEPS, run_adapt, run_finetune, settings
 
@@ -44,7 +43,7 @@ def runs(tmp_path_factory, encoder_folder: str, llm_folder: str) -> Path:
         str(folder),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=480, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "gradient_accumulation is 1 instead of 2: a step keeps its 2 packs" in done.stderr
     interrupted(folder / "fsdp2", 4, folder / "fsdp2-one")
@@ -139,22 +138,46 @@ def test_checkpoints_of_deepspeed_are_its_own(tmp_path) -> None:
         ParallelTrainer.check_engine_of(deepspeed, tmp_path)
 
 
+ENDING = """
+import atexit, os, sys, threading, time
+from torch import distributed
+from mtllm_fast.training.processes import ends_process
+
+class AtTeardown:
+    def __del__(self, write=os.write):
+        write(1, b"teardown\\n")
+
+kept = AtTeardown()
+atexit.register(print, "exit handler", end=" ")
+threading.Thread(target=lambda: (time.sleep(0.3), print("thread", end=" "))).start()
+if sys.argv[1]:
+    distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+try:
+    with ends_process():
+        print("block", end=" ")
+        exec(sys.argv[2])
+finally:
+    print("joined" if distributed.is_initialized() else "alone", end=" ")
+"""
+
+
 @pytest.mark.parametrize(
-    ("ending", "leaves"), [(None, True), (SystemExit(0), True), (SystemExit(1), False), (ValueError("no"), False)]
+    ("group", "ending", "code", "said"),
+    [
+        (True, "pass", 0, "block thread exit handler"),
+        (True, "raise SystemExit(0)", 0, "block thread exit handler"),
+        (True, "raise SystemExit(3)", 3, "block joined thread exit handler teardown"),
+        (True, "raise ValueError('no')", 1, "block joined thread exit handler teardown"),
+        (False, "pass", 0, "block alone thread exit handler teardown"),
+    ],
 )
-def test_a_run_that_ends_well_leaves_its_group(tmp_path, ending, leaves) -> None:
-    """After an error it does not: the others may wait in the group, and leaving could wait for them."""
-    with leaving_group():
-        pass  # one process without a group
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        with pytest.raises(type(ending)) if ending else nullcontext(), leaving_group():
-            if ending:
-                raise ending
-        assert torch.distributed.is_initialized() != leaves
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+def test_a_process_of_a_group_ends_without_teardown(tmp_path, group, ending, code, said) -> None:
+    """Only where all is well: after an error the others may wait in the group, and leaving could wait for them."""
+    store = str(tmp_path / "store") if group else ""
+    done = subprocess.run(
+        [sys.executable, "-c", ENDING, store, ending], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout.split()) == (code, said.split()), done.stderr
 
 
 def test_the_dropout_of_a_pack() -> None:

@@ -44,7 +44,7 @@ def _gradient(
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        command, cwd=out.parent, env=environment, capture_output=True, text=True, timeout=240, check=False
+        command, cwd=out.parent, env=environment, capture_output=True, text=True, timeout=480, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return load_file(out)
@@ -92,7 +92,7 @@ def test_torchrun_command(tmp_path, encoder_folder, llm_folder) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for more in ([], ["--resume"]):
         done = subprocess.run(
-            [*command, *more], env=environment, capture_output=True, text=True, timeout=240, check=False
+            [*command, *more], env=environment, capture_output=True, text=True, timeout=480, check=False
         )
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("adapt:") == 1
