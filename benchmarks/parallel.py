@@ -107,8 +107,6 @@ def interrupted(run: Path, step: int, copy: Path) -> Path:
             shutil.rmtree(path)
         elif path.name in ("model.safetensors", "config.json", "metrics.json", "result.json"):
             path.unlink()
-    lines = (copy / "log.jsonl").read_text().splitlines()
-    (copy / "log.jsonl").write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
     return copy
 
 

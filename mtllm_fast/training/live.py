@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -155,6 +156,29 @@ class Throughput:
         return {name: float(f"{value:.4g}") for name, value in found.items()}
 
 
+LOG_FILE = "log.jsonl"
+
+
+def rewind_log(folder: Path, step: int) -> None:
+    """Drop from the log what a run logged after the step that it goes on from, and a line that a kill cut off."""
+    path = folder / LOG_FILE
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    kept = [line for line in lines if (at := _step_of(line)) is not None and at <= step]
+    if kept != lines:
+        new = path.with_name(f"{LOG_FILE}.new")
+        new.write_text("".join(kept), encoding="utf-8")
+        os.replace(new, path)
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        return int(json.loads(line)["step"]) if line.endswith("\n") else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 class Live(TrainerCallback):
     """Keeps the metrics of the run in `log.jsonl`."""
 
@@ -163,7 +187,7 @@ class Live(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Scores | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
-            with (self.folder / "log.jsonl").open("a", encoding="utf-8") as handle:
+            with (self.folder / LOG_FILE).open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 

@@ -24,7 +24,7 @@ from ..models.storage import load_own_state
 from .checkpoint import said_in_bytes
 from .config import OptimSettings
 from .distributed import Engine, ParallelTrainer, choose_engine, engine_arguments, pack_seed, shard
-from .live import Live, LiveProgress, ModelFlops, Throughput, Watch, Watching, bf16_peak
+from .live import Live, LiveProgress, ModelFlops, Throughput, Watch, Watching, bf16_peak, rewind_log
 from .processes import processes
 from .run_folder import RunFolder, write_json
 from .survival import STATE_FILE
@@ -242,6 +242,7 @@ class PackedTrainer(ParallelTrainer):
         """Train, from the newest complete checkpoint if `resume` finds one; returns the run's metrics."""
         folder = Path(str(self.args.output_dir))
         checkpoint = self.checkpoint_to_resume(resume)
+        steps = 0
         if checkpoint is not None:
             state = json.loads((checkpoint / STATE_FILE).read_text())
             steps, best = state["global_step"], state.get("best_model_checkpoint")
@@ -255,6 +256,8 @@ class PackedTrainer(ParallelTrainer):
             self.start_batch, self._term_steps = steps * self.args.gradient_accumulation_steps, steps
             if (checkpoint / PLACE_FILE).is_file():
                 self.place = json.loads((checkpoint / PLACE_FILE).read_text(encoding="utf-8"))
+        if self.args.should_save:
+            rewind_log(folder, steps)
         with self.stop:
             output = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             self.conclude()

@@ -16,7 +16,7 @@ from mtllm_fast.losses import DistillationWeights
 from mtllm_fast.models import LoraSettings
 from mtllm_fast.training import AdaptConfig, OptimSettings, adapt, live
 from mtllm_fast.training.adapt import AdaptStep
-from mtllm_fast.training.live import ModelFlops, Throughput, Watch, bar_text
+from mtllm_fast.training.live import ModelFlops, Throughput, Watch, bar_text, rewind_log
 from tests.evaluation.fakes import write_folder
 from tests.tiny import LINES
 
@@ -116,6 +116,26 @@ def test_a_run_logs_rates_and_watched_scores_which_change_nothing(tmp_path, enco
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "watched"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_log_goes_back_to_the_step_that_a_run_goes_on_from(tmp_path) -> None:
+    rewind_log(tmp_path, 0)  # nothing there yet
+    path = tmp_path / "log.jsonl"
+    lines = [
+        '{"step": 2, "loss": 1}\n',
+        '{"step": 4, "skipped": "é"}\n',
+        '{"step": 4, "loss": 1}\n',
+        '{"step": 6, "loss": 2}\n',
+        '{"st',
+    ]
+    path.write_text("".join(lines), encoding="utf-8")
+    rewind_log(tmp_path, 4)
+    assert path.read_text(encoding="utf-8") == "".join(lines[:3])
+    before = path.stat().st_ino
+    rewind_log(tmp_path, 5)
+    assert path.stat().st_ino == before, "written again without need"
+    rewind_log(tmp_path, 0)
+    assert path.read_text() == ""
 
 
 def test_watching_languages_from_the_command_line(capsys, tmp_path, llm_folder) -> None:

@@ -204,6 +204,7 @@ def test_killed_runs_resume_bitwise(forked, command, whole, tmp_path) -> None:
     assert not (output / "model.safetensors").exists(), "the run ended before it was killed"
     out = forked.run(*command(output, "--resume"))
     assert differences(whole, output, STEPS) == []
+    assert [entry["step"] for entry in _log(output)] == [entry["step"] for entry in _log(whole)]
     assert not [entry for entry in entries(output) if entry.startswith(".")], "what the kills left is still there"
     # the comparison can fail
     data = bytearray((output / "model.safetensors").read_bytes())
