@@ -89,7 +89,7 @@ def _(
     width = student.shape[1]
     u_shape: tuple[int, ...] = (0, 0)
     if bounds_s is not None:
-        u_shape = (bounds_s.shape[0] - (pooling != SPANS) if need_dx else 0, width)
+        u_shape = (bounds_s.shape[0] - int(pooling != SPANS) if need_dx else 0, width)
     stats_shape: tuple[int, ...] = (0, 1)
     if kind:
         stats_shape = (2, rows_s.shape[0] if kind == "cosine" else 0)

@@ -18,6 +18,7 @@ from ..losses import DistillationLoss, DistillationWeights
 from ..models import MTLLM, LoraSettings, PackedEncoder, PackedLLM, ProjectionConfig
 from ..models.adapters import AdaptedModel
 from ..models.attention import AttentionPlan
+from ..models.attention.varlen import options
 from ..models.checkpointing import recompute_layers
 from ..models.mtllm import MTLLMConfig
 from .accounting import Accounting, Rates
@@ -90,7 +91,13 @@ def _packed_attention(
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     cu, longest = plan.batch.cu_seqlens, plan.batch.max_seqlen
-    out = varlen_attn(q, k, v, cu, cu, longest, longest, enable_gqa=q.shape[1] != k.shape[1])
+    grouped: dict[str, Any] = {}
+    if (groups := q.shape[1] // k.shape[1]) > 1:
+        if "enable_gqa" in options():
+            grouped["enable_gqa"] = True
+        else:  # torch 2.11, as the varlen backend does it
+            k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    out = varlen_attn(q, k, v, cu, cu, longest, longest, **grouped)
     return out[None], None  # type: ignore[call-overload,index]
 
 

@@ -118,6 +118,8 @@ class PackedTrainer(ParallelTrainer):
         arguments = training_arguments(optim, folder, steps, validate_steps if validate else None, engine)
         if arguments.n_gpu > 1:
             arguments._n_gpu = 1  # one process uses one GPU: the Trainer would wrap the model in nn.DataParallel
+        if arguments.device.type == "cpu":  # of several processes it is cpu:0, which torch.load refuses
+            arguments.__dict__["_setup_devices"] = torch.device("cpu")  # transformers 5.17 asks for args.device
         apply_switches(step.student, optim, arguments.device, step)
         if engine == "fsdp2":
             shard(step, step.student, arguments.device)

@@ -157,7 +157,7 @@ def test_flash_packages_get_what_they_document(backend, lengths, features, fake,
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torch_varlen)
         if backend != "varlen":  # without enable_gqa
             options = frozenset({"scale", "window_size"})
-            monkeypatch.setattr("mtllm_fast.models.attention.varlen._options", lambda: options)
+            monkeypatch.setattr("mtllm_fast.models.attention.varlen.options", lambda: options)
             backend = "varlen"
     else:
         fake(backend)
@@ -244,7 +244,7 @@ def test_refusals_say_why(backend, capability, changes, reason, fake, gpu) -> No
 
 def test_varlen_of_an_older_torch(gpu, monkeypatch) -> None:
     gpu(8)
-    module = "mtllm_fast.models.attention.varlen._options"
+    module = "mtllm_fast.models.attention.varlen.options"
     monkeypatch.setattr(module, lambda: frozenset({"scale", "window_size"}))
     assert choose_backend(call(), "varlen").name == "varlen"
     assert choose_backend(call(kv_heads=2), "varlen").name == "varlen"

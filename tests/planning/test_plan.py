@@ -88,7 +88,9 @@ def test_flops_are_those_of_the_gemms():
     linear = layer - 2 * LLM.hidden_size  # without the two norms
     tokens = sum(m for _, m in LENGTHS)
     scores = 4 * sum(m * m for _, m in LENGTHS) * LLM.hidden_size
-    assert cost.flops["LLM teacher"] == (2 * tokens * linear + scores) * LLM.num_hidden_layers
+    # transformers 5.17 makes the rotary angles by a product, 1e-5 of it all; control: the scores count for more
+    assert cost.flops["LLM teacher"] == pytest.approx((2 * tokens * linear + scores) * LLM.num_hidden_layers, rel=2e-5)
+    assert scores > 1e-3 * 2 * tokens * linear
     pairs = sum(min(n - 2, m - 1) for n, m in LENGTHS)
     assert cost.flops["loss"] == 3 * 2 * pairs * LLM.hidden_size * LLM.vocab_size
 

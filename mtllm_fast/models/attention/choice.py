@@ -103,7 +103,7 @@ def attention(
         raise ValueError(f"window={window}: must be at least 1, or None for no window")
     if window is not None and window >= plan.batch.max_seqlen:
         window = None  # it hides nothing in this batch
-    if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
+    if not q.is_meta and torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if q.dtype != k.dtype or q.dtype != v.dtype:
         raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")

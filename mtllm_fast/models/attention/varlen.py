@@ -14,7 +14,7 @@ from .contract import AttentionPlan, Backend, Call, cuda_missing, half_cannot
 
 
 @lru_cache(maxsize=1)
-def _options() -> frozenset[str]:
+def options() -> frozenset[str]:
     """Parameters of this torch's `varlen_attn`: it is young and grows."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -29,7 +29,7 @@ class Varlen(Backend):
         reason = cuda_missing(device, (8, 0))
         if reason is None and find_spec("torch.nn.attention.varlen") is None:
             reason = "this torch has no torch.nn.attention.varlen"
-        if reason is None and not _options() >= {"scale", "window_size"}:
+        if reason is None and not options() >= {"scale", "window_size"}:
             reason = "this torch's varlen_attn has no scale and window_size"
         return reason
 
@@ -46,7 +46,7 @@ class Varlen(Backend):
         from torch.nn.attention.varlen import varlen_attn
 
         grouped: dict[str, Any] = {}
-        if call.groups > 1 and "enable_gqa" in _options():
+        if call.groups > 1 and "enable_gqa" in options():
             grouped["enable_gqa"] = True
         elif call.groups > 1:  # torch 2.11
             k, v = (x.repeat_interleave(call.groups, dim=1) for x in (k, v))
