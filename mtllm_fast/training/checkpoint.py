@@ -226,6 +226,6 @@ def said_in_bytes(what: str, folder: Path, needed: int) -> Iterator[None]:
 
 def room(folder: Path, needed: int) -> str:
     """What is needed and what is there."""
-    while not folder.exists():
+    while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return f"it needs {needed:,} bytes and {folder} has {shutil.disk_usage(folder).free:,} free"
