@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import logging
 import os
 import sys
@@ -22,11 +23,11 @@ def processes() -> int:
 def ends_process() -> Iterator[None]:
     """The block is the last thing this process does: one that joined a group of processes ends with it, if all is well.
 
-    It leaves the group and ends as Python would, with threads, exit handlers and output, but does not tear the
-    interpreter down. Threads of gloo outlive `destroy_process_group` wherever a reference to the group is left (DDP
-    holds one in a cycle, FSDP2 in a cache), and one that wants the GIL during the teardown aborts the process now and
-    then ("terminate called without an active exception", https://github.com/pytorch/pytorch/issues/190489); torchrun
-    then ends the others, whatever they are writing. After an error the group is kept: leaving could wait for others.
+    It ends as Python would, with threads, exit handlers and output, but tears nothing down. During the teardown a
+    thread of gloo that wants the GIL aborts the process now and then ("terminate called without an active exception",
+    https://github.com/pytorch/pytorch/issues/190489), and torchrun then ends the others, whatever they are writing.
+    `destroy_process_group` does not end these threads where a reference to the group is left (DDP holds one in a cycle,
+    FSDP2 in a cache). After an error the group is kept: leaving could wait for the others.
     """
     try:
         yield
@@ -42,7 +43,9 @@ def _end() -> None:
 
     if not (distributed.is_available() and distributed.is_initialized()):
         return
-    distributed.destroy_process_group()
+    if distributed.get_backend() != "gloo":  # NCCL has work of its own to finish
+        distributed.destroy_process_group()
+    gc.disable()  # the group in the cycle stays
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
