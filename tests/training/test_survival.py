@@ -1,15 +1,12 @@
-"""Runs survive kills, signals, full disks, gradients that are not finite and packs that do not fit."""
+"""Runs survive full disks, unreadable data, gradients that are not finite and packs that do not fit."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import resource
 import shutil
 import signal
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from benchmarks.survive import differences, entries, make_inputs, spoil, unreadable
+from benchmarks.survive import entries, unreadable
 from mtllm_fast import TextRow
 from mtllm_fast.data.collate import collate
 from mtllm_fast.data.split import halves
@@ -28,13 +25,10 @@ from mtllm_fast.models import LoraSettings
 from mtllm_fast.training import AdaptConfig, OptimSettings, adapt
 from mtllm_fast.training import survival as survival_module
 from mtllm_fast.training.adapt import AdaptStep
-from mtllm_fast.training.checkpoint import Publisher, damage, last_complete, mark_complete, publish, rotate, staged
-from mtllm_fast.training.signals import StopRequest
+from mtllm_fast.training.checkpoint import last_complete
 from tests.tiny import LINES, llm_tokenizer, nllb_tokenizer
-from tests.training.forked import Forked
 
 ROWS = [TextRow(f"{line} {i}", id=f"row-{i}") for i, line in enumerate(LINES * 4)]
-STEPS = 40
 
 
 def _config(encoder: str, llm: str, output: Path, resume: bool = False, dropout: float = 0.1, **train) -> AdaptConfig:
@@ -79,170 +73,6 @@ def _not_finite(batch, terms):
     return {name: term._replace(sum=term.sum * float("nan")) for name, term in terms.items()}
 
 
-# ---- checkpoints
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    for step in (10, 20):
-        made = staged(tmp_path, step)
-        (made / "inner").mkdir(parents=True)
-        (made / "model").write_bytes(bytes(range(100)))
-        (made / "inner" / "file").write_text(str(step))
-        publish(tmp_path, step)
-    return tmp_path
-
-
-def test_damaged_checkpoints_are_refused(folder, caplog) -> None:
-    newest = folder / "checkpoint-20"
-    assert damage(newest) is None
-    assert last_complete(folder) == newest
-    data = (newest / "model").read_bytes()
-    cases = {
-        "the content of model": data[:50] + b"\xff" + data[51:],
-        "model has 99 bytes instead of 100": data[:99],
-        "model is missing": None,
-    }
-    for why, content in cases.items():
-        if content is None:
-            (newest / "model").unlink()
-        else:
-            (newest / "model").write_bytes(content)
-        caplog.clear()
-        assert last_complete(folder) == folder / "checkpoint-10"
-        assert "checkpoint-20 is not a complete checkpoint" in caplog.text and why in caplog.text
-    (newest / "model").write_bytes(data)
-    assert damage(newest) is None
-    (newest / "complete.json").write_text("{")
-    assert "cannot be read" in str(damage(newest))
-    (newest / "complete.json").unlink()
-    assert "no complete.json" in str(damage(newest))
-
-
-def test_rotation_keeps_the_newest_and_the_best(folder) -> None:
-    for step in (30, 40):
-        staged(folder, step).mkdir()
-        publish(folder, step)
-    damaged = folder / "checkpoint-99"  # a later one that was refused; it is no reason to delete another
-    damaged.mkdir()
-    rotate(folder, folder / "checkpoint-40", 2, best=str(folder / "checkpoint-10"))
-    assert entries(folder) == {"checkpoint-10", "checkpoint-30", "checkpoint-40", "checkpoint-99"}
-
-
-def test_publishing_replaces_a_damaged_one_and_says_what_fails(folder, monkeypatch) -> None:
-    (folder / "checkpoint-20" / "model").write_bytes(b"")
-    staged(folder, 20).mkdir()
-    publisher = Publisher(folder, keep=2, background=True)
-    publisher.publish(20, None)
-    assert publisher.settle() is None
-    assert damage(folder / "checkpoint-20") is None
-    staged(folder, 30).mkdir()
-
-    def full(path: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("mtllm_fast.training.checkpoint.mark_complete", full)
-    publisher.publish(30, None)
-    step, error = publisher.settle() or (0, None)
-    assert step == 30 and isinstance(error, OSError)
-    assert entries(folder) == {"checkpoint-10", "checkpoint-20"}
-
-
-def test_a_marker_covers_every_file(tmp_path) -> None:
-    (tmp_path / "c" / "deep").mkdir(parents=True)
-    (tmp_path / "c" / "deep" / "x").write_text("1")
-    mark_complete(tmp_path / "c")
-    assert set(json.loads((tmp_path / "c" / "complete.json").read_text())) == {"deep/x"}
-
-
-# ---- kills and signals, in processes of their own
-@pytest.fixture(scope="module")
-def forked() -> Iterator[Forked]:
-    with Forked() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def command(tmp_path_factory):
-    inputs = make_inputs(tmp_path_factory.mktemp("inputs"), lines=300)
-
-    def arguments(output: Path, *more: str) -> list[object]:
-        return [
-            "adapt", "--encoder", inputs / "encoder", "--llm", inputs / "llm", "--text", inputs / "text.txt", "--output", output,
-            "--max-steps", STEPS, "--save-steps", 5, "--tokens", 96, "--max-length", 48, "--gradient-accumulation", 2,
-            "--loss.paired-mse", 1, "--report-to", "none", "--device", "cpu", "--no-progress", *more,
-        ]  # fmt: skip
-
-    return arguments
-
-
-@pytest.fixture(scope="module")
-def whole(forked, command, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("whole") / "run"
-    forked.run(*command(output))
-    return output
-
-
-def _until_new(output: Path, prefix: str) -> None:
-    before, deadline = entries(output), time.monotonic() + 60
-    while not any(name.startswith(prefix) for name in entries(output) - before):
-        assert time.monotonic() < deadline, f"no new {prefix} in {output}"
-        time.sleep(0.0005)
-
-
-def test_killed_runs_resume_bitwise(forked, command, whole, tmp_path) -> None:
-    """kill -9 while a checkpoint is written, and in training, once with the newest checkpoint damaged afterwards."""
-    output, rng, name = tmp_path / "run", random.Random(), "none"
-    for number, what in enumerate((".checkpoint-", "checkpoint-", ".checkpoint-")):
-        pid = forked.start(*command(output, *(["--resume"] if number else []), *(["--no-async-save"] * (number == 1))))
-        _until_new(output, what)
-        time.sleep(rng.uniform(0, 0.01 if number != 1 else 0.1))
-        os.kill(pid, signal.SIGKILL)
-        code, out = forked.wait()
-        assert code == -signal.SIGKILL, out
-        assert [what for what in unreadable(output) if not what.startswith(f"{name}:")] == []
-        if number == 1:
-            name = spoil(output, "byte", rng)
-    assert not (output / "model.safetensors").exists(), "the run ended before it was killed"
-    out = forked.run(*command(output, "--resume"))
-    assert differences(whole, output, STEPS) == []
-    assert [entry["step"] for entry in _log(output)] == [entry["step"] for entry in _log(whole)]
-    assert not [entry for entry in entries(output) if entry.startswith(".")], "what the kills left is still there"
-    # the comparison can fail
-    data = bytearray((output / "model.safetensors").read_bytes())
-    data[-1] ^= 1
-    (output / "model.safetensors").write_bytes(data)
-    assert differences(whole, output, STEPS) == ["model.safetensors"]
-
-
-def test_a_signal_stops_after_a_saved_step(forked, command, whole, tmp_path) -> None:
-    output, number = tmp_path / "run", random.choice((signal.SIGTERM, signal.SIGINT))
-    pid = forked.start(*command(output))
-    _until_new(output, "checkpoint-")
-    time.sleep(random.uniform(0, 0.1))
-    os.kill(pid, number)
-    code, out = forked.wait()
-    assert code == 0, out
-    assert f"{signal.Signals(number).name}: stopped after step" in out
-    said = out.rsplit(" is complete: continue from it with the same command and --resume", 1)[0].rsplit("/", 1)[1]
-    assert damage(output / said) is None
-    assert f"after step {said.rsplit('-', 1)[1]} of {STEPS}" in out
-    assert not (output / "model.safetensors").exists()
-    forked.run(*command(output, "--resume"))
-    assert differences(whole, output, STEPS) == []
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_at_once(number) -> None:
-    pid = os.fork()
-    if not pid:
-        with StopRequest() as stop:
-            os.kill(os.getpid(), number)
-            if stop.received is number:
-                os.kill(os.getpid(), number)
-        os._exit(3)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -number
-
-
-# ---- steps
 def test_a_step_that_is_not_finite_changes_nothing(steps, encoder_folder, llm_folder, tmp_path, monkeypatch) -> None:
     """Skipped and said, also over a stop and a resume right after it; without the check the weights are lost."""
     steps[3] = steps[6] = _not_finite
@@ -377,7 +207,6 @@ def test_halves_of_a_batch() -> None:
         halves(collate(rows[:1], tokenizer))
 
 
-# ---- the disk and the data
 @pytest.fixture
 def file_limit():
     """Sets the size above which no file can be written, as a full disk would."""
