@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 OUT ?= runs/gpu
 
-.PHONY: help venv demo test lint aot gpu clean
+.PHONY: help venv demo test test-quant lint aot gpu clean
 
 help:
 	@echo "make demo   watch an MT encoder being stacked into an LLM (about 4 minutes on 2 cores, no download of models)"
 	@echo "make test   the test suite"
+	@echo "make test-quant   the tests that need bitsandbytes or torchao, with both"
 	@echo "make lint   ruff and mypy"
 	@echo "make aot    compile every kernel for sm_80, sm_90, sm_100 and gfx942, no GPU needed"
 	@echo "make gpu    every GPU test and benchmark with this machine's own Python and torch, unattended (OUT=folder)"
@@ -32,6 +33,13 @@ demo: venv
 test: export OMP_NUM_THREADS := 1
 test: venv
 	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# Beside the environment, not in it: transformers and accelerate import what is there, and every process would start later.
+QUANT := $(VENV)/quant
+test-quant: export OMP_NUM_THREADS := 1
+test-quant: venv
+	@test -d $(QUANT) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement constraints/quant.txt --target $(QUANT)
+	@PYTHONPATH=$(QUANT) $(BIN)/python -m pytest --numprocesses 2 tests/training/test_frozen.py tests/training/test_switches.py tests/inference/test_engine.py tests/models/test_fingerprint.py
 
 lint: venv
 	@$(BIN)/ruff check .
