@@ -80,7 +80,7 @@ def read_e5(path: Path) -> tuple[BertConfig, dict[str, Tensor]]:
             raise ValueError(f"{path}: lacks the tensor {name}, of {len(expected)} that its BERT has")
         if state[name].size != should.numel():
             raise ValueError(
-                f"{path}: {name} has {state[name].size} numbers, the sizes in its head ask for {tuple(should.shape)}"
+                f"{path}: {name} has {state[name].size} numbers, not {tuple(should.shape)} as its head says"
             )
     if surplus := sorted(set(state) - set(expected)):
         raise ValueError(f"{path}: has {len(surplus)} tensors that its BERT lacks, such as {surplus[0]}")

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from ...disk import MARKER, damage, mark_complete, room, sync_folder, write_failure
+from ...disk import damage, mark_complete, room, sync_folder, write_failure
 from ..storage import local_folder
 from .table import MODELS, DataFile, Model
 

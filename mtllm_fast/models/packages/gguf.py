@@ -47,11 +47,11 @@ def check_architecture(path: Path) -> None:
     Raises:
         ValueError: see there. ImportError: the package gguf is missing.
     """
-    from gguf import GGUFReader
-
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ValueError(f"{path}: is no GGUF file (it does not begin with GGUF)")
+    from gguf import GGUFReader
+
     try:
         field = GGUFReader(path).get_field("general.architecture")
         architecture = None if field is None else field.contents()
