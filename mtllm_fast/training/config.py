@@ -34,8 +34,9 @@ class OptimSettings:
     """Longer texts are truncated to this many tokens by each tokenizer, and counted."""
     lookahead: int | None = None
     """Rows among which packs are chosen; by default as many as fill about 64 packs."""
-    shuffle_buffer: int = 0
-    """Rows of a shuffle buffer before packing; 0 keeps the order of the files."""
+    shuffle_buffer: int | None = None
+    """Rows of a shuffle buffer before packing; 0 keeps the order of the files. By default 0 in `adapt`, and in the task
+    stages a million: all rows of most tasks, whose files are often sorted by class."""
     bf16: bool = False
     """Mixed precision: bf16 autocast over fp32 trainable weights."""
     base_weights: Literal["auto", "fp32", "bf16", "int8", "nf4", "fp8"] = "auto"

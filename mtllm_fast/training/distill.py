@@ -31,7 +31,7 @@ from .live import Watch
 from .run_folder import RunFolder
 from .switches import base_dtype
 from .teacher_cache import CacheReport, KeyedRows, TeacherCache, open_or_build
-from .trainer import TrainStep, run_stage
+from .trainer import TASK_ROWS, TrainStep, run_stage
 
 TEACHER = "teacher"
 InitFrom = Literal["adapted", "teacher"]
@@ -216,6 +216,7 @@ def distill(
         over_variance=config.over_variance,
         validate=validate,
         watch=watch,
+        shuffle=TASK_ROWS,
     )
     if cache is None:
         student.llm.remove_adapter(TEACHER)

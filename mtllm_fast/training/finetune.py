@@ -24,7 +24,7 @@ from .config import OptimSettings
 from .live import Watch
 from .run_folder import RunFolder
 from .switches import base_dtype
-from .trainer import TrainStep, run_stage
+from .trainer import TASK_ROWS, TrainStep, run_stage
 
 # what MT tokenizers call English: NLLB, M2M100 (less its underscores), mBART
 ENGLISH_CODES = ("eng_Latn", "en", "en_XX")
@@ -159,7 +159,14 @@ def finetune(
         student.projection.requires_grad_(config.train_projection)
     validate = validation(student, valid_rows, config.train.tokens) if valid_rows else None
     metrics = run_stage(
-        TaskStep(student), rows, config.train, run, sides=(student.side,), validate=validate, watch=watch
+        TaskStep(student),
+        rows,
+        config.train,
+        run,
+        sides=(student.side,),
+        validate=validate,
+        watch=watch,
+        shuffle=TASK_ROWS,
     )
     run.finish(student, metrics, include_base=config.include_base)
     return metrics
