@@ -179,7 +179,9 @@ def distill(
         )
     dtype = base_dtype(config.train, include_base=config.include_base)
     set_seed(config.train.seed)
-    run = RunFolder(config.output, {"stage": "distill", "source": source or {}, **asdict(config)}, config.resume)
+    settings = {"stage": "distill", "source": source or {}, **asdict(config)}
+    inputs = {"rows": rows, "valid_rows": valid_rows or [], "model": config.model, "teacher": config.teacher}
+    run = RunFolder(config.output, settings, config.resume, inputs)
     if (done := run.finished()) is not None:
         return done
     adapted, taught = read_config(Path(config.model)), read_config(Path(config.teacher))

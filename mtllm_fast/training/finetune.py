@@ -136,7 +136,8 @@ def finetune(
     dtype = base_dtype(config.train, include_base=config.include_base)
     set_seed(config.train.seed)
     settings = {"stage": "finetune", "source": source or {}, "labels": list(labels), **asdict(config)}
-    run = RunFolder(config.output, settings, config.resume)
+    inputs = {"rows": rows, "valid_rows": valid_rows or [], **{name: getattr(config, name) for name in sources}}
+    run = RunFolder(config.output, settings, config.resume, inputs)
     if (done := run.finished()) is not None:
         return done
     head = head_for(rows, labels)

@@ -28,7 +28,7 @@ from .distributed import Engine, ParallelTrainer, choose_engine, engine_argument
 from .live import Live, LiveProgress, ModelFlops, Throughput, Watch, Watching, bf16_peak, rewind_log
 from .processes import processes
 from .record import RECORD, RunRecord
-from .run_folder import RunFolder, write_json
+from .run_folder import RunFolder, read_json, write_json
 from .survival import STATE_FILE
 from .switches import apply_switches, on_gpu, optimizer_name
 from .teacher_variance import VARIANCE_FILE, measure_variance, recorded_variance
@@ -147,6 +147,7 @@ class PackedTrainer(ParallelTrainer):
         self.optim_settings = optim
         self.validate = validate
         self.start_batch = 0
+        self.extended = False
         self.place: dict[str, Any] | None = None
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -274,6 +275,17 @@ class PackedTrainer(ParallelTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_own_state(self.step_module.student, Path(resume_from_checkpoint))
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As in the Trainer; in an extended run the next step has the learning rate of the new schedule."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not self.extended:
+            return
+        schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        rates = [rate * f(schedule.last_epoch) for f, rate in zip(schedule.lr_lambdas, schedule.base_lrs)]
+        for group, rate in zip(schedule.optimizer.param_groups, rates):
+            group["lr"] = rate
+        schedule._last_lr = rates
+
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         load_own_state(self.step_module.student, Path(self.state.best_model_checkpoint))
@@ -290,7 +302,7 @@ class PackedTrainer(ParallelTrainer):
             if steps >= self.args.max_steps:  # finished; the Trainer would take one step more
                 load_own_state(self.step_module.student, folder / Path(best).name if best else checkpoint)
                 if (folder / METRICS_FILE).is_file():
-                    return json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
+                    return read_json(folder / METRICS_FILE)
                 # it was killed between its last checkpoint and its metrics
                 summary = self.record.summary(self.step_module.weights, steps)
                 return {
@@ -351,8 +363,6 @@ def training_arguments(
     optim: OptimSettings, folder: Path, steps: int, validate_steps: int | None, engine: Engine = "one"
 ) -> TrainingArguments:
     """Map `OptimSettings` to `TrainingArguments`."""
-    if optim.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device='cuda': no CUDA device is visible; see `mtllm doctor`")
     report: str | list[str] = "none"
     if optim.report_to == "auto":
         from importlib.util import find_spec
@@ -479,11 +489,20 @@ def run_stage(
     if over_variance and measured is None:
         measured = measure_variance(step, dataset, bf16=optim.bf16)
     run.start()
+    trainer.extended = bool(run.extended)
+    try:
+        return _trained(trainer, run, measured)
+    except BaseException:
+        run.release()
+        raise
+
+
+def _trained(trainer: PackedTrainer, run: RunFolder, measured: dict[str, float] | None) -> dict[str, Any]:
     if measured is None:
         return trainer.run(run.resume)
     if trainer.args.should_save:
         write_json(run.folder / VARIANCE_FILE, measured)
-    step.loss.variance = measured
+    trainer.step_module.loss.variance = measured
     return {**trainer.run(run.resume), "teacher_variance": measured}
 
 
