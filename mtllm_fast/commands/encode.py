@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..data.read import read_rows
-from .files import output_file, ranks
+from .files import check_device, output_file, ranks
 
 
 @dataclass
@@ -66,6 +66,7 @@ class Encode:
         from ..inference.writers import FORMATS
         from ..models import MTLLM
 
+        check_device(self.device)
         output = output_file(self, tuple(FORMATS), resumable=True)
         rank, world_size, local = ranks()
         rows = read_rows(

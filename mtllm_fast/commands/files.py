@@ -22,8 +22,25 @@ def output_file(command: Any, endings: tuple[str, ...], *, resumable: bool = Fal
     stopped = resumable and path.with_name(path.name + ".part").exists()
     if path.exists() and not command.overwrite and not stopped:
         raise ValueError(f"--output {command.output}: exists; pass --overwrite to replace it")
-    path.parent.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def check_device(name: str | None) -> None:
+    """Refuse a device that is not here. Raises ValueError; None is any."""
+    import torch
+
+    if name is None:
+        return
+    kind, _, index = name.partition(":")
+    if kind == "cpu" and not index:
+        return
+    if kind != "cuda" or (index and not index.isdecimal()):
+        raise ValueError(f"--device {name}: expected cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        raise ValueError(f"--device {name}: no CUDA device is visible; see `mtllm doctor`")
+    if index and int(index) >= count:
+        raise ValueError(f"--device {name}: the CUDA devices here are 0 to {count - 1}")
 
 
 def check_text(source: str) -> None:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..data.read import read_rows
-from .files import output_file, ranks
+from .files import check_device, output_file, ranks
 
 if TYPE_CHECKING:
     from ..evaluation import Translator
@@ -95,6 +95,7 @@ class Translate:
         named = SimpleNamespace(
             model=self.model, input=self.input or self.task, output=self.output, overwrite=self.overwrite
         )
+        check_device(self.device)
         output = output_file(named, FORMATS, resumable=True)
         rank, world_size, local = ranks()
         device = self.device or (f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")

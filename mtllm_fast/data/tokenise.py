@@ -140,6 +140,8 @@ class StackTokenizer:
             raise ValueError(f"{path} is damaged ({error}): save the tokenizer again") from None
         tokenizers: dict[str, Any] = {"mt": None, "llm": None}
         for side in sides:
+            if not (folder / _FOLDERS[side]).is_dir():  # its name alone would mean a model of the hub
+                raise ValueError(f"folder {str(folder)!r}: {_FOLDERS[side]} is missing: save the tokenizer again")
             tokenizers[side] = AutoTokenizer.from_pretrained(str(folder / _FOLDERS[side]), trust_remote_code=False)
         return cls(tokenizers["mt"], tokenizers["llm"], **{**options, **overrides})
 

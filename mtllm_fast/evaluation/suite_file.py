@@ -28,6 +28,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..yaml_file import read_yaml
 from .cells import CellStore
 from .results import Scores
 from .statistics import RESAMPLES
@@ -79,15 +80,13 @@ class Suite:
 
 def read_suite(path: str | Path) -> Suite:
     """Raises ValueError for a file that is missing, no YAML, or describes no suite; it names the entry."""
-    import yaml
-
     where = f"suite={str(path)!r}"
     if not Path(path).is_file():
         raise ValueError(f"{where}: no such file")
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+        content = read_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     suite: Suite = _made(Suite, content, where)
     if not isinstance(suite.tasks, list) or not suite.tasks:
         raise ValueError(f"{where}: tasks: expected a list with at least one task")

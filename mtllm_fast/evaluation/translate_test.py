@@ -13,6 +13,7 @@ import torch
 
 from ..data.read import TextRow
 from ..data.tokenise import StackTokenizer
+from ..models.names import is_path
 from .translations import fields, with_fields
 
 _LOGITS = 2**26  # logits that are held at once for scores: 256 MiB in float32
@@ -116,8 +117,7 @@ class Translator:
         from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
         folder = Path(name)
-        local = folder.exists() or str(name).startswith((".", "/", "~"))
-        if local and not (folder / "config.json").is_file():
+        if is_path(name) and not (folder / "config.json").is_file():
             raise ValueError(f"translator={str(name)!r}: no model folder (it has no config.json)")
         try:
             model = AutoModelForSeq2SeqLM.from_pretrained(

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .names import check_folder, is_path
+
 
 def load_pretrained(role: str, name: str, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Any:
     """Load an "encoder" or an "llm" from a folder or the hub.
@@ -23,11 +25,8 @@ def load_pretrained(role: str, name: str, dtype: torch.dtype | None = None, trus
     from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 
     folder = Path(name)
-    if folder.exists() or name.startswith((".", "/", "~")):
-        if not folder.is_dir():
-            raise ValueError(f"{role}={name!r}: no such folder")
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"{role}={name!r}: the folder holds no config.json, so it is not a model folder")
+    if is_path(name):
+        check_folder(role, name)
         if not any(folder.glob("*.safetensors")):
             raise ValueError(f"{role}={name!r}: the folder holds no *.safetensors (only safetensors are read)")
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "use_safetensors": True}

@@ -24,6 +24,7 @@ from .encoder import PackedEncoder
 from .heads import HeadConfig
 from .llm import PackedLLM
 from .mtllm import MTLLM, MTLLMConfig
+from .names import check_folder, is_path
 from .projection import ProjectionConfig
 from .sharded import load_whole, whole, writes
 
@@ -104,6 +105,7 @@ def base_tokenizer(config: MTLLMConfig, max_mt_tokens: int = 512, max_llm_tokens
             raise ValueError(
                 f"tokenizer: pass a StackTokenizer, the {role} was made in memory and has no tokenizer beside it"
             )
+        check_folder(role, name)
         try:
             return AutoTokenizer.from_pretrained(name, use_fast=True)
         except (OSError, ValueError, KeyError) as error:
@@ -214,7 +216,7 @@ def local_folder(name: str | Path) -> Path:
         ValueError: a hub name that is not reachable.
     """
     path = Path(name)
-    if path.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+    if is_path(name) or "/" not in str(name):
         return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

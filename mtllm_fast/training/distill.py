@@ -24,6 +24,7 @@ from ..losses import DistillationLoss, DistillationWeights, LossTerm
 from ..models import MTLLM
 from ..models.adapter_sum import add_to_adapter, sum_settings
 from ..models.mtllm import MTLLMConfig
+from ..models.names import same_model
 from ..models.storage import read_config, read_safetensors
 from .config import OptimSettings
 from .finetune import validation
@@ -112,8 +113,8 @@ def check_teacher(student: MTLLMConfig, teacher: MTLLMConfig, folder: str) -> No
             f"teacher={folder!r}: causal={teacher.causal}, but the student was adapted with causal={student.causal}"
         )
     mine, theirs = student.llm, teacher.llm
-    if mine and theirs and Path(mine).resolve() != Path(theirs).resolve() and mine != theirs:
-        raise ValueError(f"teacher={folder!r}: sits on the LLM {theirs!r}, the student on {mine!r}")
+    if mine and theirs and not same_model(mine, theirs):
+        raise ValueError(f"teacher={folder!r}: sits on the LLM {theirs!r}, the student on {mine!r}, which is another")
 
 
 def add_teacher(student: MTLLM, folder: str, *, adapter: bool = True) -> None:

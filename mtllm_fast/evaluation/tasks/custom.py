@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...yaml_file import read_yaml
 from .base import SPLITS, canonical_split, nearest
 from .folder import FolderTask
 from .layout import Layout
@@ -42,15 +43,13 @@ def from_yaml(path: str | Path, folder: str | Path | None = None) -> FolderTask:
     Raises:
         ValueError: no such file, no YAML mapping, an unknown or missing key, or values that do not fit together.
     """
-    import yaml
-
     path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"task={str(path)!r}: no such file")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"task={str(path)!r}: not YAML: {' '.join(str(error).split())}") from None
+        data = read_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"task={str(path)!r}: {error}") from None
     try:
         return _task(data, path, Path(folder).expanduser() if folder else path.parent)
     except _Fault as fault:
