@@ -19,6 +19,14 @@ class ProjectionConfig:
     bias: bool = True
 
 
+def norm_options(norm: nn.Module) -> dict[str, Any]:
+    """What `packed_projection` must know of a final norm: a LayerNorm, or an RMSNorm of torch or transformers."""
+    if isinstance(norm, nn.LayerNorm):
+        return {"norm": "layer", "norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
+    eps = getattr(norm, "variance_epsilon", None)
+    return {"norm": "rms", "norm_weight": norm.weight, "eps": norm.eps if eps is None else eps}
+
+
 class Projection(nn.Module):
     """`y = W x + b`, or `y = W2 relu(W1 x + b1) + b2`; x (T, E) -> y (T, D)."""
 
@@ -46,7 +54,7 @@ class Projection(nn.Module):
             for parameter in last.parameters():
                 parameter.mul_(std / current)
 
-    def forward(self, states: Tensor, norm: nn.LayerNorm | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    def forward(self, states: Tensor, norm: nn.Module | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Project packed states (T, E) to (T, D) of `dtype` (the weights' own by default), by `packed_projection`.
 
         Args:
@@ -58,6 +66,6 @@ class Projection(nn.Module):
             hidden, last = self.layers[0], self.layers[-1]
             options = {"hidden_weight": hidden.weight, "hidden_bias": hidden.bias}
         if norm is not None:
-            options |= {"norm": "layer", "norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
+            options |= norm_options(norm)
         states = states.to(last.weight.dtype)  # type: ignore[arg-type]
         return packed_projection(states, last.weight, last.bias, dtype=dtype, **options)  # type: ignore[arg-type]
