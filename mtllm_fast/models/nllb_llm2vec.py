@@ -25,6 +25,7 @@ from .adapters import LoraSettings
 from .encoder import FAMILIES, PackedEncoder
 from .llm import PackedLLM
 from .mtllm import MTLLM, MTLLMConfig
+from .projection import ProjectionConfig
 from .storage import read_safetensors
 
 MODEL_TYPE = "nllb-llm2vec"
@@ -133,9 +134,10 @@ def check_exportable(model: MTLLM) -> None:
     problems = []
     if config.reader != "stack":
         problems.append(f"reader={config.reader!r} (needs 'stack')")
-    elif model.projection is not None and (config.projection.kind != "linear" or not config.projection.bias):
+    elif model.projection is not None and config.projection != ProjectionConfig():
         problems.append(
-            f"projection {config.projection.kind!r}, bias={config.projection.bias} (needs linear with bias)"
+            f"projection {config.projection.kind!r}, bias={config.projection.bias}, "
+            f"fuse_layers={config.projection.fuse_layers} (needs linear with bias, of the last layer)"
         )
     if config.causal:
         problems.append("causal=True (needs a bidirectional LLM)")
