@@ -83,6 +83,25 @@ class PackedEncoder(AdaptedModel):
         """The norm that ends the encoder, None where the last layer ends in its own."""
         return self.family.final_norm(self.model)
 
+    @property
+    def layers(self) -> Any:
+        return self.model.layers
+
+    def all_states(self, batch: PackedBatch) -> Tensor:
+        """States (L, T, E) of the packed MT tokens as they come from each layer, before the final norm."""
+        found: list[Tensor] = []
+
+        def keep(layer: nn.Module, inputs: Any, output: Any) -> None:
+            found.append((output[0] if isinstance(output, tuple) else output)[0])
+
+        handles = [layer.register_forward_hook(keep) for layer in self.layers]
+        try:
+            self(batch, final_norm=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.stack(found)
+
     def forward(self, batch: PackedBatch, plan: AttentionPlan | None = None, *, final_norm: bool = True) -> Tensor:
         """Last hidden states (T, E) of the packed MT tokens; without `final_norm` as they come from the last layer.
 

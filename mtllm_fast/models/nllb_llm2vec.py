@@ -26,6 +26,7 @@ from .encoder import PackedEncoder
 from .encoders import MODEL_TYPES, family_of
 from .llm import PackedLLM
 from .mtllm import MTLLM, MTLLMConfig
+from .projection import ProjectionConfig
 from .storage import read_safetensors
 
 MODEL_TYPE = "nllb-llm2vec"
@@ -137,9 +138,10 @@ def check_exportable(model: MTLLM) -> None:
     problems = []
     if config.reader != "stack":
         problems.append(f"reader={config.reader!r} (needs 'stack')")
-    elif model.projection is not None and (config.projection.kind != "linear" or not config.projection.bias):
+    elif model.projection is not None and config.projection != ProjectionConfig():
         problems.append(
-            f"projection {config.projection.kind!r}, bias={config.projection.bias} (needs linear with bias)"
+            f"projection {config.projection.kind!r}, bias={config.projection.bias}, "
+            f"fuse_layers={config.projection.fuse_layers} (needs linear with bias, of the last layer)"
         )
     if model.encoder is not None and "m2m_100" not in model.encoder.family.model_types:
         problems.append(f"a {model.encoder.model.config.model_type} encoder (needs NLLB or M2M-100)")

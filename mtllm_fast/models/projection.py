@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,10 +14,22 @@ from ..kernels import packed_projection
 
 @dataclass(frozen=True)
 class ProjectionConfig:
-    """kind "linear": E -> D, as MT-LLM; "mlp": E -> 2E -> ReLU -> D, as MindMerger."""
+    """kind "linear": E -> D, as MT-LLM; "mlp": E -> 2E -> ReLU -> D, as MindMerger.
+
+    fuse_layers: project a trained mean, weighted by a softmax, of the states of all encoder layers, not the last ones
+        alone (arXiv 2508.09091); it starts nearly at the last layer.
+    """
 
     kind: Literal["linear", "mlp"] = "linear"
     bias: bool = True
+    fuse_layers: bool = False
+
+
+# The weight of the last layer at the start; at 1 no other layer would get a gradient.
+LAST_LAYER = 0.95
+# Logits are this times the trained numbers, since AdamW moves those by about the learning rate a step, which is that of
+# the projection.
+FUSION_SCALE = 50.0
 
 
 def norm_options(norm: nn.Module) -> dict[str, Any]:
@@ -28,11 +41,24 @@ def norm_options(norm: nn.Module) -> dict[str, Any]:
 
 
 class Projection(nn.Module):
-    """`y = W x + b`, or `y = W2 relu(W1 x + b1) + b2`; x (T, E) -> y (T, D)."""
+    """`y = W x + b`, or `y = W2 relu(W1 x + b1) + b2`; x (T, E) -> y (T, D).
 
-    def __init__(self, d_encoder: int, d_llm: int, config: ProjectionConfig | None = None) -> None:
+    Attributes:
+        fusion: (L,), the trained numbers behind the weights of `fuse`; None without `fuse_layers`.
+    """
+
+    def __init__(
+        self, d_encoder: int, d_llm: int, config: ProjectionConfig | None = None, encoder_layers: int | None = None
+    ) -> None:
         super().__init__()
         config = config or ProjectionConfig()
+        self.fusion: nn.Parameter | None = None
+        if config.fuse_layers:
+            if encoder_layers is None or encoder_layers < 2:
+                raise ValueError(f"projection.fuse_layers: needs an encoder of 2 layers or more, got {encoder_layers}")
+            start = torch.zeros(encoder_layers)
+            start[-1] = math.log(LAST_LAYER / (1 - LAST_LAYER) * (encoder_layers - 1)) / FUSION_SCALE
+            self.fusion = nn.Parameter(start)
         if config.kind not in ("linear", "mlp"):
             raise ValueError(f"projection.kind={config.kind!r}: expected 'linear' or 'mlp'")
         self.layers: nn.Module
@@ -44,6 +70,15 @@ class Projection(nn.Module):
                 nn.ReLU(),
                 nn.Linear(2 * d_encoder, d_llm, bias=config.bias),
             )
+
+    def layer_weights(self) -> Tensor:
+        """Weights (L,) of the encoder's layers; they sum to 1."""
+        assert self.fusion is not None
+        return (FUSION_SCALE * self.fusion.float()).softmax(0)
+
+    def fuse(self, states: Tensor) -> Tensor:
+        """One state (T, E) per token out of those of all layers (L, T, E)."""
+        return (self.layer_weights()[:, None, None] * states).sum(0).to(states.dtype)
 
     @torch.no_grad()
     def scale_output(self, states: Tensor, std: float) -> None:
