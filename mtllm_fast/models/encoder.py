@@ -83,10 +83,6 @@ class PackedEncoder(AdaptedModel):
         """The norm that ends the encoder, None where the last layer ends in its own."""
         return self.family.final_norm(self.model)
 
-    @property
-    def layers(self) -> Any:
-        return self.model.layers
-
     def all_states(self, batch: PackedBatch) -> Tensor:
         """States (L, T, E) of the packed MT tokens as they come from each layer, before the final norm."""
         found: list[Tensor] = []
