@@ -14,6 +14,8 @@ row kernel that turns them into `p_s - p_t` in place, one GEMM: 3 GEMMs of 2·T�
     d KL / d x_s = (m_s - m_t) / τ
 
 so the teacher enters through D + 2 numbers per row (`TeacherMoments`) that can be cached: 2 GEMMs, one logits buffer.
+Its gradient is as exact as the other's; its value is a difference of two numbers as large as the logits, so a small KL
+under logits in the thousands has few digits.
 
 bf16 logits put 8 to 78 % error into the gradient near convergence, so logits are fp32 whatever the inputs are.
 The gradient is produced in the forward pass; backward only multiplies it by the incoming scalar.
