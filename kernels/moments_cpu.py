@@ -1,5 +1,5 @@
-"""CPU kernels of the moment form: one vocabulary block at a time, carrying `p @ W` along with a running maximum and sum,
-so that no `(C, V)` buffer exists at all. As in `linear_kl_cpu`, maximum and sum stay apart.
+"""CPU kernels of the moment form: one vocabulary block at a time, carrying `p @ W` along with a running maximum
+and sum (apart, as in `linear_kl_cpu`), so that no `(C, V)` buffer exists at all.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .tiles import CpuChunks
 class RunningMoments:
     """Expectations under the softmax of rows whose logits arrive in blocks.
 
-    After `add` of all blocks: `top`, the largest logit, and `total` = Σ exp(z - top), (C, 1); `mean` = p @ values (C, D);
+    After `add` of all blocks: `top`, the largest logit, `total` = Σ exp(z - top), (C, 1); `mean` = p @ values (C, D);
     for a teacher `below` = Σ p (z - top) and `bias_mean`, (C, 1).
     """
 
