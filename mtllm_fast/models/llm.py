@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ..data.pack import PackedBatch
 from .adapters import AdaptedModel
-from .attention import NAME, AttentionPlan
-from .loading import load_pretrained
+from .attention import NAME, AttentionPlan, run_packed
+from .gate import require
+from .loading import empty_llm, load_pretrained
 
 
 class LMHead(nn.Module):
@@ -37,8 +38,17 @@ class PackedLLM(AdaptedModel):
         super().__init__(model, name, attention)
         if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
             raise ValueError(f"llm: {type(model).__name__} has no LM head; load it as a causal LM")
-        model.set_attn_implementation(NAME)
         self.causal = causal
+        model.set_attn_implementation(NAME)
+
+    @property
+    def causal(self) -> bool:
+        return self._causal
+
+    @causal.setter
+    def causal(self, causal: bool) -> None:
+        self._verdict = require(self.model, causal)
+        self._causal = causal
 
     @classmethod
     def from_pretrained(
@@ -50,7 +60,13 @@ class PackedLLM(AdaptedModel):
         trust_remote_code: bool = False,
         attention: str | None = None,
     ) -> PackedLLM:
-        """Load from a folder or the hub. Raises ValueError where `name` is no causal LM."""
+        """Load from a folder or the hub.
+
+        Raises:
+            ValueError: `name` is no causal LM, or one whose packed rows would not be its own (before its weights are
+                read; gate.py).
+        """
+        require(empty_llm(name, trust_remote_code), causal)
         return cls(load_pretrained("llm", name, dtype, trust_remote_code), causal, name, attention=attention)
 
     @property
@@ -99,14 +115,5 @@ class PackedLLM(AdaptedModel):
             batch: packed tokens; their ids are read unless `embeds` is given.
             embeds: (T, D) input embeddings in place of the ids' own.
         """
-        inputs = {"input_ids": batch.input_ids[None]} if embeds is None else {"inputs_embeds": embeds[None]}
-        output = self.decoder(
-            **inputs,
-            position_ids=batch.positions[None],
-            # a mask that counts as prepared: transformers would otherwise look for packed sequences, and wait for the
-            # device to answer; the plan says where sequences end
-            attention_mask=batch.positions.new_empty(1, 1, 0, 0),
-            use_cache=False,
-            plan=AttentionPlan(batch, self.causal, self.attention),
-        )
-        return output.last_hidden_state[0]
+        plan = AttentionPlan(batch, self.causal, self.attention, self._verdict.exclusive)
+        return run_packed(self.decoder, plan, embeds)

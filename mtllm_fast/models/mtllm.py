@@ -25,6 +25,7 @@ from .attention import check_backend
 from .encoder import PackedEncoder
 from .heads import HeadConfig, TaskHead, segment_mean, span_mean
 from .llm import PackedLLM
+from .modes import evaluating
 from .projection import Projection, ProjectionConfig
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class MTLLM(nn.Module):
         projection: E -> D, None unless `reader` is "stack".
         head: task head or None.
         tokenizer: the two tokenizers, language per row.
+        changed: names of frozen base weights that are not the base models' own: they are saved with the model.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class MTLLM(nn.Module):
             raise ValueError(f"llm is missing: reader={config.reader!r} reads through it")
         self.config = config
         self.encoder, self.llm, self.tokenizer = encoder, llm, tokenizer
+        self.changed: set[str] = set()
         self.projection: Projection | None = None
         if config.reader == "stack":
             assert encoder is not None and llm is not None
@@ -170,11 +173,9 @@ class MTLLM(nn.Module):
         # states of random tokens: only their scale matters, and it is set by the encoder's final norm
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(4, self.encoder.vocab_size, (8, 16), generator=generator)
-        training = self.encoder.training
-        self.encoder.eval()
         device = next(self.encoder.parameters()).device
-        states = self.encoder(PackedBatch.from_sequences(ids.tolist()).to(device))
-        self.encoder.train(training)
+        with evaluating(self.encoder):
+            states = self.encoder(PackedBatch.from_sequences(ids.tolist()).to(device))
         self.projection.scale_output(states, self.llm.embedding_std())
 
     @classmethod
@@ -258,13 +259,8 @@ class MTLLM(nn.Module):
     def teacher(self, adapter: str | None = None) -> Iterator[None]:
         """Run the LLM inside the block as the teacher: adapter `adapter` (None: none) and no dropout."""
         assert self.llm is not None
-        training = self.llm.training
-        self.llm.eval()
-        try:
-            with self.llm.adapter(adapter):
-                yield
-        finally:
-            self.llm.train(training)
+        with evaluating(self.llm), self.llm.adapter(adapter):
+            yield
 
     def states(self, batch: PackedBatch) -> Tensor:
         """Last hidden states (T, D) of the packed rows of `side`."""
