@@ -97,6 +97,8 @@ def generate_ids(
                 options.setdefault("pad_token_id", pad_token(model, ends))
             for start in range(0, len(order), batch_size):
                 members = order[start : start + batch_size]
+                new = options.get("max_new_tokens") or first_set("max_new_tokens", configs) or 0
+                check_lengths(model.llm, [len(prompts[index]) for index in members], new)
                 embeds, mask = left_padded([prompts[index] for index in members])
                 output = llm.generate(
                     inputs_embeds=embeds, attention_mask=mask, generation_config=generation_config, **options
@@ -191,6 +193,16 @@ def own_ids(model: MTLLM, text: str) -> list[int]:
 def with_prefix(prefix: list[int], ids: list[int]) -> list[int]:
     """`ids` behind the tokens that open a text, which a chat template may have written already."""
     return ids if prefix and ids[: len(prefix)] == prefix else prefix + ids
+
+
+def check_lengths(llm: PackedLLM, lengths: Sequence[int], new: int) -> None:
+    """Raise ValueError where texts generated together would change each other (see `llm.length_limit`)."""
+    limit = llm.length_limit
+    if limit is not None and len(lengths) > 1 and max(lengths) + new > limit[0]:
+        raise ValueError(
+            f"batch_size: a prompt of {max(lengths)} tokens and {new} new ones pass {limit[0]}, where {limit[1]!r} scaling "
+            "of the positions changes all texts of a batch; pass batch_size=1, or shorter prompts"
+        )
 
 
 def left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -61,13 +61,16 @@ def test_refused_in_one_sentence(family: str, causal: bool) -> None:
 def test_unknown_family_is_judged_by_what_it_does() -> None:
     """A Llama with a token shift between its layers, under Llama's own name and config: only running it can tell."""
 
+    def shifted(hidden):  # (B, L, D), each row gets the one before it
+        return torch.nn.functional.pad(hidden, (0, 0, 1, 0))[:, :-1]
+
     class Shifting(transformers.LlamaModel):
         shift = True
 
         def __init__(self, config):
             super().__init__(config)
             if self.shift:
-                self.layers[0].register_forward_pre_hook(lambda _, args: (args[0] + args[0].roll(1, 1), *args[1:]))
+                self.layers[0].register_forward_pre_hook(lambda _, args: (args[0] + shifted(args[0]), *args[1:]))
 
     class Plain(Shifting):
         shift = False
