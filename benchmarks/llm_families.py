@@ -10,6 +10,7 @@ alone on one sequence at a time. What differs there is listed as "DIFFERENT", an
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import warnings
 from collections import Counter
@@ -117,6 +118,7 @@ def _filled(config_class: Any, leave: tuple[str, ...], own: dict[str, Any]) -> A
 def made(config: Any, dtype: torch.dtype = torch.float32) -> Any:
     """A model of `config` with weights away from their small initialisation."""
     torch.manual_seed(7)
+    config = copy.deepcopy(config)  # transformers keeps it, and wrapping the model changes it
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -200,11 +202,16 @@ def judged(model_type: str) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| family | reading | verdict | largest difference | rounding | why |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| family | reading | verdict | largest difference | rounding | why |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for row in rows:
         numbers = [f"{row[name]:.1e}" if name in row else "" for name in ("difference", "rounding")]
         why = row["why"].replace("|", "\\|")
-        lines.append(f"| {row['family']} | {row.get('reading', '')} | {row['verdict']} | {numbers[0]} | {numbers[1]} | {why} |")
+        lines.append(
+            f"| {row['family']} | {row.get('reading', '')} | {row['verdict']} | {numbers[0]} | {numbers[1]} | {why} |"
+        )
     return "\n".join(lines)
 
 
@@ -220,7 +227,15 @@ def main() -> None:
     for name in names:
         rows += judged(name)
         for row in rows[-2:] if len(rows) > 1 and rows[-2]["family"] == name else rows[-1:]:
-            print(row["family"], row.get("reading", ""), row["verdict"], row.get("difference", ""), row.get("rounding", ""), row["why"], flush=True)
+            print(
+                row["family"],
+                row.get("reading", ""),
+                row["verdict"],
+                row.get("difference", ""),
+                row.get("rounding", ""),
+                row["why"],
+                flush=True,
+            )
     counts = Counter(row["verdict"] for row in rows)
     head = (
         "Packed rows of every causal-LM family of transformers that builds from a small config, compared with "
@@ -236,7 +251,9 @@ def main() -> None:
     arguments.output.with_suffix(".json").write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
     print(dict(counts))
     if counts["DIFFERENT"]:
-        raise SystemExit("accepted and different: " + ", ".join(r["family"] for r in rows if r["verdict"] == "DIFFERENT"))
+        raise SystemExit(
+            "accepted and different: " + ", ".join(r["family"] for r in rows if r["verdict"] == "DIFFERENT")
+        )
 
 
 if __name__ == "__main__":

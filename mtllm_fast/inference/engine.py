@@ -8,13 +8,13 @@ Windows and packs depend on the rows and the options alone, so a run that goes o
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Literal, NamedTuple, overload
+from typing import Literal, overload
 
 import numpy as np
 import torch
@@ -33,18 +33,10 @@ from .compile import compile_layers
 from .cpu_linear import fast_linear
 from .progress import progress_bar
 from .quantize import Quantization, check_quantization, quantize_layers
+from .texts import Classified, OnBadText, text_rows
 
 Pooling = Literal["mean", "first", "last"]
 POOLINGS: tuple[Pooling, ...] = ("mean", "first", "last")
-OnBadText = Literal["fail", "nan"]
-
-
-class Classified(NamedTuple):
-    """What `Engine.classify` says of N texts."""
-
-    labels: list[str | None]  # the most probable class of each text, None where the text was bad
-    probabilities: NDArray[np.float32]  # (N, C)
-    classes: tuple[str, ...]  # the names of the C columns
 
 
 @dataclass(frozen=True)
@@ -162,7 +154,7 @@ class Engine:
             ValueError: an empty text, an unknown language code, lists of different lengths, or a row whose numbers are
                 not finite.
         """
-        count, rows, good = _text_rows(texts, languages, on_bad_text)
+        count, rows, good = text_rows(texts, languages, on_bad_text)
         out = np.full((count, self.model.hidden_size), np.nan, np.float32)
         start = 0
         with progress_bar("encode", len(rows), progress) as advance:
@@ -245,7 +237,7 @@ class Engine:
         if labels is None:
             kind = "no task head" if self.model.head is None else f"a {self.model.head.config.kind!r} head"
             raise ValueError(f"model: has {kind}; texts are classified by a classification head (`mtllm finetune`)")
-        count, rows, good = _text_rows(texts, languages, on_bad_text)
+        count, rows, good = text_rows(texts, languages, on_bad_text)
         logits = torch.from_numpy(self._logits(rows))
         probabilities = np.full((count, len(labels)), np.nan, np.float32)
         probabilities[good] = torch.softmax(logits, -1).numpy()
@@ -362,27 +354,6 @@ class Engine:
         width = max(result.shape[1] for result in results)
         results = [F.pad(r, (0, width - r.shape[1]), value=-torch.inf) if r.shape[1] < width else r for r in results]
         return torch.cat(results).cpu().numpy()[window.place]
-
-
-def _text_rows(
-    texts: Iterable[str], languages: str | Iterable[str], on_bad_text: OnBadText
-) -> tuple[int, list[TextRow], NDArray[np.int64]]:
-    """How many texts there are, a row for each good one, and which ones these are. Errors as in `Engine.encode`."""
-    if isinstance(texts, str):
-        raise TypeError("texts: got one str; pass a list of texts")
-    if on_bad_text not in ("fail", "nan"):
-        raise ValueError(f"on_bad_text={on_bad_text!r}: expected 'fail' or 'nan'")
-    texts = list(texts)
-    codes = [languages] * len(texts) if isinstance(languages, str) else list(languages)
-    if len(codes) != len(texts):
-        raise ValueError(f"languages: {len(codes)} codes for {len(texts)} texts")
-    good = [index for index, text in enumerate(texts) if isinstance(text, str) and text.strip()]
-    if on_bad_text == "fail" and len(good) < len(texts):
-        index = next(k for k, known in enumerate([*good, None]) if k != known)
-        if not isinstance(texts[index], str):
-            raise TypeError(f"texts[{index}] is {type(texts[index]).__name__}, not str")
-        raise ValueError(f"texts[{index}] is empty")
-    return len(texts), [TextRow(texts[index], codes[index]) for index in good], np.array(good, np.int64)
 
 
 def default_budget(model: MTLLM) -> int:

@@ -123,7 +123,9 @@ class AdaptedModel(nn.Module):
 
     def _check_unmerged(self, doing: str) -> None:
         if self._unmerged:
-            raise ValueError(f"{doing}: the adapter {self._merged!r} is merged into the base weights; unmerge it before")
+            raise ValueError(
+                f"{doing}: the adapter {self._merged!r} is merged into the base weights; unmerge it before"
+            )
 
     def remove_adapter(self, name: str) -> None:
         """Take the adapter `name` out of the model; the one that was active stays active.

@@ -245,4 +245,3 @@ def _with_weights_that_matter(twin: nn.Module) -> nn.Module:
         elif not parameter.any():
             parameter.normal_(0, 0.1)
     return twin
-

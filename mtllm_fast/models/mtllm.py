@@ -337,11 +337,51 @@ class MTLLM(nn.Module):
 
         return generate(self, texts, languages, **options)
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base model whose states are pooled; adapters, projection and head may have another."""
+        return self.backbone.model.dtype
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """How many parameters there are, as in transformers."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the counts in peft's words."""
+        trainable, total = self.num_parameters(only_trainable=True), self.num_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Let every layer of the base models that is trained through run again in backward."""
+        from .checkpointing import recompute_layers
+
+        recompute_layers(self.backbone)
+
+    def push_to_hub(self, name: str, *, private: bool = True) -> str:
+        """Save the model with its base models and upload it to the repository `name`; returns its address.
+
+        Raises:
+            ValueError: no hub name, or nobody logged in. OSError: the hub refuses or cannot be reached.
+        """
+        from tempfile import TemporaryDirectory
+
+        from .hub import check_push, push
+
+        check_push(name)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, include_base=True)
+            return push(folder, name, private=private)
+
     def describe(self) -> dict[str, Any]:
         """Parameter counts: all and trainable."""
-        total = sum(p.numel() for p in self.parameters())
         return {
             "reader": self.config.reader,
-            "parameters": total,
-            "trainable": sum(p.numel() for p in self.parameters() if p.requires_grad),
+            "parameters": self.num_parameters(),
+            "trainable": self.num_parameters(only_trainable=True),
         }

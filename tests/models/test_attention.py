@@ -144,9 +144,7 @@ def test_windows_about_as_long_as_a_sequence(backend, causal) -> None:
         q, k, v = (x.float() for x in inputs(batch, Features())[0])
         for window in sorted({max(n + d, 1) for n in lengths for d in (-2, -1, 0, 1)}):
             out = attention(q, k, v, AttentionPlan(batch, causal, backend), window=window)
-            expected = reference(
-                q.double(), k.double(), v.double(), lengths, causal=causal, scale=0.25, window=window
-            )
+            expected = reference(q.double(), k.double(), v.double(), lengths, causal=causal, scale=0.25, window=window)
             assert_matches(out.double(), expected, 1e-5)
 
 

@@ -128,7 +128,10 @@ def test_windows_are_the_familys_own(family: str, window: int) -> None:
     batch = PackedBatch.from_sequences([list(range(3, 33)), [40, 41], list(range(20, 31))])
     with torch.no_grad():
         expected = torch.cat(
-            [padded.get_decoder()(input_ids=one[None]).last_hidden_state[0] for one in batch.input_ids.split(batch.lengths)]
+            [
+                padded.get_decoder()(input_ids=one[None]).last_hidden_state[0]
+                for one in batch.input_ids.split(batch.lengths)
+            ]
         )
         assert_matches(packed(batch), expected, 1e-5)
         packed._verdict = gate.Verdict(exclusive=not packed._verdict.exclusive)  # control: the other convention

@@ -187,6 +187,10 @@ def test_scaled_positions_do_not_depend_on_pack_mates(key: str) -> None:
     longest = 64 if key == "longrope" else 16
     settings = {**COMMON, "max_position_embeddings": longest, "rope_parameters": rope, "pad_token_id": 0}
     torch.manual_seed(0)
+    if key == "longrope":
+        settings["original_max_position_embeddings"] = 16
+    if key == "by layer type":
+        settings["layer_types"] = ["sliding_attention", "full_attention"]
     config = config_class(**settings, attn_implementation="eager")
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -197,7 +201,8 @@ def test_scaled_positions_do_not_depend_on_pack_mates(key: str) -> None:
     with torch.no_grad():
         decoder = model.get_decoder()
         alone = torch.cat([decoder(input_ids=torch.tensor([text])).last_hidden_state[0] for text in texts])
-        beside = decoder(input_ids=torch.tensor([[30, 31, 32], [4, 5, 6]]), position_ids=torch.tensor([[0, 1, 2], [37, 38, 39]]))
+        together, positions = torch.tensor([[30, 31, 32], [4, 5, 6]]), torch.tensor([[0, 1, 2], [37, 38, 39]])
+        beside = decoder(input_ids=together, position_ids=positions)
         moved = (beside.last_hidden_state[0] - alone[16:19]).abs().max() / alone.abs().max()
         assert float(moved) > 1e-4  # control: one large position of a call changes the others
         decoder(input_ids=torch.tensor([[5]]))  # "dynamic" forgets
