@@ -32,7 +32,7 @@ from .live import Watch
 from .run_folder import RunFolder
 from .switches import base_dtype
 from .teacher_cache import CacheReport, KeyedRows, TeacherCache, open_or_build
-from .trainer import TrainStep, run_stage
+from .trainer import TASK_ROWS, TrainStep, run_stage
 
 TEACHER = "teacher"
 InitFrom = Literal["adapted", "teacher"]
@@ -209,7 +209,9 @@ def distill(
         )
     dtype = base_dtype(config.train, include_base=config.include_base)
     set_seed(config.train.seed)
-    run = RunFolder(config.output, {"stage": "distill", "source": source or {}, **asdict(config)}, config.resume)
+    settings = {"stage": "distill", "source": source or {}, **asdict(config)}
+    inputs = {"rows": rows, "valid_rows": valid_rows or [], "model": config.model, "teacher": config.teacher}
+    run = RunFolder(config.output, settings, config.resume, inputs)
     if (done := run.finished()) is not None:
         return done
     adapted, taught = read_config(Path(config.model)), read_config(Path(config.teacher))
@@ -247,6 +249,7 @@ def distill(
         over_variance=config.over_variance,
         validate=validate,
         watch=watch,
+        shuffle=TASK_ROWS,
     )
     if cache is None:
         student.llm.remove_adapter(TEACHER)
