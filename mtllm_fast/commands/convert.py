@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -54,7 +54,8 @@ class Convert:
         if self.push_to_hub:
             check_push(self.push_to_hub)
         if self.source in ("encoder", "llm"):
-            MTLLM.stack(reader=self.source, **{self.source: self.model}).save_pretrained(self.output)
+            bases: dict[str, Any] = {self.source: self.model}
+            MTLLM.stack(reader=self.source, **bases).save_pretrained(self.output)
         elif self.source:
             load_nllb_llm2vec(self.model).save_pretrained(self.output)
         elif self.target == "merged":
