@@ -182,8 +182,8 @@ def read_configs(path: Path) -> tuple[Any, Any]:
     if len(encoders) != 1 or len(llms) != 1 or llms[0]["model_type"] not in CONFIG_MAPPING:
         found = ", ".join(f"{name} ({value['model_type']})" for name, value in parts.items()) or "none"
         raise ValueError(
-            f"folder={str(path)!r}: config.json needs the config of an encoder ({', '.join(MODEL_TYPES)}) and of an LLM "
-            f"(nllb_config, llm2vec_config); found: {found}"
+            f"folder={str(path)!r}: config.json needs the config of an encoder ({', '.join(MODEL_TYPES)}) and of an "
+            f"LLM (nllb_config, llm2vec_config); found: {found}"
         )
     encoder, llm = (CONFIG_MAPPING[value["model_type"]].from_dict(value) for value in (encoders[0], llms[0]))
     return encoder, llm

@@ -21,10 +21,48 @@ BERT = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
     "max_position_embeddings": 160, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
+T5 = {
+    "vocab_size": 64,
+    "d_model": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "d_kv": 12,
+    "d_ff": 64,
+    "dropout_rate": 0.0,
+    "relative_attention_max_distance": 40,
+}
 CONFIGS = {
     "m2m_100": m2m100_config,
     "bert": lambda: transformers.BertConfig(**BERT),
     "xlm-roberta": lambda: transformers.XLMRobertaConfig(**BERT, pad_token_id=1),
+    "modernbert": lambda: transformers.ModernBertConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        local_attention=16,
+        layer_types=["full_attention", "sliding_attention"],
+        pad_token_id=1,
+        bos_token_id=2,
+        eos_token_id=3,
+        cls_token_id=2,
+        sep_token_id=3,
+        max_position_embeddings=512,
+    ),
+    "mbart": lambda: transformers.MBartConfig(
+        vocab_size=64,
+        d_model=32,
+        encoder_layers=2,
+        encoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        max_position_embeddings=160,
+        dropout=0.0,
+        scale_embedding=True,
+    ),
+    "t5": lambda: transformers.T5Config(**T5),
+    "mt5": lambda: transformers.MT5Config(**T5, feed_forward_proj="gated-gelu"),
+    "umt5": lambda: transformers.UMT5Config(**T5),
     "roberta": lambda: transformers.RobertaConfig(**BERT, pad_token_id=1),
 }
 

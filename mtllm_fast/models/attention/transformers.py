@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from .choice import attention
-from .contract import AttentionPlan
+from .contract import AttentionPlan, DistanceBias
 
 NAME = "mtllm_packed"
 
@@ -33,24 +33,26 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
+    position_bias: Tensor | DistanceBias | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:  # (1, T, H, d_v)
     """The function behind the attention name "mtllm_packed".
 
     Raises:
-        ValueError: the model was called without `plan`, needs attention sinks or a position bias, or the plan's
+        ValueError: the model was called without `plan`, needs attention sinks or a position bias that
+            does not go by distance, or the plan's
             backend cannot serve the call.
     """
     if plan is None:
         raise ValueError(
             f"attention {NAME!r} needs plan=AttentionPlan(...): call the model through PackedLLM/PackedEncoder"
         )
-    for name, extra in (("attention sinks (s_aux)", s_aux), ("a position bias", position_bias)):
+    bias = position_bias if isinstance(position_bias, DistanceBias) else None
+    for name, extra in (("attention sinks (s_aux)", s_aux), ("a position bias", None if bias else position_bias)):
         if extra is not None:
             raise ValueError(f"{type(module).__name__} has {name}, which packed attention does not know")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    out = attention(q, k, v, plan, scale=scaling, window=sliding_window, softcap=softcap, dropout=dropout)
+    out = attention(q, k, v, plan, scale=scaling, window=sliding_window, softcap=softcap, dropout=dropout, bias=bias)
     return out[None], None
 
 

@@ -12,7 +12,7 @@ from .family import EncoderFamily
 
 
 class Bert(EncoderFamily):
-    model_types: tuple[str, ...] = ("bert",)
+    model_types = ("bert",)
     about = "multilingual-E5-small, LaBSE, mBERT"
 
     def encoder_class(self, config: Any) -> Any:
