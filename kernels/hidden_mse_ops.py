@@ -250,7 +250,7 @@ def _hidden_loss_backward(ctx, grad_pooled, grad_paired, *_unused):
             ctx.rows_sorted, None,
         )  # fmt: skip
     if ctx.need_norm and grad_pooled is not None:
-        gradients[7] = scaled_gradient(d_norm[0], grad_pooled).to(ctx.norm_dtype)
+        gradients[7] = scaled_gradient(d_norm[0], grad_pooled, ctx.norm_dtype)
     return tuple(gradients)
 
 

@@ -18,7 +18,8 @@ Its gradient is as exact as the other's; its value is a difference of two number
 under logits in the thousands has few digits.
 
 bf16 logits put 8 to 78 % error into the gradient near convergence, so logits are fp32 whatever the inputs are.
-The gradient is produced in the forward pass; backward only multiplies it by the incoming scalar.
+The gradient is produced in the forward pass; backward only multiplies it by the incoming scalar. For fp16 inputs it
+waits in fp32, where loss scaling still reaches it; rows named twice are added in fp32.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from . import linear_kl_ops as ops
 from .gemms import accumulation_dtype
 from .linear_kl_checks import (
     autocast,
+    check_head,
     check_matrix,
     check_moments,
     check_options,
@@ -141,7 +143,7 @@ def teacher_moments(
     check_side("h_t", h_t, "w_t", w_t, device)
     check_options(temperature, softcap, FORWARD, 0.0, "moments")
     if w_s is not None:
-        check_matrix("w_s", w_s, device)
+        check_head("w_s", w_s, device)
         if w_s.dtype != w_t.dtype:
             raise ValueError(f"w_s is {w_s.dtype} but w_t is {w_t.dtype}; cast one of them")
     v_s = w_t.shape[0] if w_s is None else w_s.shape[0]

@@ -28,13 +28,20 @@ def check_matrix(name: str, x: Tensor, device: torch.device | None = None) -> No
         raise ValueError(f"{name} is on {x.device}, but h_s is on {device}; move it there")
 
 
+def check_head(name: str, w: Tensor, device: torch.device) -> None:
+    check_matrix(name, w, device)
+    if 0 in w.shape:
+        raise ValueError(f"{name} must have at least one vocabulary row and a width of 1, got shape {tuple(w.shape)}")
+
+
 def check_side(name: str, h: Tensor, w_name: str, w: Tensor, device: torch.device) -> None:
     check_matrix(name, h, device)
-    check_matrix(w_name, w, device)
+    check_head(w_name, w, device)
     if h.shape[1] != w.shape[1]:
         raise ValueError(f"{name} is {h.shape[1]} wide but {w_name} is {w.shape[1]} wide; a head is (V, width)")
     if h.dtype != w.dtype:
-        raise ValueError(f"{name} is {h.dtype} but {w_name} is {w.dtype}; cast one of them or use autocast")
+        advice = "cast one of them" if torch.is_autocast_enabled(device.type) else "cast one of them or use autocast"
+        raise ValueError(f"{name} is {h.dtype} but {w_name} is {w.dtype}; {advice}")
 
 
 def check_vector(name: str, x: Tensor | None, length: int, what: str, device: torch.device, kind: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import tiles
-from .gemms import accumulation_dtype, cpu_nt, cpu_tn, has_fast_bf16
+from .gemms import accumulation_dtype, cpu_nt, cpu_tn, has_fast_bf16, kept_dtype
 from .tiles import CpuChunks
 
 FORWARD, REVERSE, JSD = "forward", "reverse", "jsd"
@@ -60,6 +60,14 @@ def take(x: Tensor, rows: Tensor | None, start: int, stop: int, dtype: torch.dty
     """Rows [start, stop) of the selected rows of x, in `dtype`."""
     chunk = x[start:stop] if rows is None else x.index_select(0, rows[start:stop])
     return chunk.to(dtype)
+
+
+def gradient_rows(h: Tensor, pairs: Pairs, needed: bool) -> Tensor:
+    """Where the gradient (T_s, D) is written; added, in the accumulation dtype, where a row may be named twice."""
+    shape = (h.shape[0] if needed else 0, h.shape[1])
+    if pairs.rows_s is None:
+        return torch.empty(shape, dtype=kept_dtype(h.dtype))
+    return torch.zeros(shape, dtype=accumulation_dtype(h.dtype))
 
 
 class Head:
@@ -290,10 +298,7 @@ def difference_cpu(
     vocab, width = w_s.shape
     store = need_dh or need_dw or need_db
     values = torch.empty(pairs.count, dtype=dtype)
-    # A row index may name a row twice (two teacher rows for one student row), so gradients are added, not written.
-    dh = (torch.empty if pairs.rows_s is None else torch.zeros)(
-        (h_s.shape[0] if need_dh else 0, width), dtype=h_s.dtype
-    )
+    dh = gradient_rows(h_s, pairs, need_dh)
     dw = torch.zeros((vocab if need_dw else 0, width), dtype=dtype)
     db = torch.zeros(vocab if need_db else 0, dtype=dtype)
     chunk = sizes.rows_for(pairs.count, vocab, dtype.itemsize)
@@ -333,10 +338,10 @@ def difference_cpu(
         if need_dh:
             if in_bf16:
                 dx = torch.mm(grad_bf16[: stop - start], w_s).to(dtype)
-            dx = dx.mul_(row_scale).to(h_s.dtype)
+            dx.mul_(row_scale)
             if pairs.rows_s is None:
                 dh[start:stop] = dx
             else:
                 dh.index_add_(0, pairs.rows_s[start:stop], dx)
 
-    return *pairs.reduce(values), dh, dw.to(w_s.dtype), db
+    return *pairs.reduce(values), dh.to(kept_dtype(h_s.dtype)), dw.to(kept_dtype(w_s.dtype)), db

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from . import tiles
-from .gemms import accumulation_dtype, cpu_nt
-from .linear_kl_cpu import Head, Pairs, block_softmax, check_rows, take
+from .gemms import accumulation_dtype, cpu_nt, kept_dtype
+from .linear_kl_cpu import Head, Pairs, block_softmax, check_rows, gradient_rows, take
 from .tiles import CpuChunks
 
 
@@ -118,9 +118,7 @@ def moment_step_cpu(
     pairs = Pairs(h_s.shape[0] if rows_s is None else rows_s.shape[0], rows_s, rows_t, row_weight)
     values = torch.empty(pairs.count, dtype=dtype)
     width = h_s.shape[1]
-    dh = (torch.empty if pairs.rows_s is None else torch.zeros)(
-        (h_s.shape[0] if need_dh else 0, width), dtype=h_s.dtype
-    )
+    dh = gradient_rows(h_s, pairs, need_dh)
     head = Head(w_s, bias_s, sizes.block_v, temperature, 0.0)
     chunk = 2 * sizes.chunk_rows
     scratch = torch.empty(min(chunk, pairs.count) * head.width, dtype=dtype)
@@ -145,5 +143,5 @@ def moment_step_cpu(
         if pairs.rows_s is None:
             dh[start:stop] = dx
         else:
-            dh.index_add_(0, pairs.rows_s[start:stop], dx.to(h_s.dtype))
-    return *pairs.reduce(values), dh
+            dh.index_add_(0, pairs.rows_s[start:stop], dx)
+    return *pairs.reduce(values), dh.to(kept_dtype(h_s.dtype))

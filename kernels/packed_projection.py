@@ -74,8 +74,8 @@ def _check_linear(
         raise TypeError(f"{name} must be a tensor, got {type(weight).__name__}")
     if not weight.dtype.is_floating_point:
         raise TypeError(f"{name} must be floating point, got {weight.dtype}")
-    if weight.dim() != 2 or weight.shape[1] != width:
-        raise ValueError(f"{name} must have shape (out, {width}), got {tuple(weight.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != width or weight.shape[0] == 0:
+        raise ValueError(f"{name} must have shape (out, {width}) with out >= 1, got {tuple(weight.shape)}")
     if weight.device != device:
         raise ValueError(f"{name} is on {weight.device}, but x is on {device}; move it there")
     check_vector(bias_name, bias, (weight.shape[0],), device, rows=False)
@@ -140,8 +140,8 @@ def packed_projection(
     if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
         raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
     check_local("x", x)
-    if x.dim() not in (2, 3):
-        raise ValueError(f"x must have shape (N, E) or (B, L, E), got {tuple(x.shape)}")
+    if x.dim() not in (2, 3) or x.shape[-1] == 0:
+        raise ValueError(f"x must have shape (N, E) or (B, L, E) with E >= 1, got {tuple(x.shape)}")
     if x.dim() == 3 and rows is None:
         raise ValueError("rows is None, but x is padded: pass the rows of its flattened (B * L, E) that hold tokens")
     x = autocast(x.reshape(-1, x.shape[-1]))

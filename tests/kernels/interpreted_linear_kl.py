@@ -228,3 +228,33 @@ def test_moments_at_large_logits(kind):
         case.h_s, case.w_s, None, *m, None, None, None, -1, tau, tau**2, True, tiles=TILES
     )
     check(dh * 0.5, case.exact()["dh"], 7e-5 if kind == "low" else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_named_twice_are_added_in_fp32(dtype):
+    case = small(dtype, pairs=100, vocab=40, noise=1.0)
+    case.options |= {"rows_s": torch.zeros(100, dtype=torch.int64), "rows_t": torch.arange(100)}
+    exact, limit = case.exact()["dh"][:1], LIMITS[dtype] * WIDE.get(dtype, 1.0)
+    check(difference(case)["dh"][:1] * 0.5, exact, limit)
+    m = launch.teacher_moments_triton(case.h_t, case.w_s, None, None, None, None, 1.0, 0.0, tiles=TILES)
+    rows = (case.options["rows_s"], case.options["rows_t"], None, -1)
+    dh = launch.moment_step_triton(case.h_s, case.w_s, None, *m, *rows, 1.0, 1.0, True, tiles=TILES)[2]
+    check(dh[:1] * 0.5, exact, limit)
+
+
+def test_small_weights_in_fp16_are_kept_for_loss_scaling():
+    case = small(torch.float16, bias=True)
+    exact = case.exact()
+    case.options["row_weight"] = torch.full((6,), 1e-8)
+    got = difference(case)
+    assert got["dh"].dtype == got["dw"].dtype == torch.float32
+    for key in ("dh", "dw", "db"):
+        check(got[key] * 0.5e8, exact[key], LIMITS[torch.float16])
+    m = launch.teacher_moments_triton(
+        case.h_t, case.w_s, None, case.options["bias_s"], case.options["bias_s"], None, 1.0, 0.0, tiles=TILES
+    )
+    rows = (None, None, case.options["row_weight"], -1)
+    dh = launch.moment_step_triton(case.h_s, case.w_s, case.options["bias_s"], *m, *rows, 1.0, 1.0, True, tiles=TILES)[
+        2
+    ]
+    check(dh * 0.5e8, exact["dh"], 2 * LIMITS[torch.float16])

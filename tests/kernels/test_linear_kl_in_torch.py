@@ -25,7 +25,9 @@ def test_opcheck():
         torch.library.opcheck(ops.moments_of, teacher)
         cached = ops.moments_of(*teacher)
         torch.library.opcheck(ops.moment_step, (h_s, head, bias, *cached, *rows, 2.0, 4.0, True))
-    torch.library.opcheck(ops.scale_gradient, (torch.randn(3, 2, dtype=torch.bfloat16), torch.tensor(0.3)))
+    torch.library.opcheck(
+        ops.scale_gradient, (torch.randn(3, 2, dtype=torch.bfloat16), torch.tensor(0.3), torch.float16)
+    )
 
 
 @pytest.mark.parametrize("form", ["difference", "moments"])
