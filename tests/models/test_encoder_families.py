@@ -73,7 +73,8 @@ def make(key: str) -> nn.Module:
     torch.manual_seed(0)
     family = family_of(config)
     encoder = family.build(config).eval()
-    family.prepare(encoder)
+    if hasattr(encoder, "pooler"):
+        encoder.pooler = None
     encoder.set_attn_implementation("eager")
     with torch.no_grad():
         for parameter in encoder.parameters():
@@ -163,7 +164,7 @@ def test_lora_fits_the_layers_only(key: str) -> None:
     }  # fmt: skip
     assert len(adapted) == 2 * len({n.removesuffix(".base_layer") for n in linear})
     assert not any("pooler" in name or "embed" in name for name in adapted)
-    assert torch.equal(encoder(batch), before)
+    assert_matches(encoder(batch), before, TOLERANCE)  # torch multiplies frozen weights in another order
     encoder(batch).square().sum().backward()
     trained = {n for n, p in encoder.model.named_parameters() if p.grad is not None}
     assert trained and all(".lora_" in n for n in trained)
