@@ -240,8 +240,8 @@ def main() -> None:
     counts = Counter(row["verdict"] for row in rows)
     head = (
         "Packed rows of every causal-LM family of transformers that builds from a small config, compared with "
-        f"transformers alone, float64 on the CPU (norms and rotations are float32 in most families, mixtures of experts all; "
-        f"torch {torch.__version__}, transformers {transformers.__version__}; "
+        f"transformers alone, float64 on the CPU (norms and rotations are float32 in most families, "
+        f"mixtures of experts all; torch {torch.__version__}, transformers {transformers.__version__}; "
         "`python -m benchmarks.llm_families`). "
         + ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
         + f"; none may be DIFFERENT (more than {TOLERANCE:g} of the largest element, and than ten times what the "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.pack import PackedBatch
+from ..data.tokenise import StackTokenizer
 from .adapters import AdaptedModel
 from .attention import NAME, AttentionPlan
 from .encoders import family_of
@@ -52,6 +53,27 @@ class PackedEncoder(AdaptedModel):
             ValueError: `name` is not a model, or its family is not supported.
         """
         return cls(load_pretrained("encoder", name, dtype, trust_remote_code), name, attention=attention)
+
+    def take_tokenizer(self, tokenizer: StackTokenizer) -> None:
+        """Check that the MT side of `tokenizer` is this encoder's, and tell it how many positions there are.
+
+        Raises:
+            ValueError: it has token ids that the encoder lacks, or no language codes for an encoder that needs them.
+        """
+        if tokenizer.mt is None:
+            return
+        name = self.name or type(self.model).__name__
+        if (count := len(tokenizer.mt)) > self.vocab_size:
+            raise ValueError(
+                f"tokenizer: has {count} MT tokens, but encoder {name!r} has embeddings for {self.vocab_size}: it "
+                "belongs to another encoder"
+            )
+        if self.family.language_codes and not tokenizer.languages:
+            raise ValueError(
+                f"tokenizer: has no language codes, but encoder {name!r} ({self.model.config.model_type}) begins every "
+                "text with one: take the tokenizer that was trained with it"
+            )
+        tokenizer.mt_positions = self.max_positions
 
     @property
     def hidden_size(self) -> int:

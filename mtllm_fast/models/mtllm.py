@@ -91,6 +91,8 @@ class MTLLM(nn.Module):
             raise ValueError(f"llm is missing: reader={config.reader!r} reads through it")
         self.config = config
         self.encoder, self.llm, self.tokenizer = encoder, llm, tokenizer
+        if encoder is not None and tokenizer is not None:
+            encoder.take_tokenizer(tokenizer)
         self.changed: set[str] = set()
         self.projection: Projection | None = None
         if config.reader == "stack":

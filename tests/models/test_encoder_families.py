@@ -9,11 +9,13 @@ import torch
 import transformers
 from torch import nn
 
+from mtllm_fast.data import TextRow
 from mtllm_fast.data.pack import PackedBatch
+from mtllm_fast.data.tokenise import StackTokenizer
 from mtllm_fast.models import LoraSettings, PackedEncoder
 from mtllm_fast.models.encoders import FAMILIES, family_of
 from tests.conftest import assert_matches
-from tests.tiny import m2m100_config
+from tests.tiny import LINES, m2m100_config, nllb_tokenizer
 
 LENGTHS = (1, 2, 63, 64, 65, 150)
 TOLERANCE = 1e-5
@@ -178,3 +180,28 @@ def test_saved_and_loaded(key: str, tmp_path) -> None:
     assert loaded.family is encoder.family
     assert torch.equal(loaded(batch), encoder(batch))
     assert loaded.bare_state().keys() == encoder.bare_state().keys()
+
+
+def test_a_tokenizer_must_be_the_encoders_own() -> None:
+    """Ids beyond the embeddings and missing language codes are refused; long texts end where the positions do."""
+    mt_tokenizer = nllb_tokenizer(list(LINES))
+    small = PackedEncoder(make("bert"))
+    with pytest.raises(ValueError, match="it belongs to another encoder"):
+        small.take_tokenizer(StackTokenizer(mt_tokenizer, None))
+    config = transformers.BertConfig(**{**BERT, "vocab_size": len(mt_tokenizer), "max_position_embeddings": 20})
+    own, tokenizer = PackedEncoder(family_of(config).build(config)), StackTokenizer(mt_tokenizer, None)
+    long = TextRow("the cat sat on the mat " * 20, "eng_Latn")
+    assert len(tokenizer.mt_side([long]).ids[0]) > 20
+    own.take_tokenizer(tokenizer)
+    side = tokenizer.mt_side([long])
+    assert (len(side.ids[0]), side.truncated) == (20, 1)
+    own(PackedBatch.from_sequences([ids.tolist() for ids in side.ids]))
+
+    plain = copy.deepcopy(mt_tokenizer)
+    codeless = StackTokenizer(plain, None)
+    codeless._language_ids = {}
+    config = transformers.M2M100Config(vocab_size=len(mt_tokenizer), d_model=32, encoder_layers=1, decoder_layers=1,
+                                       encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=32,
+                                       decoder_ffn_dim=32)  # fmt: skip
+    with pytest.raises(ValueError, match="has no language codes, but encoder"):
+        PackedEncoder(family_of(config).build(config)).take_tokenizer(codeless)
