@@ -45,7 +45,8 @@ def draw_scores(scores: Scores, path: str | Path) -> None:
     axes = figure.subplots(1, panels, sharex=True, squeeze=False)[0]
     chance = 100 / len(scores.labels)
     over = scores.shared() if len(scores.models) > 1 else scores.foreign()
-    of = f" of {len(over)}" if len(over) < len(scores.foreign()) else ""
+    several = len({frozenset(model.languages) for model in scores.models}) > 1
+    of = f" of {len(over)}" if several else ""
     small = 7 if panels > 1 else 9
     for panel, axis in enumerate(axes):
         codes = languages[panel * per_panel : (panel + 1) * per_panel]

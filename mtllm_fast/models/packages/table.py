@@ -25,7 +25,7 @@ class Model:
     Attributes:
         files: what `convert` gets, in this order.
         convert: writes config, weights and tokenizer into a folder that exists.
-        check: whether what a folder computes makes sense, and, if told so, whether it is what is stored for exactly these
+        check: whether what a folder computes makes sense and, if told so, is what is stored for exactly these
             data files; raises ValueError where not.
     """
 
