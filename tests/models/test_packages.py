@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from mtllm_fast.models.packages.convert import smollm2
 from mtllm_fast.models.packages.e5_q4 import read_e5
-from mtllm_fast.models.packages.gguf import check_architecture, read_gguf
+from mtllm_fast.models.packages.gguf import BLOCKS, numbers_of, read_gguf
 from tests.tiny import e5_file
 
 
@@ -62,7 +63,7 @@ def test_no_gguf_file(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"E5S1" + bytes(100))
     with pytest.raises(ValueError, match="is no GGUF file"):
-        check_architecture(path)
+        read_gguf(path)
 
 
 def gguf_file(path: Path, architecture: str = "llama") -> None:
@@ -70,7 +71,7 @@ def gguf_file(path: Path, architecture: str = "llama") -> None:
     import gguf
 
     rng = np.random.default_rng(0)
-    tokens = ["<unk>", "<s>", "</s>", *(chr(c) for c in range(33, 33 + 61))]
+    tokens = ["<|endoftext|>", "<s>", "</s>", *(chr(c) for c in range(33, 33 + 60)), "AB"]
     writer = gguf.GGUFWriter(path, architecture)
     for add, value in (
         (writer.add_block_count, 1), (writer.add_context_length, 64), (writer.add_embedding_length, 32),
@@ -107,9 +108,9 @@ def test_gguf_logits_are_those_of_another_reader(tmp_path: Path) -> None:
 
     path = tmp_path / "model.gguf"
     gguf_file(path)
-    model, tokenizer = read_gguf(path)
-    model.save_pretrained(tmp_path / "folder")
-    tokenizer.save_pretrained(tmp_path / "folder")
+    (tmp_path / "folder").mkdir()
+    smollm2([path], tmp_path / "folder")
+    tokenizer = read_gguf(path)[2]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "folder").eval()
     assert AutoTokenizer.from_pretrained(tmp_path / "folder")("ABC!").input_ids == tokenizer("ABC!").input_ids
     ids = [5, 17, 3, 60, 9, 9, 41]
@@ -118,6 +119,45 @@ def test_gguf_logits_are_those_of_another_reader(tmp_path: Path) -> None:
     reader = Llama(path)
     assert np.abs(ours - reader.logits(ids)).max() < 1e-4
     assert np.abs(ours - reader.logits(ids, rotate=False)).max() > 1e-2
+
+
+def same_as_transformers(path: Path, texts: list[str]) -> None:
+    """Weights bit for bit and the tokenizer as transformers reads them out of the file by the package gguf."""
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    config, state, tokenizer = read_gguf(path)
+    expected = LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+    theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    assert state.keys() == expected.state_dict().keys()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(state[name], tensor), name
+    for name in ("rms_norm_eps", "rope_parameters", "head_dim", "tie_word_embeddings", "bos_token_id", "eos_token_id"):
+        assert getattr(config, name) == getattr(expected.config, name), name
+    assert tokenizer.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert tokenizer.special_tokens_map == theirs.special_tokens_map
+    assert tokenizer.chat_template == theirs.chat_template
+    assert tokenizer(texts).input_ids == theirs(texts).input_ids
+
+
+def test_gguf_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    path = tmp_path / "model.gguf"
+    gguf_file(path)
+    same_as_transformers(path, ["ABC!", "</s>AB"])
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0", "F32"])
+def test_gguf_blocks(kind: str) -> None:
+    """Every value of a block, with scales of both signs, as the package gguf takes it apart."""
+    gguf = pytest.importorskip("gguf")
+    number = gguf.GGMLQuantizationType[kind]
+    size, dtype = BLOCKS[int(number)]
+    values = np.random.default_rng(0).normal(0, 3, (8, 64)).astype(np.float32)
+    data = gguf.quantize(values, number)
+    got = numbers_of(data.tobytes(), int(number), (8, 64), 0)
+    assert data.nbytes == 8 * 64 // size * dtype.itemsize
+    assert np.array_equal(got, gguf.dequantize(data, number)) and not np.array_equal(got[0], got[1])
+    assert np.abs(got - values).max() < (1.0 if kind == "Q4_1" else 0.1)
 
 
 def test_damaged_gguf_files(tmp_path: Path) -> None:
@@ -129,6 +169,12 @@ def test_damaged_gguf_files(tmp_path: Path) -> None:
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match="damaged or cut short"):
             read_gguf(path)
+    path.write_bytes(whole[:4] + struct.pack("<I", 9) + whole[8:])
+    with pytest.raises(ValueError, match="version 9"):
+        read_gguf(path)
+    path.write_bytes(whole.replace(b"blk.0.ffn_up.weight", b"blk.1.ffn_up.weight"))
+    with pytest.raises(ValueError, match=r"lacks the tensor model\.layers\.0\.mlp\.up_proj\.weight, of 11"):
+        read_gguf(path)
     gguf_file(path, "qwen2")
     with pytest.raises(ValueError, match="of the architecture 'qwen2'"):
         read_gguf(path)
