@@ -7,7 +7,6 @@ import difflib
 import os
 import types
 import typing
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro

@@ -65,9 +65,10 @@ def read_e5(path: Path) -> tuple[BertConfig, dict[str, Tensor]]:
             raise ValueError(f"{path}: is no E5S1 file (it does not begin with {MAGIC.decode()})")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
-        sizes, epsilon, tensors = _read(data)
+        read, epsilon, tensors = _read(data)
     except (struct.error, IndexError, ValueError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: is damaged or cut short ({error})") from error
+    sizes: dict[str, Any] = dict(read)
     config = BertConfig(
         **sizes, layer_norm_eps=epsilon, hidden_act="gelu", pad_token_id=1, bos_token_id=0, eos_token_id=2,
         architectures=["BertModel"], dtype="float32",

@@ -191,10 +191,11 @@ def _config(pairs: dict[str, Any], tied: bool) -> LlamaConfig:
         raise ValueError(f"scaled rotary positions are not known ({scaling[0]})")
     names = ("bos", "eos", "unknown", "padding")
     bos, eos, unknown, padding = (pairs.get(f"tokenizer.ggml.{name}_token_id") for name in names)
+    options: dict[str, Any] = {"unk_token_id": unknown}
     return LlamaConfig(
-        **sizes, rms_norm_eps=pairs["llama.attention.layer_norm_rms_epsilon"], tie_word_embeddings=tied,
+        **sizes, **options, rms_norm_eps=pairs["llama.attention.layer_norm_rms_epsilon"], tie_word_embeddings=tied,
         rope_parameters={"rope_type": "default", "rope_theta": pairs.get("llama.rope.freq_base", 10000.0)},
-        bos_token_id=bos, eos_token_id=eos, unk_token_id=unknown, pad_token_id=padding,
+        bos_token_id=bos, eos_token_id=eos, pad_token_id=padding,
         architectures=["LlamaForCausalLM"], dtype="float32",
     )  # fmt: skip
 
@@ -202,6 +203,7 @@ def _config(pairs: dict[str, Any], tied: bool) -> LlamaConfig:
 def _state(config: LlamaConfig, data: mmap.mmap, tensors: dict[str, Any]) -> dict[str, Tensor]:
     from transformers import LlamaForCausalLM
 
+    assert config.head_dim is not None
     layers, found = config.num_hidden_layers, {_llama_name(name): name for name in tensors}
     if len(tensors) != (count := len(_LAYER) * layers + 3 - config.tie_word_embeddings):
         raise ValueError(f"has {len(tensors)} tensors, a Llama of {layers} layers has {count}")
