@@ -11,7 +11,7 @@ class OptimSettings:
     """How to train. A step is `gradient_accumulation` packs on every process."""
 
     max_steps: int = 1000
-    """Optimizer steps; -1 trains for `epochs` instead."""
+    """Optimizer steps; -1 trains for `epochs` instead, 0 saves the model as it starts."""
     epochs: int = 1
     """Passes over the data, used where max_steps is -1."""
     lr: float = 2e-4
@@ -73,8 +73,8 @@ class OptimSettings:
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.max_steps < 1 and not (self.max_steps == -1 and self.epochs >= 1):
-            raise ValueError(f"max_steps={self.max_steps}: must be >= 1, or -1 with epochs >= 1")
+        if self.max_steps < 0 and not (self.max_steps == -1 and self.epochs >= 1):
+            raise ValueError(f"max_steps={self.max_steps}: must be >= 0, or -1 with epochs >= 1")
         positive = ("lr", "tokens", "gradient_accumulation", "max_length", "log_steps", "save_steps")
         for name in (*positive, "bad_steps"):
             if not getattr(self, name) > 0:

@@ -12,15 +12,17 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 from transformers import set_seed
 
 from ..data.collate import Batch
 from ..data.read import TextRow
 from ..losses import DistillationLoss, DistillationWeights, LossTerm
 from ..models import MTLLM
+from ..models.adapter_sum import add_to_adapter, sum_settings
 from ..models.mtllm import MTLLMConfig
 from ..models.storage import read_config, read_safetensors
 from .config import OptimSettings
@@ -32,6 +34,7 @@ from .teacher_cache import CacheReport, KeyedRows, TeacherCache, open_or_build
 from .trainer import TrainStep, run_stage
 
 TEACHER = "teacher"
+InitFrom = Literal["adapted", "teacher"]
 
 
 @dataclass
@@ -49,7 +52,13 @@ class DistillConfig:
     without it the teacher runs in every step. For pooled_mse and head_kl."""
     train_projection: bool = False
     """Train the projection too; the paper freezes it in this stage."""
+    init_from: InitFrom = "adapted"
+    """The adapter that training starts from: adapted, the model's own; teacher, the sum of that and the task teacher's,
+    as one adapter of both ranks together."""
     loss: DistillationWeights = field(default_factory=DistillationWeights)
+    over_variance: bool = False
+    """pooled_mse and paired_mse over the variance of the teacher's states, measured on the first texts: 1.0 explains
+    nothing, and a weight means the same for every LLM."""
     train: OptimSettings = field(
         default_factory=lambda: OptimSettings(lr=1e-4, warmup=0.1, max_steps=-1, epochs=3, max_rows=32)
     )
@@ -58,6 +67,10 @@ class DistillConfig:
     include_base: bool = False
     """Store the base models' weights with the result, so that its folder needs nothing else."""
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.init_from not in get_args(InitFrom):
+            raise ValueError(f"init_from={self.init_from!r}: expected one of {', '.join(get_args(InitFrom))}")
 
 
 class DistillStep(TrainStep):
@@ -72,13 +85,15 @@ class DistillStep(TrainStep):
     def counts(self, batch: Batch) -> dict[str, float]:
         return self.loss.weights.counts(batch)
 
+    def taught(self, batch: Batch) -> tuple[Batch, Tensor]:
+        if self.cache is not None:
+            return self.cache.teach(batch)
+        assert batch.llm is not None
+        return batch, self.student.teacher_states(batch.llm, TEACHER)
+
     def forward(self, batch: Batch) -> dict[str, LossTerm]:
         assert batch.mt is not None and self.student.llm is not None
-        if self.cache is not None:
-            batch, teacher = self.cache.teach(batch)
-        else:
-            assert batch.llm is not None
-            teacher = self.student.teacher_states(batch.llm, TEACHER)
+        batch, teacher = self.taught(batch)
         student = self.student.states(batch.mt)  # type: ignore[arg-type]
         lm_head = self.student.llm.lm_head if self.loss.weights.kl else None
         return self.loss(student, teacher, batch, lm_head=lm_head, task_head=self.student.head)
@@ -171,6 +186,8 @@ def distill(
     if adapted.reader != "stack" or "student" not in adapted.adapters:
         raise ValueError(f"model={config.model!r}: not an adapted stack; make one with `mtllm adapt`")
     check_teacher(adapted, taught, config.teacher)
+    if config.init_from == "teacher":
+        sum_settings(adapted.adapters["student"], taught.adapters["student"])
     assert taught.head is not None
     first = next(iter(rows), None)
     if first is not None and (first.choices is not None) != (taught.head.kind == "choice"):
@@ -182,6 +199,9 @@ def distill(
         rows = KeyedRows(rows)
         set_seed(config.train.seed)  # the same run, whether the states were there or not
     student = MTLLM.from_pretrained(config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    if config.init_from == "teacher":
+        weights = read_safetensors(Path(config.teacher), "model")
+        add_to_adapter(student, taught.adapters["student"], weights)
     add_teacher(student, config.teacher, adapter=cache is None)
     assert student.llm is not None and student.projection is not None
     student.projection.requires_grad_(config.train_projection)
@@ -193,6 +213,7 @@ def distill(
         run,
         sides=("mt",) if cache else ("mt", "llm"),
         align=config.loss.needs_pairs,
+        over_variance=config.over_variance,
         validate=validate,
         watch=watch,
     )

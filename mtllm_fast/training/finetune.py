@@ -131,6 +131,8 @@ def finetune(
     sources = [name for name in ("llm", "encoder", "model") if getattr(config, name)]
     if len(sources) != 1:
         raise ValueError(f"name exactly one of --llm, --encoder and --model, got {', '.join(sources) or 'none'}")
+    if config.train.max_steps == 0:
+        raise ValueError("max_steps=0: the task head starts at random, so there is nothing to save; train it")
     dtype = base_dtype(config.train, include_base=config.include_base)
     set_seed(config.train.seed)
     settings = {"stage": "finetune", "source": source or {}, "labels": list(labels), **asdict(config)}

@@ -18,7 +18,7 @@ from ..data.collate import Batch, PackedDataset, StreamCounts
 from ..data.loader import PackedLoader
 from ..data.read import TextRow
 from ..data.store import TokenStore
-from ..losses import LossTerm
+from ..losses import DistillationLoss, LossTerm
 from ..models import MTLLM
 from ..models.storage import load_own_state
 from .checkpoint import said_in_bytes
@@ -28,7 +28,8 @@ from .live import Live, LiveProgress, ModelFlops, Throughput, Watch, Watching, b
 from .processes import processes
 from .run_folder import RunFolder, write_json
 from .survival import STATE_FILE
-from .switches import apply_switches, optimizer_name
+from .switches import apply_switches, on_gpu, optimizer_name
+from .teacher_variance import VARIANCE_FILE, measure_variance, recorded_variance
 
 PLACE_FILE = "data.json"  # in a checkpoint: where the data is read on
 METRICS_FILE = "metrics.json"
@@ -40,13 +41,19 @@ class TrainStep(nn.Module):
     Attributes:
         student: the model that is trained and saved.
         weights: weight of each term by name.
+        loss: the terms of a distillation.
     """
 
     student: MTLLM
+    loss: DistillationLoss
     weights: dict[str, float]
 
     def counts(self, batch: Batch) -> dict[str, float]:
         raise TypeError(f"{type(self).__name__} does not say how it counts its terms")
+
+    def taught(self, batch: Batch) -> tuple[Batch, Tensor]:
+        """The batch with the teacher's side, and the teacher's states of its packed rows, no gradient."""
+        raise TypeError(f"{type(self).__name__} has no teacher")
 
     def forward(self, batch: Batch) -> dict[str, LossTerm]:
         raise TypeError(f"{type(self).__name__} has no forward")
@@ -357,6 +364,7 @@ def run_stage(
     *,
     sides: tuple[str, ...],
     align: bool = False,
+    over_variance: bool = False,
     validate: Callable[[], dict[str, float]] | None = None,
     watch: Watch | None = None,
 ) -> dict[str, Any]:
@@ -364,6 +372,8 @@ def run_stage(
 
     Args:
         rows: re-iterable texts. sides: which tokenizations the step needs. align: also the aligned row pairs.
+        over_variance: divide the MSE terms of `step.loss` by the variance of the teacher's states, measured on the
+            first packs before the first step, kept in the run's folder and read from there when it is continued.
         validate: scores on English validation data, asked once per epoch (in a shorter run, at its end); the best
             checkpoint is kept.
         watch: scores to log while training, in any language; they choose nothing.
@@ -388,6 +398,9 @@ def run_stage(
     # what is wrong with the first rows is said before anything is written
     if next(iter(dataset), None) is None:
         raise ValueError("the training data holds no usable row")
+    if optim.max_steps == 0:
+        run.start()
+        return untrained(step, optim, validate)
     steps, per_epoch = optim.max_steps, None
     if steps == -1 or validate is not None:
         packs = PackedLoader(dataset, num_workers=optim.workers).count()  # shuffling moves it little
@@ -397,5 +410,23 @@ def run_stage(
     trainer = PackedTrainer(
         step, dataset, optim, run.folder, steps=steps, validate=validate, validate_steps=per_epoch, watch=watch
     )
+    measured = recorded_variance(run.folder) if over_variance else None
+    if over_variance and measured is None:
+        measured = measure_variance(step, dataset, bf16=optim.bf16)
     run.start()
-    return trainer.run(run.resume)
+    if measured is None:
+        return trainer.run(run.resume)
+    if trainer.args.should_save:
+        write_json(run.folder / VARIANCE_FILE, measured)
+    step.loss.variance = measured
+    return {**trainer.run(run.resume), "teacher_variance": measured}
+
+
+def untrained(step: TrainStep, optim: OptimSettings, validate: Callable[[], dict[str, float]] | None) -> dict[str, Any]:
+    """Metrics of a run of 0 steps, whose model is saved as it starts: its English validation score, if there is one."""
+    if validate is None:
+        return {"train_runtime": 0.0}
+    if on_gpu(optim):
+        step.student.to("cuda")
+    step.eval()
+    return {"train_runtime": 0.0, "best_step": 0, "best_eval_accuracy": validate()["accuracy"]}
