@@ -111,7 +111,7 @@ class Engine:
                 quantize_layers(part.layers_root, quantize)
         if compile:
             for part in self._parts():
-                compile_layers(part.layers_root.layers)
+                compile_layers(part.layers)
 
     def _parts(self) -> list[AdaptedModel]:
         return [part for part in (self.model.encoder, self.model.llm) if part is not None]

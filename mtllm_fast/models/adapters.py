@@ -55,6 +55,11 @@ class AdaptedModel(nn.Module):
         """The module whose linear layers "all-linear" means."""
         return self.model
 
+    @property
+    def layers(self) -> Any:
+        """Its layers, a ModuleList."""
+        return self.layers_root.layers
+
     def _linear_names(self) -> list[str]:
         names = {name for name, module in self.layers_root.named_modules() if isinstance(module, nn.Linear)}
         names = {name.removesuffix(".base_layer") for name in names if ".lora_" not in name}

@@ -143,9 +143,7 @@ def soft_prompts(
         part = slice(start, start + batch_size)
         side = tokenizer.mt_side([TextRow(text, code) for text, code in zip(texts[part], codes[part])])
         packed = PackedBatch.from_sequences(side.ids).to(device)
-        states = encoder(packed, final_norm=False)
-        mapped = model.projection(states, encoder.final_norm, llm.model.dtype)
-        for one, head, tail in zip(mapped.split(packed.lengths), starts[part], ends[part]):
+        for one, head, tail in zip(model.projected(packed).split(packed.lengths), starts[part], ends[part]):
             prompts.append(torch.cat([embedded(prefix + own_ids(model, head)), one, embedded(own_ids(model, tail))]))
     return prompts
 

@@ -93,7 +93,9 @@ class MTLLM(nn.Module):
         if config.reader == "stack":
             assert encoder is not None and llm is not None
             device = next(encoder.parameters()).device
-            self.projection = Projection(encoder.hidden_size, llm.hidden_size, config.projection).to(device)
+            self.projection = Projection(
+                encoder.hidden_size, llm.hidden_size, config.projection, len(encoder.layers)
+            ).to(device)
         self.head: TaskHead | None = None
         if config.head:
             self.set_head(config.head)
@@ -274,15 +276,25 @@ class MTLLM(nn.Module):
         assert self.encoder is not None
         if self.config.reader == "encoder":
             return self.encoder(batch)
-        assert self.projection is not None and self.llm is not None
-        if any(parameter.requires_grad for parameter in self.encoder.parameters()):
-            states = self.encoder(batch, final_norm=False)
-        else:
-            with torch.no_grad():
-                states = self.encoder(batch, final_norm=False)
+        assert self.llm is not None
+        return self.llm(batch, embeds=self.projected(batch))
+
+    def encoder_states(self, batch: PackedBatch) -> Tensor:
+        """States (T, E) of the packed MT tokens that the projection reads: before the encoder's final norm."""
+        assert self.encoder is not None
+        fusion = self.projection.fusion if self.projection is not None else None
+        trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.encoder.parameters())
+        with torch.set_grad_enabled(trained):
+            if fusion is None:
+                return self.encoder(batch, final_norm=False)
+            states = self.encoder.all_states(batch)
+        return self.projection.fuse(states)  # type: ignore[union-attr]
+
+    def projected(self, batch: PackedBatch) -> Tensor:
+        """What the LLM reads in place of embeddings, (T, D) of its dtype: the projected encoder states of `batch`."""
+        assert self.encoder is not None and self.projection is not None and self.llm is not None
         # the residual stream keeps the LLM's dtype
-        embeds = self.projection(states, self.encoder.final_norm, self.llm.model.dtype)
-        return self.llm(batch, embeds=embeds)
+        return self.projection(self.encoder_states(batch), self.encoder.final_norm, self.llm.model.dtype)
 
     @torch.no_grad()
     def teacher_states(self, batch: PackedBatch, adapter: str | None = None) -> Tensor:

@@ -164,6 +164,7 @@ def _targets(value: Any) -> Any:
 def save(model: MTLLM, folder: Path, *, include_base: bool | None = None) -> None:
     """See `MTLLM.save_pretrained`. Everything is written beside the folder first and moved in at the end."""
     from huggingface_hub import save_torch_state_dict
+    from safetensors.torch import save_file
 
     own = own_state(model)
     parts: tuple[tuple[str, PackedEncoder | PackedLLM | None], ...] = (("encoder", model.encoder), ("llm", model.llm))
@@ -196,7 +197,10 @@ def save(model: MTLLM, folder: Path, *, include_base: bool | None = None) -> Non
                 config[role] = str(Path(part.name).resolve())
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(staging)
-        save_torch_state_dict(own, staging, max_shard_size="5GB")
+        if own:
+            save_torch_state_dict(own, staging, max_shard_size="5GB")
+        else:  # a bare reader: it would write no file at all
+            save_file({}, staging / "model.safetensors")
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for path in sorted(staging.iterdir(), key=lambda p: p.name == "config.json"):
             target = folder / path.name

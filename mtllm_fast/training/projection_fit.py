@@ -188,7 +188,8 @@ def _pairs(student: MTLLM, rows: Iterable[TextRow], limit: int) -> tuple[Tensor,
         assert (
             batch.mt is not None and batch.llm is not None and batch.mt_rows is not None and batch.llm_rows is not None
         )
-        states.append(student.encoder(batch.mt)[batch.mt_rows].float())
+        read, norm = student.encoder_states(batch.mt), student.encoder.final_norm
+        states.append((read if norm is None else norm(read))[batch.mt_rows].float())
         tokens.append(batch.llm.input_ids[batch.llm_rows])
         total += len(tokens[-1])
     student.train()

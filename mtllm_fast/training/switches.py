@@ -127,7 +127,7 @@ def apply_switches(
         where = next(backbone.parameters()).device.type
         with torch.autocast(where, torch.bfloat16, enabled=optim.bf16):
             kept, recomputed = kept_bytes_per_token(backbone)
-        layers = len(backbone.layers_root.layers)  # type: ignore[arg-type]
+        layers = len(backbone.layers)
         count = layers_within(optim.activation_memory_gib * 2**30, optim.tokens, layers, kept, recomputed)
         recompute_layers(backbone, count)
         log.info("checkpointing: %d of %d layers run again in backward (%.1f KiB per token and layer)",
@@ -135,7 +135,7 @@ def apply_switches(
     if optim.compile:
         for part in (student.encoder, student.llm):
             if part is not None:
-                compile_layers(part.layers_root.layers)
+                compile_layers(part.layers)
 
 
 def apply_liger(student: MTLLM) -> None:
