@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import hidden_mse_ops, linear_kl_ops
+from .autodiff import differentiable
 from .gemms import accumulation_dtype
 from .hidden_mse import KINDS, both_bounds, check_pairs, check_two_sides, pooled_count
 from .linear_kl_checks import check_moments, check_options, check_side, common_vocabulary, gathered
@@ -126,20 +127,20 @@ def _backward(ctx, grad_pooled, grad_paired, grad_kl, *_unused):
     paired = bool(ctx.kind) and grad_paired is not None
     kl = ctx.has_head and grad_kl is not None
     if ctx.need_dx and (pooled or paired or kl):
-        gradients[0] = hidden_mse_ops.state_gradient(
+        gradients[0] = hidden_mse_ops.gradient_of_states(
             hidden_mse_ops.scales_of(student, grad_pooled, grad_paired, grad_kl), student, teacher,
             u if pooled else None, bounds_s, ctx.pooling, "none", u.new_empty(0, 1),
             rows_s if paired else None, rows_t, pair_weight, pair_stats, ctx.kind or "mse", ctx.rows_sorted,
             dh if kl else None,
         )  # fmt: skip
     if kl and ctx.need_dw:
-        gradients[11] = linear_kl_ops.scale_gradient(dw, grad_kl)
+        gradients[11] = linear_kl_ops.scaled_gradient(dw, grad_kl)
     if kl and ctx.need_db:
-        gradients[12] = linear_kl_ops.scale_gradient(db, grad_kl).to(ctx.bias_dtype)
+        gradients[12] = linear_kl_ops.scaled_gradient(db, grad_kl).to(ctx.bias_dtype)
     return tuple(gradients)
 
 
-_distillation.register_autograd(_backward, setup_context=_save)
+_run = differentiable(_distillation, _save, _backward, "distillation_loss")
 
 
 def distillation_loss(
@@ -184,7 +185,7 @@ def distillation_loss(
         TypeError, ValueError, IndexError: as the three ops; or no term at all.
     """
     check_two_sides(student, teacher)
-    head, head_bias = gathered(head), gathered(head_bias)
+    head, head_bias = gathered("head", head), gathered("head_bias", head_bias)
     if not pooled and paired is None and head is None:
         raise ValueError("pooled is False, paired is None and head is None: there is no term to compute")
     bounds_s = bounds_t = flat = pairs = None
@@ -221,7 +222,7 @@ def distillation_loss(
             check_moments(moments, head, vocab, tau, rows_s.shape[0], rows_t, student.device)
     elif moments is not None:
         raise ValueError("moments is given, but head is None")
-    sums = _distillation(
+    sums = _run(
         student, teacher.detach(), bounds_s, bounds_t, pooling, flat, rows_s, rows_t, pairs, paired or "", rows_sorted,
         head, head_bias, *((None, None, None) if moments is None else (moments.m, moments.entropy, moments.bias_mean)),
         -1 if num_valid is None else num_valid, tau, tau**2 if scale_by_t2 else 1.0,

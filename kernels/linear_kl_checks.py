@@ -19,6 +19,7 @@ def check_matrix(name: str, x: Tensor, device: torch.device | None = None) -> No
     """`x` is a floating point matrix, on `device` if one is given."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    check_local(name, x)
     if not x.dtype.is_floating_point:
         raise TypeError(f"{name} must be floating point, got {x.dtype}")
     if x.dim() != 2:
@@ -62,10 +63,31 @@ def check_options(temperature: float, softcap: float | None, divergence: str, be
         raise ValueError(f"form is {form!r}, but must be one of {', '.join(FORMS)}")
 
 
-def gathered(w: T) -> T:
-    """A sharded (DTensor) parameter gathered, once; anything else, None too, unchanged."""
+def gathered(name: str, w: T, constant: bool = False) -> T:
+    """A sharded (DTensor) weight gathered; anything else, None too, unchanged.
+
+    One that is trained (is no `constant` to the op) is refused: `full_tensor()` gives every process the gradient of its
+    own rows alone, and whether those of all must be added depends on whether the rows differ, which only the caller
+    knows.
+    """
     full = getattr(w, "full_tensor", None)
-    return w if full is None else full()
+    if w is None or full is None:
+        return w
+    if constant:
+        return w.detach().full_tensor()  # type: ignore[attr-defined]
+    if w.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} is a sharded parameter (DTensor) that requires a gradient: use it inside the forward of its "
+            f"fully_shard module, detach it, or pass {name}.full_tensor(grad_placements=[Partial()]) where every "
+            "process has rows of its own ([Replicate()] where all have the same)"
+        )
+    return full()
+
+
+def check_local(name: str, x: Tensor) -> None:
+    """States are those of one process."""
+    if hasattr(x, "full_tensor"):
+        raise ValueError(f"{name} is a DTensor, but the ops take the rows of one process: pass {name}.to_local()")
 
 
 def autocast(x: T) -> T:

@@ -7,14 +7,11 @@ Tests run these functions on CPU tensors in the Triton interpreter, where the GE
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from .device_checks import require, require_rows
 from .gemms import mm_f32, mm_f32_add
-from .linear_kl_cpu import JSD
 from .linear_kl_triton import exp_rows, finish_moments, kl_rows
 from .tiles import LINEAR_KL, LinearKLTiles, architecture
 
@@ -132,7 +129,6 @@ def difference_triton(
     dx = h_s.new_empty(chunk if need_dh else 0, width, dtype=torch.float32)
     bias_t = bias_s if w_t is None else bias_t
     bias_s_ptr, bias_t_ptr = _padded_bias(bias_s, values), _padded_bias(bias_t, values)
-    log_beta, log_1m_beta = (math.log(beta), math.log(1.0 - beta)) if divergence == JSD else (0.0, 0.0)
 
     for start in range(0, pairs.count, chunk):
         stop = min(start + chunk, pairs.count)
@@ -149,7 +145,7 @@ def difference_triton(
         kl_rows[(n,)](
             z_s, z_t, grad, bias_s_ptr, bias_t_ptr, values if weights is None else weights, values[start:stop],
             z_s.stride(0), z_t.stride(0), grad.stride(0), vocab, buffer.shape[1],
-            1.0 / temperature, softcap, scale, beta, log_beta, log_1m_beta, grad_scale,
+            1.0 / temperature, softcap, scale, beta, grad_scale,
             DIVERGENCE=divergence, HAS_BIAS_S=bias_s is not None, HAS_BIAS_T=bias_t is not None,
             HAS_WEIGHT=weights is not None, HAS_SOFTCAP=softcap > 0, NEED_GRAD=store,
             BARRIER=grad.dtype != torch.float32, BLOCK_V=tiles.kl_rows.block,
@@ -191,7 +187,7 @@ def teacher_moments_triton(
     values = w_t if w_s is None else w_s
     vocab = w_t.shape[0]
     m = h_t.new_empty(count, values.shape[1], dtype=torch.float32)
-    lse, z_mean, inv_sum = (h_t.new_empty(count, dtype=torch.float32) for _ in range(3))
+    lse, entropy, inv_sum = (h_t.new_empty(count, dtype=torch.float32) for _ in range(3))
     bias_mean = h_t.new_zeros(count, dtype=torch.float32)
     chunk = max(1, min(tiles.chunk_rows, count))
     buffer = h_t.new_empty(chunk, _padded(vocab), dtype=torch.float32)
@@ -203,15 +199,15 @@ def teacher_moments_triton(
         mm_f32(x.contiguous(), w_t.t(), out=z[:, :vocab])
         e, e_scale = _half_view(z, vocab, h_t.dtype)
         exp_rows[(stop - start,)](
-            z, e, bias_ptr, value_bias_ptr, lse[start:stop], inv_sum[start:stop], z_mean[start:stop],
+            z, e, bias_ptr, value_bias_ptr, lse[start:stop], inv_sum[start:stop], entropy[start:stop],
             bias_mean[start:stop], z.stride(0), e.stride(0), vocab, buffer.shape[1],
             1.0 / temperature, softcap, e_scale,
-            HAS_BIAS=bias_t is not None, HAS_VALUE_BIAS=bias_s is not None, HAS_SOFTCAP=softcap > 0, WANT_Z_MEAN=True,
+            HAS_BIAS=bias_t is not None, HAS_VALUE_BIAS=bias_s is not None, HAS_SOFTCAP=softcap > 0, WANT_ENTROPY=True,
             BARRIER=e.dtype != torch.float32, BLOCK_V=tiles.exp_rows.block,
             num_warps=tiles.exp_rows.num_warps, num_stages=tiles.exp_rows.num_stages,
         )  # fmt: skip
         mm_f32(e, values, out=m[start:stop])
-    return m.mul_(inv_sum.unsqueeze(1)), lse - z_mean, bias_mean
+    return m.mul_(inv_sum.unsqueeze(1)), entropy, bias_mean
 
 
 def moment_step_triton(
@@ -254,7 +250,7 @@ def moment_step_triton(
         exp_rows[(n,)](
             z, e, bias_ptr, bias_ptr, lse[start:stop], inv_sum[start:stop], lse, lse,
             z.stride(0), e.stride(0), vocab, buffer.shape[1], 1.0 / temperature, 0.0, e_scale,
-            HAS_BIAS=bias_s is not None, HAS_VALUE_BIAS=False, HAS_SOFTCAP=False, WANT_Z_MEAN=False,
+            HAS_BIAS=bias_s is not None, HAS_VALUE_BIAS=False, HAS_SOFTCAP=False, WANT_ENTROPY=False,
             BARRIER=e.dtype != torch.float32, BLOCK_V=tiles.exp_rows.block,
             num_warps=tiles.exp_rows.num_warps, num_stages=tiles.exp_rows.num_stages,
         )  # fmt: skip

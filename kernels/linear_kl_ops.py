@@ -1,7 +1,8 @@
 """The torch.library side of `linear_kl`: one op per form, each with CPU and CUDA kernels, a fake and a derivative.
 
 The ops return gradients next to values: `total` is the only differentiable output, backward multiplies the gradients
-that the forward made by the incoming scalar. Arguments are validated by `linear_kl.py`, not here.
+that the forward made by the incoming scalar. `run_difference` and `run_moment_step` are how callers call them.
+Arguments are validated by `linear_kl.py`, not here.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import linear_kl_cpu, moments_cpu
+from .autodiff import differentiable, once_only
 from .device_checks import on_device_of_arguments
 from .gemms import accumulation_dtype
 
@@ -163,13 +165,16 @@ def _(h_t, w_t, w_s, bias_t, bias_s, rows, temperature, softcap):
 
 @torch.library.custom_op("mtllm_fast::scale_gradient", mutates_args=())
 def scale_gradient(gradient: Tensor, by: Tensor) -> Tensor:
-    """gradient * by. An op without a derivative of its own, so that a second derivative raises instead of lying."""
+    """gradient * by, as an op so that a second derivative raises instead of lying."""
     return (gradient * by).to(gradient.dtype)
 
 
 @scale_gradient.register_fake
 def _(gradient, by):
     return torch.empty_like(gradient)
+
+
+scaled_gradient = once_only(scale_gradient, "linear_kl, distillation_loss or pooled_mse")
 
 
 def _save_difference(ctx, inputs, output):
@@ -186,11 +191,11 @@ def _difference_backward(ctx, grad_total, *_unused):
     if grad_total is None:
         return tuple(gradients)
     if ctx.need_dh:
-        gradients[0] = scale_gradient(dh, grad_total)
+        gradients[0] = scaled_gradient(dh, grad_total)
     if ctx.need_dw:
-        gradients[1] = scale_gradient(dw, grad_total)
+        gradients[1] = scaled_gradient(dw, grad_total)
     if ctx.need_db:
-        gradients[4] = scale_gradient(db, grad_total).to(ctx.bias_dtype)
+        gradients[4] = scaled_gradient(db, grad_total).to(ctx.bias_dtype)
     return tuple(gradients)
 
 
@@ -203,8 +208,8 @@ def _save_moment_step(ctx, inputs, output):
 def _moment_step_backward(ctx, grad_total, *_unused):
     (dh,) = ctx.saved_tensors
     wanted = ctx.need_dh and grad_total is not None
-    return (scale_gradient(dh, grad_total) if wanted else None, *([None] * 12))
+    return (scaled_gradient(dh, grad_total) if wanted else None, *([None] * 12))
 
 
-difference.register_autograd(_difference_backward, setup_context=_save_difference)
-moment_step.register_autograd(_moment_step_backward, setup_context=_save_moment_step)
+run_difference = differentiable(difference, _save_difference, _difference_backward, "linear_kl")
+run_moment_step = differentiable(moment_step, _save_moment_step, _moment_step_backward, "linear_kl")

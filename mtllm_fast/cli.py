@@ -80,6 +80,9 @@ def main(arguments: list[str] | None = None) -> None:
         if os.environ.get("MTLLM_TRACEBACK"):
             raise
         fail(name, str(error))
+    except BrokenPipeError:  # whoever read the output has enough of it, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at the end fails too
+        raise SystemExit(0) from None
     except (OSError, RunFailed) as error:  # a full disk, a file that may not be written, a run that cannot go on
         if os.environ.get("MTLLM_TRACEBACK"):
             raise

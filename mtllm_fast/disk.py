@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import logging
 import os
+import platform
 import re
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 from safetensors import SafetensorError
+
+log = logging.getLogger(__name__)
 
 MARKER = "complete.json"
 
@@ -21,6 +27,74 @@ def sync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def opened(path: Path) -> int:
+    """A descriptor to read and write `path`, made where it is missing."""
+    return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+
+
+def lock(handle: int, *, wait: bool) -> bool:
+    """Take the lock of an open file; False where another has it. The system takes it back when its holder is dead."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+class FolderLock:
+    """That this process, and no other, writes into a folder. Taking it again in the same process is no conflict.
+
+    A child of this process does not inherit it: workers that outlive a killed run would keep it from going on.
+    """
+
+    _held: ClassVar[dict[Path, int]] = {}
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder.resolve() / ".lock"
+
+    def take(self) -> bool:
+        """False where another process has it. The folder must be there."""
+        handle = self._held.get(self.path)
+        if handle is not None:
+            if self.path.exists() and os.path.samestat(os.fstat(handle), self.path.stat()):
+                return True
+            self.release()  # of a folder of this name that was deleted
+        handle = opened(self.path)
+        try:
+            mine = lock(handle, wait=False)
+        except OSError as error:  # a file system without locks is no reason to refuse work
+            log.warning("%s: cannot be locked (%s); see to it that no other process writes there", self.path, error)
+            mine = True
+        if not mine:
+            os.close(handle)
+            return False
+        os.ftruncate(handle, 0)
+        os.write(handle, f"{os.getpid()} on {platform.node()}\n".encode())
+        self._held[self.path] = handle
+        return True
+
+    def holder(self) -> str:
+        """Who wrote itself into the lock last: "PID on MACHINE"."""
+        try:
+            return self.path.read_text(encoding="utf-8").strip() or "unknown"
+        except OSError:
+            return "unknown"
+
+    def release(self) -> None:
+        if (handle := self._held.pop(self.path, None)) is not None:
+            self.path.unlink(missing_ok=True)
+            os.close(handle)
+
+    @classmethod
+    def _forget(cls) -> None:
+        for handle in cls._held.values():
+            os.close(handle)
+        cls._held.clear()
+
+
+os.register_at_fork(after_in_child=FolderLock._forget)
 
 
 def mark_complete(folder: Path) -> None:

@@ -257,7 +257,7 @@ class Distill(DistillConfig):
     def run(self) -> None:
         from ..training import distill
 
-        rows, _, valid = self.source.load()
+        rows, labels, valid = self.source.load()
         watch = self.watch.watch(self.source.task, self.source.data)
         source = dataclasses.asdict(self.source)
         run_all(
@@ -265,5 +265,5 @@ class Distill(DistillConfig):
             base_settings(self, DistillConfig),
             self.seeds,
             self.push_to_hub,
-            lambda config: distill(config, rows, valid, source, watch),
+            lambda config: distill(config, rows, valid, source, watch, labels),
         )

@@ -23,6 +23,7 @@ from .adapters import LoraSettings
 from .encoder import PackedEncoder
 from .heads import HeadConfig
 from .llm import PackedLLM
+from .loading import check_finite
 from .mtllm import MTLLM, MTLLMConfig
 from .projection import ProjectionConfig
 from .sharded import load_whole, whole, writes
@@ -40,7 +41,7 @@ def own_state(model: MTLLM) -> dict[str, Tensor]:
     def owned(name: str) -> bool:
         if ".lora_" in name:  # a task teacher may be a guest in the model while it is distilled
             return any(adapter in name for adapter in adapters)
-        return name in trained or name.startswith(("projection.", "head."))
+        return name in trained or name in model.changed or name.startswith(("projection.", "head."))
 
     return {name: whole(tensor) for name, tensor in model.state_dict().items() if owned(name)}
 
@@ -53,6 +54,10 @@ def load_own_state(model: MTLLM, folder: Path) -> None:
     """
     state = read_safetensors(folder, "model")
     expected = own_state(model)
+    held = model.state_dict()
+    # base weights that training changed: they stay with the model, also when it is saved again
+    model.changed = {name for name in set(state) - set(expected) if name in held and ".lora_" not in name}
+    expected |= {name: held[name] for name in model.changed}
     missing, surplus = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
     if missing or surplus:
         raise ValueError(
@@ -85,9 +90,11 @@ def read_safetensors(folder: Path, stem: str) -> dict[str, Tensor]:
         if not path.is_file():
             raise ValueError(f"model={str(folder)!r}: {name} is missing, the model is incomplete")
         try:
-            state.update(load_file(path))
+            part = load_file(path)
         except SafetensorError as error:
             raise ValueError(f"model={str(folder)!r}: {name} is damaged or cut short ({error})") from error
+        check_finite(f"model={str(folder)!r}: {name}", part.items())
+        state.update(part)
     return state
 
 

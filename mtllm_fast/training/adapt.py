@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
+import torch
 from torch import Tensor
 from transformers import set_seed
 
@@ -18,6 +19,7 @@ from ..data.read import TextRow
 from ..data.store import TokenStore
 from ..losses import DistillationLoss, DistillationWeights, LossTerm
 from ..models import MTLLM, LoraSettings, ProjectionConfig
+from ..models.storage import local_folder, read_config
 from .config import OptimSettings
 from .live import Watch
 from .projection_fit import InitKind, fit_projection
@@ -34,6 +36,9 @@ class AdaptConfig:
     """MT encoder: folder or hub name (NLLB-200, M2M-100)."""
     llm: str = ""
     """Causal LM: folder or hub name."""
+    model: str = ""
+    """Instead of encoder and llm: an adapted MTLLM folder, whose projection and adapter training goes on from (warm
+    start, with a new optimizer and schedule). To go on with the same run, use `resume`, also with more steps."""
     output: str = "runs/adapt"
     """Folder of the run; holds the model, its checkpoints and logs."""
     causal: bool = False
@@ -61,6 +66,11 @@ class AdaptConfig:
     def __post_init__(self) -> None:
         if self.init not in get_args(InitKind):
             raise ValueError(f"init={self.init!r}: expected one of {', '.join(get_args(InitKind))}")
+        if self.model:
+            own = AdaptConfig()
+            for name in ("encoder", "llm", "causal", "projection", "lora", "init"):
+                if getattr(self, name) != getattr(own, name):
+                    raise ValueError(f"{name}={getattr(self, name)!r}: model={self.model!r} has its own")
         if self.init_rows < 1:
             raise ValueError(f"init_rows={self.init_rows}: must be > 0; init='none' fits nothing")
         if self.init != "none" and self.projection.kind != "linear":
@@ -68,6 +78,37 @@ class AdaptConfig:
                 f"init={self.init!r}: only a linear projection can be fitted, not projection.kind="
                 f"{self.projection.kind!r}"
             )
+
+
+def starting_model(config: AdaptConfig, dtype: torch.dtype) -> MTLLM:
+    """The student as training starts: stacked anew, or the adapted model that `config.model` names.
+
+    Raises:
+        ValueError: a model cannot be loaded, or is not one that adaptation can go on from.
+    """
+    if not config.model:
+        return MTLLM.stack(
+            config.encoder,
+            config.llm,
+            causal=config.causal,
+            projection=config.projection,
+            lora=config.lora,
+            dtype=dtype,
+            trust_remote_code=config.trust_remote_code,
+        )
+    student = MTLLM.from_pretrained(config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    assert student.llm is not None
+    student.llm.train_adapter("student")
+    return student
+
+
+def check_start(folder: str) -> None:
+    """Refuse, before anything is loaded, a model that adaptation cannot go on from. Raises ValueError."""
+    config = read_config(local_folder(folder))
+    if config.reader != "stack" or "student" not in config.adapters:
+        raise ValueError(f"model={folder!r}: not an adapted stack; make one with `mtllm adapt --encoder ... --llm ...`")
+    if config.head is not None:
+        raise ValueError(f"model={folder!r}: has a task head; adaptation goes on from what `mtllm adapt` made")
 
 
 class AdaptStep(TrainStep):
@@ -114,22 +155,17 @@ def adapt(
         ValueError: an argument does not fit; the output folder holds another run.
     """
     for name in ("encoder", "llm"):
-        if not getattr(config, name):
-            raise ValueError(f"--{name} is missing: name a folder or a hub model")
+        if not (getattr(config, name) or config.model):
+            raise ValueError(f"--{name} is missing: name a folder or a hub model, or --model to go on from")
+    if config.model:
+        check_start(config.model)
     if config.init != "none" and isinstance(rows, TokenStore):
         raise ValueError(f"init={config.init!r}: the projection is fitted on text, not on a token store")
     dtype = base_dtype(config.train, include_base=config.include_base)
     set_seed(config.train.seed)
-    run = RunFolder(config.output, {"stage": "adapt", "source": source or {}, **asdict(config)}, config.resume)
-    student = MTLLM.stack(
-        config.encoder,
-        config.llm,
-        causal=config.causal,
-        projection=config.projection,
-        lora=config.lora,
-        dtype=dtype,
-        trust_remote_code=config.trust_remote_code,
-    )
+    inputs = {"rows": rows, **{name: value for name in ("encoder", "llm", "model") if (value := getattr(config, name))}}
+    run = RunFolder(config.output, {"stage": "adapt", "source": source or {}, **asdict(config)}, config.resume, inputs)
+    student = starting_model(config, dtype)
     assert student.tokenizer is not None
     fit = None
     if config.init != "none":

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,6 +23,7 @@ from ..data.read import TextRow
 from ..losses import DistillationLoss, DistillationWeights, LossTerm
 from ..models import MTLLM
 from ..models.adapter_sum import add_to_adapter, sum_settings
+from ..models.heads import HeadConfig
 from ..models.mtllm import MTLLMConfig
 from ..models.storage import read_config, read_safetensors
 from .config import OptimSettings
@@ -31,7 +32,7 @@ from .live import Watch
 from .run_folder import RunFolder
 from .switches import base_dtype
 from .teacher_cache import CacheReport, KeyedRows, TeacherCache, open_or_build
-from .trainer import TrainStep, run_stage
+from .trainer import TASK_ROWS, TrainStep, run_stage
 
 TEACHER = "teacher"
 InitFrom = Literal["adapted", "teacher"]
@@ -116,6 +117,31 @@ def check_teacher(student: MTLLMConfig, teacher: MTLLMConfig, folder: str) -> No
         raise ValueError(f"teacher={folder!r}: sits on the LLM {theirs!r}, the student on {mine!r}")
 
 
+def in_teachers_order(
+    head: HeadConfig, labels: Sequence[str] | None, rows: Sequence[TextRow], folder: str
+) -> list[TextRow]:
+    """Labelled rows with their labels as classes of the teacher's head, by name.
+
+    Args:
+        labels: names that the rows' labels are indices into; None: they are the teacher's, in its order.
+
+    Raises:
+        ValueError: the teacher has other labels, or fewer than the rows.
+    """
+    if head.kind == "choice":  # the label is the number of a choice, of which rows have as many as they like
+        return list(rows)
+    if labels is not None and sorted(labels) != sorted(head.labels):
+        raise ValueError(
+            f"teacher={folder!r}: its head has the labels {', '.join(head.labels)}, "
+            f"but the task has {', '.join(labels)}"
+        )
+    order = range(len(head.labels)) if labels is None else [head.labels.index(name) for name in labels]
+    wrong = next((row.label for row in rows if row.label is not None and not 0 <= row.label < len(order)), None)
+    if wrong is not None:
+        raise ValueError(f"teacher={folder!r}: has {len(order)} labels, but a row has the label {wrong}")
+    return [row if row.label is None else replace(row, label=order[row.label]) for row in rows]
+
+
 def add_teacher(student: MTLLM, folder: str, *, adapter: bool = True) -> None:
     """Put the task teacher's head and, unless its states are cached, its adapter into the student, both frozen.
 
@@ -162,8 +188,12 @@ def distill(
     valid_rows: Sequence[TextRow] | None = None,
     source: dict[str, Any] | None = None,
     watch: Watch | None = None,
+    labels: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Run stage 3 on English task `rows` (labels are not used); the model ends in `config.output`.
+
+    Args:
+        labels: names that the labels of `valid_rows` are indices into; None: they are the teacher's, in its order.
 
     Raises:
         ValueError: model, teacher, rows and losses do not fit each other, the teacher's cache is stale or damaged, or
@@ -179,7 +209,9 @@ def distill(
         )
     dtype = base_dtype(config.train, include_base=config.include_base)
     set_seed(config.train.seed)
-    run = RunFolder(config.output, {"stage": "distill", "source": source or {}, **asdict(config)}, config.resume)
+    settings = {"stage": "distill", "source": source or {}, **asdict(config)}
+    inputs = {"rows": rows, "valid_rows": valid_rows or [], "model": config.model, "teacher": config.teacher}
+    run = RunFolder(config.output, settings, config.resume, inputs)
     if (done := run.finished()) is not None:
         return done
     adapted, taught = read_config(Path(config.model)), read_config(Path(config.teacher))
@@ -193,6 +225,7 @@ def distill(
     if first is not None and (first.choices is not None) != (taught.head.kind == "choice"):
         has = "choices" if first.choices is not None else "no choices"
         raise ValueError(f"teacher={config.teacher!r}: has a {taught.head.kind} head, but the rows have {has}")
+    valid_rows = in_teachers_order(taught.head, labels, valid_rows or (), config.teacher)
     cache, report = None, None
     if config.teacher_cache:
         cache, report = cached_teacher(config, rows, dtype)
@@ -216,6 +249,7 @@ def distill(
         over_variance=config.over_variance,
         validate=validate,
         watch=watch,
+        shuffle=TASK_ROWS,
     )
     if cache is None:
         student.llm.remove_adapter(TEACHER)

@@ -55,6 +55,8 @@ def check_switches(optim: OptimSettings, *, include_base: bool = False) -> None:
     """
     from transformers.training_args import OptimizerNames
 
+    if optim.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda': no CUDA device is visible; see `mtllm doctor`")
     kind, gpu = optim.base_weights, on_gpu(optim)
     name = optimizer_name(optim)
     if name not in {str(known.value) for known in OptimizerNames}:

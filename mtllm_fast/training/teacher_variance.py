@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ..data.collate import Batch
 from ..models.heads import segment_mean, span_mean
+from .run_folder import read_json
 
 if TYPE_CHECKING:
     from .trainer import TrainStep
@@ -82,4 +82,4 @@ def measure_variance(step: TrainStep, batches: Iterable[Batch], *, bf16: bool) -
 def recorded_variance(folder: Path) -> dict[str, float] | None:
     """What a run that is continued was started with, None where it had not come so far."""
     path = folder / VARIANCE_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None

@@ -47,7 +47,7 @@ def _packages(folder: Path) -> Model:
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
         digest = hashlib.sha256((home / name).read_bytes()).hexdigest()
         files.append(DataFile(f"{package}==1.0", f"{home.name}/{name}", digest))
-    return Model("tiny", "", "nobody/tiny-e5", "MIT", tuple(files), conversion.e5, lambda _: None, lambda _: None)
+    return Model("tiny", "", "nobody/tiny-e5", "MIT", tuple(files), conversion.e5, lambda *_: None)
 
 
 @pytest.fixture
@@ -128,9 +128,6 @@ def test_missing_package_names_both_ways(tiny: Model, tmp_path: Path) -> None:
         fetch(tiny, tmp_path / "tiny", "package")
     with pytest.raises(ValueError, match=rf"the hub cannot be reached \(nobody/tiny-e5\); from packages: {line}"):
         fetch(tiny, tmp_path / "tiny")
-    tool = replace(tiny, tools=(("some-tool==2", "mtllm_no_such_module"),))
-    with pytest.raises(ValueError, match=f"the packages tiny-tokens==1.0, some-tool==2 are not .*{line} some-tool==2"):
-        fetch(tool, tmp_path / "tiny", "package")
     assert _left(tmp_path / "tiny") == set()
 
 
@@ -142,10 +139,8 @@ def test_hub(tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     fetching = sys.modules["mtllm_fast.models.packages.fetch"]  # the package has a function of that name
     monkeypatch.setattr(fetching, "local_folder", lambda name: {"nobody/tiny-e5": snapshot}[name])
 
-    def never(_: object) -> None:
-        raise ValueError("not to be called")
-
-    model = replace(tiny, values=never)
+    asked = []
+    model = replace(tiny, check=lambda folder, stored: asked.append(stored))
     assert "from hub nobody/tiny-e5" in fetch(model, tmp_path / "tiny", "hub")
     assert {path.name for path in (tmp_path / "tiny").iterdir()} == {"config.json", "fetched.json", "complete.json"}
     with pytest.raises(ValueError, match="tiny: not to be called"):
@@ -175,8 +170,8 @@ def test_killed_call_is_followed_by_a_clean_one(tiny: Model, tmp_path: Path) -> 
     code = (
         "import os, signal, sys; from dataclasses import replace; from pathlib import Path\n"
         "from tests.models.test_fetch import tiny_in; from mtllm_fast.models.packages import fetch\n"
-        "kill = lambda folder: ((folder / 'litter').touch(), os.kill(os.getpid(), signal.SIGKILL))\n"
-        "fetch(replace(tiny_in(Path(sys.argv[1])), values=kill), sys.argv[2])"
+        "kill = lambda folder, stored: ((folder / 'litter').touch(), os.kill(os.getpid(), signal.SIGKILL))\n"
+        "fetch(replace(tiny_in(Path(sys.argv[1])), check=kill), sys.argv[2])"
     )
     output = tmp_path / "tiny"
     done = subprocess.run(
@@ -212,14 +207,12 @@ def test_two_calls_at_once(tiny: Model, tmp_path: Path) -> None:
 def test_stored_values_have_teeth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks of both models pass for their own values and fail for slightly other ones."""
     states = torch.tensor(conversion.E5_STATES)
-    monkeypatch.setattr(conversion, "e5_states", lambda *_: states)
-    conversion.e5_values(tmp_path)
     monkeypatch.setattr(conversion, "e5_states", lambda *_: states * 1.01)
     with pytest.raises(ValueError, match="states differ by"):
-        conversion.e5_values(tmp_path)
+        conversion.e5_check(tmp_path, True)
     monkeypatch.setattr(conversion, "e5_states", lambda *_: states[[0, 1, 2, 4, 3, 5, 6, 7]].repeat(1, 96))
     with pytest.raises(ValueError, match="the model does not work"):
-        conversion.e5_meaning(tmp_path)
+        conversion.e5_check(tmp_path, False)
 
 
 def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def gguf_file(path: Path, architecture: str = "llama") -> None:
     import gguf
 
     rng = np.random.default_rng(0)
-    tokens = ["<unk>", "<s>", "</s>", *(chr(c) for c in range(33, 33 + 61))]
+    tokens = ["<unk>", "<s>", "</s>", *(chr(c) for c in range(33, 33 + 60)), "AB"]
     writer = gguf.GGUFWriter(path, architecture)
     for add, value in (
         (writer.add_block_count, 1), (writer.add_context_length, 64), (writer.add_embedding_length, 32),

@@ -12,7 +12,7 @@ transformers.py  the attention name "mtllm_packed" of Hugging Face models
 
 from .choice import BACKENDS, attention, check_backend, choose_backend
 from .contract import AttentionPlan, Backend, Call, reference
-from .transformers import NAME, packed_attention
+from .transformers import NAME, packed_attention, run_packed
 
 __all__ = [
     "BACKENDS",
@@ -25,4 +25,5 @@ __all__ = [
     "choose_backend",
     "packed_attention",
     "reference",
+    "run_packed",
 ]

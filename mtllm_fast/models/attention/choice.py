@@ -101,6 +101,8 @@ def attention(
         raise ValueError(f"q has {q.shape[0]} rows, the plan's batch has {plan.batch.num_tokens}")
     if window is not None and window < 1:
         raise ValueError(f"window={window}: must be at least 1, or None for no window")
+    if window is not None and plan.exclusive and not plan.causal:
+        window -= 1
     if window is not None and window >= plan.batch.max_seqlen:
         window = None  # it hides nothing in this batch
     if not q.is_meta and torch.is_autocast_enabled(q.device.type):

@@ -8,7 +8,8 @@ S(i) are the rows of i's own sequence that i sees, by their distance i - j:
     None       0 <= i - j          all
     w          0 <= i - j < w      |i - j| <= w
 
-Hugging Face's convention: looking back the window counts the row itself, looking both ways it does not.
+Hugging Face's convention: looking back the window counts the row itself, looking both ways it does not. Models whose
+windows count it both ways (Gemma 3) say so in the plan (`exclusive`), and their w is one less here.
 """
 
 from __future__ import annotations
@@ -77,11 +78,13 @@ class AttentionPlan:
         batch: the packed batch.
         causal: rows see only themselves and earlier rows of their sequence.
         backend: a name of `BACKENDS` or "flash_attn", or None to choose by the call.
+        exclusive: the model's windows that look both ways mean |i - j| < w (Gemma 3) and not |i - j| <= w.
     """
 
     batch: PackedBatch
     causal: bool
     backend: str | None = None
+    exclusive: bool = False
     _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def cached(self, key: Hashable, make: Callable[[], Made]) -> Made:

@@ -7,6 +7,8 @@ registered once, the model is called with batch size 1 and the keyword `plan=Att
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -50,6 +52,27 @@ def packed_attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     out = attention(q, k, v, plan, scale=scaling, window=sliding_window, softcap=softcap, dropout=dropout)
     return out[None], None
+
+
+def run_packed(decoder: Any, plan: AttentionPlan, embeds: Tensor | None = None) -> Tensor:
+    """Last hidden states (T, D) of a transformers decoder on the plan's batch.
+
+    Args:
+        decoder: its attention is `NAME`.
+        embeds: (T, D) input embeddings in place of the ids' own.
+    """
+    batch = plan.batch
+    inputs = {"input_ids": batch.input_ids[None]} if embeds is None else {"inputs_embeds": embeds[None]}
+    output = decoder(
+        **inputs,
+        position_ids=batch.positions[None],
+        # a mask that counts as prepared: transformers would otherwise look for packed sequences, and wait for the
+        # device to answer; the plan says where sequences end
+        attention_mask=batch.positions.new_empty(1, 1, 0, 0),
+        use_cache=False,
+        plan=plan,
+    )
+    return output.last_hidden_state[0]
 
 
 def _no_mask(*args: object, **kwargs: object) -> None:

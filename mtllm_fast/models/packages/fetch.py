@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -50,8 +49,7 @@ def fetch(name: str | Model, output: str | Path, source: Source = "auto", *, ove
             origin = download(model, staging) if files is None else "packages " + " ".join(_packages(model))
             if files is not None:
                 model.convert(files, staging)
-                model.values(staging)
-            model.meaning(staging)
+            model.check(staging, files is not None)
             record = {"name": model.name, "source": "hub" if files is None else "package", "from": origin}
             record |= {"licence": model.licence}
             (staging / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -109,7 +107,6 @@ def package_files(model: Model, required: bool) -> list[Path] | None:
     """
     found = {file: find(file) for file in model.files}
     missing = [file.package for file, path in found.items() if path is None]
-    missing += [package for package, module in model.tools if importlib.util.find_spec(module) is None]
     if missing:
         if not required:
             return None

