@@ -27,17 +27,16 @@ PORTUGUESE = "por_Latn"
 class DemoConfig:
     """Sizes and settings of the demo, chosen by English validation accuracy and by time on two cores.
 
-    rows: test rows a language. train_rows, texts: English rows of the task, English texts of stage 1.
+    rows: test rows a language. train_rows: English rows of the task.
     """
 
     rows: int = 16
     train_rows: int = 480
-    texts: int = 480
     teacher: dict[str, Any] = field(default_factory=lambda: {"lr": 4e-4, "epochs": 2, "max_rows": 16})
-    encoder: dict[str, Any] = field(default_factory=lambda: {"lr": 1e-3, "epochs": 6, "max_rows": 16})
-    adapt: dict[str, Any] = field(default_factory=lambda: {"lr": 6e-4, "epochs": 1, "max_rows": 16})
+    encoder: dict[str, Any] = field(default_factory=lambda: {"lr": 1e-3, "epochs": 4, "max_rows": 16})
+    adapt: dict[str, Any] = field(default_factory=lambda: {"lr": 2e-4, "max_steps": 30, "max_rows": 16})
     adapt_loss: dict[str, float] = field(default_factory=lambda: {"pooled_mse": 1.0, "paired_mse": 1.0})
-    distill: dict[str, Any] = field(default_factory=lambda: {"lr": 5e-4, "epochs": 1, "max_rows": 16})
+    distill: dict[str, Any] = field(default_factory=lambda: {"lr": 2e-4, "epochs": 1, "max_rows": 16})
     distill_loss: dict[str, float] = field(default_factory=lambda: {"pooled_mse": 1.0, "head_kl": 1.0})
 
 
@@ -104,7 +103,7 @@ def run_demo(
     )
     MTLLM.stack(str(encoder), reader="encoder").save_pretrained(folders["encoder_probe"])
     say("[3/6] Stage 1: the LLM learns from itself to read through the encoder, on plain English text")
-    texts = list(read_rows(ASSETS / "english.txt"))[: config.texts]
+    texts = [*read_rows(ASSETS / "english.txt"), *(replace(row, label=None) for row in train)]
     adapt(
         AdaptConfig(
             encoder=str(encoder),
@@ -113,6 +112,7 @@ def run_demo(
             causal=True,
             lora=lora,
             init="ridge",
+            init_rows=len(texts),
             loss=DistillationWeights(**config.adapt_loss),
             over_variance=True,
             train=optim(config.adapt),
