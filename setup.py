@@ -10,6 +10,7 @@ setup(
     packages=[*OWN, "mtllm_fast.kernels", "mtllm_fast.benchmarks", "mtllm_fast.benchmarks.real"],
     package_dir={"mtllm_fast": "mtllm_fast", "mtllm_fast.kernels": "kernels", "mtllm_fast.benchmarks": "benchmarks"},
     package_data={
+        "mtllm_fast.demo": ["assets/**/*"],
         "mtllm_fast.miniworld": ["assets/**/*"],
         "mtllm_fast.reporting": ["templates/*"],
         "mtllm_fast.evaluation": ["*.tsv"],

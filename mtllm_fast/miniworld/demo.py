@@ -6,19 +6,17 @@ folder.
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..demo.run import fresh_folder
 from .languages import ENGLISH
 from .world import World
 
 ASSETS = Path(__file__).parent / "assets"
-MARKER = "demo.json"
 PARTS = ("world", "models", "teacher", "encoder_only", "adapted", "mt_llm")
 READERS = ("direct", "encoder_only", "translate_test", "mt_llm")
 
@@ -82,7 +80,7 @@ def run_demo(
 
     started = time.perf_counter()
     config = config or DemoConfig()
-    root = _fresh(Path(output), {"seed": seed, "from_scratch": from_scratch, **asdict(config)})
+    root = fresh_folder(Path(output), PARTS, {"seed": seed, "from_scratch": from_scratch, **asdict(config)})
     world = World(seed=seed if from_scratch else 0)
     say(f"[1/7] Writing a world of {len(world.languages)} languages and English to {root / 'world'}")
     write_world(
@@ -201,17 +199,3 @@ def _loss(weights: dict[str, float]) -> Any:
     from ..losses import DistillationWeights
 
     return DistillationWeights(**weights)
-
-
-def _fresh(root: Path, settings: dict[str, Any]) -> Path:
-    if root.exists() and not root.is_dir():
-        raise ValueError(f"output={str(root)!r}: is a file, not a folder")
-    if root.is_dir() and any(root.iterdir()) and not (root / MARKER).is_file():
-        raise ValueError(f"output={str(root)!r}: holds something else than an earlier demo; name a new folder")
-    for part in PARTS:
-        shutil.rmtree(root / part, ignore_errors=True)
-    for name in ("results.json", "report.md", "scores.png"):
-        (root / name).unlink(missing_ok=True)
-    root.mkdir(parents=True, exist_ok=True)
-    (root / MARKER).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    return root

@@ -71,7 +71,9 @@ def fit_ridge(projection: nn.Linear, states: Tensor, tokens: Tensor, embedding: 
     """Ridge regression from encoder states to the LLM's input embeddings, in closed form.
 
     W minimises `|X W^T + b - Y|^2 + penalty * trace(X^T X) / E * |W|^2`, b is free. The penalty is the one of
-    `PENALTIES` that explains most of the held-out pairs; W is then fitted on all pairs.
+    `PENALTIES` that explains most of the held-out pairs; W is then fitted on all pairs, and scaled about the mean so
+    that the projected states spread as the embeddings do: a regression that explains a share R² of them gives vectors
+    that much shorter, and the LLM, whose layers add to what they are given, then hears them too softly.
 
     Args:
         projection: set in place. states: (P, E) float32. tokens: (P,) int64.
@@ -81,7 +83,7 @@ def fit_ridge(projection: nn.Linear, states: Tensor, tokens: Tensor, embedding: 
     held = max(int(HELD_OUT * len(tokens)), 1)
     fit, check = slice(0, len(tokens) - held), slice(len(tokens) - held, None)
     means = _means(states[fit], tokens[fit], embedding, bias)
-    values, basis, cross = _eigen(states[fit], tokens[fit], embedding, means)
+    values, basis, cross, _ = _eigen(states[fit], tokens[fit], embedding, means)
     gram_h, cross_h, total_h = _products(states[check], tokens[check], embedding, means)
     gram_h, cross_h = basis.T @ gram_h @ basis, basis.T @ cross_h
     unexplained = []
@@ -90,8 +92,10 @@ def fit_ridge(projection: nn.Linear, states: Tensor, tokens: Tensor, embedding: 
         unexplained.append(float(total_h - 2 * (weight * cross_h).sum() + (weight * (gram_h @ weight)).sum()))
     best = min(range(len(PENALTIES)), key=unexplained.__getitem__)
     means = _means(states, tokens, embedding, bias)
-    values, basis, cross = _eigen(states, tokens, embedding, means)
-    weight = basis @ (cross / (values + PENALTIES[best] * values.mean())[:, None])  # (E, D)
+    values, basis, cross, total = _eigen(states, tokens, embedding, means)
+    weight = cross / (values + PENALTIES[best] * values.mean())[:, None]
+    spread = (values[:, None] * weight.square()).sum()  # |X W^T|^2
+    weight = basis @ weight * (total / spread).sqrt() if spread > 0 else basis @ weight  # (E, D)
     projection.weight.copy_(weight.T)
     if bias:
         projection.bias.copy_(means[1] - means[0] @ weight)
@@ -122,11 +126,11 @@ def _products(
 
 def _eigen(
     states: Tensor, tokens: Tensor, embedding: nn.Module, means: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of X^T X, and X^T Y in their basis."""
-    gram, cross, _ = _products(states, tokens, embedding, means)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of X^T X, X^T Y in their basis, and |Y|^2."""
+    gram, cross, total = _products(states, tokens, embedding, means)
     values, basis = torch.linalg.eigh(gram)
-    return values.clamp_min(0), basis, basis.T @ cross
+    return values.clamp_min(0), basis, basis.T @ cross, total
 
 
 def fit_softmax(

@@ -50,7 +50,7 @@ def least_squares(x: np.ndarray, y: np.ndarray, penalty: float, bias: bool) -> t
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_ridge_is_the_least_squares_solution(encoder_folder: str, llm_folder: str, matches, bias: bool) -> None:
+def test_ridge_is_the_least_squares_solution_at_the_spread_of_the_embeddings(encoder_folder: str, llm_folder: str, matches, bias: bool) -> None:
     student = MTLLM.stack(encoder_folder, llm_folder, projection=ProjectionConfig(bias=bias)).eval()
     batch = collate(ROWS, student.tokenizer, sides=("mt", "llm"), align=True)
     with torch.no_grad():
@@ -68,7 +68,12 @@ def test_ridge_is_the_least_squares_solution(encoder_folder: str, llm_folder: st
     found = fit_projection(student, ROWS, "ridge", len(ROWS))
     assert (found.pairs, found.penalty) == (len(x), PENALTIES[best])
     assert found.score == pytest.approx(r_squared[best], abs=1e-6)
-    weight, offset = least_squares(x, y, PENALTIES[best], bias)
+    weight, _ = least_squares(x, y, PENALTIES[best], bias)
+    mean_x, mean_y = (x.mean(0), y.mean(0)) if bias else (0.0, 0.0)
+    shrunk = np.linalg.norm((x - mean_x) @ weight) / np.linalg.norm(y - mean_y)
+    assert shrunk < 0.999, "the control: unscaled, the projected states spread less than the embeddings"
+    weight /= shrunk
+    offset = mean_y - mean_x @ weight
     matches(student.projection.layers.weight, torch.from_numpy(weight.T), 1e-5)
     if bias:
         matches(student.projection.layers.bias, torch.from_numpy(offset), 1e-5)
