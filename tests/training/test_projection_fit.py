@@ -50,7 +50,9 @@ def least_squares(x: np.ndarray, y: np.ndarray, penalty: float, bias: bool) -> t
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_ridge_is_the_least_squares_solution_at_the_spread_of_the_embeddings(encoder_folder: str, llm_folder: str, matches, bias: bool) -> None:
+def test_ridge_is_the_least_squares_solution_at_the_spread_of_the_embeddings(
+    encoder_folder: str, llm_folder: str, matches, bias: bool
+) -> None:
     student = MTLLM.stack(encoder_folder, llm_folder, projection=ProjectionConfig(bias=bias)).eval()
     batch = collate(ROWS, student.tokenizer, sides=("mt", "llm"), align=True)
     with torch.no_grad():
