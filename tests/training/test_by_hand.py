@@ -20,7 +20,7 @@ from mtllm_fast.losses import DistillationWeights
 from mtllm_fast.models import HeadConfig, LoraSettings
 from mtllm_fast.training import AdaptConfig, OptimSettings, adapt
 from mtllm_fast.training.adapt import AdaptStep
-from mtllm_fast.training.distill import TEACHER, DistillStep, add_teacher
+from mtllm_fast.training.distill import DistillStep, add_teacher
 from mtllm_fast.training.trainer import PackedTrainer
 from tests.conftest import relative_error
 from tests.tiny import LINES
