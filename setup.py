@@ -7,7 +7,7 @@ from setuptools import find_namespace_packages, setup
 OWN = find_namespace_packages(include=["mtllm_fast", "mtllm_fast.*"], exclude=["*.__pycache__"])
 
 setup(
-    packages=[*OWN, "mtllm_fast.kernels", "mtllm_fast.benchmarks"],
+    packages=[*OWN, "mtllm_fast.kernels", "mtllm_fast.benchmarks", "mtllm_fast.benchmarks.real"],
     package_dir={"mtllm_fast": "mtllm_fast", "mtllm_fast.kernels": "kernels", "mtllm_fast.benchmarks": "benchmarks"},
     package_data={
         "mtllm_fast.miniworld": ["assets/**/*"],

@@ -149,7 +149,7 @@ def settings(rung: Rung, p: Problem, device: str) -> OptimSettings:
     if rung.budget:
         assert p.model.llm is not None and p.batch.mt is not None
         tokens = p.batch.mt.num_tokens
-        layers = len(p.model.llm.layers_root.layers)  # type: ignore[arg-type]
+        layers = len(p.model.llm.layers)
         with torch.autocast(device, torch.bfloat16, enabled=bool(switches.get("bf16"))):
             kept, _ = kept_bytes_per_token(p.model.llm)
         switches |= {"activation_memory_gib": rung.budget * kept * tokens * layers / 2**30, "tokens": tokens}

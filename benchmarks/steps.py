@@ -325,7 +325,7 @@ def work(p: Problem) -> Work:
     base, t, t_llm = linears(model.llm.layers_root), mt.num_tokens, llm.num_tokens
     projection = model.encoder.hidden_size * width * (4 if model.projection.layers.weight.requires_grad else 2)  # type: ignore[union-attr]
     flops = 2.0 * linears(model.encoder) * t + projection * t + 2.0 * base * (2 * t + t_llm) + 6.0 * lora * t
-    flops += 4.0 * squares[0] * model.encoder.hidden_size * len(model.encoder.model.layers)
+    flops += 4.0 * squares[0] * model.encoder.hidden_size * model.encoder.num_layers
     flops += layers * width * (4.0 * squares[1] + 12.0 * squares[0])
     if p.weights.kl:
         flops += 6.0 * p.batch.num_pairs * width * model.llm.vocab_size

@@ -83,7 +83,7 @@ class Report:
 def linear_kl_cases(arch: str) -> Iterator[Case]:
     """All specialisations of the linear_kl kernels that a run on `arch` can ask for, up to unused flag combinations."""
     tiles = LINEAR_KL.get(arch, LINEAR_KL["default"])
-    floats = ("inv_temperature", "softcap", "scale", "beta", "log_beta", "log_1m_beta", "grad_scale", "e_scale")
+    floats = ("inv_temperature", "softcap", "scale", "beta", "grad_scale", "e_scale")
 
     def case(kernel: Any, label: str, halves: dict[str, str], tile: RowTile, **constexprs: Any) -> Case:
         types = {}
@@ -127,7 +127,7 @@ def linear_kl_cases(arch: str) -> Iterator[Case]:
                 HAS_BIAS=teacher,
                 HAS_VALUE_BIAS=teacher,
                 HAS_SOFTCAP=teacher,
-                WANT_Z_MEAN=teacher,
+                WANT_ENTROPY=teacher,
                 BARRIER=dtype != "fp32",
                 BLOCK_V=exps.block,
             )

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from . import hidden_mse_ops, linear_kl_ops
-from .gemms import accumulation_dtype
+from .autodiff import differentiable
+from .gemms import accumulation_dtype, kept_dtype
 from .hidden_mse import KINDS, both_bounds, check_pairs, check_two_sides, pooled_count
 from .linear_kl_checks import check_moments, check_options, check_side, common_vocabulary, gathered
 from .linear_kl_cpu import FORWARD
@@ -65,7 +66,8 @@ def _distillation(
         rows_s if kind else None, rows_t, pair_weight, kind or "mse", rows_sorted, need_dx, False,
     )  # fmt: skip
     kl = pooled.new_zeros(())
-    dh, dw, db = student.new_empty(0, student.shape[1]), student.new_empty(0, student.shape[1]), pooled.new_empty(0)
+    dh, dw = (student.new_empty(0, student.shape[1], dtype=kept_dtype(student.dtype)) for _ in range(2))
+    db = pooled.new_empty(0)
     selection = (rows_s, rows_t, pair_weight, num_valid)
     if head is not None and m is not None:
         assert entropy is not None and bias_mean is not None
@@ -101,8 +103,8 @@ def _(
         student.new_empty((), dtype=dtype),
         student.new_empty(u_shape, dtype=dtype),
         student.new_empty(stats_shape, dtype=dtype),
-        student.new_empty((student.shape[0] if with_head and need_dx else 0, width)),
-        student.new_empty((vocab if differs and need_dw else 0, width)),
+        student.new_empty((student.shape[0] if with_head and need_dx else 0, width), dtype=kept_dtype(student.dtype)),
+        student.new_empty((vocab if differs and need_dw else 0, width), dtype=kept_dtype(student.dtype)),
         student.new_empty(vocab if differs and need_db else 0, dtype=dtype),
     )
 
@@ -126,20 +128,20 @@ def _backward(ctx, grad_pooled, grad_paired, grad_kl, *_unused):
     paired = bool(ctx.kind) and grad_paired is not None
     kl = ctx.has_head and grad_kl is not None
     if ctx.need_dx and (pooled or paired or kl):
-        gradients[0] = hidden_mse_ops.state_gradient(
+        gradients[0] = hidden_mse_ops.gradient_of_states(
             hidden_mse_ops.scales_of(student, grad_pooled, grad_paired, grad_kl), student, teacher,
             u if pooled else None, bounds_s, ctx.pooling, "none", u.new_empty(0, 1),
             rows_s if paired else None, rows_t, pair_weight, pair_stats, ctx.kind or "mse", ctx.rows_sorted,
             dh if kl else None,
         )  # fmt: skip
     if kl and ctx.need_dw:
-        gradients[11] = linear_kl_ops.scale_gradient(dw, grad_kl)
+        gradients[11] = linear_kl_ops.scaled_gradient(dw, grad_kl, student.dtype)
     if kl and ctx.need_db:
-        gradients[12] = linear_kl_ops.scale_gradient(db, grad_kl).to(ctx.bias_dtype)
+        gradients[12] = linear_kl_ops.scaled_gradient(db, grad_kl, ctx.bias_dtype)
     return tuple(gradients)
 
 
-_distillation.register_autograd(_backward, setup_context=_save)
+_run = differentiable(_distillation, _save, _backward, "distillation_loss")
 
 
 def distillation_loss(
@@ -174,8 +176,8 @@ def distillation_loss(
         pooled: whether to compute the pooled MSE, over cu_seqlens or spans, pooling and segment_weight as `pooled_mse`.
         paired: "mse" or "cosine" for the paired term over rows_s, rows_t, pair_weight as `paired_mse`; None: none.
         rows_s, rows_t, pair_weight, rows_sorted: the row pairs of the paired term and of the KL.
-        head, head_bias: LM head shared by both sides, in the states' dtype; None: no KL. Get gradients of the
-            student's side if they require them.
+        head, head_bias: LM head shared by both sides, in the states' dtype (autocast casts it to that); None: no KL.
+            Get gradients of the student's side if they require them.
         moments: cached `teacher_moments` of the pairs' teacher rows: rows_t then holds rows of `moments`, so `paired`
             must be None. Needs a frozen head and no soft-capping.
         num_valid, temperature, scale_by_t2, softcap: as `linear_kl`, forward KL.
@@ -184,7 +186,9 @@ def distillation_loss(
         TypeError, ValueError, IndexError: as the three ops; or no term at all.
     """
     check_two_sides(student, teacher)
-    head, head_bias = gathered(head), gathered(head_bias)
+    head, head_bias = gathered("head", head), gathered("head_bias", head_bias)
+    if isinstance(head, Tensor) and torch.is_autocast_enabled(student.device.type):
+        head = head.to(student.dtype)
     if not pooled and paired is None and head is None:
         raise ValueError("pooled is False, paired is None and head is None: there is no term to compute")
     bounds_s = bounds_t = flat = pairs = None
@@ -221,7 +225,7 @@ def distillation_loss(
             check_moments(moments, head, vocab, tau, rows_s.shape[0], rows_t, student.device)
     elif moments is not None:
         raise ValueError("moments is given, but head is None")
-    sums = _distillation(
+    sums = _run(
         student, teacher.detach(), bounds_s, bounds_t, pooling, flat, rows_s, rows_t, pairs, paired or "", rows_sorted,
         head, head_bias, *((None, None, None) if moments is None else (moments.m, moments.entropy, moments.bias_mean)),
         -1 if num_valid is None else num_valid, tau, tau**2 if scale_by_t2 else 1.0,

@@ -38,6 +38,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a gradient made in the forward waits in for the incoming one: fp16 would lose what loss scaling lifts."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def cpu_nt(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a (M, K) @ b (N, K)ᵀ + bias (N,) on the CPU, in one dtype, fp32 or fp64; operands may be transposed views.
 

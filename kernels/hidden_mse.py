@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import hidden_mse_ops as ops
 from .gemms import accumulation_dtype
-from .linear_kl_checks import gathered
+from .linear_kl_checks import check_local, gathered
 from .segments import POOLINGS, SPANS, check_bounds, segment_ranges
 
 NORMS = ("none", "rms", "layer")
@@ -90,6 +90,7 @@ def reference_paired(
 def check_states(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    check_local(name, x)
     if not x.dtype.is_floating_point:
         raise TypeError(f"{name} must be floating point, got {x.dtype}")
     if x.dim() != 2 or x.shape[1] == 0:
@@ -216,7 +217,7 @@ def segment_mean(
     check_states("x", x)
     if (spans is None) == (cu_seqlens is None):
         raise ValueError("pass either cu_seqlens or spans")
-    norm_weight, norm_bias = gathered(norm_weight), gathered(norm_bias)
+    norm_weight, norm_bias = gathered("norm_weight", norm_weight), gathered("norm_bias", norm_bias)
     name = check_norm(norm, norm_weight, norm_bias, eps, x)
     if spans is not None:
         bounds, pooling = spans, SPANS
@@ -228,7 +229,7 @@ def segment_mean(
     check_bounds("cu_seqlens" if spans is None else "spans", bounds, x.device, "x")
     shape = bounds.shape[:-1] if spans is not None else (bounds.shape[0] - 1,)
     bounds = bounds.reshape(-1, 2) if spans is not None else bounds
-    mean, _ = ops.segment_mean(x, bounds, pooling, name, float(eps))
+    mean, _ = ops.run_segment_mean(x, bounds, pooling, name, float(eps))
     if norm_weight is not None:
         mean = mean * norm_weight.to(mean.dtype)
     if norm_bias is not None:
@@ -272,10 +273,10 @@ def pooled_mse(
     bounds_s, bounds_t, pooling, flat = both_bounds(
         student, teacher, cu_seqlens_s, cu_seqlens_t, spans_s, spans_t, pooling, weight
     )
-    norm_weight, norm_bias = gathered(norm_weight), gathered(norm_bias)
+    norm_weight, norm_bias = gathered("norm_weight", norm_weight), gathered("norm_bias", norm_bias)
     name = check_norm(norm, norm_weight, norm_bias, eps, student)
     graded = torch.is_grad_enabled()
-    total, *_ = ops.hidden_loss(
+    total, *_ = ops.run_hidden_loss(
         student, teacher.detach(), bounds_s, bounds_t, pooling, flat, name, norm_weight, float(eps), None, None, None,
         "mse", False, graded and student.requires_grad,
         graded and norm_weight is not None and norm_weight.requires_grad,
@@ -318,7 +319,7 @@ def paired_mse(
         raise ValueError(f"kind is {kind!r}, but must be 'mse' or 'cosine'")
     dtype = accumulation_dtype(student.dtype)
     flat = None if weight is None else weight.detach().to(dtype)
-    _, total, *_ = ops.hidden_loss(
+    _, total, *_ = ops.run_hidden_loss(
         student, teacher.detach(), None, None, "mean", None, "none", None, 0.0, rows_s, rows_t, flat, kind, rows_sorted,
         torch.is_grad_enabled() and student.requires_grad, False,
     )  # fmt: skip

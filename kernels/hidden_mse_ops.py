@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from . import hidden_mse_cpu
+from .autodiff import differentiable, once_only
 from .device_checks import on_device_of_arguments
 from .gemms import accumulation_dtype
+from .linear_kl_ops import scaled_gradient
 
 
 def _segments(bounds: Tensor, pooling: str) -> int:
@@ -187,6 +189,9 @@ def _(
     return student.new_empty(student.shape)
 
 
+gradient_of_states = once_only(state_gradient, "segment_mean, pooled_mse, paired_mse or distillation_loss")
+
+
 def scales_of(like: Tensor, *gradients: Tensor | None) -> Tensor:
     """The incoming scalars as one (3,) tensor; a term without a gradient counts 0."""
     dtype = accumulation_dtype(like.dtype)
@@ -215,7 +220,7 @@ def _segment_mean_backward(ctx, grad_mean, _):
     else:
         lengths = bounds.diff() if ctx.pooling == "mean" else bounds.diff().clamp(max=1)
     u = (grad_mean / lengths.clamp(min=1).unsqueeze(1)).contiguous()
-    dx = state_gradient(
+    dx = gradient_of_states(
         u.new_ones(3), x, None, u, bounds, ctx.pooling, ctx.norm, stats, None, None, None, stats[:0], "mse", False,
         None,
     )  # fmt: skip
@@ -239,15 +244,15 @@ def _hidden_loss_backward(ctx, grad_pooled, grad_paired, *_unused):
     gradients: list[Tensor | None] = [None] * 16
     if ctx.need_dx and (grad_pooled is not None or grad_paired is not None):
         pooled, paired = bounds_s is not None and grad_pooled is not None, grad_paired is not None
-        gradients[0] = state_gradient(
+        gradients[0] = gradient_of_states(
             scales_of(student, grad_pooled, grad_paired), student, teacher, u if pooled else None, bounds_s,
             ctx.pooling, ctx.norm, stats, rows_s if paired else None, rows_t, pair_weight, pair_stats, ctx.kind,
             ctx.rows_sorted, None,
         )  # fmt: skip
     if ctx.need_norm and grad_pooled is not None:
-        gradients[7] = (d_norm[0] * grad_pooled).to(ctx.norm_dtype)
+        gradients[7] = scaled_gradient(d_norm[0], grad_pooled, ctx.norm_dtype)
     return tuple(gradients)
 
 
-segment_mean.register_autograd(_segment_mean_backward, setup_context=_save_segment_mean)
-hidden_loss.register_autograd(_hidden_loss_backward, setup_context=_save_hidden_loss)
+run_segment_mean = differentiable(segment_mean, _save_segment_mean, _segment_mean_backward, "segment_mean")
+run_hidden_loss = differentiable(hidden_loss, _save_hidden_loss, _hidden_loss_backward, "pooled_mse or paired_mse")

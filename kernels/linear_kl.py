@@ -14,9 +14,12 @@ row kernel that turns them into `p_s - p_t` in place, one GEMM: 3 GEMMs of 2·T�
     d KL / d x_s = (m_s - m_t) / τ
 
 so the teacher enters through D + 2 numbers per row (`TeacherMoments`) that can be cached: 2 GEMMs, one logits buffer.
+Its gradient is as exact as the other's; its value is a difference of two numbers as large as the logits, so a small KL
+under logits in the thousands has few digits.
 
 bf16 logits put 8 to 78 % error into the gradient near convergence, so logits are fp32 whatever the inputs are.
-The gradient is produced in the forward pass; backward only multiplies it by the incoming scalar.
+The gradient is produced in the forward pass; backward only multiplies it by the incoming scalar. For fp16 inputs it
+waits in fp32, where loss scaling still reaches it; rows named twice are added in fp32.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from . import linear_kl_ops as ops
 from .gemms import accumulation_dtype
 from .linear_kl_checks import (
     autocast,
+    check_head,
     check_matrix,
     check_moments,
     check_options,
@@ -130,15 +134,16 @@ def teacher_moments(
         TypeError, ValueError, IndexError: as `linear_kl`.
     """
     check_matrix("h_t", h_t)
-    h_t, w_t, w_s = autocast(h_t), autocast(gathered(w_t)), autocast(gathered(w_s))
-    bias_t, bias_s = gathered(bias_t), gathered(bias_s)
+    h_t, w_t = autocast(h_t), autocast(gathered("w_t", w_t, constant=True))
+    w_s = autocast(gathered("w_s", w_s, constant=True))
+    bias_t, bias_s = gathered("bias_t", bias_t, constant=True), gathered("bias_s", bias_s, constant=True)
     if w_s is None and bias_s is None:
         bias_s = bias_t
     device = h_t.device
     check_side("h_t", h_t, "w_t", w_t, device)
     check_options(temperature, softcap, FORWARD, 0.0, "moments")
     if w_s is not None:
-        check_matrix("w_s", w_s, device)
+        check_head("w_s", w_s, device)
         if w_s.dtype != w_t.dtype:
             raise ValueError(f"w_s is {w_s.dtype} but w_t is {w_t.dtype}; cast one of them")
     v_s = w_t.shape[0] if w_s is None else w_s.shape[0]
@@ -209,14 +214,15 @@ def linear_kl(
 
     Raises:
         TypeError: a tensor of a wrong kind of dtype.
-        ValueError: shapes, devices, dtypes, vocabularies or options that do not fit together.
+        ValueError: shapes, devices, dtypes, vocabularies or options that do not fit together; a sharded parameter
+            (DTensor) that requires a gradient.
         IndexError: a row number out of range (on CUDA a device-side assertion, unless MTLLM_DEBUG=1).
     """
     check_matrix("h_s", h_s)
     device = h_s.device
     h_s, h_t = autocast(h_s), autocast(h_t)
-    w_s, w_t = autocast(gathered(w_s)), autocast(gathered(w_t))
-    bias_s, bias_t = gathered(bias_s), gathered(bias_t)
+    w_s, bias_s = autocast(gathered("w_s", w_s)), gathered("bias_s", bias_s)
+    w_t, bias_t = autocast(gathered("w_t", w_t, constant=True)), gathered("bias_t", bias_t, constant=True)
     check_side("h_s", h_s, "w_s", w_s, device)
     check_options(temperature, softcap, divergence, beta, form)
     pairs = h_s.shape[0] if rows_s is None else rows_s.shape[0]
@@ -267,7 +273,7 @@ def linear_kl(
             )  # fmt: skip
             vocab = teacher.vocab_size
         check_moments(teacher, w_s, vocab, tau, pairs, rows_t, device)
-        total, values, _ = ops.moment_step(
+        total, values, _ = ops.run_moment_step(
             h_s, narrowed(w_s), narrowed(bias_s), teacher.m, teacher.entropy, teacher.bias_mean, *selection,
             tau, scale, graded and h_s.requires_grad,
         )  # fmt: skip
@@ -278,7 +284,7 @@ def linear_kl(
         vocab = common_vocabulary(w_s.shape[0], (w_s if w_t is None else w_t).shape[0], vocab_size, "w_t")
         constants = (narrowed(None if x is None else x.detach()) for x in (w_t, bias_t))
         w_t, bias_t = constants
-        total, values, *_ = ops.difference(
+        total, values, *_ = ops.run_difference(
             h_s, narrowed(w_s), h_t.detach(), w_t, narrowed(bias_s), bias_t, *selection, tau, scale,
             0.0 if softcap is None else float(softcap), divergence, float(beta), graded and h_s.requires_grad,
             graded and w_s.requires_grad, graded and bias_s is not None and bias_s.requires_grad,

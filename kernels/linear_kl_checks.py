@@ -19,6 +19,7 @@ def check_matrix(name: str, x: Tensor, device: torch.device | None = None) -> No
     """`x` is a floating point matrix, on `device` if one is given."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    check_local(name, x)
     if not x.dtype.is_floating_point:
         raise TypeError(f"{name} must be floating point, got {x.dtype}")
     if x.dim() != 2:
@@ -27,13 +28,20 @@ def check_matrix(name: str, x: Tensor, device: torch.device | None = None) -> No
         raise ValueError(f"{name} is on {x.device}, but h_s is on {device}; move it there")
 
 
+def check_head(name: str, w: Tensor, device: torch.device) -> None:
+    check_matrix(name, w, device)
+    if 0 in w.shape:
+        raise ValueError(f"{name} must have at least one vocabulary row and a width of 1, got shape {tuple(w.shape)}")
+
+
 def check_side(name: str, h: Tensor, w_name: str, w: Tensor, device: torch.device) -> None:
     check_matrix(name, h, device)
-    check_matrix(w_name, w, device)
+    check_head(w_name, w, device)
     if h.shape[1] != w.shape[1]:
         raise ValueError(f"{name} is {h.shape[1]} wide but {w_name} is {w.shape[1]} wide; a head is (V, width)")
     if h.dtype != w.dtype:
-        raise ValueError(f"{name} is {h.dtype} but {w_name} is {w.dtype}; cast one of them or use autocast")
+        advice = "cast one of them" if torch.is_autocast_enabled(device.type) else "cast one of them or use autocast"
+        raise ValueError(f"{name} is {h.dtype} but {w_name} is {w.dtype}; {advice}")
 
 
 def check_vector(name: str, x: Tensor | None, length: int, what: str, device: torch.device, kind: str) -> None:
@@ -62,10 +70,31 @@ def check_options(temperature: float, softcap: float | None, divergence: str, be
         raise ValueError(f"form is {form!r}, but must be one of {', '.join(FORMS)}")
 
 
-def gathered(w: T) -> T:
-    """A sharded (DTensor) parameter gathered, once; anything else, None too, unchanged."""
+def gathered(name: str, w: T, constant: bool = False) -> T:
+    """A sharded (DTensor) weight gathered; anything else, None too, unchanged.
+
+    One that is trained (is no `constant` to the op) is refused: `full_tensor()` gives every process the gradient of its
+    own rows alone, and whether those of all must be added depends on whether the rows differ, which only the caller
+    knows.
+    """
     full = getattr(w, "full_tensor", None)
-    return w if full is None else full()
+    if w is None or full is None:
+        return w
+    if constant:
+        return w.detach().full_tensor()  # type: ignore[attr-defined]
+    if w.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} is a sharded parameter (DTensor) that requires a gradient: use it inside the forward of its "
+            f"fully_shard module, detach it, or pass {name}.full_tensor(grad_placements=[Partial()]) where every "
+            "process has rows of its own ([Replicate()] where all have the same)"
+        )
+    return full()
+
+
+def check_local(name: str, x: Tensor) -> None:
+    """States are those of one process."""
+    if hasattr(x, "full_tensor"):
+        raise ValueError(f"{name} is a DTensor, but the ops take the rows of one process: pass {name}.to_local()")
 
 
 def autocast(x: T) -> T:

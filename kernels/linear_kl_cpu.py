@@ -2,21 +2,20 @@
 elementwise pass works on a block that is still in cache.
 
 Per chunk of C row pairs, for each vocabulary block: one GEMM makes the logits of both rows, and (forward KL) the
-block's own softmax is stored with its log-sum-exp. When all blocks are done the row's log-sum-exp is known, and a
+block's own softmax is stored with its maximum and sum. When all blocks are done those of the row are known, and a
 second sweep rescales each stored block into the gradient and multiplies it with the head.
 Memory: two buffers `(C, V)`, whatever T is; only one block when no gradient is wanted.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from . import tiles
-from .gemms import accumulation_dtype, cpu_nt, cpu_tn, has_fast_bf16
+from .gemms import accumulation_dtype, cpu_nt, cpu_tn, has_fast_bf16, kept_dtype
 from .tiles import CpuChunks
 
 FORWARD, REVERSE, JSD = "forward", "reverse", "jsd"
@@ -51,7 +50,7 @@ class Pairs:
 
     def reduce(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """(weighted sum, values of all pairs with 0 where left out)."""
-        total = values.sum() if self.weight is None else torch.dot(values, self.weight.to(values.dtype))
+        total = (values if self.weight is None else values * self.weight).sum()
         if self.kept is not None:
             values = values.new_zeros(self.total).index_copy_(0, self.kept, values)
         return total, values
@@ -61,6 +60,14 @@ def take(x: Tensor, rows: Tensor | None, start: int, stop: int, dtype: torch.dty
     """Rows [start, stop) of the selected rows of x, in `dtype`."""
     chunk = x[start:stop] if rows is None else x.index_select(0, rows[start:stop])
     return chunk.to(dtype)
+
+
+def gradient_rows(h: Tensor, pairs: Pairs, needed: bool) -> Tensor:
+    """Where the gradient (T_s, D) is written; added, in the accumulation dtype, where a row may be named twice."""
+    shape = (h.shape[0] if needed else 0, h.shape[1])
+    if pairs.rows_s is None:
+        return torch.empty(shape, dtype=kept_dtype(h.dtype))
+    return torch.zeros(shape, dtype=accumulation_dtype(h.dtype))
 
 
 class Head:
@@ -96,10 +103,10 @@ class Head:
         return z
 
 
-def block_softmax(z: Tensor, out: Tensor, masked: bool) -> Tensor:
-    """Softmax of a block into `out` (C, v); returns the block's log-sum-exp (C, 1). `out` may be z.
+def block_softmax(z: Tensor, out: Tensor, masked: bool) -> tuple[Tensor, Tensor]:
+    """Softmax of a block into `out` (C, v); returns the block's maximum and Σ exp(z - maximum), (C, 1). `out` may be z.
 
-    Bias entries of -inf can make a block all -inf: it then holds zeros and its log-sum-exp is -inf. NaN stays NaN.
+    Bias entries of -inf can make a block all -inf: it then holds zeros, its maximum is -inf, its sum 0. NaN stays NaN.
     """
     maximum = z.amax(1, keepdim=True)
     if masked:
@@ -107,10 +114,22 @@ def block_softmax(z: Tensor, out: Tensor, masked: bool) -> Tensor:
         torch.sub(z, maximum.masked_fill(empty, 0.0), out=out).exp_()
         total = out.sum(1, keepdim=True)
         out.div_(total.masked_fill(empty, 1.0))
-        return maximum + total.log()
+        return maximum, total
     torch.softmax(z, 1, out=out)
     # The largest probability is 1 / Σ exp(z - max); one reduction over `out` instead of another exp over z.
-    return maximum - out.amax(1, keepdim=True).log()
+    return maximum, out.amax(1, keepdim=True).reciprocal()
+
+
+def whole_softmax(maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Maximum and Σ exp(z - maximum) of whole rows (C, 1), and what makes the blocks' softmaxes theirs (blocks, C, 1).
+
+    Maximum and sum stay apart everywhere: their log-sum-exp in one number is rounded at the size of the logits, and
+    exp(z - lse) then sums to 1 only up to that (1e-4 at 1,500, 1e-3 at 1e4).
+    """
+    top = maxima.amax(0)
+    shares = sums * (maxima - top).exp()
+    total = shares.sum(0)
+    return top, total, shares / total
 
 
 class PairLogits:
@@ -156,20 +175,18 @@ class PairLogits:
 
 def _forward_kl(pair: PairLogits) -> tuple[Tensor, Iterator[Tensor]]:
     """Row values of KL(p_t || p_s) and an iterator over the gradient blocks p_s - p_t."""
-    block_lse, dots = [], []
+    statistics, dots = [], []
     for start, stop in pair.ranges:
         z, p = pair.compute(start, stop), pair.buffer(start, stop)
-        block_lse.append(block_softmax(z, p, pair.masked))
+        statistics.append(block_softmax(z, p, pair.masked))
         (z_s, z_t), (_, p_t) = pair.halves(z), pair.halves(p)
         diff = torch.sub(z_t, z_s, out=pair.scratch(z_s))
         if pair.masked:
             diff.masked_fill_(p_t == 0, 0.0)
         dots.append(diff.mul_(p_t).sum(1, keepdim=True))
-    all_lse = torch.stack(block_lse)  # (blocks, 2C, 1)
-    lse = torch.logsumexp(all_lse, 0)
-    scale = (all_lse - lse).exp()
-    lse_s, lse_t = pair.halves(lse)
-    rows = (torch.stack(dots) * scale[:, pair.rows :]).sum(0) - lse_t + lse_s
+    top, total, scale = whole_softmax(*(torch.stack(part) for part in zip(*statistics)))
+    (top_s, top_t), (log_s, log_t) = pair.halves(top), pair.halves(total.log())
+    rows = (torch.stack(dots) * scale[:, pair.rows :]).sum(0) + (top_s - top_t) + (log_s - log_t)
 
     def gradients() -> Iterator[Tensor]:
         for k, (start, stop) in enumerate(pair.ranges):
@@ -186,45 +203,46 @@ def _any_divergence(pair: PairLogits, divergence: str, beta: float) -> tuple[Ten
     forward Σ -p_t r, gradient p_s - p_t; reverse Σ p_s r =: K, gradient p_s (r - K);
     JSD β Σ p_t v + (1-β) U with U = Σ p_s u, gradient (1-β) p_s (u - U).
     """
-    block_lse = []
+    statistics = []
     for start, stop in pair.ranges:
         z = pair.compute(start, stop)
-        block_lse.append(block_softmax(z, pair.scratch(z), pair.masked))
+        statistics.append(block_softmax(z, pair.scratch(z), pair.masked))
         if pair.store:
             pair.buffer(start, stop).copy_(z)
-    lse = torch.logsumexp(torch.stack(block_lse), 0)  # (2C, 1)
-    log_t, log_s = (math.log(beta), math.log(1.0 - beta)) if divergence == JSD else (0.0, 0.0)
+    top, total, _ = whole_softmax(*(torch.stack(part) for part in zip(*statistics)))  # (2C, 1)
+    norm_s, norm_t = pair.halves(total.reciprocal())
+    offset = torch.sub(*pair.halves(total.log()))
 
     def block(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """z_s, p_s, p_t and the log ratio r of one block."""
+        """z_s, p_s and p_t times the rows' sums, and the log ratio r of one block."""
         z = pair.buffer(start, stop) if pair.store else pair.compute(start, stop)
-        log_p = z - lse
-        log_p_s, log_p_t = pair.halves(log_p)
-        ratio = log_p_s - log_p_t
-        p_s, p_t = pair.halves(log_p.exp_())
-        return pair.halves(z)[0], p_s, p_t, ratio
+        below = z - top
+        ratio = torch.sub(*pair.halves(below)).sub_(offset)
+        e_s, e_t = pair.halves(below.exp_())
+        return pair.halves(z)[0], e_s, e_t, ratio
 
-    def over_mixture(ratio: Tensor, log_own: float, log_other: float) -> Tensor:
-        """log p - log(own p + other q), given ratio = log p - log q."""
-        return torch.logaddexp(ratio.new_tensor(log_own), log_other - ratio).neg_()
+    def over_mixture(ratio: Tensor, other: float) -> Tensor:
+        """log p - log((1 - other) p + other q), given ratio = log p - log q; exact near 0 and for any ratio."""
+        share = torch.where(ratio < 0, 1.0 - other, other)
+        return ratio.clamp(max=0.0).sub_(ratio.abs().neg_().expm1_().mul_(share).log1p_())
 
-    def expectation(p: Tensor, value: Tensor) -> Tensor:
-        product = p * value
+    def expectation(e: Tensor, value: Tensor, norm: Tensor) -> Tensor:
+        product = e * value
         if pair.masked:
-            product.masked_fill_(p == 0, 0.0)
-        return product.sum(1, keepdim=True)
+            product.masked_fill_(e == 0, 0.0)
+        return product.sum(1, keepdim=True).mul_(norm)
 
-    values = lse.new_zeros(pair.rows, 1)
+    values = top.new_zeros(pair.rows, 1)
     mean = torch.zeros_like(values)
     for start, stop in pair.ranges:
-        _, p_s, p_t, ratio = block(start, stop)
+        _, e_s, e_t, ratio = block(start, stop)
         if divergence == FORWARD:
-            values -= expectation(p_t, ratio)
+            values -= expectation(e_t, ratio, norm_t)
         elif divergence == REVERSE:
-            values += expectation(p_s, ratio)
+            values += expectation(e_s, ratio, norm_s)
         else:
-            mean += expectation(p_s, over_mixture(ratio, log_s, log_t))
-            values += beta * expectation(p_t, over_mixture(-ratio, log_t, log_s))
+            mean += expectation(e_s, over_mixture(ratio, beta), norm_s)
+            values += beta * expectation(e_t, over_mixture(-ratio, 1.0 - beta), norm_t)
     if divergence == REVERSE:
         mean = values
     elif divergence == JSD:
@@ -232,17 +250,16 @@ def _any_divergence(pair: PairLogits, divergence: str, beta: float) -> tuple[Ten
 
     def gradients() -> Iterator[Tensor]:
         for start, stop in pair.ranges:
-            z_s, p_s, p_t, ratio = block(start, stop)
+            z_s, e_s, e_t, ratio = block(start, stop)
             if divergence == FORWARD:
-                grad = p_s.sub_(p_t)
+                grad = e_s.mul_(norm_s).sub_(e_t.mul_(norm_t))
             else:
                 if divergence == JSD:
-                    ratio = over_mixture(ratio, log_s, log_t)
-                grad = (ratio - mean).mul_(p_s)
+                    ratio = over_mixture(ratio, beta)
+                grad = (ratio - mean).mul_(e_s)
                 if pair.masked:
-                    grad.masked_fill_(p_s == 0, 0.0)
-                if divergence == JSD:
-                    grad.mul_(1.0 - beta)
+                    grad.masked_fill_(e_s == 0, 0.0)
+                grad.mul_(norm_s if divergence == REVERSE else (1.0 - beta) * norm_s)
             if pair.student.softcap:
                 # z_s holds softcap(logit) / temperature, so this factor is 1 - tanh².
                 grad.mul_(z_s.mul_(pair.student.temperature / pair.student.softcap).square_().neg_().add_(1.0))
@@ -281,10 +298,7 @@ def difference_cpu(
     vocab, width = w_s.shape
     store = need_dh or need_dw or need_db
     values = torch.empty(pairs.count, dtype=dtype)
-    # A row index may name a row twice (two teacher rows for one student row), so gradients are added, not written.
-    dh = (torch.empty if pairs.rows_s is None else torch.zeros)(
-        (h_s.shape[0] if need_dh else 0, width), dtype=h_s.dtype
-    )
+    dh = gradient_rows(h_s, pairs, need_dh)
     dw = torch.zeros((vocab if need_dw else 0, width), dtype=dtype)
     db = torch.zeros(vocab if need_db else 0, dtype=dtype)
     chunk = sizes.rows_for(pairs.count, vocab, dtype.itemsize)
@@ -324,10 +338,10 @@ def difference_cpu(
         if need_dh:
             if in_bf16:
                 dx = torch.mm(grad_bf16[: stop - start], w_s).to(dtype)
-            dx = dx.mul_(row_scale).to(h_s.dtype)
+            dx.mul_(row_scale)
             if pairs.rows_s is None:
                 dh[start:stop] = dx
             else:
                 dh.index_add_(0, pairs.rows_s[start:stop], dx)
 
-    return *pairs.reduce(values), dh, dw.to(w_s.dtype), db
+    return *pairs.reduce(values), dh.to(kept_dtype(h_s.dtype)), dw.to(kept_dtype(w_s.dtype)), db

@@ -7,14 +7,11 @@ Tests run these functions on CPU tensors in the Triton interpreter, where the GE
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from .device_checks import require, require_rows
-from .gemms import mm_f32, mm_f32_add
-from .linear_kl_cpu import JSD
+from .gemms import kept_dtype, mm_f32, mm_f32_add
 from .linear_kl_triton import exp_rows, finish_moments, kl_rows
 from .tiles import LINEAR_KL, LinearKLTiles, architecture
 
@@ -34,6 +31,7 @@ class _Pairs:
         self.total, self.count = total, total
         self.rows_s, self.rows_t, self.weight = rows_s, rows_t, weight
         self.order: Tensor | None = None
+        self.relative, self.peak = weight, torch.ones(())
         if weight is None:
             return
         if num_valid >= 0:
@@ -41,6 +39,10 @@ class _Pairs:
             self.count = num_valid
         order = torch.argsort((weight == 0).to(torch.int8), stable=True)[: self.count]
         self.order, self.weight = order, weight[order].float()
+        # The largest weight, 1 where there is none: what is left of a weight must fit into 16 bits next to a state.
+        peak = torch.nn.functional.pad(self.weight.abs(), (0, 1)).amax()
+        self.peak = torch.where(peak == 0, 1.0, peak)
+        self.relative = self.weight / self.peak
         self.rows_s = order if rows_s is None else rows_s[order]
         self.rows_t = order if rows_t is None else rows_t[order]
 
@@ -64,12 +66,17 @@ class _Pairs:
         total = torch.where(self.weight == 0, 0.0, values * self.weight).sum()
         return total, values.new_zeros(self.total).index_copy_(0, self.order, values)
 
-    def scatter(self, dx: Tensor, rows_total: int) -> Tensor:
-        """Gradient (T_s, D) from gradient rows (count, D); rows named twice are added, in a fixed order."""
+    def gradient(self, h: Tensor, needed: bool) -> Tensor:
+        """Where the gradient (T_s, D) is written; added, in fp32 and a fixed order, where a row may be named twice."""
+        shape = (h.shape[0] if needed else 0, h.shape[1])
         if self.rows_s is None:
-            return dx
-        dh = dx.new_zeros(rows_total, dx.shape[1])
-        return dh.index_put_((self.rows_s.long(),), dx, accumulate=True)
+            return h.new_empty(shape, dtype=kept_dtype(h.dtype))
+        return h.new_zeros(shape, dtype=torch.float32)
+
+    def add(self, dh: Tensor, dx: Tensor, start: int, stop: int) -> None:
+        """Add the gradient rows (C, D) of pairs [start, stop)."""
+        assert self.rows_s is not None
+        dh.index_put_((self.rows_s[start:stop].long(),), dx, accumulate=True)
 
 
 def _padded(vocab: int) -> int:
@@ -124,7 +131,7 @@ def difference_triton(
     vocab, width = w_s.shape
     store = need_dh or need_dw or need_db
     values = h_s.new_empty(pairs.count, dtype=torch.float32)
-    dx_rows = h_s.new_empty(pairs.count if need_dh else 0, width)
+    dh = pairs.gradient(h_s, need_dh)
     dw = h_s.new_zeros((vocab if need_dw else 0, width), dtype=torch.float32)
     db = h_s.new_zeros(vocab if need_db else 0, dtype=torch.float32)
     chunk = max(1, min(tiles.chunk_rows, pairs.count))
@@ -132,7 +139,6 @@ def difference_triton(
     dx = h_s.new_empty(chunk if need_dh else 0, width, dtype=torch.float32)
     bias_t = bias_s if w_t is None else bias_t
     bias_s_ptr, bias_t_ptr = _padded_bias(bias_s, values), _padded_bias(bias_t, values)
-    log_beta, log_1m_beta = (math.log(beta), math.log(1.0 - beta)) if divergence == JSD else (0.0, 0.0)
 
     for start in range(0, pairs.count, chunk):
         stop = min(start + chunk, pairs.count)
@@ -149,7 +155,7 @@ def difference_triton(
         kl_rows[(n,)](
             z_s, z_t, grad, bias_s_ptr, bias_t_ptr, values if weights is None else weights, values[start:stop],
             z_s.stride(0), z_t.stride(0), grad.stride(0), vocab, buffer.shape[1],
-            1.0 / temperature, softcap, scale, beta, log_beta, log_1m_beta, grad_scale,
+            1.0 / temperature, softcap, scale, beta, grad_scale,
             DIVERGENCE=divergence, HAS_BIAS_S=bias_s is not None, HAS_BIAS_T=bias_t is not None,
             HAS_WEIGHT=weights is not None, HAS_SOFTCAP=softcap > 0, NEED_GRAD=store,
             BARRIER=grad.dtype != torch.float32, BLOCK_V=tiles.kl_rows.block,
@@ -160,16 +166,22 @@ def difference_triton(
         factor = scale / (temperature * grad_scale)
         if need_dh:
             mm_f32(grad, w_s, out=dx[:n])
-            torch.mul(dx[:n], factor if weights is None else (weights * factor).unsqueeze(1), out=dx_rows[start:stop])
+            row_factor = factor if weights is None else (weights * factor).unsqueeze(1)
+            if pairs.rows_s is None:
+                torch.mul(dx[:n], row_factor, out=dh[start:stop])
+            else:
+                pairs.add(dh, dx[:n].mul_(row_factor), start, stop)
+        relative = None if pairs.relative is None else pairs.relative[start:stop]
         if need_dw:
-            x_weighted = x_s if weights is None else (x_s * weights.unsqueeze(1)).to(x_s.dtype)
+            x_weighted = x_s if relative is None else (x_s * relative.unsqueeze(1)).to(x_s.dtype)
             mm_f32_add(dw, grad.t(), x_weighted, alpha=factor)
         if need_db:
-            row = x_s.new_ones(1, n) if weights is None else weights.to(x_s.dtype).unsqueeze(0)
+            row = x_s.new_ones(1, n) if relative is None else relative.to(x_s.dtype).unsqueeze(0)
             mm_f32_add(db.unsqueeze(0), row, grad, alpha=factor)
 
-    dh = pairs.scatter(dx_rows, h_s.shape[0]) if need_dh else dx_rows
-    return *pairs.reduce(values), dh, dw.to(w_s.dtype), db
+    if pairs.relative is not None:
+        dw, db = dw.mul_(pairs.peak), db.mul_(pairs.peak)
+    return *pairs.reduce(values), dh.to(kept_dtype(h_s.dtype)), dw.to(kept_dtype(w_s.dtype)), db
 
 
 def teacher_moments_triton(
@@ -191,7 +203,7 @@ def teacher_moments_triton(
     values = w_t if w_s is None else w_s
     vocab = w_t.shape[0]
     m = h_t.new_empty(count, values.shape[1], dtype=torch.float32)
-    lse, z_mean, inv_sum = (h_t.new_empty(count, dtype=torch.float32) for _ in range(3))
+    lse, entropy, inv_sum = (h_t.new_empty(count, dtype=torch.float32) for _ in range(3))
     bias_mean = h_t.new_zeros(count, dtype=torch.float32)
     chunk = max(1, min(tiles.chunk_rows, count))
     buffer = h_t.new_empty(chunk, _padded(vocab), dtype=torch.float32)
@@ -203,15 +215,15 @@ def teacher_moments_triton(
         mm_f32(x.contiguous(), w_t.t(), out=z[:, :vocab])
         e, e_scale = _half_view(z, vocab, h_t.dtype)
         exp_rows[(stop - start,)](
-            z, e, bias_ptr, value_bias_ptr, lse[start:stop], inv_sum[start:stop], z_mean[start:stop],
+            z, e, bias_ptr, value_bias_ptr, lse[start:stop], inv_sum[start:stop], entropy[start:stop],
             bias_mean[start:stop], z.stride(0), e.stride(0), vocab, buffer.shape[1],
             1.0 / temperature, softcap, e_scale,
-            HAS_BIAS=bias_t is not None, HAS_VALUE_BIAS=bias_s is not None, HAS_SOFTCAP=softcap > 0, WANT_Z_MEAN=True,
+            HAS_BIAS=bias_t is not None, HAS_VALUE_BIAS=bias_s is not None, HAS_SOFTCAP=softcap > 0, WANT_ENTROPY=True,
             BARRIER=e.dtype != torch.float32, BLOCK_V=tiles.exp_rows.block,
             num_warps=tiles.exp_rows.num_warps, num_stages=tiles.exp_rows.num_stages,
         )  # fmt: skip
         mm_f32(e, values, out=m[start:stop])
-    return m.mul_(inv_sum.unsqueeze(1)), lse - z_mean, bias_mean
+    return m.mul_(inv_sum.unsqueeze(1)), entropy, bias_mean
 
 
 def moment_step_triton(
@@ -238,9 +250,10 @@ def moment_step_triton(
     pairs = _Pairs(h_s.shape[0] if rows_s is None else rows_s.shape[0], rows_s, rows_t, row_weight, num_valid)
     vocab, width = w_s.shape
     values, lse, inv_sum = (h_s.new_empty(pairs.count, dtype=torch.float32) for _ in range(3))
-    dx_rows = h_s.new_empty(pairs.count if need_dh else 0, width)
+    dh = pairs.gradient(h_s, need_dh)
     chunk = max(1, min(tiles.chunk_rows, pairs.count))
     buffer = h_s.new_empty(chunk, _padded(vocab), dtype=torch.float32)
+    added = h_s.new_empty(chunk if need_dh and pairs.rows_s is not None else 0, width, dtype=torch.float32)
     ew = h_s.new_empty(chunk if need_dh else 0, width, dtype=torch.float32)
     bias_ptr = _padded_bias(bias_s, lse)
     m = m.contiguous()
@@ -254,7 +267,7 @@ def moment_step_triton(
         exp_rows[(n,)](
             z, e, bias_ptr, bias_ptr, lse[start:stop], inv_sum[start:stop], lse, lse,
             z.stride(0), e.stride(0), vocab, buffer.shape[1], 1.0 / temperature, 0.0, e_scale,
-            HAS_BIAS=bias_s is not None, HAS_VALUE_BIAS=False, HAS_SOFTCAP=False, WANT_Z_MEAN=False,
+            HAS_BIAS=bias_s is not None, HAS_VALUE_BIAS=False, HAS_SOFTCAP=False, WANT_ENTROPY=False,
             BARRIER=e.dtype != torch.float32, BLOCK_V=tiles.exp_rows.block,
             num_warps=tiles.exp_rows.num_warps, num_stages=tiles.exp_rows.num_stages,
         )  # fmt: skip
@@ -262,7 +275,7 @@ def moment_step_triton(
             mm_f32(e, w_s, out=ew[:n])
         weights = pairs.weights(start, stop)
         rows = None if pairs.rows_t is None else pairs.rows_t[start:stop].contiguous()
-        dx = dx_rows[start:stop] if need_dh else dx_rows
+        dx = dh[start:stop] if pairs.rows_s is None else added[:n]
         finish_moments[(n,)](
             ew, inv_sum[start:stop], lse[start:stop], x, m, entropy, bias_mean, lse if rows is None else rows,
             lse if weights is None else weights, values[start:stop], dx, start,
@@ -271,5 +284,6 @@ def moment_step_triton(
             BLOCK_D=tiles.finish_moments.block,
             num_warps=tiles.finish_moments.num_warps, num_stages=tiles.finish_moments.num_stages,
         )  # fmt: skip
-    dh = pairs.scatter(dx_rows, h_s.shape[0]) if need_dh else dx_rows
-    return *pairs.reduce(values), dh
+        if need_dh and pairs.rows_s is not None:
+            pairs.add(dh, dx, start, stop)
+    return *pairs.reduce(values), dh.to(kept_dtype(h_s.dtype))

@@ -1,7 +1,8 @@
 """The torch.library side of `linear_kl`: one op per form, each with CPU and CUDA kernels, a fake and a derivative.
 
 The ops return gradients next to values: `total` is the only differentiable output, backward multiplies the gradients
-that the forward made by the incoming scalar. Arguments are validated by `linear_kl.py`, not here.
+that the forward made by the incoming scalar. `run_difference` and `run_moment_step` are how callers call them.
+Arguments are validated by `linear_kl.py`, not here.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from . import linear_kl_cpu, moments_cpu
+from .autodiff import differentiable, once_only
 from .device_checks import on_device_of_arguments
-from .gemms import accumulation_dtype
+from .gemms import accumulation_dtype, kept_dtype
 
 
 @torch.library.custom_op("mtllm_fast::linear_kl_difference", mutates_args=(), device_types="cpu")
@@ -35,7 +37,10 @@ def difference(
     need_dw: bool,
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """total (), values (P,), dh (T_s, D), dw (V, D), db (V,); a gradient that is not needed has no rows."""
+    """total (), values (P,), dh (T_s, D), dw (V, D), db (V,); a gradient that is not needed has no rows.
+
+    dh and dw are in `kept_dtype` of the states and the head, db in the accumulation dtype.
+    """
     # An enclosing autocast region would round the fp32 GEMMs in here to bf16.
     with torch.autocast("cpu", enabled=False):
         return linear_kl_cpu.difference_cpu(
@@ -69,8 +74,8 @@ def _(
     return (
         h_s.new_empty((), dtype=dtype),
         h_s.new_empty(h_s.shape[0] if rows_s is None else rows_s.shape[0], dtype=dtype),
-        h_s.new_empty((h_s.shape[0] if need_dh else 0, width)),
-        w_s.new_empty((vocab if need_dw else 0, width)),
+        h_s.new_empty((h_s.shape[0] if need_dh else 0, width), dtype=kept_dtype(h_s.dtype)),
+        w_s.new_empty((vocab if need_dw else 0, width), dtype=kept_dtype(w_s.dtype)),
         h_s.new_empty(vocab if need_db else 0, dtype=dtype),
     )
 
@@ -120,7 +125,7 @@ def _(
     return (
         h_s.new_empty((), dtype=dtype),
         h_s.new_empty(h_s.shape[0] if rows_s is None else rows_s.shape[0], dtype=dtype),
-        h_s.new_empty((h_s.shape[0] if need_dh else 0, h_s.shape[1])),
+        h_s.new_empty((h_s.shape[0] if need_dh else 0, h_s.shape[1]), dtype=kept_dtype(h_s.dtype)),
     )
 
 
@@ -162,20 +167,23 @@ def _(h_t, w_t, w_s, bias_t, bias_s, rows, temperature, softcap):
 
 
 @torch.library.custom_op("mtllm_fast::scale_gradient", mutates_args=())
-def scale_gradient(gradient: Tensor, by: Tensor) -> Tensor:
-    """gradient * by. An op without a derivative of its own, so that a second derivative raises instead of lying."""
-    return (gradient * by).to(gradient.dtype)
+def scale_gradient(gradient: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * by in `dtype`, as an op so that a second derivative raises instead of lying."""
+    return (gradient * by).to(dtype)
 
 
 @scale_gradient.register_fake
-def _(gradient, by):
-    return torch.empty_like(gradient)
+def _(gradient, by, dtype):
+    return torch.empty_like(gradient, dtype=dtype)
+
+
+scaled_gradient = once_only(scale_gradient, "linear_kl, distillation_loss or pooled_mse")
 
 
 def _save_difference(ctx, inputs, output):
     _, _, dh, dw, db = output
     ctx.need_dh, ctx.need_dw, ctx.need_db = inputs[-3:]
-    ctx.bias_dtype = None if inputs[4] is None else inputs[4].dtype
+    ctx.dtypes = [None if x is None else x.dtype for x in (inputs[0], inputs[1], inputs[4])]
     ctx.set_materialize_grads(False)  # or backward would allocate zeros for dh and dw, which have no derivative
     ctx.save_for_backward(dh, dw, db)
 
@@ -186,16 +194,16 @@ def _difference_backward(ctx, grad_total, *_unused):
     if grad_total is None:
         return tuple(gradients)
     if ctx.need_dh:
-        gradients[0] = scale_gradient(dh, grad_total)
+        gradients[0] = scaled_gradient(dh, grad_total, ctx.dtypes[0])
     if ctx.need_dw:
-        gradients[1] = scale_gradient(dw, grad_total)
+        gradients[1] = scaled_gradient(dw, grad_total, ctx.dtypes[1])
     if ctx.need_db:
-        gradients[4] = scale_gradient(db, grad_total).to(ctx.bias_dtype)
+        gradients[4] = scaled_gradient(db, grad_total, ctx.dtypes[2])
     return tuple(gradients)
 
 
 def _save_moment_step(ctx, inputs, output):
-    ctx.need_dh = inputs[-1]
+    ctx.need_dh, ctx.dtype = inputs[-1], inputs[0].dtype
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[2])
 
@@ -203,8 +211,8 @@ def _save_moment_step(ctx, inputs, output):
 def _moment_step_backward(ctx, grad_total, *_unused):
     (dh,) = ctx.saved_tensors
     wanted = ctx.need_dh and grad_total is not None
-    return (scale_gradient(dh, grad_total) if wanted else None, *([None] * 12))
+    return (scaled_gradient(dh, grad_total, ctx.dtype) if wanted else None, *([None] * 12))
 
 
-difference.register_autograd(_difference_backward, setup_context=_save_difference)
-moment_step.register_autograd(_moment_step_backward, setup_context=_save_moment_step)
+run_difference = differentiable(difference, _save_difference, _difference_backward, "linear_kl")
+run_moment_step = differentiable(moment_step, _save_moment_step, _moment_step_backward, "linear_kl")

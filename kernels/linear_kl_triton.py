@@ -3,8 +3,10 @@
 `kl_rows`   values and gradient of one row pair. Pass 1 (forward KL) keeps per lane a running maximum, Σ exp and
             Σ e_t (z_t - z_s); pass 2 writes p_s - p_t over the student's logits. 18 bytes per vocabulary entry
             (2 x 8 read, 2 written), no reduction over lanes inside the loops.
-`exp_rows`  E = exp(z - max) over the logits, and log-sum-exp, Σ E, Σ E z / Σ E, Σ E bias / Σ E. 10 bytes per entry.
+`exp_rows`  E = exp(z - max) over the logits, and log-sum-exp, Σ E, the entropy, Σ E bias / Σ E. 10 bytes per entry.
 `finish_moments`  value and gradient of the moment form from E @ W. O(D) per row.
+
+Maximum and sum stay apart: exp(z - lse) sums to 1 only up to the rounding of lse, 1e-4 at logits of 1,500.
 
 Rows of logits and results hold `padded` >= V entries; what lies beyond V is never used.
 
@@ -46,10 +48,16 @@ def _load_logits(
 
 
 @triton.jit
-def _log_mixture(log_a, log_b):
-    """log(exp(log_a) + exp(log_b))."""
-    high = tl.maximum(log_a, log_b)
-    return high + tl.log(1.0 + tl.exp(-tl.abs(log_a - log_b)))
+def _over_mixture(ratio, other):
+    """log p - log((1 - other) p + other q), given ratio = log p - log q; exact near 0 and for any ratio."""
+    a = tl.abs(ratio)
+    small = -a * (1.0 - a / 2.0 * (1.0 - a / 3.0 * (1.0 - a / 4.0 * (1.0 - a / 5.0 * (1.0 - a / 6.0)))))
+    y = tl.where(ratio < 0.0, 1.0 - other, other) * tl.where(a < 0.25, small, tl.exp(-a) - 1.0)
+    # log(1 + y) with the rounding of 1 + y undone (Kahan).
+    sum_y = 1.0 + y
+    alone = sum_y == 1.0
+    log_y = tl.where(alone, y, tl.log(sum_y) * (y / tl.where(alone, 1.0, sum_y - 1.0)))
+    return tl.minimum(ratio, 0.0) - log_y
 
 
 @triton.jit
@@ -70,8 +78,6 @@ def kl_rows(
     softcap,
     scale,
     beta,
-    log_beta,
-    log_1m_beta,
     grad_scale,
     DIVERGENCE: tl.constexpr,
     HAS_BIAS_S: tl.constexpr,
@@ -119,12 +125,13 @@ def kl_rows(
     top_s, top_t = tl.max(max_s, 0), tl.max(max_t, 0)
     total_s = tl.sum(sum_s * tl.exp(max_s - top_s), 0)
     total_t = tl.sum(sum_t * tl.exp(max_t - top_t), 0)
-    lse_s, lse_t = top_s + tl.log(total_s), top_t + tl.log(total_t)
+    norm_s, norm_t = 1.0 / total_s, 1.0 / total_t
+    offset = tl.log(total_s) - tl.log(total_t)
     if DIVERGENCE == "forward":
-        value = tl.sum(dot * tl.exp(max_t - top_t), 0) / total_t - lse_t + lse_s
+        value = tl.sum(dot * tl.exp(max_t - top_t), 0) * norm_t + (top_s - top_t) + offset
         mean = 0.0
     if DIVERGENCE == "reverse":
-        value = tl.sum(dot * tl.exp(max_s - top_s), 0) / total_s - lse_s + lse_t
+        value = tl.sum(dot * tl.exp(max_s - top_s), 0) * norm_s - (top_s - top_t) - offset
         mean = value
     if DIVERGENCE == "jsd":
         mean_s = tl.zeros((BLOCK_V,), tl.float32)
@@ -137,12 +144,12 @@ def kl_rows(
             z_t = _load_logits(
                 z_t_row, bias_t_ptr, offs_v, vocab, padded, softcap, inv_temperature, HAS_BIAS_T, HAS_SOFTCAP
             )
-            ratio = (z_s - lse_s) - (z_t - lse_t)
-            p_s, p_t = tl.exp(z_s - lse_s), tl.exp(z_t - lse_t)
-            mean_s -= p_s * tl.where(p_s == 0.0, 0.0, _log_mixture(log_1m_beta, log_beta - ratio))
-            mean_t -= p_t * tl.where(p_t == 0.0, 0.0, _log_mixture(log_beta, log_1m_beta + ratio))
-        mean = tl.sum(mean_s, 0)
-        value = beta * tl.sum(mean_t, 0) + (1.0 - beta) * mean
+            ratio = (z_s - top_s) - (z_t - top_t) - offset
+            e_s, e_t = tl.exp(z_s - top_s), tl.exp(z_t - top_t)
+            mean_s += e_s * tl.where(e_s == 0.0, 0.0, _over_mixture(ratio, beta))
+            mean_t += e_t * tl.where(e_t == 0.0, 0.0, _over_mixture(-ratio, 1.0 - beta))
+        mean = tl.sum(mean_s, 0) * norm_s
+        value = beta * tl.sum(mean_t, 0) * norm_t + (1.0 - beta) * mean
     if HAS_WEIGHT:
         value = tl.where(stop == 0, 0.0, value)
     tl.store(value_ptr + row, value * scale)
@@ -156,13 +163,13 @@ def kl_rows(
             z_t = _load_logits(
                 z_t_row, bias_t_ptr, offs_v, vocab, padded, softcap, inv_temperature, HAS_BIAS_T, HAS_SOFTCAP
             )
-            p_s = tl.exp(z_s - lse_s)
+            p_s = tl.exp(z_s - top_s) * norm_s
             if DIVERGENCE == "forward":
-                grad = p_s - tl.exp(z_t - lse_t)
+                grad = p_s - tl.exp(z_t - top_t) * norm_t
             if DIVERGENCE == "reverse":
-                grad = p_s * tl.where(p_s == 0.0, 0.0, (z_s - lse_s) - (z_t - lse_t) - mean)
+                grad = p_s * tl.where(p_s == 0.0, 0.0, (z_s - top_s) - (z_t - top_t) - offset - mean)
             if DIVERGENCE == "jsd":
-                own = -_log_mixture(log_1m_beta, log_beta - (z_s - lse_s) + (z_t - lse_t))
+                own = _over_mixture((z_s - top_s) - (z_t - top_t) - offset, beta)
                 grad = (1.0 - beta) * p_s * tl.where(p_s == 0.0, 0.0, own - mean)
             if HAS_SOFTCAP:
                 tanh = tl.where(offs_v < vocab, z_s / (softcap * inv_temperature), 0.0)
@@ -185,7 +192,7 @@ def exp_rows(
     value_bias_ptr,  # (padded,) fp32 or unused
     lse_ptr,  # (C,) fp32
     inv_sum_ptr,  # (C,) fp32: 1 / Σ E over E as stored
-    z_mean_ptr,  # (C,) fp32 or unused
+    entropy_ptr,  # (C,) fp32 or unused
     bias_mean_ptr,  # (C,) fp32 or unused
     stride_z,
     stride_e,
@@ -197,7 +204,7 @@ def exp_rows(
     HAS_BIAS: tl.constexpr,
     HAS_VALUE_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    WANT_Z_MEAN: tl.constexpr,
+    WANT_ENTROPY: tl.constexpr,
     BARRIER: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -213,7 +220,7 @@ def exp_rows(
 
     exact = tl.zeros((BLOCK_V,), tl.float32)
     stored = tl.zeros((BLOCK_V,), tl.float32)
-    z_dot = tl.zeros((BLOCK_V,), tl.float32)
+    below = tl.zeros((BLOCK_V,), tl.float32)
     bias_dot = tl.zeros((BLOCK_V,), tl.float32)
     for start in range(0, vocab, BLOCK_V):
         offs_v = start + lanes
@@ -223,8 +230,8 @@ def exp_rows(
         exact += e
         # m = E @ W / Σ E with the same rounded E above and below, so that the weights sum to 1 exactly.
         stored += rounded.to(tl.float32)
-        if WANT_Z_MEAN:
-            z_dot += e * tl.where(e == 0.0, 0.0, z)
+        if WANT_ENTROPY:
+            below += e * tl.where(e == 0.0, 0.0, z - top)
         if HAS_VALUE_BIAS:
             bias = tl.load(value_bias_ptr + offs_v, mask=offs_v < padded, other=0.0)
             bias_dot += e * tl.where(e == 0.0, 0.0, bias)
@@ -234,8 +241,8 @@ def exp_rows(
     total = tl.sum(exact, 0)
     tl.store(lse_ptr + row, top + tl.log(total))
     tl.store(inv_sum_ptr + row, 1.0 / tl.sum(stored, 0))
-    if WANT_Z_MEAN:
-        tl.store(z_mean_ptr + row, tl.sum(z_dot, 0) / total)
+    if WANT_ENTROPY:
+        tl.store(entropy_ptr + row, tl.log(total) - tl.sum(below, 0) / total)
     if HAS_VALUE_BIAS:
         tl.store(bias_mean_ptr + row, tl.sum(bias_dot, 0) / total)
 

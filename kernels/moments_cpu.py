@@ -1,5 +1,5 @@
-"""CPU kernels of the moment form: one vocabulary block at a time, carrying `p @ W` along with a running log-sum-exp,
-so that no `(C, V)` buffer exists at all.
+"""CPU kernels of the moment form: one vocabulary block at a time, carrying `p @ W` along with a running maximum
+and sum (apart, as in `linear_kl_cpu`), so that no `(C, V)` buffer exists at all.
 """
 
 from __future__ import annotations
@@ -8,37 +8,40 @@ import torch
 from torch import Tensor
 
 from . import tiles
-from .gemms import accumulation_dtype, cpu_nt
-from .linear_kl_cpu import Head, Pairs, block_softmax, check_rows, take
+from .gemms import accumulation_dtype, cpu_nt, kept_dtype
+from .linear_kl_cpu import Head, Pairs, block_softmax, check_rows, gradient_rows, take
 from .tiles import CpuChunks
 
 
 class RunningMoments:
     """Expectations under the softmax of rows whose logits arrive in blocks.
 
-    After `add` of all blocks: `lse` (C, 1), `mean` = p @ values (C, D), and for a teacher `z_mean` = Σ p z (C, 1) and
-    `bias_mean` (C, 1).
+    After `add` of all blocks: `top`, the largest logit, `total` = Σ exp(z - top), (C, 1); `mean` = p @ values (C, D);
+    for a teacher `below` = Σ p (z - top) and `bias_mean`, (C, 1).
     """
 
     def __init__(self, rows: int, width: int, scratch: Tensor, *, teacher: bool):
         dtype = scratch.dtype
         self.teacher, self._scratch = teacher, scratch
-        self.lse = torch.full((rows, 1), -torch.inf, dtype=dtype)
-        self.z_mean = torch.zeros(rows, 1, dtype=dtype)
+        self.top = torch.full((rows, 1), -torch.inf, dtype=dtype)
+        self.total = torch.zeros(rows, 1, dtype=dtype)
+        self.below = torch.zeros(rows, 1, dtype=dtype)
         self.bias_mean = torch.zeros(rows, 1, dtype=dtype)
         self.mean = torch.zeros(rows, width, dtype=dtype)
 
     def add(self, z: Tensor, values: Tensor | None, value_bias: Tensor | None, masked: bool) -> None:
         """Logits z (C, v), overwritten; head rows `values` (v, D) or None, their bias (v,) or None."""
         p = self._scratch[: z.numel()].view_as(z)
-        block_lse = block_softmax(z, p, masked)
-        joint = torch.logaddexp(self.lse, block_lse)
-        old, new = (self.lse - joint).exp(), (block_lse - joint).exp()
+        block_top, block_total = block_softmax(z, p, masked)
+        top = torch.maximum(self.top, block_top)
+        fall_old, fall_new = self.top - top, block_top - top
+        share_old, share_new = self.total * fall_old.exp(), block_total * fall_new.exp()
+        total = share_old + share_new
+        old, new = share_old / total, share_new / total
         if masked:
-            nothing_yet = joint == -torch.inf
-            old.masked_fill_(nothing_yet, 0.0)
-            new.masked_fill_(nothing_yet, 0.0)
-        self.lse = joint
+            nothing_yet = top == -torch.inf
+            for part in (total, old, new):
+                part.masked_fill_(nothing_yet, 0.0)
         if values is not None:
             self.mean.mul_(old).addcmul_(cpu_nt(p, values.t()), new)
         if value_bias is not None:
@@ -46,9 +49,13 @@ class RunningMoments:
             product = (p * value_bias).masked_fill_(p == 0, 0.0)
             self.bias_mean.mul_(old).addcmul_(product.sum(1, keepdim=True), new)
         if self.teacher:
+            z.sub_(block_top)
             if masked:
                 z.masked_fill_(p == 0, 0.0)
-            self.z_mean.mul_(old).addcmul_(z.mul_(p).sum(1, keepdim=True), new)
+            # A part without a share may lie infinitely far below.
+            own = z.mul_(p).sum(1, keepdim=True).add_(fall_new)
+            self.below = torch.where(old > 0, old * (self.below + fall_old), 0.0) + torch.where(new > 0, new * own, 0.0)
+        self.top, self.total = top, total
 
 
 def teacher_moments_cpu(
@@ -83,7 +90,7 @@ def teacher_moments_cpu(
             block_bias = None if value_bias is None else value_bias[v0:v1]
             running.add(head.logits(x, v0, v1), values.block(v0, v1), block_bias, bias_t is not None)
         m[start:stop] = running.mean
-        entropy[start:stop] = (running.lse - running.z_mean).squeeze(1)
+        entropy[start:stop] = (running.total.log() - running.below).squeeze(1)
         bias_mean[start:stop] = running.bias_mean.squeeze(1)
     return m, entropy, bias_mean
 
@@ -111,9 +118,7 @@ def moment_step_cpu(
     pairs = Pairs(h_s.shape[0] if rows_s is None else rows_s.shape[0], rows_s, rows_t, row_weight)
     values = torch.empty(pairs.count, dtype=dtype)
     width = h_s.shape[1]
-    dh = (torch.empty if pairs.rows_s is None else torch.zeros)(
-        (h_s.shape[0] if need_dh else 0, width), dtype=h_s.dtype
-    )
+    dh = gradient_rows(h_s, pairs, need_dh)
     head = Head(w_s, bias_s, sizes.block_v, temperature, 0.0)
     chunk = 2 * sizes.chunk_rows
     scratch = torch.empty(min(chunk, pairs.count) * head.width, dtype=dtype)
@@ -127,7 +132,9 @@ def moment_step_cpu(
             z = head.logits(scaled, v0, v1)
             running.add(z, head.block(v0, v1) if need_dh else None, None, bias_s is not None)
         dot = (m_t * x).sum(1) + b_t
-        values[start:stop] = (running.lse.squeeze(1) - dot / temperature - h_t) * scale
+        # The two large numbers first: their difference is exact.
+        far, near = running.top.squeeze(1) - dot / temperature, running.total.log().squeeze(1) - h_t
+        values[start:stop] = (far + near) * scale
         if not need_dh:
             continue
         dx = running.mean.sub_(m_t).mul_(scale / temperature)
@@ -136,5 +143,5 @@ def moment_step_cpu(
         if pairs.rows_s is None:
             dh[start:stop] = dx
         else:
-            dh.index_add_(0, pairs.rows_s[start:stop], dx.to(h_s.dtype))
-    return *pairs.reduce(values), dh
+            dh.index_add_(0, pairs.rows_s[start:stop], dx)
+    return *pairs.reduce(values), dh.to(kept_dtype(h_s.dtype))

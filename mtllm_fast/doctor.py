@@ -117,3 +117,23 @@ def print_diagnosis() -> None:
         for check in checks:
             table.add_row(check.name, "[green]yes[/green]" if check.works else "no", check.reason)
         console.print(table)
+
+
+def print_verdict(llm: str) -> None:
+    """Print whether the LLM `llm` (folder or hub name) can be read on packed rows, causal and bidirectional, and why.
+
+    Raises:
+        ValueError: `llm` is no causal LM.
+    """
+    from .models.gate import require
+    from .models.loading import empty_llm
+
+    model = empty_llm(llm)
+    print(f"{llm}: {type(model).__name__} ({model.config.model_type})")
+    for causal in (True, False):
+        try:
+            require(model, causal)
+            says = "packed rows equal those of each text alone"
+        except ValueError as error:
+            says = str(error).removeprefix("llm: ")
+        print(f"{'causal' if causal else 'bidirectional'}: {says}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -126,3 +127,47 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def e5_file(path: Path, width: int = 32, layers: int = 2, vocabulary: int = 64) -> dict[str, Any]:
+    """Write an E5S1 file of random weights (see `models/packages/e5_q4.py`), matrices as Q4_0.
+
+    Returns:
+        what was written, by name: (scales, nibbles) of a matrix, numbers of a vector.
+    """
+    import struct
+
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    inner, positions = 2 * width, 16
+    shapes: dict[str, int | tuple[int, int]] = {"emb.word": (vocabulary, width), "emb.pos": (positions, width)}
+    shapes |= {"emb.type": (2, width), "emb.ln.w": width, "emb.ln.b": width}
+    for i in range(layers):
+        for name in ("q", "k", "v", "ao", "fi", "fo"):
+            rows, columns = {"fi": (inner, width), "fo": (width, inner)}.get(name, (width, width))
+            shapes |= {f"l{i}.{name}.w": (rows, columns), f"l{i}.{name}.b": rows}
+        for name in ("aln", "oln"):
+            shapes |= {f"l{i}.{name}.w": width, f"l{i}.{name}.b": width}
+    written: dict[str, Any] = {}
+    blobs: dict[str, bytes] = {}
+    for name, shape in shapes.items():
+        if isinstance(shape, int):
+            written[name] = rng.normal(1 if name.endswith("n.w") else 0, 0.1, shape).astype("<f4")
+            blobs[name] = written[name].tobytes()
+        else:
+            blocks = shape[0] * shape[1] // 32
+            scale, nibbles = rng.uniform(0.01, 0.03, blocks).astype("<f2"), rng.integers(0, 256, (blocks, 16), "u1")
+            written[name] = scale, nibbles
+            blobs[name] = b"".join(s.tobytes() + n.tobytes() for s, n in zip(scale, nibbles))
+    head = b"E5S1" + struct.pack("<I7ifi", 1, width, layers, 2, inner, vocabulary, positions, 2, 1e-12, 32)
+    head += struct.pack("<5iQ", 2, 0, 2, 1, 3, 3) + struct.pack("<3I2f", 0, 1, 3, 0.0, -1.0) + b"abc"
+    head += struct.pack("<iI", 1, 5) + b"a\0\0\0b" + struct.pack("<i", len(blobs))
+    at = len(head) + sum(2 + len(name) + 21 for name in blobs)
+    for name, blob in blobs.items():
+        numbers = len(blob) // 4 if isinstance(shapes[name], int) else len(blob) // 18 * 32
+        head += struct.pack("<H", len(name)) + name.encode()
+        head += struct.pack("<BIQQ", 0 if isinstance(shapes[name], int) else 1, numbers, at, len(blob))
+        at += len(blob)
+    path.write_bytes(head + b"".join(blobs.values()))
+    return written

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -12,6 +12,9 @@ import tyro
 @dataclass
 class Convert:
     """Read a model in a published layout (--from) into an MTLLM folder, or write one with LoRA merged (--to).
+
+    --from encoder and --from llm take a Hugging Face model as it is, as a reader without a head: `mtllm evaluate` reads
+    it by a linear probe on its frozen pooled states.
 
     --to merged gives an MTLLM folder that needs nothing else: no adapters, and an LLM in OUTPUT/llm that
     `AutoModelForCausalLM.from_pretrained` reads. With --push-to-hub alone, MODEL goes to the hub as it is.
@@ -22,8 +25,8 @@ class Convert:
     """Folder to read."""
     output: str = ""
     """Folder to write; none where the model is only pushed."""
-    source: Annotated[Literal["nllb-llm2vec"] | None, tyro.conf.arg(name="from")] = None
-    """Published layout that MODEL is in; OUTPUT becomes an MTLLM folder."""
+    source: Annotated[Literal["nllb-llm2vec", "encoder", "llm"] | None, tyro.conf.arg(name="from")] = None
+    """What MODEL is: a published layout, or a bare model; OUTPUT becomes an MTLLM folder."""
     target: Annotated[Literal["nllb-llm2vec", "merged"] | None, tyro.conf.arg(name="to")] = None
     """Layout of OUTPUT: the published one, or an MTLLM folder with LoRA merged."""
     overwrite: bool = False
@@ -50,13 +53,16 @@ class Convert:
             raise ValueError(f"--output {self.output}: holds a model already; pass --overwrite to replace it")
         if self.push_to_hub:
             check_push(self.push_to_hub)
-        if self.source:
+        if self.source in ("encoder", "llm"):
+            bases: dict[str, Any] = {self.source: self.model}
+            MTLLM.stack(reader=self.source, **bases).save_pretrained(self.output)
+        elif self.source:
             load_nllb_llm2vec(self.model).save_pretrained(self.output)
         elif self.target == "merged":
             save_merged(MTLLM.from_pretrained(self.model), self.output)
         else:
             save_nllb_llm2vec(MTLLM.from_pretrained(self.model), self.output)
-        way = "from nllb-llm2vec" if self.source else f"to {self.target}"
+        way = f"from {self.source}" if self.source else f"to {self.target}"
         print(f"convert: {self.model} -> {self.output} ({way})")
         if self.push_to_hub:
             print(f"convert: {self.output} -> {push(self.output, self.push_to_hub)}")

@@ -47,7 +47,7 @@ class Evaluate:
     split: str = "test"
     """Split that is scored: train, dev or test."""
     limit: int | None = None
-    """Only the first rows of each language."""
+    """Only so many rows of each language: a random sample with a fixed seed, by id, the same in every language."""
     translator: str = ""
     """MT model for translate-test (folder or hub name); needs `teacher`."""
     translations: str = ""

@@ -27,12 +27,33 @@ def read_settings(settings_type: Any, path: str) -> Any:
         raise ValueError(f"{where}: no such file")
     with open(path, encoding="utf-8") as handle:
         try:
-            data = yaml.safe_load(handle)
+            data = yaml.load(handle, Loader=_unique_keys())
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+            said = "" if "is given twice" in str(error) else "not YAML: "
+            raise ValueError(f"{where}: {said}{' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{where}: expected a mapping of options")
     return _replaced(settings_type(), _values(settings_type, data, where))
+
+
+def _unique_keys() -> Any:
+    """YAML's safe loader, for which a key that is given twice is an error and not the last one."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen: dict[Any, int] = {}
+            for key_node, _ in node.value:
+                if key_node.tag == "tag:yaml.org,2002:merge":
+                    continue
+                key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+                name = str(key).replace("-", "_")  # either is the same option
+                if name in seen:
+                    raise yaml.YAMLError(f"{key!r} is given twice, in lines {seen[name]} and {line}")
+                seen[name] = line
+            return super().construct_mapping(node, deep)
+
+    return Loader
 
 
 def _options(settings_type: Any) -> dict[str, tuple[tuple[str, ...], Any]]:

@@ -31,16 +31,19 @@ def finish(stage: str, output: str, metrics: dict[str, Any]) -> None:
     if int(os.environ.get("RANK", "0")):
         return
     data = metrics.get("data", {})
-    print(
-        f"{stage}: {metrics.get('train_runtime', 0):.1f} s, "
-        f"mean loss {metrics.get('train_loss', float('nan')):.4f} -> {output}"
-    )
+    if "train_loss" in metrics:
+        print(f"{stage}: {metrics.get('train_runtime', 0):.1f} s, mean loss {metrics['train_loss']:.4f} -> {output}")
+    else:
+        print(f"{stage}: not trained -> {output}")
     truncated = {side: count for side, count in data.get("truncated", {}).items() if count}
     notes = [f"{count} texts truncated on the {side} side" for side, count in truncated.items()]
     if data.get("skipped_rows"):
         notes.append(f"{data['skipped_rows']} rows skipped as unusable")
     for code, count in data.get("fallbacks", {}).items():
         notes.append(f"{count} rows of {code} read as another language")
+    if fit := metrics.get("init"):
+        score = {"ridge": "R² {:.3f} on held-out pairs", "softmax": "{:.3f} of the tokens picked out"}[fit["kind"]]
+        notes.append(f"projection started by {fit['kind']} on {fit['pairs']} pairs: {score.format(fit['score'])}")
     if cache := metrics.get("teacher_cache"):
         notes.append(
             f"teacher's states of {cache['texts']} texts in {cache['folder']}, {cache['computed']} computed now"
@@ -254,7 +257,7 @@ class Distill(DistillConfig):
     def run(self) -> None:
         from ..training import distill
 
-        rows, _, valid = self.source.load()
+        rows, labels, valid = self.source.load()
         watch = self.watch.watch(self.source.task, self.source.data)
         source = dataclasses.asdict(self.source)
         run_all(
@@ -262,5 +265,5 @@ class Distill(DistillConfig):
             base_settings(self, DistillConfig),
             self.seeds,
             self.push_to_hub,
-            lambda config: distill(config, rows, valid, source, watch),
+            lambda config: distill(config, rows, valid, source, watch, labels),
         )

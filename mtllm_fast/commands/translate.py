@@ -50,7 +50,7 @@ class Translate:
     split: str = ""
     """Of the task (by default test) or of a hub dataset (by default train)."""
     limit: int | None = None
-    """Only the first rows (of each language)."""
+    """With `input`, only the first rows; with `task`, the rows of each language that `mtllm evaluate --limit` draws."""
     target: str = "eng_Latn"
     """MT code of the language to translate into."""
     num_beams: int = 1

@@ -23,7 +23,7 @@ class WatchSettings:
     """Its folder or hub name; by default the one that is trained on."""
     split: str = "dev"
     limit: int | None = 200
-    """Rows of each language."""
+    """Rows of each language: a random sample with a fixed seed, by id, the same in every language; null for all."""
     steps: int = 500
     """Optimizer steps between two looks."""
 
@@ -51,6 +51,8 @@ class WatchSettings:
         source = named or chosen.default_source
         if source is None:
             raise ValueError(f"--watch.data is missing: the folder or hub name of task {name!r}")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"--watch.limit {self.limit}: expected a positive number of rows, or null for all")
         available = chosen.languages(source)
         for language in self.languages:
             if language not in available:
@@ -70,6 +72,9 @@ class WatchSettings:
                 resamples=1,
                 progress=False,
             )
-            return {f"{code}_accuracy": one.accuracy for code, one in found.models[0].languages.items()}
+            languages = found.models[0].languages
+            scores = {f"{code}_accuracy": one.accuracy for code, one in languages.items()}
+            # of a sample the log says how large it was
+            return scores | {f"{code}_rows": one.rows for code, one in languages.items() if one.available}
 
         return Watch(self.steps, score)

@@ -169,7 +169,7 @@ class PackedDataset(IterableDataset):
             raise TypeError("rows must be re-iterable (a list, read_rows(...)), got an iterator, good for one epoch")
         self.sides = check_sides(sides, tokenizer)
         for side in self.sides:
-            limit = tokenizer.max_mt_tokens if side == "mt" else tokenizer.max_llm_tokens
+            limit = tokenizer.mt_limit if side == "mt" else tokenizer.max_llm_tokens
             if max_tokens < limit:
                 raise ValueError(
                     f"max_tokens {max_tokens} is below the tokenizer's max_{side}_tokens {limit}: "

@@ -51,6 +51,7 @@ class PackedLoader:
         self.num_workers = num_workers
         self.prefetch = prefetch
         self.pin_memory = pin_memory
+        self.counted_rows: int | None = None  # documents of the epoch that `count` went through
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.dataset.batches(self._windows()):
@@ -58,11 +59,13 @@ class PackedLoader:
 
     def count(self) -> int:
         """Batches of a whole epoch on each rank. Reads, tokenises and packs it, but makes no batch."""
-        packs = self.dataset.before.packs
+        packs, rows = self.dataset.before.packs, self.dataset.before.rows
         for window in self._windows():
             if window.error is not None:
                 raise window.error
-            packs += len(window.packs)
+            if window.rows is not None:
+                packs, rows = packs + len(window.packs), rows + len(window.rows)
+        self.counted_rows = rows
         return self.dataset.size(packs)
 
     def _windows(self) -> Iterable[Window]:

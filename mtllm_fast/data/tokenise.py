@@ -109,6 +109,7 @@ class StackTokenizer:
         self.mt = mt
         self.llm = llm
         self.max_mt_tokens = max_mt_tokens
+        self.mt_positions: int | None = None  # of the encoder that reads the tokens; set by the model
         self.max_llm_tokens = max_llm_tokens
         self.pair_separator = pair_separator
         self.fallback_counts: Counter[str] = Counter()
@@ -161,6 +162,11 @@ class StackTokenizer:
         (folder / _OPTIONS_FILE).write_text(json.dumps(options, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @property
+    def mt_limit(self) -> int:
+        """Tokens of a row on the MT side: `max_mt_tokens`, or the encoder's positions where those are fewer."""
+        return min(self.max_mt_tokens, self.mt_positions or self.max_mt_tokens)
+
+    @property
     def languages(self) -> tuple[str, ...]:
         """Codes of the MT tokenizer, sorted; empty for an encoder that takes no language token."""
         return tuple(self._language_ids)
@@ -204,7 +210,7 @@ class StackTokenizer:
             prefixes = [[self.language_id(row.language)] for row in rows]
         else:
             prefixes = [self._mt_prefix] * len(rows)
-        return self._side("max_mt_tokens", self.mt, self.max_mt_tokens, prefixes, self._mt_template, rows, ends)
+        return self._side("max_mt_tokens", self.mt, self.mt_limit, prefixes, self._mt_template, rows, ends)
 
     def llm_side(self, rows: Sequence[TextRow], *, ends: bool = True) -> TokenizedSide:
         """`[BOS] A` per row; see the module docstring for pairs and choices, and `mt_side` for `ends`.

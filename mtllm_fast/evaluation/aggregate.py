@@ -20,13 +20,20 @@ Samples = npt.NDArray[np.floating]  # (R,)
 
 @dataclass(frozen=True)
 class ModelCells:
-    """A model's cells: per seed, the set's code -> cell; and per seed, code -> alignment metrics."""
+    """A model's cells: per seed, the set's code -> cell; and per seed, code -> alignment metrics.
+
+    Fields:
+        pairs: code -> how many pairs of parallel rows the alignment is of.
+        scored: code -> how many rows were run, where the cells hold fewer of them.
+    """
 
     name: str
     method: str
     notes: Sequence[str]
     seeds: Sequence[Mapping[str, Cell]]
     alignment: Sequence[Mapping[str, Mapping[str, float]]] = ()
+    pairs: Mapping[str, int] = field(default_factory=dict)
+    scored: Mapping[str, int] = field(default_factory=dict)
 
     def run(self, code: str) -> list[Cell]:
         """The cells of a language in all seeds; [] where it was not run."""
@@ -56,14 +63,20 @@ def summarise(
     num_classes: int,
     reference: str | None,
     resamples: int,
+    available: Mapping[str, int] | None = None,
 ) -> list[ModelScores]:
-    """Scores of all models on one task.
+    """Scores of all models on one task, in each language on the rows that all models which ran it have.
 
     Args:
         described: the languages asked for, in order.
         reference: name of the model that the others are compared with (translate-test), or None.
+        available: the set's code -> rows that the split holds, whether scored or not.
+
+    Raises:
+        ValueError: models that have no row of a language in common.
     """
-    summaries = [_one(model, described, num_classes, resamples) for model in models]
+    models = _on_common_rows(models, described)
+    summaries = [_one(model, described, num_classes, resamples, available or {}) for model in models]
     against = next((model for model in models if model.name == reference), None)
     if against is not None:
         for model, summary in zip(models, summaries, strict=True):
@@ -87,7 +100,60 @@ def summarise(
     return [summary.scores for summary in summaries]
 
 
-def _one(model: ModelCells, described: Iterable[str], num_classes: int, resamples: int) -> _Summary:
+def _on_common_rows(models: Sequence[ModelCells], languages: Iterable[str]) -> list[ModelCells]:
+    """The models with their cells cut to the rows that all of them have; as they are where those are the same."""
+    seeds = [[dict(seed) for seed in model.seeds] for model in models]
+    scored: list[dict[str, int]] = [dict(model.scored) for model in models]
+    for code in languages:
+        ran = [number for number, model in enumerate(models) if model.run(code)]
+        cells = [cell for number in ran for cell in models[number].run(code)]
+        if len({cell.ids for cell in cells}) < 2:
+            continue
+        places = _common(cells)
+        if not len(places[0]):
+            raise ValueError(f"{code}: {' and '.join(models[n].name for n in ran)} have no row in common, by their ids")
+        golds = [cell.gold[rows] for cell, rows in zip(cells, places, strict=True)]
+        assert all((gold == golds[0]).all() for gold in golds), f"{code}: one id, two right answers"
+        cut = iter([_cut(cell, rows) for cell, rows in zip(cells, places, strict=True)])
+        for number in ran:
+            before = len(models[number].run(code)[0].ids)
+            for seed in seeds[number]:
+                seed[code] = next(cut)
+            if before > len(places[0]):
+                scored[number][code] = before
+    return [replace(model, seeds=cut, scored=rows) for model, cut, rows in zip(models, seeds, scored, strict=True)]
+
+
+def _common(cells: Sequence[Cell]) -> list[npt.NDArray[np.int64]]:
+    """Per cell the positions of the rows that all have, in the order of the first cell.
+
+    An id that occurs more than once counts where it does so equally often in all, and is then told by its number.
+    """
+    counts = [Counter(cell.ids) for cell in cells]
+    places: list[dict[tuple[str, int], int]] = []
+    for cell in cells:
+        seen: Counter[str] = Counter()
+        places.append({})
+        for index, name in enumerate(cell.ids):
+            places[-1][name, seen[name]] = index
+            seen[name] += 1
+    keys = [key for key in places[0] if all(count[key[0]] == counts[0][key[0]] for count in counts)]
+    return [np.array([one[key] for key in keys], np.int64) for one in places]
+
+
+def _cut(cell: Cell, rows: npt.NDArray[np.int64]) -> Cell:
+    return replace(
+        cell,
+        logits=cell.logits[rows],
+        predictions=cell.predictions[rows],
+        gold=cell.gold[rows],
+        ids=tuple(cell.ids[index] for index in rows.tolist()),
+    )
+
+
+def _one(
+    model: ModelCells, described: Iterable[str], num_classes: int, resamples: int, available: Mapping[str, int]
+) -> _Summary:
     scores = ModelScores(model.name, model.method, notes=list(model.notes), seeds=len(model.seeds))
     summary = _Summary(scores)
     counts: Counter[str] = Counter()
@@ -95,7 +161,8 @@ def _one(model: ModelCells, described: Iterable[str], num_classes: int, resample
         cells = model.run(code)
         if not cells:
             reasons = [seed[code].skipped for seed in model.seeds if code in seed and seed[code].skipped]
-            scores.skipped[code] = reasons[0] if reasons else "not run"
+            some = f" in {len(reasons)} of {len(model.seeds)} seeds" if 0 < len(reasons) < len(model.seeds) else ""
+            scores.skipped[code] = reasons[0] + some if reasons else "not run"
             continue
         for cell in cells:
             counts.update(cell.counts)
@@ -116,7 +183,10 @@ def _one(model: ModelCells, described: Iterable[str], num_classes: int, resample
             macro_f1_interval=interval(summary.macro_f1[code]),
             accuracy_sd=float(np.std(hits, ddof=1)) if len(cells) > 1 else None,
             macro_f1_sd=float(np.std(f1, ddof=1)) if len(cells) > 1 else None,
-            alignment=_alignment(model, code),
+            alignment=(metrics := _alignment(model, code)),
+            scored=model.scored.get(code),
+            available=rows if (rows := available.get(code, 0)) > len(cells[0].gold) else None,
+            aligned=pairs if metrics and (pairs := model.pairs.get(code)) != len(cells[0].gold) else None,
             time_s=sum(cell.time_s for cell in cells),
         )
     scores.counts = dict(counts)
@@ -124,7 +194,10 @@ def _one(model: ModelCells, described: Iterable[str], num_classes: int, resample
 
 
 def _alignment(model: ModelCells, code: str) -> dict[str, float]:
+    """Means over the seeds; {} unless all of them were compared with English."""
     found = [seed[code] for seed in model.alignment if seed.get(code)]
+    if len(found) < len(model.seeds):
+        return {}
     return {name: float(np.mean([values[name] for values in found])) for name in (found[0] if found else {})}
 
 
@@ -135,11 +208,8 @@ def _compare(model: ModelCells, against: ModelCells, summary: _Summary, english:
         mine, theirs = model.run(code), against.run(code)
         if not theirs:
             continue
-        rows, other_rows = _same_rows(mine[0], theirs[0])
-        if not len(rows):
-            continue
         # whole numbers: each side's count of right seeds, brought to the common denominator
-        differences = model.correct(code)[rows] * len(theirs) - against.correct(code)[other_rows] * len(mine)
+        differences = model.correct(code) * len(theirs) - against.correct(code) * len(mine)
         scale = len(mine) * len(theirs)
         samples = mean_samples(differences / scale, resamples)
         p = None if code == english else sign_flip_p(differences)
@@ -152,18 +222,6 @@ def _compare(model: ModelCells, against: ModelCells, summary: _Summary, english:
         summary.scores.languages[code] = replace(summary.scores.languages[code], gap=gap)
 
 
-def _same_rows(mine: Cell, theirs: Cell) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Positions of the rows that both scored: all where the ids agree, else joined by ids that occur once."""
-    if mine.ids == theirs.ids:
-        every = np.arange(len(mine.ids))
-        return every, every
-    ours, others = Counter(mine.ids), Counter(theirs.ids)
-    where = {name: index for index, name in enumerate(theirs.ids) if others[name] == 1}
-    pairs = [(i, where[name]) for i, name in enumerate(mine.ids) if ours[name] == 1 and name in where]
-    joined = np.array(pairs, np.int64).reshape(-1, 2)
-    return joined[:, 0], joined[:, 1]
-
-
 def _groups(summary: _Summary, groups: Mapping[str, Sequence[str]]) -> dict[str, GroupScore]:
     found = {}
     for name, members in groups.items():
@@ -173,7 +231,7 @@ def _groups(summary: _Summary, groups: Mapping[str, Sequence[str]]) -> dict[str,
         scores = [summary.scores.languages[code] for code in codes]
         compared = [code for code in codes if code in summary.gap]
         gap = None
-        if compared:
+        if len(compared) == len(codes):
             values = [one.gap.accuracy for one in scores if one.gap is not None]
             gap = Gap(float(np.mean(values)), *interval(np.mean([summary.gap[code] for code in compared], axis=0)))
         found[name] = GroupScore(

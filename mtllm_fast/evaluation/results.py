@@ -8,6 +8,7 @@ from typing import Any
 
 NO_MT_CODE = "no MT code"
 METRICS = ("accuracy", "macro_f1")
+OPTIONAL = ("scored", "available", "aligned")  # of a LanguageScore: written only where they say something
 Interval = tuple[float, float]
 
 
@@ -40,14 +41,17 @@ class LanguageScore:
         mt_code: what the MT model was told the language is (None for a model that reads without MT tokens).
         mapped: whether `mt_code` comes from the caller's `language_map` or the tokenizer's fallbacks, not from the
             task's table.
-        rows: number of rows scored.
+        rows: number of rows that the scores are over: those that every model which ran this language has.
         accuracy, macro_f1: 0 to 1, means over the seeds.
-        blank: rows with an empty text among them (scored all the same).
+        blank: rows with an empty text among all that the model was run on (scored all the same).
         accuracy_interval, macro_f1_interval: bootstrap intervals over the rows.
         accuracy_sd, macro_f1_sd: standard deviation over seeds (n - 1), None for one seed.
         gap: against translate-test, None where there is none.
         alignment: metrics of `alignment.METRICS`, means over the seeds; empty where not asked for.
         time_s: seconds spent predicting, all seeds together.
+        scored: rows that this model was run on, None where they are `rows`.
+        available: rows that the split holds, None where they are `rows`.
+        aligned: pairs of parallel rows behind `alignment`, None where they are `rows`.
     """
 
     mt_code: str | None
@@ -63,12 +67,15 @@ class LanguageScore:
     gap: Gap | None = None
     alignment: dict[str, float] = field(default_factory=dict)
     time_s: float = field(default=0.0, compare=False)
+    scored: int | None = None
+    available: int | None = None
+    aligned: int | None = None
 
 
 @dataclass(frozen=True)
 class GroupScore:
     """Unweighted mean of one model over the languages of a group, with the bootstrap interval of that mean (rows
-    resampled, languages fixed)."""
+    resampled, languages fixed). `gap` is None where translate-test lacks one of the languages."""
 
     languages: int
     accuracy: float
@@ -107,7 +114,8 @@ class ModelScores:
 
     @property
     def rows(self) -> int:
-        return self.seeds * sum(score.rows for score in self.languages.values())
+        """Rows that were run, all seeds together."""
+        return self.seeds * sum(score.scored or score.rows for score in self.languages.values())
 
     @property
     def time_s(self) -> float:
@@ -146,7 +154,7 @@ class Scores:
         languages: all languages asked for, whether run or not.
         language_map: explicit overrides, the set's code -> MT code.
         models: in the order given.
-        limit: rows per language, None for all.
+        limit: rows per language, None for all; limit_seed: of their draw, None for the first rows of a file.
         versions: package versions.
         reference: name of the translate-test among the models, None without one.
         resamples: of the bootstrap.
@@ -163,6 +171,7 @@ class Scores:
     language_map: dict[str, str]
     models: list[ModelScores]
     limit: int | None = None
+    limit_seed: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
     reference: str | None = None
     resamples: int = 0
@@ -184,6 +193,26 @@ class Scores:
         """The models other than translate-test."""
         return [model for model in self.models if model.name != self.reference]
 
+    def aligned(self) -> list[str]:
+        """Non-English languages in which every model that was compared with English was."""
+        models = [model for model in self.models if model.mean_alignment(self.foreign())]
+        return [
+            code
+            for code in self.foreign()
+            if models and all(code in one.languages and one.languages[code].alignment for one in models)
+        ]
+
+    def left_out(self) -> dict[str, tuple[int, int]]:
+        """Language -> rows that some model has and another lacks, so that none is scored on them; and rows of the one
+        that has most."""
+        found = {}
+        for code in self.languages:
+            ran = [model.languages[code] for model in self.models if code in model.languages]
+            most = max((one.scored or one.rows for one in ran), default=0)
+            if ran and most > ran[0].rows:
+                found[code] = (most - ran[0].rows, most)
+        return found
+
     def language_name(self, code: str) -> str:
         return self.described.get(code, {}).get("name", code)
 
@@ -201,11 +230,16 @@ class Scores:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, without times; `from_dict` reads it back (it ignores the derived means)."""
         content = {name: value for name, value in asdict(self).items() if name != "models"}
+        if self.limit_seed is None:
+            del content["limit_seed"]
         content["labels"], content["languages"] = list(self.labels), list(self.languages)
         content["models"] = [{**asdict(model), "mean": self.means(model), "rows": model.rows} for model in self.models]
         for model in content["models"]:
             for score in model["languages"].values():
                 del score["time_s"]
+                for name in OPTIONAL:
+                    if score[name] is None:
+                        del score[name]
         return content
 
     def times(self) -> dict[str, Any]:

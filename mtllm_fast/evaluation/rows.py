@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..data.read import TextRow
 from .tasks import RowIssues, Task, check_rows
 from .translations import has_translations, join_translations
 
+SAMPLE_SEED = 0
+
+
+def sample(rows: Sequence[TextRow], limit: int | None, seed: int = SAMPLE_SEED) -> list[int]:
+    """Positions of at most `limit` rows, drawn at random and in their order; all without a limit.
+
+    Every id has its own place in a random order (for ids that occur again: with its number), and the first `limit` are
+    taken. So rows with one id are drawn alike in all languages, in whatever order they stand, and the rows of a smaller
+    limit are among those of a larger one.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit}: expected a positive number of rows")
+    if limit is None or limit >= len(rows):
+        return list(range(len(rows)))
+    seen: Counter[str | None] = Counter()
+    places = []
+    for index, row in enumerate(rows):
+        name = f"{seed} {seen[row.id]} {row.id}"
+        seen[row.id] += 1
+        places.append((hashlib.sha256(name.encode()).digest(), index))
+    return sorted(index for _, index in sorted(places)[:limit])
+
 
 class TaskRows:
     """Labelled rows of one split, by language. A language that cannot be read is a problem, not an end."""
 
     def __init__(self, task: Task, source: str | Path, split: str, limit: int | None) -> None:
-        if limit is not None and limit < 1:
-            raise ValueError(f"limit={limit}: expected a positive number of rows")
+        sample((), limit)  # a limit out of range
         self.task, self.source, self.split, self.limit = task, source, split, limit
         self.available = task.languages(source)
+        self._all: dict[str, list[TextRow]] = {}
+        self._sampled: dict[str, list[int]] = {}
         self._rows: dict[str, list[TextRow]] = {}
         self._problems: dict[str, str] = {}
         self._translated: dict[str, tuple[list[TextRow], dict[str, int]] | str] = {}
@@ -29,7 +55,9 @@ class TaskRows:
                 self._problems[language] = f"no {self.split} split"
                 return self._problems[language]
             try:
-                self._rows[language] = self.task.rows(self.source, language, self.split, limit=self.limit)
+                self._all[language] = found = self.task.rows(self.source, language, self.split)
+                self._sampled[language] = sample(found, self.limit)
+                self._rows[language] = [found[index] for index in self._sampled[language]]
             except ValueError as error:
                 self._problems[language] = str(error)
         return self._problems.get(language, "")
@@ -40,20 +68,46 @@ class TaskRows:
             raise ValueError(problem)
         return self._rows[language]
 
+    def available_rows(self, language: str) -> int:
+        """How many rows it has, those outside of `limit` included; 0 where there is a problem."""
+        return 0 if self.problem(language) else len(self._all[language])
+
     def translated(self, language: str, path: str | Path, target: str) -> tuple[list[TextRow], dict[str, int]] | str:
-        """Its rows with their texts from existing translations, and what was counted in joining them; or why not."""
+        """Its rows with their texts from existing translations, and what was counted in joining them; or why not.
+
+        Raises:
+            ValueError: there are translations for it, but none that joins a row.
+        """
         if language not in self._translated:
-            try:
-                joined = join_translations(
-                    path, self.task, self.rows(language), language=language, split=self.split, target=target
+            if not has_translations(path, self.task, language, self.split):
+                self._translated[language] = "no translations"
+                return "no translations"
+            everything, wanted = self._all[language], set(self._sampled[language])
+            joined = join_translations(path, self.task, everything, language=language, split=self.split, target=target)
+            kept = [row for index, row in zip(joined.indices, joined.rows, strict=True) if index in wanted]
+            if not kept:
+                raise ValueError(
+                    f"translations={str(path)!r}: those of {language!r} belong to none of the {len(wanted)} rows that "
+                    f"limit={self.limit} draws from {len(everything)}"
                 )
-            except ValueError as error:
-                known = has_translations(path, self.task, language, self.split)
-                self._translated[language] = str(error) if known else "no translations"
-            else:
-                counts = {f"translations_{name}": n for name, n in joined.counts().items() if n and name != "joined"}
-                self._translated[language] = (joined.rows, counts)
+            counts = {**joined.counts(), "missing": len(wanted) - len(kept)}
+            counted = {f"translations_{name}": n for name, n in counts.items() if n and name != "joined"}
+            self._translated[language] = (kept, counted)
         return self._translated[language]
+
+    def check_translations(self, languages: Sequence[str], path: str | Path, target: str) -> None:
+        """Join all of them, before any model is loaded.
+
+        Raises:
+            ValueError: translations that join no row, or none for any language that is not the target itself.
+        """
+        foreign = [code for code in languages if not self.problem(code) and self.rows(code)[0].language != target]
+        found = [self.translated(code, path, target) for code in foreign]
+        if foreign and all(isinstance(one, str) for one in found):
+            raise ValueError(
+                f"translations={str(path)!r}: holds none of the {len(foreign)} languages ({', '.join(foreign[:5])}"
+                f"{', ...' if len(foreign) > 5 else ''}), {self.split!r}"
+            )
 
     def issues(self, languages: list[str]) -> list[str]:
         """What is odd in the rows of these languages, counted, one line per kind. Local sources are compared with their

@@ -34,6 +34,7 @@ from .translate_test import Translator
 Model = Any  # MTLLM, an engine around one, or a folder or hub name of one
 
 TRANSLATE_TEST = "translate-test"
+NOT_RUN = "not run"
 
 
 @dataclass
@@ -90,6 +91,7 @@ class Run:
     options: Options
     cells: dict[str, Cell] = field(default_factory=dict)
     alignment: dict[str, dict[str, float]] = field(default_factory=dict)
+    pairs: dict[str, int] = field(default_factory=dict)  # parallel rows behind the alignment
     method: str = ""
     notes: list[str] = field(default_factory=list)
     _scorer: Scorer | None = None
@@ -153,7 +155,7 @@ class Run:
         """Let go of the model; a run whose cells were all there still has to say how it was read."""
         if not self.method and any(not cell.skipped for cell in self.cells.values()):
             self.scorer  # noqa: B018
-        self.method = self.method or (TRANSLATE_TEST if not self.one.reads_itself else "not run")
+        self.method = self.method or (TRANSLATE_TEST if not self.one.reads_itself else NOT_RUN)
         self._scorer, self._english = None, None
         gc.collect()
 
@@ -203,6 +205,7 @@ class Run:
         pairs = parallel([row.id for row in rows], [row.id for row in english])
         if len(pairs) < 2:
             return
+        self.pairs[language] = len(pairs)
         if store is not None:
             wanted = self._wanted(task.english)
             key = {**key, "data": key["data"] + fingerprint.of_rows(english), "settings": f"{key['settings']} {wanted}"}
@@ -326,6 +329,16 @@ def check_folder(model: Model, task: Task, name: str) -> None:
     config = _local_config(model)
     if config is not None and config.head is not None:
         check_labels(config.labels, task, str(model))
+
+
+def check_seeds(one: Contestant) -> None:
+    """ValueError where some of a model's seeds have a head and others do not, before anything is loaded."""
+    headless = {str(model): config.head is None for model in one.models if (config := _local_config(model)) is not None}
+    if len(set(headless.values())) > 1:
+        without = next(name for name, missing in headless.items() if missing)
+        raise ValueError(
+            f"model={one.name!r}: its seed {without!r} has no task head, others have one: no mean over both"
+        )
 
 
 def _engine(model: Model, max_tokens: int | None, device: str | None) -> Encoder:

@@ -11,8 +11,8 @@ from .aggregate import ModelCells, summarise
 from .cells import CellStore
 from .languages import describe
 from .results import Scores
-from .rows import TaskRows
-from .runs import TRANSLATE_TEST, Contestant, Lazy, Model, Options, Run, check_folder
+from .rows import SAMPLE_SEED, TaskRows
+from .runs import NOT_RUN, TRANSLATE_TEST, Contestant, Lazy, Model, Options, Run, check_folder, check_seeds
 from .scorers import check_codes
 from .statistics import RESAMPLES
 from .tasks import Task, canonical_split, get_task, nearest
@@ -49,7 +49,9 @@ def evaluate(
     A model with a task head for the task's labels is read by it. A model without a head (one that was only adapted) is
     read by a linear probe fitted on the English training split, and the scores say so. A language that the MT model
     has no code for is named in `ModelScores.skipped` and runs only if `language_map` says what it is to be read as.
-    Scores carry bootstrap intervals, and with translate-test an exact paired test against it (see `statistics`).
+    Scores carry bootstrap intervals, and with translate-test an exact paired test against it (see `statistics`). Where
+    one model lacks rows of a language (translations that are missing), all are scored on the rows that every one has,
+    and the scores say how many.
 
     Args:
         models: one model, a list, or name -> model; each an MTLLM, an Engine, or a folder or hub name. In a mapping a
@@ -60,7 +62,8 @@ def evaluate(
         languages: "all", or the set's codes as a list or a comma-separated string.
         language_map: the set's code -> MT code, overriding the task's table, e.g. {"arb_Latn": "arb_Arab"}.
         split: "test", "dev" or "train".
-        limit: only the first rows of each language.
+        limit: only this many rows of each language: a random sample with a fixed seed, by id, so the same rows in every
+            language (see `rows.sample`).
         translator: an MT model (a Translator, folder or hub name) for translate-test, which becomes one more model.
         translations: instead of it, translations that exist (see `translations.join_translations`).
         teacher: the classifier of the target language that reads the translations; a list for several seeds.
@@ -81,7 +84,8 @@ def evaluate(
 
     Raises:
         ValueError: an unknown task, language, split or map entry; labels that differ; nothing to run. Languages that
-            were named one by one must be readable; with "all", one that is not is left out and named.
+            were named one by one must be readable; with "all", one that is not is left out and named. Translations
+            that join no row of their language, or none of any.
         OSError: a cell cannot be written; those before it are kept.
     """
     task, split = get_task(task, source), canonical_split(split)
@@ -125,6 +129,7 @@ def evaluate(
     for contestant in contestants:  # before hours of evaluation
         for model in contestant.models:
             check_folder(model, task, contestant.name)
+        check_seeds(contestant)
     for language in chosen if explicit else ():
         splits = task.splits(source, language)
         if split not in splits:
@@ -132,6 +137,8 @@ def evaluate(
             raise ValueError(f"split={split!r}: {str(source)!r} has only {found} for {language!r}")
         if problem := data.problem(language):
             raise ValueError(problem)
+    if translations is not None:
+        data.check_translations(chosen, translations, target)
 
     with _bar(len(chosen) * sum(len(one.models) for one in contestants), task.name, progress) as advance:
         ran = [_run(one, options, advance) for one in contestants]
@@ -155,8 +162,10 @@ def evaluate(
             num_classes=len(task.labels),
             reference=reference,
             resamples=resamples,
+            available={code: data.available_rows(code) for code in chosen},
         ),
         limit=limit,
+        limit_seed=None if limit is None else SAMPLE_SEED,
         versions={package: version(package) for package in ("mtllm-fast", "torch", "transformers")},
         reference=reference,
         resamples=resamples,
@@ -178,13 +187,19 @@ def _run(one: Contestant, options: Options, advance: Callable[[str], None]) -> M
             advance(f"{one.name} {language}")
             run.do(language)
         run.finish()
+    methods = dict.fromkeys(run.method for run in runs if run.method != NOT_RUN)
+    if len(methods) > 1:
+        raise ValueError(
+            f"model={one.name!r}: its seeds are read by {' and by '.join(methods)}; compare like with like"
+        )
     notes = list(dict.fromkeys(note for run in runs for note in run.notes))
     return ModelCells(
         name=one.name,
-        method=runs[0].method,
+        method=next(iter(methods), NOT_RUN),
         notes=notes,
         seeds=[run.cells for run in runs],
         alignment=[run.alignment for run in runs],
+        pairs=runs[0].pairs,
     )
 
 

@@ -8,11 +8,12 @@ authors of MT-LLM published them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..data.read import TextRow
 from .tasks import SPLITS, Layout, Table, Task, canonical_split
@@ -29,7 +30,8 @@ class Joined:
     Fields:
         rows: translated rows with the ids and labels of the task's rows, in their order.
         indices: position of each among the rows that were asked for.
-        missing: ids of rows without a translation, or whose text is not the one that was translated.
+        missing: ids of rows without a translation, or whose text is not the one that was translated, or whose id is
+            that of several rows and of another number of translations.
         unused: ids of translations that belong to no row.
         by: "id", or "row" where the translations have no ids and were joined by their number.
         duplicates: translations whose id was there before; the first one is used.
@@ -194,13 +196,14 @@ def _join_rows(where: str, translated: Sequence[TextRow], rows: Sequence[TextRow
         pairs: list[tuple[int, TextRow]] = list(enumerate(translated))
         by, duplicates = "row", 0
     else:
-        first: dict[str | None, TextRow] = {}
+        by_id: dict[str | None, list[TextRow]] = {}
         for row in translated:
-            first.setdefault(row.id, row)
-        pairs = [(index, first[row.id]) for index, row in enumerate(rows) if row.id in first]
+            by_id.setdefault(row.id, []).append(row)
+        theirs = _by_name([row.id for row in rows], by_id)
+        pairs = [(index, row) for index, row in enumerate(theirs) if row is not None]
         wanted = {row.id for row in rows}
-        by, unused = "id", tuple(str(name) for name in first if name not in wanted)
-        duplicates = len(translated) - len(first)
+        by, unused = "id", tuple(str(name) for name in by_id if name not in wanted)
+        duplicates = _repeated([row.id for row in rows], by_id)
     joined = []
     for index, found in pairs:
         if found.label is not None and rows[index].label is not None and found.label != rows[index].label:
@@ -213,24 +216,71 @@ def _join_rows(where: str, translated: Sequence[TextRow], rows: Sequence[TextRow
 
 
 def _join_fields(where: str, content: Sequence[Mapping[str, Any]], rows: Sequence[TextRow], target: str) -> Joined:
-    with_source = "source" in content[0]
-    found: dict[tuple[str, str, str | None], str] = {}
+    sourced: dict[tuple[str, str, str], str] = {}
+    plain: dict[tuple[str, str], list[str]] = {}
     duplicates = 0
     for record in content:
         if record.get("id") is None or not isinstance(record.get("translation"), str):
             raise ValueError(f"translations: {where} holds a record without id or translation: {dict(record)!r}"[:300])
-        key = (str(record["id"]), str(record.get("field") or "text"), record["source"] if with_source else None)
-        duplicates += key in found
-        found.setdefault(key, record["translation"])
+        name, field, source = (
+            str(record["id"]),
+            str(record.get("field") or "text"),
+            record.get("source") or None,
+        )  # a table has "" for none
+        if source in (None, ""):  # a table has "" for none
+            plain.setdefault((name, field), []).append(record["translation"])
+        else:
+            duplicates += (name, field, source) in sourced
+            sourced.setdefault((name, field, source), record["translation"])
+    asked = [(str(row.id), name) for row in rows for name in fields(row)]
+    by_name = iter(_by_name(asked, plain))
+    duplicates += _repeated(asked, plain)
     joined, indices = [], []
     for index, row in enumerate(rows):
-        keys = {name: (str(row.id), name, text if with_source else None) for name, text in fields(row).items()}
-        if all(key in found for key in keys.values()):
-            joined.append(with_fields(row, {name: found[key] for name, key in keys.items()}, target))
+        found: dict[str, str | None] = {}
+        for name, text in fields(row).items():
+            unsourced = next(by_name)
+            found[name] = sourced.get((str(row.id), name, text), unsourced)
+        texts = {name: text for name, text in found.items() if text is not None}
+        if len(texts) == len(found):
+            joined.append(with_fields(row, texts, target))
             indices.append(index)
     wanted = {str(row.id) for row in rows}
-    unused = tuple(dict.fromkeys(name for name, _, _ in found if name not in wanted))
+    names = (*(name for name, _, _ in sourced), *(name for name, _ in plain))
+    unused = tuple(dict.fromkeys(name for name in names if name not in wanted))
+    numbered = all(row.id == str(index) for index, row in enumerate(rows))
+    if numbered and unused and not sourced and 0 < len(joined) < len(rows):
+        raise ValueError(
+            f"translations: {where} has the id {unused[0]!r}, but the rows have no ids and are numbered 0 to "
+            f"{len(rows) - 1}: numbered otherwise, or of other rows"
+        )
     return _joined(where, joined, indices, rows, unused, "id", duplicates)
+
+
+Name = TypeVar("Name")
+Found = TypeVar("Found")
+
+
+def _by_name(names: Sequence[Name], found: Mapping[Name, Sequence[Found]]) -> list[Found | None]:
+    """What each name stands for; None where that is not known.
+
+    A name that several rows share needs as many translations, which are theirs in order: one cannot be that of two
+    different texts. Of more than are needed for one row, the first is used.
+    """
+    times, seen = Counter(names), Counter[Name]()
+    out: list[Found | None] = []
+    for name in names:
+        many = found.get(name, ())
+        fits = len(many) == times[name] or (many and times[name] == 1)
+        out.append(many[seen[name]] if fits else None)
+        seen[name] += 1
+    return out
+
+
+def _repeated(names: Sequence[Name], found: Mapping[Name, Sequence[Found]]) -> int:
+    """Translations beyond those that rows of their name ask for."""
+    times = Counter(names)
+    return sum(max(0, len(many) - max(times[name], 1)) for name, many in found.items())
 
 
 def _joined(

@@ -8,12 +8,13 @@ Windows and packs depend on the rows and the options alone, so a run that goes o
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import islice
-from typing import Literal
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Literal, cast, overload
 
 import numpy as np
 import torch
@@ -27,10 +28,12 @@ from ..data.tokenise import TokenizedSide
 from ..kernels import hidden_mse
 from ..models import MTLLM
 from ..models.adapters import AdaptedModel
+from ..models.modes import evaluating
 from .compile import compile_layers
 from .cpu_linear import fast_linear
 from .progress import progress_bar
-from .quantize import Quantization, quantize_layers
+from .quantize import Quantization, check_quantization, quantize_layers
+from .texts import Classified, OnBadText, text_rows
 
 Pooling = Literal["mean", "first", "last"]
 POOLINGS: tuple[Pooling, ...] = ("mean", "first", "last")
@@ -63,7 +66,8 @@ class Engine:
     """Packed inference.
 
     Args:
-        model: an MTLLM with its tokenizer; put into eval mode.
+        model: an MTLLM with its tokenizer, or the folder or hub name of one. It runs in eval mode, and has its own mode
+            between the windows and afterwards.
         max_tokens: token budget of one forward pass; None chooses it by device and width.
         window: rows that are sorted and packed together; memory grows with it and not with the number of texts.
         device: where the model runs; None leaves it where it is.
@@ -77,12 +81,12 @@ class Engine:
         truncated: rows cut to the tokenizer's limit so far.
 
     Raises:
-        ValueError: an argument that does not fit, or `quantize` without torchao.
+        ValueError: an argument that does not fit, or `quantize` without torchao; the model is then as it was.
     """
 
     def __init__(
         self,
-        model: MTLLM,
+        model: MTLLM | str | Path,
         *,
         max_tokens: int | None = None,
         window: int = 2048,
@@ -92,11 +96,15 @@ class Engine:
         quantize: Quantization | None = None,
         compile: bool = False,
     ) -> None:
-        if model.tokenizer is None:
-            raise ValueError("model: has no tokenizer; load it with MTLLM.from_pretrained or stack it from folders")
         for name, value, least in (("max_tokens", max_tokens, 1), ("window", window, 1), ("ahead", ahead, 0)):
             if value is not None and value < least:
                 raise ValueError(f"{name}={value}: must be >= {least}")
+        if quantize:
+            check_quantization(quantize)
+        if isinstance(model, str | Path):
+            model = MTLLM.from_pretrained(model)
+        if model.tokenizer is None:
+            raise ValueError("model: has no tokenizer; load it with MTLLM.from_pretrained or stack it from folders")
         self.model = model.to(device) if device else model
         self.device = next(model.parameters()).device
         self.max_tokens = max_tokens or default_budget(model)
@@ -111,7 +119,7 @@ class Engine:
                 quantize_layers(part.layers_root, quantize)
         if compile:
             for part in self._parts():
-                compile_layers(part.layers_root.layers)
+                compile_layers(part.layers)
 
     def _parts(self) -> list[AdaptedModel]:
         return [part for part in (self.model.encoder, self.model.llm) if part is not None]
@@ -123,41 +131,35 @@ class Engine:
 
     def encode(
         self,
-        texts: Sequence[str],
-        languages: str | Sequence[str] = "eng_Latn",
+        texts: Iterable[str],
+        languages: str | Iterable[str] = "eng_Latn",
         *,
         pooling: Pooling = "mean",
         normalize: bool = False,
+        on_bad_text: OnBadText = "fail",
         progress: bool = False,
     ) -> NDArray[np.float32]:
         """Embeddings (N, D) float32 of texts, in their order.
 
         Args:
-            texts: N texts.
+            texts: N texts; a generator will do.
             languages: one MT code for all, or one per text.
             pooling: "mean" of the last hidden states (what the stack is trained on), or its "first" or "last" row.
             normalize: scale every row to length 1.
+            on_bad_text: what a text that is empty or no str does: "fail", or a row of "nan".
             progress: show a bar on stderr.
 
         Raises:
             TypeError: `texts` is one str, or holds something that is none.
-            ValueError: an empty text, an unknown language code, or lists of different lengths.
+            ValueError: an empty text, an unknown language code, lists of different lengths, or a row whose numbers are
+                not finite.
         """
-        if isinstance(texts, str):
-            raise TypeError("texts: got one str; pass a list of texts")
-        codes = [languages] * len(texts) if isinstance(languages, str) else list(languages)
-        if len(codes) != len(texts):
-            raise ValueError(f"languages: {len(codes)} codes for {len(texts)} texts")
-        for index, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise TypeError(f"texts[{index}] is {type(text).__name__}, not str")
-            if not text.strip():
-                raise ValueError(f"texts[{index}] is empty")
-        out = np.empty((len(texts), self.model.hidden_size), np.float32)
+        count, rows, good = text_rows(texts, languages, on_bad_text)
+        out = np.full((count, self.model.hidden_size), np.nan, np.float32)
         start = 0
-        with progress_bar("encode", len(texts), progress) as advance:
-            for part in self.encode_rows(map(TextRow, texts, codes), pooling=pooling, normalize=normalize):
-                out[start : start + len(part)] = part
+        with progress_bar("encode", len(rows), progress) as advance:
+            for part in self.encode_rows(rows, pooling=pooling, normalize=normalize):
+                out[good[start : start + len(part)]] = part
                 start += len(part)
                 advance(len(part))
         return out
@@ -200,8 +202,51 @@ class Engine:
 
         return self._windows(rows, pooled, skip)
 
-    def classify(self, rows: Iterable[TextRow]) -> NDArray[np.float32]:
-        """Task-head logits (N, C) float32 of rows, in their order. Raises ValueError where the model has no head."""
+    @overload
+    def classify(self, texts: Iterable[TextRow]) -> NDArray[np.float32]: ...
+
+    @overload
+    def classify(
+        self, texts: Iterable[str], languages: str | Iterable[str], *, on_bad_text: OnBadText = "fail"
+    ) -> Classified: ...
+
+    def classify(
+        self,
+        texts: Iterable[TextRow] | Iterable[str],
+        languages: str | Iterable[str] | None = None,
+        *,
+        on_bad_text: OnBadText = "fail",
+    ) -> NDArray[np.float32] | Classified:
+        """Classes of texts, in their order: names and probabilities; of rows without `languages`: logits (N, C).
+
+        Args:
+            texts: N texts with their `languages` (one MT code for all, or one per text), or N rows.
+            on_bad_text: of an empty text or what is none: "fail", or no label and probabilities of "nan".
+
+        Raises:
+            TypeError: `texts` is one str, holds something that is none, or has no languages.
+            ValueError: the model has no head, its head scores choices, a bad text, or a row that is not finite.
+        """
+        if languages is None:
+            given: Iterator[Any] = iter(texts)
+            first = list(islice(given, 1))
+            if first and not isinstance(first[0], TextRow):
+                raise TypeError("languages is missing: pass one MT code for all texts, or one per text")
+            return self._logits(chain(first, given))
+        labels = self.model.config.labels
+        if labels is None:
+            kind = "no task head" if self.model.head is None else f"a {self.model.head.config.kind!r} head"
+            raise ValueError(f"model: has {kind}; texts are classified by a classification head (`mtllm finetune`)")
+        count, rows, good = text_rows(cast("Iterable[str]", texts), languages, on_bad_text)
+        logits = torch.from_numpy(self._logits(rows))
+        probabilities = np.full((count, len(labels)), np.nan, np.float32)
+        probabilities[good] = torch.softmax(logits, -1).numpy()
+        names: list[str | None] = [None] * count
+        for index in good:
+            names[index] = labels[int(probabilities[index].argmax())]
+        return Classified(names, probabilities, tuple(labels))
+
+    def _logits(self, rows: Iterable[TextRow]) -> NDArray[np.float32]:
         head = self.model.head
         if head is None:
             raise ValueError("model: has no task head; train one with `mtllm finetune` or `mtllm distill`")
@@ -233,11 +278,25 @@ class Engine:
     def _windows(
         self, rows: Iterable[TextRow], run: Callable[[Batch], Tensor], skip: Callable[[int], bool] | None = None
     ) -> Iterator[EncodedWindow]:
-        self.model.eval()
         for window in self._prepared(rows, skip):
-            values = self._run(window, run)
+            with evaluating(self.model):
+                values = self._run(window, run)
+            self._check_finite(window, values)
             self.truncated += window.truncated
             yield EncodedWindow(window.index, values, window.ids, window.languages, window.truncated)
+
+    def _check_finite(self, window: _Prepared, values: NDArray[np.float32]) -> None:
+        # a choice that a row does not have scores -inf
+        bad = np.flatnonzero((np.isnan(values) | np.isposinf(values)).any(1) | np.isneginf(values).all(1))
+        if self.model.head is None or self.model.head.config.kind != "choice":
+            bad = np.flatnonzero(~np.isfinite(values).all(1))
+        if len(bad):
+            first = int(bad[0])
+            name = "" if window.ids[first] is None else f" (id {window.ids[first]!r})"
+            raise ValueError(
+                f"row {window.index * self.window + first}{name}: the model gives NaN or infinite numbers for it"
+                f"{f', and for {len(bad) - 1} more near it' if len(bad) > 1 else ''}; is its dtype wide enough?"
+            )
 
     def _prepared(self, rows: Iterable[TextRow], skip: Callable[[int], bool] | None) -> Iterator[_Prepared]:
         """The windows of a stream, prepared in order by one background thread."""

@@ -13,7 +13,6 @@ none is missing joins them.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..disk import sync_folder
+from ..disk import lock, opened, sync_folder
 
 RECORD = np.dtype(
     [
@@ -63,12 +62,12 @@ class Parts:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._agree(settings)
         self.joined = self._is_joined()
-        self._log = _opened(self.folder / f"{rank}.log")
-        if not _lock(self._log, wait=False):
+        self._log = opened(self.folder / f"{rank}.log")
+        if not lock(self._log, wait=False):
             os.close(self._log)
             raise ValueError(f"--output {output}: another process (rank {rank}) is writing it")
         if not self.joined:
-            self._data = _opened(self.folder / f"{rank}.data")
+            self._data = opened(self.folder / f"{rank}.data")
             self._trim()
         self.done = {int(window) for window in self.records()["window"]}
 
@@ -184,10 +183,10 @@ class Parts:
     def lock_for_joining(self) -> bool:
         """Wait until no other process joins; False where one has, and the folder is gone."""
         try:
-            self._join = _opened(self.folder / "join.lock")
+            self._join = opened(self.folder / "join.lock")
         except FileNotFoundError:
             return False
-        return _lock(self._join, wait=True) and self.folder.exists()
+        return lock(self._join, wait=True) and self.folder.exists()
 
     def close(self) -> None:
         """Release the files; what is done stays."""
@@ -211,8 +210,8 @@ def clear(output: Path) -> None:
     """Forget a stopped run. Raises ValueError where it is not stopped."""
     folder = output.with_name(output.name + ".part")
     for log in folder.glob("*.log"):
-        handle = _opened(log)
-        stopped = _lock(handle, wait=False)
+        handle = opened(log)
+        stopped = lock(handle, wait=False)
         os.close(handle)
         if not stopped:
             raise ValueError(f"--overwrite: another process is writing {output}")
@@ -244,18 +243,6 @@ def _read_log(folder: Path, rank: int, check_data: bool = True) -> NDArray[Any]:
     size = data.stat().st_size if data.exists() else 0
     good = (_check(records) == records["check"]) & ((records["end"] <= size) | (not check_data))
     return records[: len(records) if good.all() else int(np.argmin(good))]
-
-
-def _opened(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-
-
-def _lock(handle: int, *, wait: bool) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _write(handle: int, block: bytes) -> int:

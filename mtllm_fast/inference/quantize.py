@@ -10,6 +10,14 @@ from torch import nn
 Quantization = Literal["int8", "fp8"]
 
 
+def check_quantization(kind: str) -> None:
+    """Raise ValueError where `kind` is unknown or torchao is missing."""
+    if kind not in ("int8", "fp8"):
+        raise ValueError(f"quantize={kind!r}: expected 'int8', 'fp8' or None")
+    if find_spec("torchao") is None:
+        raise ValueError(f"quantize={kind!r} needs torchao: pip install 'mtllm-fast[quant]'")
+
+
 def quantize_layers(root: nn.Module, kind: Quantization) -> None:
     """Replace the weights of the linear layers of `root` by 8-bit ones, in place; activations keep their dtype.
 
@@ -19,10 +27,7 @@ def quantize_layers(root: nn.Module, kind: Quantization) -> None:
     Raises:
         ValueError: an unknown kind, torchao is missing.
     """
-    if kind not in ("int8", "fp8"):
-        raise ValueError(f"quantize={kind!r}: expected 'int8', 'fp8' or None")
-    if find_spec("torchao") is None:
-        raise ValueError(f"quantize={kind!r} needs torchao: pip install 'mtllm-fast[quant]'")
+    check_quantization(kind)
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
     def wanted(module: nn.Module, name: str) -> bool:

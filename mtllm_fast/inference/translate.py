@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.rows import sample
 from ..evaluation.tasks import Task
 from ..evaluation.translate_test import Translator
 from ..evaluation.translations import fields
@@ -63,9 +64,13 @@ def task_sources(
     split: str = "test",
     limit: int | None = None,
 ) -> Iterator[Source]:
-    """Every text of a task's rows. `codes`: the set's code -> MT code."""
+    """Every text of a task's rows, or of those that an evaluation with that `limit` draws.
+
+    `codes`: the set's code -> MT code.
+    """
     for language in languages:
-        for row in task.rows(source, language, split, limit=limit, labelled=False):
+        rows = task.rows(source, language, split, labelled=False)
+        for row in (rows[index] for index in sample(rows, limit)):
             for name, text in fields(row).items():
                 yield Source(text, codes[language], str(row.id), language, split, name)
 

@@ -64,11 +64,15 @@ class DistillationLoss(nn.Module):
     """Distils a teacher's states into a student's over one pack.
 
     Source: arXiv 2406.12739 (pooled MSE), extended by token-aligned MSE and temperature-scaled KL.
+
+    Attributes:
+        variance: what the sum of an MSE term is divided by, by the term's name; of terms that are not named, nothing.
     """
 
     def __init__(self, weights: DistillationWeights | None = None) -> None:
         super().__init__()
         self.weights = weights or DistillationWeights()
+        self.variance: dict[str, float] = {}
 
     def forward(
         self,
@@ -124,6 +128,8 @@ class DistillationLoss(nn.Module):
             if choices and "pooled_mse" in terms:  # counted in texts, as everything else
                 per_text = batch.mt_spans.shape[1]  # type: ignore[union-attr]
                 terms["pooled_mse"] = LossTerm(*(value / per_text for value in terms["pooled_mse"]))
+            for name in terms.keys() & self.variance.keys():
+                terms[name] = LossTerm(terms[name].sum / self.variance[name], terms[name].count)
         if weights.head_kl:
             assert task_head is not None
             if batch.mt_spans is not None and batch.llm_spans is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,16 @@ class LoraSettings:
     """"all-linear", a regular expression, or names of linear layers."""
 
 
+def check_settings(settings: LoraSettings) -> None:
+    """Raise ValueError where a setting is out of range."""
+    if settings.r < 1:
+        raise ValueError(f"lora.r={settings.r}: must be >= 1")
+    if not settings.alpha > 0:
+        raise ValueError(f"lora.alpha={settings.alpha}: must be > 0")
+    if not 0 <= settings.dropout < 1:
+        raise ValueError(f"lora.dropout={settings.dropout}: must be in [0, 1)")
+
+
 class AdaptedModel(nn.Module):
     """Base of the packed models: owns `model`, a transformers module that adapters are injected into.
 
@@ -41,6 +52,7 @@ class AdaptedModel(nn.Module):
         self.adapters: dict[str, LoraSettings] = {}
         self._tuned: list[Any] = []
         self._unmerged: list[tuple[Any, Tensor | None]] = []
+        self._merged: str | None = None
 
     @property
     def attention(self) -> str | None:
@@ -55,6 +67,11 @@ class AdaptedModel(nn.Module):
         """The module whose linear layers "all-linear" means."""
         return self.model
 
+    @property
+    def layers(self) -> Any:
+        """Its layers, a ModuleList."""
+        return self.layers_root.layers
+
     def _linear_names(self) -> list[str]:
         names = {name for name, module in self.layers_root.named_modules() if isinstance(module, nn.Linear)}
         names = {name.removesuffix(".base_layer") for name in names if ".lora_" not in name}
@@ -66,13 +83,17 @@ class AdaptedModel(nn.Module):
         peft's initialisation makes a new adapter the identity.
 
         Raises:
-            ValueError: `target_modules` names no layer of the model, or r is not positive.
+            ValueError: `target_modules` names no linear layer of the model, a setting is out of range, or an adapter is
+                merged into the weights.
         """
+        check_settings(settings)
+        self._check_unmerged(f"adding the adapter {name!r}")
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         targets = settings.target_modules
         resolved = self._linear_names() if targets == "all-linear" else targets
+        self._check_targets(resolved)
         config = LoraConfig(
             r=settings.r,
             lora_alpha=settings.alpha,
@@ -88,16 +109,49 @@ class AdaptedModel(nn.Module):
         self._tuned = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
         self.train_adapter(name)
 
+    def _check_targets(self, targets: str | Sequence[str]) -> None:
+        """Raise ValueError where `targets` (a regular expression, or names) miss every linear layer, or one does."""
+        linear = [n.removesuffix(".base_layer") for n, m in self.model.named_modules() if isinstance(m, nn.Linear)]
+        linear = [n for n in linear if ".lora_" not in n]
+        known = ", ".join(self._linear_names())
+        if isinstance(targets, str):
+            try:
+                hits = [n for n in linear if re.fullmatch(targets, n)]
+            except re.error as error:
+                raise ValueError(f"lora.target_modules={targets!r}: no regular expression ({error})") from None
+            if not hits:
+                raise ValueError(f"lora.target_modules={targets!r}: matches no linear layer; there are {known}")
+            return
+        missing = [t for t in targets if not any(n == t or n.endswith("." + t) for n in linear)]
+        if missing or not targets:
+            raise ValueError(f"lora.target_modules={list(targets)}: no linear layer {missing}; there are {known}")
+
+    def _check_unmerged(self, doing: str) -> None:
+        if self._unmerged:
+            raise ValueError(
+                f"{doing}: the adapter {self._merged!r} is merged into the base weights; unmerge it before"
+            )
+
     def remove_adapter(self, name: str) -> None:
-        """Take the adapter `name` out of the model; the one that was active stays active."""
+        """Take the adapter `name` out of the model; the one that was active stays active.
+
+        Raises:
+            ValueError: it is merged into the weights.
+        """
+        self._check_unmerged(f"removing the adapter {name!r}")
         for layer in self._tuned:
             layer.delete_adapter(name)
         del self.adapters[name]
 
     def train_adapter(self, name: str) -> None:
-        """Make the adapter `name` the active and only trainable one, its weights in float32."""
+        """Make the adapter `name` the active and only trainable one, its weights in float32.
+
+        Raises:
+            ValueError: there is none of this name, or one is merged into the weights.
+        """
         if name not in self.adapters:
             raise ValueError(f"adapter={name!r}: the model has {', '.join(self.adapters) or 'no adapter'}")
+        self._check_unmerged(f"training the adapter {name!r}")
         for parameter_name, parameter in self.model.named_parameters():
             if ".lora_" in parameter_name:
                 mine = f".{name}." in parameter_name
@@ -115,16 +169,49 @@ class AdaptedModel(nn.Module):
 
     @contextmanager
     def adapter(self, name: str | None) -> Iterator[None]:
-        """Run the block with adapter `name` (None: the bare model), then restore the one that was on."""
+        """Run the block with adapter `name` (None: the bare model), then restore the one that was on.
+
+        Where another one is merged into the base weights, these are put back for the block, bit for bit.
+
+        Raises:
+            ValueError: there is none of this name, or `merge_adapter` did not keep the base weights.
+        """
         if name is not None and name not in self.adapters:
             raise ValueError(f"adapter={name!r}: the model has {', '.join(self.adapters) or 'no adapter'}")
+        if self._unmerged and name == self._merged:
+            yield
+            return
         before = [(layer._disable_adapters, layer._active_adapter) for layer in self._tuned]
+        merged = self._take_out_merged()
         self._activate(name)
         try:
             yield
         finally:
             for layer, (disabled, active) in zip(self._tuned, before):
                 layer._disable_adapters, layer._active_adapter = disabled, active
+            self._put_back_merged(merged)
+
+    @torch.no_grad()
+    def _take_out_merged(self) -> list[Tensor]:
+        """Put the base weights back for a while; returns the merged ones, in host memory."""
+        self._check_kept()
+        merged = []
+        for layer, weight in self._unmerged:
+            held = layer.get_base_layer().weight
+            merged.append(held.detach().to("cpu", copy=True))
+            held.copy_(weight)
+            layer.merged_adapters.clear()
+        return merged
+
+    @torch.no_grad()
+    def _put_back_merged(self, merged: list[Tensor]) -> None:
+        for (layer, _), weight in zip(self._unmerged, merged):
+            layer.get_base_layer().weight.copy_(weight)
+            layer.merged_adapters.append(self._merged)
+
+    def _check_kept(self) -> None:
+        if any(weight is None for _, weight in self._unmerged):
+            raise ValueError("the adapter was merged for good (keep=False): load the model again")
 
     @torch.no_grad()
     def merge_adapter(self, *, keep: bool = True) -> None:
@@ -139,16 +226,17 @@ class AdaptedModel(nn.Module):
             weight = layer.get_base_layer().weight
             self._unmerged.append((layer, weight.detach().to("cpu", copy=True) if keep else None))
             layer.merge()
+            (self._merged,) = layer.merged_adapters
 
     @torch.no_grad()
     def unmerge_adapter(self) -> None:
         """Undo `merge_adapter`. Raises ValueError where it did not keep the base weights."""
-        if any(weight is None for _, weight in self._unmerged):
-            raise ValueError("the adapter was merged for good (keep=False): load the model again")
+        self._check_kept()
         for layer, weight in self._unmerged:
             layer.get_base_layer().weight.copy_(weight)
             layer.merged_adapters.clear()
         self._unmerged.clear()
+        self._merged = None
 
     def bare_state(self) -> dict[str, Tensor]:
         """The bare model's weights (no adapters) under the names that transformers gives them, each whole.

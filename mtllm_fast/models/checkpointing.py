@@ -21,8 +21,8 @@ def recompute_layers(model: AdaptedModel, count: int | None = None) -> None:
     # its name before transformers 5.23
     enable = getattr(model.model, "activation_checkpointing_enable", None) or model.model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-    layers = model.layers_root.layers
-    for index, layer in enumerate(layers):  # type: ignore[arg-type]
+    layers = model.layers
+    for index, layer in enumerate(layers):
         layer.gradient_checkpointing = count is None or index < count
 
 
@@ -35,7 +35,7 @@ def kept_bytes_per_token(model: AdaptedModel, tokens: int = 128) -> tuple[float,
 
     Measured on the first layer as it stands (dtype, adapters, kernels, autocast), on one sequence of `tokens` tokens.
     """
-    layer: Any = model.layers_root.layers[0]  # type: ignore[index]
+    layer: Any = model.layers[0]
     device = next(model.parameters()).device
 
     def stop(module: Any, args: Any, kwargs: Any) -> None:

@@ -1,63 +1,42 @@
 """MT encoders on packed rows.
 
-A family is one function `(encoder, batch, plan) -> (T, E)`, the states before the final norm, with the name of that
-norm, and one line in `FAMILIES`. Positions restart at every sequence, with the family's own offset, so that a packed
-batch gives the rows that Hugging Face gives on a padded one.
+Positions restart at every sequence, with the family's own offset, so that a packed batch gives the rows that Hugging
+Face gives on a padded one. What differs from family to family is in `encoders/`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.pack import PackedBatch
+from ..data.tokenise import StackTokenizer
 from .adapters import AdaptedModel
 from .attention import NAME, AttentionPlan
+from .encoders import family_of
 from .loading import load_pretrained
-
-
-def packed_m2m100(encoder: Any, batch: PackedBatch, plan: AttentionPlan) -> Tensor:
-    """M2M100 and NLLB: sinusoidal position p sits at table row `p + padding_idx + 1`."""
-    table, offset = encoder.embed_positions, encoder.padding_idx + 1
-    if batch.max_seqlen + offset > table.weights.shape[0]:
-        table.make_weights(batch.max_seqlen + offset, table.embedding_dim, table.padding_idx)
-    hidden = encoder.embed_tokens(batch.input_ids)
-    hidden = hidden + table.weights.index_select(0, batch.positions + offset).to(hidden.dtype)
-    hidden = F.dropout(hidden, encoder.dropout, encoder.training)[None]
-    for layer in encoder.layers:
-        hidden = layer(hidden, None, plan=plan)
-    return hidden[0]
-
-
-FAMILIES: dict[str, tuple[Callable[[Any, PackedBatch, AttentionPlan], Tensor], str]] = {
-    "m2m_100": (packed_m2m100, "layer_norm"),  # NLLB-200 and M2M-100
-}
 
 
 class PackedEncoder(AdaptedModel):
     """A Hugging Face encoder that reads packed batches.
 
     Args:
-        encoder: the encoder module, e.g. `M2M100Model(...).encoder`.
+        encoder: the encoder module, e.g. `M2M100Model(...).encoder` or `BertModel(...)`.
         name: the folder or hub name it came from, kept for saving; None for a model made in memory.
         attention: packed-attention backend (`mtllm doctor` lists them), None to choose by the call.
+
+    Attributes:
+        family: what `models.encoders` knows of its kind.
     """
 
     def __init__(self, encoder: Any, name: str | None = None, *, attention: str | None = None) -> None:
-        super().__init__(encoder, name, attention)
-        family = encoder.config.model_type
-        if family not in FAMILIES:
-            raise ValueError(f"encoder: model type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
-        if encoder.config.encoder_layerdrop:
-            encoder.config.encoder_layerdrop = (
-                0.0  # layers are not dropped here: the encoder is distilled, not pre-trained
-            )
-        encoder.set_attn_implementation(NAME)
-        self._run, self._norm = FAMILIES[family]
+        family = family_of(encoder.config)
+        super().__init__(family.encoder_of(encoder), name, attention)
+        self.family = family
+        family.prepare(self.model)
+        self.model.set_attn_implementation(NAME)
 
     @classmethod
     def from_pretrained(
@@ -73,24 +52,83 @@ class PackedEncoder(AdaptedModel):
         Raises:
             ValueError: `name` is not a model, or its family is not supported.
         """
-        model = load_pretrained("encoder", name, dtype, trust_remote_code)
-        encoder = model.get_encoder() if hasattr(model, "decoder") or hasattr(model, "model") else model
-        return cls(encoder, name, attention=attention)
+        return cls(load_pretrained("encoder", name, dtype, trust_remote_code), name, attention=attention)
+
+    def take_tokenizer(self, tokenizer: StackTokenizer) -> None:
+        """Check that the MT side of `tokenizer` is this encoder's, and tell it how many positions there are.
+
+        Raises:
+            ValueError: it has token ids that the encoder lacks, or no language codes for an encoder that needs them.
+        """
+        if tokenizer.mt is None:
+            return
+        name = self.name or type(self.model).__name__
+        if (count := len(tokenizer.mt)) > self.vocab_size:
+            raise ValueError(
+                f"tokenizer: has {count} MT tokens, but encoder {name!r} has embeddings for {self.vocab_size}: it "
+                "belongs to another encoder"
+            )
+        if self.family.language_codes and not tokenizer.languages:
+            raise ValueError(
+                f"tokenizer: has no language codes, but encoder {name!r} ({self.model.config.model_type}) begins every "
+                "text with one: take the tokenizer that was trained with it"
+            )
+        tokenizer.mt_positions = self.max_positions
 
     @property
     def hidden_size(self) -> int:
-        return int(self.model.config.d_model)
+        return self.family.width(self.model.config)
+
+    @property
+    def num_layers(self) -> int:
+        return self.family.num_layers(self.model.config)
 
     @property
     def vocab_size(self) -> int:
-        return int(self.model.config.vocab_size)
+        return self.family.vocab_size(self.model.config)
 
     @property
-    def final_norm(self) -> nn.LayerNorm:
-        """The norm that ends the encoder."""
-        return getattr(self.model, self._norm)
+    def max_positions(self) -> int | None:
+        """Tokens of the longest text that it can read, None where there is no limit."""
+        return self.family.max_positions(self.model.config)
+
+    @property
+    def layers_root(self) -> nn.Module:
+        return self.family.layers_root(self.model)
+
+    @property
+    def layers(self) -> Any:
+        return self.family.layers(self.model)
+
+    @property
+    def final_norm(self) -> nn.Module | None:
+        """The norm that ends the encoder, None where the last layer ends in its own."""
+        return self.family.final_norm(self.model)
+
+    def all_states(self, batch: PackedBatch) -> Tensor:
+        """States (L, T, E) of the packed MT tokens as they come from each layer, before the final norm."""
+        found: list[Tensor] = []
+
+        def keep(layer: nn.Module, inputs: Any, output: Any) -> None:
+            found.append((output[0] if isinstance(output, tuple) else output)[0])
+
+        handles = [layer.register_forward_hook(keep) for layer in self.layers]
+        try:
+            self(batch, final_norm=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.stack(found)
 
     def forward(self, batch: PackedBatch, plan: AttentionPlan | None = None, *, final_norm: bool = True) -> Tensor:
-        """Last hidden states (T, E) of the packed MT tokens; without `final_norm` as they come from the last layer."""
-        states = self._run(self.model, batch, plan or AttentionPlan(batch, False, self.attention))
-        return self.final_norm(states) if final_norm else states
+        """Last hidden states (T, E) of the packed MT tokens; without `final_norm` as they come from the last layer.
+
+        Raises:
+            ValueError: a text has more tokens than the encoder has positions.
+        """
+        limit = self.max_positions
+        if limit is not None and batch.max_seqlen > limit:
+            raise ValueError(f"batch: a text of {batch.max_seqlen} tokens; the encoder has positions for {limit}")
+        states = self.family.run(self.model, batch, plan or AttentionPlan(batch, False, self.attention))
+        norm = self.final_norm if final_norm else None
+        return states if norm is None else norm(states)

@@ -19,6 +19,7 @@ from ..data.pack import PackedBatch
 from ..data.read import TextRow
 from .attention import NAME
 from .llm import PackedLLM
+from .modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -45,7 +46,7 @@ def generate(
         texts: N texts; languages: one MT code for all, or one per text.
         before, after: prompt in the LLM's own tokens around each text, one for all or one per text. Special tokens
             written in them count as such, so that a chat template can be given here; those in `texts` never do.
-        bos: start with the LLM's BOS token, where its tokenizer writes one.
+        bos: start with the LLM's BOS token, where its tokenizer writes one and `before` does not begin with it.
         batch_size: texts generated together, left-padded to the longest; texts of similar length share a batch.
         generation_config, options: as in `transformers.GenerationMixin.generate` (`max_new_tokens`, `num_beams`, ...).
             With `num_return_sequences` n the result holds n continuations of each text, one after the other.
@@ -84,9 +85,7 @@ def generate_ids(
     """As `generate`, but the new token ids of each continuation, without padding and with the end token."""
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be >= 1")
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         prompts = soft_prompts(model, texts, languages, before=before, after=after, bos=bos, batch_size=batch_size)
         assert model.llm is not None
         order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
@@ -98,6 +97,8 @@ def generate_ids(
                 options.setdefault("pad_token_id", pad_token(model, ends))
             for start in range(0, len(order), batch_size):
                 members = order[start : start + batch_size]
+                new = options.get("max_new_tokens") or first_set("max_new_tokens", configs) or 0
+                check_lengths(model.llm, [len(prompts[index]) for index in members], new)
                 embeds, mask = left_padded([prompts[index] for index in members])
                 output = llm.generate(
                     inputs_embeds=embeds, attention_mask=mask, generation_config=generation_config, **options
@@ -105,8 +106,6 @@ def generate_ids(
                 copies = len(output) // len(members)
                 for slot, row in enumerate(output.tolist()):
                     results[members[slot // copies]].append(until_end(row, ends))
-    finally:
-        model.train(training)
     return [ids for group in results for ids in group]
 
 
@@ -143,10 +142,9 @@ def soft_prompts(
         part = slice(start, start + batch_size)
         side = tokenizer.mt_side([TextRow(text, code) for text, code in zip(texts[part], codes[part])])
         packed = PackedBatch.from_sequences(side.ids).to(device)
-        states = encoder(packed, final_norm=False)
-        mapped = model.projection(states, encoder.final_norm, llm.model.dtype)
-        for one, head, tail in zip(mapped.split(packed.lengths), starts[part], ends[part]):
-            prompts.append(torch.cat([embedded(prefix + own_ids(model, head)), one, embedded(own_ids(model, tail))]))
+        for one, head, tail in zip(model.projected(packed).split(packed.lengths), starts[part], ends[part]):
+            opening = with_prefix(prefix, own_ids(model, head))
+            prompts.append(torch.cat([embedded(opening), one, embedded(own_ids(model, tail))]))
     return prompts
 
 
@@ -188,6 +186,21 @@ def per_text(name: str, value: str | Sequence[str], count: int) -> list[str]:
 def own_ids(model: MTLLM, text: str) -> list[int]:
     assert model.tokenizer is not None
     return list(model.tokenizer.llm(text, add_special_tokens=False)["input_ids"]) if text else []
+
+
+def with_prefix(prefix: list[int], ids: list[int]) -> list[int]:
+    """`ids` behind the tokens that open a text, which a chat template may have written already."""
+    return ids if prefix and ids[: len(prefix)] == prefix else prefix + ids
+
+
+def check_lengths(llm: PackedLLM, lengths: Sequence[int], new: int) -> None:
+    """Raise ValueError where texts generated together would change each other (see `llm.length_limit`)."""
+    limit = llm.length_limit
+    if limit is not None and len(lengths) > 1 and max(lengths) + new > limit[0]:
+        raise ValueError(
+            f"batch_size: a prompt of {max(lengths)} tokens and {new} new ones pass {limit[0]}, where {limit[1]!r} "
+            "scaling of the positions changes all texts of a batch; pass batch_size=1, or shorter prompts"
+        )
 
 
 def left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ..data.pack import PackedBatch
 from .adapters import AdaptedModel
-from .attention import NAME, AttentionPlan
-from .loading import load_pretrained
+from .attention import NAME, AttentionPlan, run_packed
+from .gate import require
+from .loading import empty_llm, load_pretrained
 
 
 class LMHead(nn.Module):
@@ -21,6 +22,28 @@ class LMHead(nn.Module):
         self.weight, self.bias, self.softcap = weight, bias, softcap
 
 
+def length_limit(decoder: nn.Module) -> tuple[int, str] | None:
+    """The longest sequence whose rotations do not depend on the longest one of the call, and the kind of scaling.
+
+    "dynamic" and "longrope" scaling choose one set of frequencies for all rows by the largest position of the call (and
+    "dynamic" keeps it for later calls), so beyond this length a text would change the others of its pack.
+    """
+    limits: list[tuple[int, str]] = []
+    for module in decoder.modules():
+        kinds, config = getattr(module, "rope_type", None), getattr(module, "config", None)
+        rope = getattr(config, "rope_parameters", None) or {}
+        for layer, kind in kinds.items() if isinstance(kinds, dict) else ((None, kinds),):
+            parameters = (rope if layer is None else rope.get(layer)) or {}
+            if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
+                limit = parameters.get("original_max_position_embeddings")
+                if "dynamic" in kind or limit is None:
+                    limit = getattr(module, "original_max_seq_len", None) or getattr(
+                        config, "max_position_embeddings", 0
+                    )
+                limits.append((int(limit), kind))
+    return min(limits, default=None)
+
+
 class PackedLLM(AdaptedModel):
     """A causal-LM model of transformers, called on packed batches.
 
@@ -29,6 +52,9 @@ class PackedLLM(AdaptedModel):
         causal: False lets every row see its whole sequence (LLM2Vec style).
         name: the folder or hub name it came from, kept for saving; None for a model made in memory.
         attention: packed-attention backend (`mtllm doctor` lists them), None to choose by the call.
+
+    Raises:
+        ValueError: `model` is no causal LM, or its packed rows would not be its own (gate.py).
     """
 
     def __init__(
@@ -37,8 +63,18 @@ class PackedLLM(AdaptedModel):
         super().__init__(model, name, attention)
         if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
             raise ValueError(f"llm: {type(model).__name__} has no LM head; load it as a causal LM")
-        model.set_attn_implementation(NAME)
         self.causal = causal
+        self.length_limit = length_limit(model.get_decoder())
+        model.set_attn_implementation(NAME)
+
+    @property
+    def causal(self) -> bool:
+        return self._causal
+
+    @causal.setter
+    def causal(self, causal: bool) -> None:
+        self._verdict = require(self.model, causal)
+        self._causal = causal
 
     @classmethod
     def from_pretrained(
@@ -50,7 +86,13 @@ class PackedLLM(AdaptedModel):
         trust_remote_code: bool = False,
         attention: str | None = None,
     ) -> PackedLLM:
-        """Load from a folder or the hub. Raises ValueError where `name` is no causal LM."""
+        """Load from a folder or the hub.
+
+        Raises:
+            ValueError: `name` is no causal LM, or one whose packed rows would not be its own (before its weights are
+                read; gate.py).
+        """
+        require(empty_llm(name, trust_remote_code), causal)
         return cls(load_pretrained("llm", name, dtype, trust_remote_code), causal, name, attention=attention)
 
     @property
@@ -98,15 +140,15 @@ class PackedLLM(AdaptedModel):
         Args:
             batch: packed tokens; their ids are read unless `embeds` is given.
             embeds: (T, D) input embeddings in place of the ids' own.
+
+        Raises:
+            ValueError: a sequence beyond `length_limit`.
         """
-        inputs = {"input_ids": batch.input_ids[None]} if embeds is None else {"inputs_embeds": embeds[None]}
-        output = self.decoder(
-            **inputs,
-            position_ids=batch.positions[None],
-            # a mask that counts as prepared: transformers would otherwise look for packed sequences, and wait for the
-            # device to answer; the plan says where sequences end
-            attention_mask=batch.positions.new_empty(1, 1, 0, 0),
-            use_cache=False,
-            plan=AttentionPlan(batch, self.causal, self.attention),
-        )
-        return output.last_hidden_state[0]
+        if self.length_limit is not None and batch.max_seqlen > self.length_limit[0]:
+            limit, kind = self.length_limit
+            raise ValueError(
+                f"llm: a text has {batch.max_seqlen} tokens; {kind!r} scaling of the positions changes every text of a "
+                f"pack above {limit}; cut texts to {limit} tokens (max_mt_tokens, max_llm_tokens)"
+            )
+        plan = AttentionPlan(batch, self.causal, self.attention, self._verdict.exclusive)
+        return run_packed(self.decoder, plan, embeds)

@@ -25,6 +25,7 @@ from .attention import check_backend
 from .encoder import PackedEncoder
 from .heads import HeadConfig, TaskHead, segment_mean, span_mean
 from .llm import PackedLLM
+from .modes import evaluating
 from .projection import Projection, ProjectionConfig
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class MTLLM(nn.Module):
         projection: E -> D, None unless `reader` is "stack".
         head: task head or None.
         tokenizer: the two tokenizers, language per row.
+        changed: names of frozen base weights that are not the base models' own: they are saved with the model.
     """
 
     def __init__(
@@ -89,11 +91,16 @@ class MTLLM(nn.Module):
             raise ValueError(f"llm is missing: reader={config.reader!r} reads through it")
         self.config = config
         self.encoder, self.llm, self.tokenizer = encoder, llm, tokenizer
+        if encoder is not None and tokenizer is not None:
+            encoder.take_tokenizer(tokenizer)
+        self.changed: set[str] = set()
         self.projection: Projection | None = None
         if config.reader == "stack":
             assert encoder is not None and llm is not None
             device = next(encoder.parameters()).device
-            self.projection = Projection(encoder.hidden_size, llm.hidden_size, config.projection).to(device)
+            self.projection = Projection(
+                encoder.hidden_size, llm.hidden_size, config.projection, len(encoder.layers)
+            ).to(device)
         self.head: TaskHead | None = None
         if config.head:
             self.set_head(config.head)
@@ -170,11 +177,9 @@ class MTLLM(nn.Module):
         # states of random tokens: only their scale matters, and it is set by the encoder's final norm
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(4, self.encoder.vocab_size, (8, 16), generator=generator)
-        training = self.encoder.training
-        self.encoder.eval()
         device = next(self.encoder.parameters()).device
-        states = self.encoder(PackedBatch.from_sequences(ids.tolist()).to(device))
-        self.encoder.train(training)
+        with evaluating(self.encoder):
+            states = self.encoder(PackedBatch.from_sequences(ids.tolist()).to(device))
         self.projection.scale_output(states, self.llm.embedding_std())
 
     @classmethod
@@ -258,13 +263,8 @@ class MTLLM(nn.Module):
     def teacher(self, adapter: str | None = None) -> Iterator[None]:
         """Run the LLM inside the block as the teacher: adapter `adapter` (None: none) and no dropout."""
         assert self.llm is not None
-        training = self.llm.training
-        self.llm.eval()
-        try:
-            with self.llm.adapter(adapter):
-                yield
-        finally:
-            self.llm.train(training)
+        with evaluating(self.llm), self.llm.adapter(adapter):
+            yield
 
     def states(self, batch: PackedBatch) -> Tensor:
         """Last hidden states (T, D) of the packed rows of `side`."""
@@ -274,15 +274,25 @@ class MTLLM(nn.Module):
         assert self.encoder is not None
         if self.config.reader == "encoder":
             return self.encoder(batch)
-        assert self.projection is not None and self.llm is not None
-        if any(parameter.requires_grad for parameter in self.encoder.parameters()):
-            states = self.encoder(batch, final_norm=False)
-        else:
-            with torch.no_grad():
-                states = self.encoder(batch, final_norm=False)
+        assert self.llm is not None
+        return self.llm(batch, embeds=self.projected(batch))
+
+    def encoder_states(self, batch: PackedBatch) -> Tensor:
+        """States (T, E) of the packed MT tokens that the projection reads: before the encoder's final norm."""
+        assert self.encoder is not None
+        fusion = self.projection.fusion if self.projection is not None else None
+        trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.encoder.parameters())
+        with torch.set_grad_enabled(trained):
+            if fusion is None:
+                return self.encoder(batch, final_norm=False)
+            states = self.encoder.all_states(batch)
+        return self.projection.fuse(states)  # type: ignore[union-attr]
+
+    def projected(self, batch: PackedBatch) -> Tensor:
+        """What the LLM reads in place of embeddings, (T, D) of its dtype: the projected encoder states of `batch`."""
+        assert self.encoder is not None and self.projection is not None and self.llm is not None
         # the residual stream keeps the LLM's dtype
-        embeds = self.projection(states, self.encoder.final_norm, self.llm.model.dtype)
-        return self.llm(batch, embeds=embeds)
+        return self.projection(self.encoder_states(batch), self.encoder.final_norm, self.llm.model.dtype)
 
     @torch.no_grad()
     def teacher_states(self, batch: PackedBatch, adapter: str | None = None) -> Tensor:
@@ -341,11 +351,51 @@ class MTLLM(nn.Module):
 
         return generate(self, texts, languages, **options)
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base model whose states are pooled; adapters, projection and head may have another."""
+        return self.backbone.model.dtype
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """How many parameters there are, as in transformers."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the counts in peft's words."""
+        trainable, total = self.num_parameters(only_trainable=True), self.num_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Let every layer of the base models that is trained through run again in backward."""
+        from .checkpointing import recompute_layers
+
+        recompute_layers(self.backbone)
+
+    def push_to_hub(self, name: str, *, private: bool = True) -> str:
+        """Save the model with its base models and upload it to the repository `name`; returns its address.
+
+        Raises:
+            ValueError: no hub name, or nobody logged in. OSError: the hub refuses or cannot be reached.
+        """
+        from tempfile import TemporaryDirectory
+
+        from .hub import check_push, push
+
+        check_push(name)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, include_base=True)
+            return push(folder, name, private=private)
+
     def describe(self) -> dict[str, Any]:
         """Parameter counts: all and trainable."""
-        total = sum(p.numel() for p in self.parameters())
         return {
             "reader": self.config.reader,
-            "parameters": total,
-            "trainable": sum(p.numel() for p in self.parameters() if p.requires_grad),
+            "parameters": self.num_parameters(),
+            "trainable": self.num_parameters(only_trainable=True),
         }

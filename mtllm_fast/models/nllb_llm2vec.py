@@ -22,9 +22,11 @@ from torch import Tensor
 
 from ..data.tokenise import StackTokenizer
 from .adapters import LoraSettings
-from .encoder import FAMILIES, PackedEncoder
+from .encoder import PackedEncoder
+from .encoders import MODEL_TYPES, family_of
 from .llm import PackedLLM
 from .mtllm import MTLLM, MTLLMConfig
+from .projection import ProjectionConfig
 from .storage import read_safetensors
 
 MODEL_TYPE = "nllb-llm2vec"
@@ -62,18 +64,21 @@ def load_nllb_llm2vec(
     check_state(path, state, expected_shapes(encoder_config, llm_config, adapters), {our_name(n): n for n in raw})
 
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-    from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 
     def part(prefix: str, lora: bool = False) -> dict[str, Tensor]:
         return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix) and (".lora_" in n) == lora}
 
     llm_config.tie_word_embeddings = True
     llm_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(llm_config)]
-    encoder = M2M100Encoder.from_pretrained(
-        None,
-        config=encoder_config,
-        state_dict=part("encoder."),
-        dtype=dtype or state["encoder.embed_tokens.weight"].dtype,
+    encoder = (
+        family_of(encoder_config)
+        .encoder_class(encoder_config)
+        .from_pretrained(
+            None,
+            config=encoder_config,
+            state_dict=part("encoder."),
+            dtype=dtype or state["encoder.embed_tokens.weight"].dtype,
+        )
     )
     llm = llm_class.from_pretrained(
         None,
@@ -133,10 +138,13 @@ def check_exportable(model: MTLLM) -> None:
     problems = []
     if config.reader != "stack":
         problems.append(f"reader={config.reader!r} (needs 'stack')")
-    elif model.projection is not None and (config.projection.kind != "linear" or not config.projection.bias):
+    elif model.projection is not None and config.projection != ProjectionConfig():
         problems.append(
-            f"projection {config.projection.kind!r}, bias={config.projection.bias} (needs linear with bias)"
+            f"projection {config.projection.kind!r}, bias={config.projection.bias}, "
+            f"fuse_layers={config.projection.fuse_layers} (needs linear with bias, of the last layer)"
         )
+    if model.encoder is not None and "m2m_100" not in model.encoder.family.model_types:
+        problems.append(f"a {model.encoder.model.config.model_type} encoder (needs NLLB or M2M-100)")
     if config.causal:
         problems.append("causal=True (needs a bidirectional LLM)")
     if config.head is not None:
@@ -169,13 +177,13 @@ def read_configs(path: Path) -> tuple[Any, Any]:
             f"folder={str(path)!r}: its config.json is of a {data.get('model_type')!r} model, expected {MODEL_TYPE!r}"
         )
     parts = {name: value for name, value in data.items() if isinstance(value, dict) and "model_type" in value}
-    encoders = [value for value in parts.values() if value["model_type"] in FAMILIES]
-    llms = [value for value in parts.values() if value["model_type"] not in FAMILIES]
+    encoders = [value for value in parts.values() if value["model_type"] in MODEL_TYPES]
+    llms = [value for value in parts.values() if value["model_type"] not in MODEL_TYPES]
     if len(encoders) != 1 or len(llms) != 1 or llms[0]["model_type"] not in CONFIG_MAPPING:
         found = ", ".join(f"{name} ({value['model_type']})" for name, value in parts.items()) or "none"
         raise ValueError(
-            f"folder={str(path)!r}: config.json needs the config of an encoder ({', '.join(FAMILIES)}) and of an LLM "
-            f"(nllb_config, llm2vec_config); found: {found}"
+            f"folder={str(path)!r}: config.json needs the config of an encoder ({', '.join(MODEL_TYPES)}) and of an "
+            f"LLM (nllb_config, llm2vec_config); found: {found}"
         )
     encoder, llm = (CONFIG_MAPPING[value["model_type"]].from_dict(value) for value in (encoders[0], llms[0]))
     return encoder, llm
@@ -228,15 +236,17 @@ def adapter_settings(path: Path, state: Mapping[str, Tensor]) -> LoraSettings | 
 def expected_shapes(encoder_config: Any, llm_config: Any, adapters: LoraSettings | None) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights that a model with these configs has."""
     from transformers import AutoModel
-    from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 
     with torch.device("meta"):
-        parts = {"encoder": M2M100Encoder(encoder_config), "llm": AutoModel.from_config(llm_config)}
+        parts = {"encoder": family_of(encoder_config).build(encoder_config), "llm": AutoModel.from_config(llm_config)}
     shapes = {
         f"{part}.{name}": tuple(t.shape) for part, model in parts.items() for name, t in model.state_dict().items()
     }
     width = llm_config.get_text_config().hidden_size
-    shapes |= {"projection.weight": (width, encoder_config.d_model), "projection.bias": (width,)}
+    shapes |= {
+        "projection.weight": (width, family_of(encoder_config).width(encoder_config)),
+        "projection.bias": (width,),
+    }
     if adapters:
         for name, shape in list(shapes.items()):
             layer = name.removesuffix(".weight")

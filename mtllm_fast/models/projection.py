@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,18 +14,51 @@ from ..kernels import packed_projection
 
 @dataclass(frozen=True)
 class ProjectionConfig:
-    """kind "linear": E -> D, as MT-LLM; "mlp": E -> 2E -> ReLU -> D, as MindMerger."""
+    """kind "linear": E -> D, as MT-LLM; "mlp": E -> 2E -> ReLU -> D, as MindMerger.
+
+    fuse_layers: project a trained mean, weighted by a softmax, of the states of all encoder layers, not the last ones
+        alone (arXiv 2508.09091); it starts nearly at the last layer.
+    """
 
     kind: Literal["linear", "mlp"] = "linear"
     bias: bool = True
+    fuse_layers: bool = False
+
+
+# The weight of the last layer at the start; at 1 no other layer would get a gradient.
+LAST_LAYER = 0.95
+# Logits are this times the trained numbers, since AdamW moves those by about the learning rate a step, which is that of
+# the projection.
+FUSION_SCALE = 50.0
+
+
+def norm_options(norm: nn.Module) -> dict[str, Any]:
+    """What `packed_projection` must know of a final norm: a LayerNorm, or an RMSNorm of torch or transformers."""
+    if isinstance(norm, nn.LayerNorm):
+        return {"norm": "layer", "norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
+    eps = getattr(norm, "variance_epsilon", None)
+    return {"norm": "rms", "norm_weight": norm.weight, "eps": norm.eps if eps is None else eps}
 
 
 class Projection(nn.Module):
-    """`y = W x + b`, or `y = W2 relu(W1 x + b1) + b2`; x (T, E) -> y (T, D)."""
+    """`y = W x + b`, or `y = W2 relu(W1 x + b1) + b2`; x (T, E) -> y (T, D).
 
-    def __init__(self, d_encoder: int, d_llm: int, config: ProjectionConfig | None = None) -> None:
+    Attributes:
+        fusion: (L,), the trained numbers behind the weights of `fuse`; None without `fuse_layers`.
+    """
+
+    def __init__(
+        self, d_encoder: int, d_llm: int, config: ProjectionConfig | None = None, encoder_layers: int | None = None
+    ) -> None:
         super().__init__()
         config = config or ProjectionConfig()
+        self.fusion: nn.Parameter | None = None
+        if config.fuse_layers:
+            if encoder_layers is None or encoder_layers < 2:
+                raise ValueError(f"projection.fuse_layers: needs an encoder of 2 layers or more, got {encoder_layers}")
+            start = torch.zeros(encoder_layers)
+            start[-1] = math.log(LAST_LAYER / (1 - LAST_LAYER) * (encoder_layers - 1)) / FUSION_SCALE
+            self.fusion = nn.Parameter(start)
         if config.kind not in ("linear", "mlp"):
             raise ValueError(f"projection.kind={config.kind!r}: expected 'linear' or 'mlp'")
         self.layers: nn.Module
@@ -37,6 +71,15 @@ class Projection(nn.Module):
                 nn.Linear(2 * d_encoder, d_llm, bias=config.bias),
             )
 
+    def layer_weights(self) -> Tensor:
+        """Weights (L,) of the encoder's layers; they sum to 1."""
+        assert self.fusion is not None
+        return (FUSION_SCALE * self.fusion.float()).softmax(0)
+
+    def fuse(self, states: Tensor) -> Tensor:
+        """One state (T, E) per token out of those of all layers (L, T, E)."""
+        return (self.layer_weights()[:, None, None] * states).sum(0).to(states.dtype)
+
     @torch.no_grad()
     def scale_output(self, states: Tensor, std: float) -> None:
         """Rescale the last layer so that projected `states` (T, E) have standard deviation `std`."""
@@ -46,7 +89,7 @@ class Projection(nn.Module):
             for parameter in last.parameters():
                 parameter.mul_(std / current)
 
-    def forward(self, states: Tensor, norm: nn.LayerNorm | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    def forward(self, states: Tensor, norm: nn.Module | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Project packed states (T, E) to (T, D) of `dtype` (the weights' own by default), by `packed_projection`.
 
         Args:
@@ -58,6 +101,6 @@ class Projection(nn.Module):
             hidden, last = self.layers[0], self.layers[-1]
             options = {"hidden_weight": hidden.weight, "hidden_bias": hidden.bias}
         if norm is not None:
-            options |= {"norm": "layer", "norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
+            options |= norm_options(norm)
         states = states.to(last.weight.dtype)  # type: ignore[arg-type]
         return packed_projection(states, last.weight, last.bias, dtype=dtype, **options)  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ from .adapters import LoraSettings
 from .encoder import PackedEncoder
 from .heads import HeadConfig
 from .llm import PackedLLM
+from .loading import check_finite
 from .mtllm import MTLLM, MTLLMConfig
 from .projection import ProjectionConfig
 from .sharded import load_whole, whole, writes
@@ -40,7 +41,7 @@ def own_state(model: MTLLM) -> dict[str, Tensor]:
     def owned(name: str) -> bool:
         if ".lora_" in name:  # a task teacher may be a guest in the model while it is distilled
             return any(adapter in name for adapter in adapters)
-        return name in trained or name.startswith(("projection.", "head."))
+        return name in trained or name in model.changed or name.startswith(("projection.", "head."))
 
     return {name: whole(tensor) for name, tensor in model.state_dict().items() if owned(name)}
 
@@ -53,6 +54,10 @@ def load_own_state(model: MTLLM, folder: Path) -> None:
     """
     state = read_safetensors(folder, "model")
     expected = own_state(model)
+    held = model.state_dict()
+    # base weights that training changed: they stay with the model, also when it is saved again
+    model.changed = {name for name in set(state) - set(expected) if name in held and ".lora_" not in name}
+    expected |= {name: held[name] for name in model.changed}
     missing, surplus = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
     if missing or surplus:
         raise ValueError(
@@ -85,9 +90,11 @@ def read_safetensors(folder: Path, stem: str) -> dict[str, Tensor]:
         if not path.is_file():
             raise ValueError(f"model={str(folder)!r}: {name} is missing, the model is incomplete")
         try:
-            state.update(load_file(path))
+            part = load_file(path)
         except SafetensorError as error:
             raise ValueError(f"model={str(folder)!r}: {name} is damaged or cut short ({error})") from error
+        check_finite(f"model={str(folder)!r}: {name}", part.items())
+        state.update(part)
     return state
 
 
@@ -164,6 +171,7 @@ def _targets(value: Any) -> Any:
 def save(model: MTLLM, folder: Path, *, include_base: bool | None = None) -> None:
     """See `MTLLM.save_pretrained`. Everything is written beside the folder first and moved in at the end."""
     from huggingface_hub import save_torch_state_dict
+    from safetensors.torch import save_file
 
     own = own_state(model)
     parts: tuple[tuple[str, PackedEncoder | PackedLLM | None], ...] = (("encoder", model.encoder), ("llm", model.llm))
@@ -196,7 +204,10 @@ def save(model: MTLLM, folder: Path, *, include_base: bool | None = None) -> Non
                 config[role] = str(Path(part.name).resolve())
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(staging)
-        save_torch_state_dict(own, staging, max_shard_size="5GB")
+        if own:
+            save_torch_state_dict(own, staging, max_shard_size="5GB")
+        else:  # a bare reader: it would write no file at all
+            save_file({}, staging / "model.safetensors")
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for path in sorted(staging.iterdir(), key=lambda p: p.name == "config.json"):
             target = folder / path.name

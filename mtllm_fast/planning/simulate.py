@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
 from ..data.batch import Batch
 from ..data.pack import PackedBatch
@@ -20,6 +20,7 @@ from ..models.adapters import AdaptedModel
 from ..models.attention import AttentionPlan
 from ..models.attention.varlen import options
 from ..models.checkpointing import recompute_layers
+from ..models.encoders import family_of
 from ..models.mtllm import MTLLMConfig
 from .accounting import Accounting, Rates
 from .parts import forward_parts
@@ -127,7 +128,7 @@ for name, function in ((PACKED, _packed_attention), (PADDED, _padded_attention))
 
 def _models(spec: StepSpec, device: str) -> tuple[Any, Any]:
     with torch.device(device):
-        encoder = AutoModelForSeq2SeqLM.from_config(spec.encoder, dtype=spec.dtype).get_encoder()
+        encoder = family_of(spec.encoder).build(spec.encoder, spec.dtype)
         llm = AutoModelForCausalLM.from_config(spec.llm, dtype=spec.dtype)
     return encoder, llm
 
@@ -303,7 +304,7 @@ def authors(spec: StepSpec, lengths: Sequence[tuple[int, int]], rates: Rates | N
     adapted.train()
     encoder.eval()
     with torch.device("meta"):
-        projection = nn.Linear(spec.encoder.d_model, int(spec.llm.hidden_size), dtype=spec.dtype)
+        projection = nn.Linear(family_of(spec.encoder).width(spec.encoder), int(spec.llm.hidden_size), dtype=spec.dtype)
     for name, parameter in llm.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.to(spec.dtype)

@@ -73,7 +73,7 @@ def to_html(all_scores: Sequence[Scores]) -> str:
 
 
 def _task(scores: Scores, number: int) -> dict[str, Any]:
-    from .scores import notes, reasons
+    from .scores import counts, notes, reasons
 
     names = dict(zip((model.name for model in scores.models), short_names(scores)))
     chance = 1 / len(scores.labels)
@@ -106,7 +106,14 @@ def _task(scores: Scores, number: int) -> dict[str, Any]:
             for model in scores.models
             for reason, codes in reasons(model).items()
         ],
-        "notes": notes(scores),
+        "notes": [
+            *notes(scores),
+            *(
+                f"{names[model.name]}, counted: {'; '.join(found)}."
+                for model in scores.models
+                if (found := counts(model))
+            ),
+        ],
     }
 
 
@@ -146,6 +153,12 @@ def _findings(scores: Scores, names: dict[str, str]) -> list[str]:
     ]
     if english:
         found.append(f"In English itself: {', '.join(english)}.")
+    if fewer := scores.left_out():
+        texts, where = sum(rows for rows, _ in fewer.values()), "language" if len(fewer) == 1 else "languages"
+        found.append(
+            f"{texts:,} texts in {len(fewer)} {where} count for no model, since not every model has them; see Good to "
+            "know."
+        )
     left_out = {code for model in scores.models for code in model.skipped}
     if left_out:
         found.append(f"{len(left_out)} of {len(scores.languages)} languages were not run by every model; see Not run.")
@@ -269,6 +282,7 @@ def _distribution(scores: Scores, names: dict[str, str], chance: float) -> dict[
     """Per model, how many languages lie in each band of accuracy."""
     bins = 40 if len(scores.languages) > 60 else 20
     lanes = []
+    ran = {frozenset(model.languages) for model in scores.models}
     for number, model in enumerate(scores.models):
         values = sorted(one.accuracy for code, one in model.languages.items() if code != scores.english)
         if not values:
@@ -281,7 +295,8 @@ def _distribution(scores: Scores, names: dict[str, str], chance: float) -> dict[
         width = 100 / bins
         lanes.append({
             "name": names[model.name], "colour": COLOURS[number % len(COLOURS)], "median": round(100 * median, 2),
-            "text": f"median {percent(median)} %, lowest {percent(values[0])} %, highest {percent(values[-1])} %",
+            "text": (f"{len(values)} languages: " if len(ran) > 1 else "")
+            + f"median {percent(median)} %, lowest {percent(values[0])} %, highest {percent(values[-1])} %",
             "bars": [
                 {"height": round(100 * count / max(counts), 1), "count": count,
                  "hint": f"{count} languages between {k * width:g} and {(k + 1) * width:g} %"}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.results import Scores
+from .tables import limits
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; the markers differ for print
 _STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"))
@@ -28,8 +29,8 @@ def sorted_languages(scores: Scores) -> list[str]:
 def draw_scores(scores: Scores, path: str | Path) -> None:
     """Draw accuracy by language into a PNG at `path`.
 
-    Panels side by side hold up to 52 languages each. A dashed line is a model's mean over the non-English languages,
-    the dotted one chance (one over the number of labels).
+    Panels side by side hold up to 52 languages each. A dashed line is a model's mean over the non-English languages
+    that all models ran, the dotted one chance (one over the number of labels).
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -43,6 +44,9 @@ def draw_scores(scores: Scores, path: str | Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, panels, sharex=True, squeeze=False)[0]
     chance = 100 / len(scores.labels)
+    over = scores.shared() if len(scores.models) > 1 else scores.foreign()
+    several = len({frozenset(model.languages) for model in scores.models}) > 1
+    of = f" of {len(over)}" if several else ""
     small = 7 if panels > 1 else 9
     for panel, axis in enumerate(axes):
         codes = languages[panel * per_panel : (panel + 1) * per_panel]
@@ -61,7 +65,7 @@ def draw_scores(scores: Scores, path: str | Path) -> None:
                 for index, code in enumerate(codes)
                 if code in model.languages
             ]
-            mean = model.mean("accuracy", scores.foreign())
+            mean = model.mean("accuracy", over)
             if mean is not None:
                 axis.axvline(100 * mean, color=colour, linewidth=0.9, linestyle="--", zorder=1)
             label = f"{model.name} ({model.method})" if model.method != model.name else model.name
@@ -71,7 +75,7 @@ def draw_scores(scores: Scores, path: str | Path) -> None:
                 s=16 if panels > 1 else 34,
                 color=colour,
                 marker=marker,
-                label=label + (f", mean {100 * mean:.1f}" if mean is not None else ""),
+                label=label + (f", mean{of} {100 * mean:.1f}" if mean is not None else ""),
                 zorder=3,
             )
         axis.axvline(chance, color="0.4", linewidth=0.9, linestyle=":", label=f"chance {chance:.1f}", zorder=1)
@@ -89,7 +93,8 @@ def draw_scores(scores: Scores, path: str | Path) -> None:
         axis.set_axisbelow(True)
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.set_xlabel("accuracy, %", fontsize=small + 1)
-    figure.suptitle(f"{scores.task} {scores.split}: accuracy by language", fontsize=11)
+    drawn = "" if scores.limit is None else f" ({limits(scores).strip(' .').lower()})"
+    figure.suptitle(f"{scores.task} {scores.split}: accuracy by language{drawn}", fontsize=11)
     handles, labels = axes[0].get_legend_handles_labels()
     columns = len(labels) if panels > 2 else 1 if len(labels) > 2 else len(labels)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..evaluation.cells import atomically
 from ..evaluation.results import METRICS, LanguageScore, ModelScores, Scores
-from .tables import gap_text, percent, short_names, tables, to_csv, to_groups_csv, to_latex
+from .tables import gap_text, percent, rows_text, short_names, tables, to_csv, to_groups_csv, to_latex
 from .tables import to_markdown_table as markdown_table
 
 if TYPE_CHECKING:
@@ -67,11 +67,7 @@ def summary_lines(scores: Scores, *, rates: bool = False) -> list[str]:
         lines.append(f"{model.name} ({model.method}): {ran}, {model.rows:,} rows{seeds}{rate}")
         for reason, codes in reasons(model).items():
             lines.append(f"  not run, {reason}: {', '.join(codes)}")
-        counted = [f"{count:,} {name.replace('_', ' ')}" for name, count in model.counts.items() if count]
-        blank = sum(score.blank for score in model.languages.values())
-        if blank:
-            counted.append(f"{blank:,} rows with a blank text (scored all the same)")
-        if counted:
+        if counted := counts(model):
             lines.append(f"  counted: {'; '.join(counted)}")
         mean = model.overall("shared")
         if mean is not None and mean.gap is not None:
@@ -95,12 +91,38 @@ def summary_lines(scores: Scores, *, rates: bool = False) -> list[str]:
     return lines
 
 
+def counts(model: ModelScores) -> list[str]:
+    """What was counted on the way: truncated texts, translations that are missing, blank texts."""
+    counted = [f"{count:,} {name.replace('_', ' ')}" for name, count in model.counts.items() if count]
+    blank = sum(score.blank for score in model.languages.values())
+    if blank:
+        counted.append(f"{blank:,} rows with a blank text (scored all the same)")
+    return counted
+
+
 def notes(scores: Scores) -> list[str]:
     """What a reader has to know: of the models, the data and the rows."""
     found = list(dict.fromkeys(note for model in scores.models for note in model.notes))
     found += scores.issues
-    if scores.limit is not None:
+    if scores.limit is not None and scores.limit_seed is None:
         found.append(f"only the first {scores.limit} rows of each language were scored.")
+    elif scores.limit is not None:
+        found.append(
+            f"only {scores.limit} rows of each language were scored: a random sample (seed {scores.limit_seed}), drawn "
+            "by id, so the same rows in every language that has them."
+        )
+    if left_out := scores.left_out():
+        short = dict(zip((model.name for model in scores.models), short_names(scores)))
+        lacking = [
+            short[model.name]
+            for model in scores.models
+            if any(code in model.languages and not model.languages[code].scored for code in left_out)
+        ]
+        which = ", ".join(f"{code} {count} of {most}" for code, (count, most) in left_out.items())
+        found.append(
+            f"{sum(count for count, _ in left_out.values()):,} rows are left out of every score, because "
+            f"{' and '.join(lacking)} lacks them: {which}. All models are compared on the rows that every one has."
+        )
     return found
 
 
@@ -233,7 +255,7 @@ def _language_rows(scores: Scores, metrics: Sequence[str]) -> list[list[str]]:
         read_as = next((score.mt_code for score in found if score.mt_code), None) or "-"
         if any(score.mapped for score in found):
             read_as += " (mapped)"
-        cells = [code, read_as, str(max(score.rows for score in found)) if found else "-"]
+        cells = [code, read_as, rows_text(found)]
         for model in scores.models:
             if code in model.languages:
                 cells += [percent(getattr(model.languages[code], metric)) for metric in metrics]
@@ -245,14 +267,16 @@ def _language_rows(scores: Scores, metrics: Sequence[str]) -> list[list[str]]:
 
 def _mean_rows(scores: Scores, metrics: Sequence[str]) -> list[list[str]]:
     means = [scores.means(model) for model in scores.models]
-    rows = []
+    rows: list[list[str]] = []
     for group, title in _GROUPS.items():
         if group == "non_english_shared" and scores.shared() == scores.foreign():
             continue  # the same as the line above
         if group not in means[0] or not any(mean[group]["languages"] for mean in means):
             continue
-        cells = [title, "", ""]
+        several = len({mean[group]["languages"] for mean in means}) > 1  # each the mean of other languages
+        cells = [title, "", "(languages)" if several else ""]
         for mean in means:
-            cells += [percent(mean[group][metric]) for metric in metrics]
+            over = f" ({mean[group]['languages']})" if several else ""
+            cells += [percent(mean[group][metric]) + over for metric in metrics]
         rows.append(cells)
     return rows

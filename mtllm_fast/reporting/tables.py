@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..evaluation.alignment import METRICS as ALIGNMENT
 from ..evaluation.languages import GROUPINGS
-from ..evaluation.results import METRICS, Gap, Interval, ModelScores, Scores
+from ..evaluation.results import METRICS, Gap, Interval, LanguageScore, ModelScores, Scores
 
 METRIC_NAMES = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
 GROUPING_NAMES = {"family": "language family", "script": "script", "resource": "resource level"}
@@ -48,6 +48,14 @@ def gap_text(gap: Gap | None, *, interval: bool = False) -> str:
         return "-"
     bounds = f" [{signed(gap.low)}, {signed(gap.high)}]" if interval else ""
     return signed(gap.accuracy) + ("*" if gap.significant else "") + bounds
+
+
+def rows_text(found: Sequence[LanguageScore]) -> str:
+    """How many rows of a language all its scores are over, and out of how many where that is not all."""
+    if not found:
+        return "-"
+    rows, available = found[0].rows, found[0].available
+    return f"{rows} of {available}" if available else str(rows)
 
 
 def short_names(scores: Scores) -> list[str]:
@@ -143,7 +151,7 @@ def language_table(scores: Scores) -> Table:
         read_as = next((score.mt_code for score in found if score.mt_code), None) or "-"
         if any(score.mapped for score in found):
             read_as += " (mapped)"
-        row = [scores.language_name(code), code, read_as, str(max(score.rows for score in found)) if found else "-"]
+        row = [scores.language_name(code), code, read_as, rows_text(found)]
         for model in scores.models:
             score, gap = model.languages.get(code), scores.reference not in (None, model.name)
             if score is None:
@@ -156,10 +164,12 @@ def language_table(scores: Scores) -> Table:
     for group, title in means.items():
         if group == "shared" and scores.shared() == scores.foreign():
             continue
-        row = [title, "", "", ""]
+        sizes = {mean.languages for model in scores.models if (mean := model.overall(group)) is not None}
+        row = [f"{title} (of so many languages)" if len(sizes) > 1 else title, "", "", ""]
         for model in scores.models:
             mean, gap = model.overall(group), scores.reference not in (None, model.name)
-            row += [percent(mean.accuracy), percent(mean.macro_f1)] if mean else ["-", "-"]
+            over = f" ({mean.languages})" if mean and len(sizes) > 1 else ""
+            row += [percent(mean.accuracy) + over, percent(mean.macro_f1) + over] if mean else ["-", "-"]
             row += [gap_text(mean.gap if mean else None)] * gap
         bold.add(len(rows))
         rows.append(row)
@@ -168,18 +178,32 @@ def language_table(scores: Scores) -> Table:
         if scores.reference
         else "Percent."
     )
+    if scores.left_out():
+        note += " rows: those that every model has, on which all are compared."
     return Table("By language", header, rows, 3, note, bold)
 
 
 def alignment_table(scores: Scores) -> Table | None:
     """One row per model: mean of each alignment metric over the non-English languages; None where none was computed."""
+    codes = scores.aligned()
     rows = []
     for name, model in zip(short_names(scores), scores.models):
-        if mean := model.mean_alignment(scores.foreign()):
+        if mean := model.mean_alignment(codes):
             rows.append([name, *(f"{mean[metric]:.3f}" for metric in ALIGNMENT)])
     if not rows:
         return None
-    note = "Means over the non-English languages; 1 means that a text and its English translation are read alike."
+    own = [code for model in scores.models for code in scores.foreign()
+           if code in model.languages and model.languages[code].alignment]  # fmt: skip
+    over = "the non-English languages"
+    if set(own) != set(codes):
+        over = f"the {len(codes)} non-English languages in which every model was compared with English"
+    note = f"Means over {over}; 1 means that a text and its English translation are read alike."
+    pairs = {one.aligned or one.rows for model in scores.models for code in codes
+             if (one := model.languages.get(code)) is not None and one.alignment}  # fmt: skip
+    if len(pairs) > 1:
+        note += (
+            f" Of {min(pairs)} to {max(pairs)} pairs of texts by language; among fewer, the nearest is easier to find."
+        )
     return Table("Closeness to English inside the model", ["model", *ALIGNMENT.values()], rows, 1, note)
 
 
@@ -219,7 +243,7 @@ def to_latex(all_scores: Sequence[Scores]) -> str:
     for scores in all_scores:
         for table in tables(scores):
             label = f"tab:{scores.task}-{table.title}".lower().replace(" ", "-").replace("_", "-")
-            caption = latex_escape(f"{scores.task}, {scores.split}. {table.title}. {table.note}")
+            caption = latex_escape(f"{scores.task}, {scores.split}. {table.title}. {limits(scores)}{table.note}")
             columns = "l" * table.left + "r" * (len(table.header) - table.left)
             head = " & ".join(_latex_cell(cell) for cell in table.header) + r" \\"
             body = []
@@ -244,8 +268,20 @@ def _latex_cell(cell: str) -> str:
     return text.replace("[-", "[$-$").replace(", -", ", $-$").replace("*", "$^{*}$")
 
 
+def limits(scores: Scores) -> str:
+    """That not all rows were scored, for a caption; "" where they were."""
+    if scores.limit is None:
+        return ""
+    which = "the first" if scores.limit_seed is None else "a random sample of"
+    return f"Only {which} {scores.limit} rows of each language. "
+
+
 def to_csv(all_scores: Sequence[Scores]) -> str:
-    """One line per task, model and language: everything that was measured, as numbers."""
+    """One line per task, model and language: everything that was measured, as numbers.
+
+    Columns at the end where there is something to say: limit (rows of each language that were drawn), rows_scored and
+    rows_available (where they are more than `rows`), pairs (of parallel rows, where they are not `rows`).
+    """
     header = ["task", "split", "model", "method", "seeds", "language", "name", "family", "script", "resource",
               "mt_code", "rows", *(f"{metric}{part}" for metric in METRICS for part in ("", "_low", "_high", "_sd")),
               "gap", "gap_low", "gap_high", "p", "p_holm", *ALIGNMENT, "skipped"]  # fmt: skip
@@ -257,17 +293,23 @@ def to_csv(all_scores: Sequence[Scores]) -> str:
                 row: dict[str, object] = {
                     "task": scores.task, "split": scores.split, "model": model.name, "method": model.method,
                     "seeds": model.seeds, "language": code, "skipped": model.skipped.get(code, ""),
+                    "limit": scores.limit or "",
                     **{name: about.get(name, "") for name in ("name", "family", "script", "resource")},
                 }  # fmt: skip
                 if code in model.languages:
                     row |= _numbers(model, code)
                 rows.append(row)
-    return _csv(header, rows)
+    return _csv(header, rows, _EXTRA)
+
+
+_EXTRA = ("limit", "rows_scored", "rows_available", "pairs")
 
 
 def _numbers(model: ModelScores, code: str) -> dict[str, object]:
     score = model.languages[code]
     row: dict[str, object] = {"mt_code": score.mt_code or "", "rows": score.rows}
+    more = {"rows_scored": score.scored, "rows_available": score.available, "pairs": score.aligned}
+    row |= {name: value for name, value in more.items() if value is not None}
     for metric in METRICS:
         low, high = getattr(score, f"{metric}_interval") or (None, None)
         values = {"": getattr(score, metric), "_low": low, "_high": high, "_sd": getattr(score, f"{metric}_sd")}
@@ -290,7 +332,8 @@ def to_groups_csv(all_scores: Sequence[Scores]) -> str:
             for by, groups in model.groups.items():
                 for name, one in groups.items():
                     row: dict[str, object] = {"task": scores.task, "split": scores.split, "model": model.name,
-                                              "grouping": by, "group": name, "languages": one.languages}  # fmt: skip
+                                              "grouping": by, "group": name, "languages": one.languages,
+                                              "limit": scores.limit or ""}  # fmt: skip
                     for metric in METRICS:
                         low, high = getattr(one, f"{metric}_interval")
                         values = {"": getattr(one, metric), "_low": low, "_high": high}
@@ -299,16 +342,18 @@ def to_groups_csv(all_scores: Sequence[Scores]) -> str:
                         row |= {"gap": _number(one.gap.accuracy), "gap_low": _number(one.gap.low)}
                         row["gap_high"] = _number(one.gap.high)
                     rows.append(row)
-    return _csv(header, rows)
+    return _csv(header, rows, ("limit",))
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.6g}"
 
 
-def _csv(header: Sequence[str], rows: Sequence[dict[str, object]]) -> str:
+def _csv(header: Sequence[str], rows: Sequence[dict[str, object]], extra: Sequence[str]) -> str:
+    """`extra`: columns that are left out where they are empty throughout."""
+    header = [*header, *(name for name in extra if any(row.get(name, "") != "" for row in rows))]
     out = io.StringIO()
-    writer = csv.DictWriter(out, header, restval="", lineterminator="\n")
+    writer = csv.DictWriter(out, header, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return out.getvalue()

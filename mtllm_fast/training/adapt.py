@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, get_args
 
+import torch
+from torch import Tensor
 from transformers import set_seed
 
 from ..data.collate import Batch
@@ -17,9 +19,10 @@ from ..data.read import TextRow
 from ..data.store import TokenStore
 from ..losses import DistillationLoss, DistillationWeights, LossTerm
 from ..models import MTLLM, LoraSettings, ProjectionConfig
+from ..models.storage import local_folder, read_config
 from .config import OptimSettings
 from .live import Watch
-from .projection_fit import fit_projection
+from .projection_fit import InitKind, fit_projection
 from .run_folder import RunFolder
 from .switches import base_dtype
 from .trainer import TrainStep, run_stage
@@ -33,6 +36,9 @@ class AdaptConfig:
     """MT encoder: folder or hub name (NLLB-200, M2M-100)."""
     llm: str = ""
     """Causal LM: folder or hub name."""
+    model: str = ""
+    """Instead of encoder and llm: an adapted MTLLM folder, whose projection and adapter training goes on from (warm
+    start, with a new optimizer and schedule). To go on with the same run, use `resume`, also with more steps."""
     output: str = "runs/adapt"
     """Folder of the run; holds the model, its checkpoints and logs."""
     causal: bool = False
@@ -40,16 +46,69 @@ class AdaptConfig:
     projection: ProjectionConfig = field(default_factory=ProjectionConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
     loss: DistillationWeights = field(default_factory=DistillationWeights)
-    init_rows: int = 0
-    """Texts that the projection is first fitted on, to pick out the LLM's own embeddings; 0 starts at random."""
+    over_variance: bool = False
+    """pooled_mse and paired_mse over the variance of the teacher's states, measured on the first texts: 1.0 explains
+    nothing, and a weight means the same for every LLM."""
+    init: InitKind = "none"
+    """How the projection starts: none, at random; or fitted on pairs of tokens that end at the same character, ridge:
+    regression onto the LLM's input embeddings; softmax: to pick out the LLM's own embedding among others."""
+    init_rows: int = 2000
+    """Texts that `init` is fitted on, the first ones."""
     train_projection: bool = True
-    """Off: the projection stays as it starts, for one that was fitted with `init_rows`."""
+    """Off: the projection stays as it starts, for one that was fitted with `init`."""
     train: OptimSettings = field(default_factory=OptimSettings)
     resume: bool = False
     """Continue the run in `output` from its newest complete checkpoint."""
     include_base: bool = False
     """Store the base models' weights with the result, so that its folder needs nothing else."""
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.init not in get_args(InitKind):
+            raise ValueError(f"init={self.init!r}: expected one of {', '.join(get_args(InitKind))}")
+        if self.model:
+            own = AdaptConfig()
+            for name in ("encoder", "llm", "causal", "projection", "lora", "init"):
+                if getattr(self, name) != getattr(own, name):
+                    raise ValueError(f"{name}={getattr(self, name)!r}: model={self.model!r} has its own")
+        if self.init_rows < 1:
+            raise ValueError(f"init_rows={self.init_rows}: must be > 0; init='none' fits nothing")
+        if self.init != "none" and self.projection.kind != "linear":
+            raise ValueError(
+                f"init={self.init!r}: only a linear projection can be fitted, not projection.kind="
+                f"{self.projection.kind!r}"
+            )
+
+
+def starting_model(config: AdaptConfig, dtype: torch.dtype) -> MTLLM:
+    """The student as training starts: stacked anew, or the adapted model that `config.model` names.
+
+    Raises:
+        ValueError: a model cannot be loaded, or is not one that adaptation can go on from.
+    """
+    if not config.model:
+        return MTLLM.stack(
+            config.encoder,
+            config.llm,
+            causal=config.causal,
+            projection=config.projection,
+            lora=config.lora,
+            dtype=dtype,
+            trust_remote_code=config.trust_remote_code,
+        )
+    student = MTLLM.from_pretrained(config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    assert student.llm is not None
+    student.llm.train_adapter("student")
+    return student
+
+
+def check_start(folder: str) -> None:
+    """Refuse, before anything is loaded, a model that adaptation cannot go on from. Raises ValueError."""
+    config = read_config(local_folder(folder))
+    if config.reader != "stack" or "student" not in config.adapters:
+        raise ValueError(f"model={folder!r}: not an adapted stack; make one with `mtllm adapt --encoder ... --llm ...`")
+    if config.head is not None:
+        raise ValueError(f"model={folder!r}: has a task head; adaptation goes on from what `mtllm adapt` made")
 
 
 class AdaptStep(TrainStep):
@@ -64,9 +123,14 @@ class AdaptStep(TrainStep):
     def counts(self, batch: Batch) -> dict[str, float]:
         return self.loss.weights.counts(batch)
 
+    def taught(self, batch: Batch) -> tuple[Batch, Tensor]:
+        assert batch.llm is not None
+        return batch, self.student.teacher_states(batch.llm)
+
     def forward(self, batch: Batch) -> dict[str, LossTerm]:
-        assert batch.mt is not None and batch.llm is not None and self.student.llm is not None
-        teacher = self.student.teacher_states(batch.llm)
+        assert self.student.llm is not None
+        batch, teacher = self.taught(batch)
+        assert batch.mt is not None
         student = self.student.states(batch.mt)
         head = self.student.llm.lm_head if self.loss.weights.kl else None
         return self.loss(student, teacher, batch, lm_head=head)
@@ -91,28 +155,36 @@ def adapt(
         ValueError: an argument does not fit; the output folder holds another run.
     """
     for name in ("encoder", "llm"):
-        if not getattr(config, name):
-            raise ValueError(f"--{name} is missing: name a folder or a hub model")
+        if not (getattr(config, name) or config.model):
+            raise ValueError(f"--{name} is missing: name a folder or a hub model, or --model to go on from")
+    if config.model:
+        check_start(config.model)
+    if config.init != "none" and isinstance(rows, TokenStore):
+        raise ValueError(f"init={config.init!r}: the projection is fitted on text, not on a token store")
     dtype = base_dtype(config.train, include_base=config.include_base)
     set_seed(config.train.seed)
-    run = RunFolder(config.output, {"stage": "adapt", "source": source or {}, **asdict(config)}, config.resume)
-    student = MTLLM.stack(
-        config.encoder,
-        config.llm,
-        causal=config.causal,
-        projection=config.projection,
-        lora=config.lora,
-        dtype=dtype,
-        trust_remote_code=config.trust_remote_code,
-    )
+    inputs = {"rows": rows, **{name: value for name in ("encoder", "llm", "model") if (value := getattr(config, name))}}
+    run = RunFolder(config.output, {"stage": "adapt", "source": source or {}, **asdict(config)}, config.resume, inputs)
+    student = starting_model(config, dtype)
     assert student.tokenizer is not None
-    if config.init_rows:
-        if isinstance(rows, TokenStore):
-            raise ValueError(f"init_rows={config.init_rows}: the projection is fitted on text, not on a token store")
-        fit_projection(student, rows, config.init_rows)
+    fit = None
+    if config.init != "none":
+        assert not isinstance(rows, TokenStore)
+        fit = fit_projection(student, rows, config.init, config.init_rows)
     assert student.projection is not None
     student.projection.requires_grad_(config.train_projection)
     step = AdaptStep(student, config.loss)
-    metrics = run_stage(step, rows, config.train, run, sides=("mt", "llm"), align=config.loss.needs_pairs, watch=watch)
+    metrics = run_stage(
+        step,
+        rows,
+        config.train,
+        run,
+        sides=("mt", "llm"),
+        align=config.loss.needs_pairs,
+        over_variance=config.over_variance,
+        watch=watch,
+    )
+    if fit is not None:
+        metrics["init"] = asdict(fit)
     run.save(student, include_base=config.include_base)
     return metrics

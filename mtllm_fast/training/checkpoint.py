@@ -9,7 +9,6 @@ A kill leaves the last complete checkpoint. What the disk damages later is found
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -20,61 +19,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from ..disk import sync_folder
+from ..disk import MARKER, damage, mark_complete, room, sync_folder, write_failure
 
 log = logging.getLogger(__name__)
 
-MARKER = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-
-
-def mark_complete(folder: Path) -> None:
-    """Bring every file of `folder` to the disk, then record their sizes and digests in it."""
-    record = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARKER):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            record[path.relative_to(folder).as_posix()] = {"bytes": file.tell(), "sha256": digest}
-    temporary = folder / f".{MARKER}"
-    with temporary.open("w", encoding="utf-8") as marker:
-        json.dump(record, marker, indent=1)
-        marker.flush()
-        os.fsync(marker.fileno())
-    os.replace(temporary, folder / MARKER)
-    for inner in [p for p in folder.rglob("*") if p.is_dir()] + [folder]:
-        sync_folder(inner)
-
-
-def damage(checkpoint: Path) -> str | None:
-    """Why `checkpoint` is not a complete one, None where it is. Reads every file: about a second per GB."""
-    try:
-        record = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return f"it has no {MARKER}"
-    except (OSError, ValueError) as error:
-        return f"{MARKER} cannot be read ({error})"
-    try:
-        for name, is_to_be in record.items():
-            size = (checkpoint / name).stat().st_size
-            if size != is_to_be["bytes"]:
-                return f"{name} has {size} bytes instead of {is_to_be['bytes']}"
-        for name, is_to_be in record.items():
-            with (checkpoint / name).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != is_to_be["sha256"]:
-                    return f"the content of {name} is not what was written"
-    except FileNotFoundError as error:
-        return f"{Path(str(error.filename)).name} is missing"
-    except (OSError, TypeError, KeyError, AttributeError) as error:
-        return f"it cannot be read ({error})"
-    return None
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether every file that was recorded is there, byte for byte."""
-    return damage(checkpoint) is None
 
 
 def step_of(checkpoint: str | Path) -> int:
@@ -193,20 +142,6 @@ class Publisher:
         return self._step, error
 
 
-def write_failure(error: BaseException) -> str | None:
-    """The reason, where `error` says that something could not be written; each library has its own kind of error."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    text = str(error)
-    if match := re.search(r"\(os error (\d+)\)", text):  # safetensors, tokenizers
-        return os.strerror(int(match.group(1)))
-    if isinstance(error, SafetensorError):
-        return text
-    if isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "inline_container" in text):
-        return "the disk takes no more bytes"  # torch.save keeps the system's reason to itself
-    return None
-
-
 @contextmanager
 def said_in_bytes(what: str, folder: Path, needed: int) -> Iterator[None]:
     """Turn a failed write of `what` into an OSError that says how many bytes are needed and free, and what is kept.
@@ -222,10 +157,3 @@ def said_in_bytes(what: str, folder: Path, needed: int) -> Iterator[None]:
         last = last_complete(folder)
         kept = f"; {last} is complete: free the space and continue with the same command and --resume" if last else ""
         raise OSError(f"{what} could not be written: {reason}; {room(folder, needed)}{kept}") from error
-
-
-def room(folder: Path, needed: int) -> str:
-    """What is needed and what is there."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return f"it needs {needed:,} bytes and {folder} has {shutil.disk_usage(folder).free:,} free"

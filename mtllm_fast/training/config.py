@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 
 @dataclass
@@ -11,7 +12,7 @@ class OptimSettings:
     """How to train. A step is `gradient_accumulation` packs on every process."""
 
     max_steps: int = 1000
-    """Optimizer steps; -1 trains for `epochs` instead."""
+    """Optimizer steps; -1 trains for `epochs` instead, 0 saves the model as it starts."""
     epochs: int = 1
     """Passes over the data, used where max_steps is -1."""
     lr: float = 2e-4
@@ -34,8 +35,9 @@ class OptimSettings:
     """Longer texts are truncated to this many tokens by each tokenizer, and counted."""
     lookahead: int | None = None
     """Rows among which packs are chosen; by default as many as fill about 64 packs."""
-    shuffle_buffer: int = 0
-    """Rows of a shuffle buffer before packing; 0 keeps the order of the files."""
+    shuffle_buffer: int | None = None
+    """Rows of a shuffle buffer before packing; 0 keeps the order of the files. By default 0 in `adapt`, and in the task
+    stages a million: all rows of most tasks, whose files are often sorted by class."""
     bf16: bool = False
     """Mixed precision: bf16 autocast over fp32 trainable weights."""
     base_weights: Literal["auto", "fp32", "bf16", "int8", "nf4", "fp8"] = "auto"
@@ -73,14 +75,28 @@ class OptimSettings:
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.max_steps < 1 and not (self.max_steps == -1 and self.epochs >= 1):
-            raise ValueError(f"max_steps={self.max_steps}: must be >= 1, or -1 with epochs >= 1")
+        if self.max_steps < 0 and not (self.max_steps == -1 and self.epochs >= 1):
+            raise ValueError(f"max_steps={self.max_steps}: must be >= 0, or -1 with epochs >= 1")
         positive = ("lr", "tokens", "gradient_accumulation", "max_length", "log_steps", "save_steps")
         for name in (*positive, "bad_steps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be > 0")
-        if self.lookahead is not None and self.lookahead < 1:
-            raise ValueError(f"lookahead={self.lookahead}: must be > 0")
+        for name in ("lookahead", "max_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: must be > 0, or left out")
+        for name in ("weight_decay", "clip", "workers", "activation_memory_gib"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: must be >= 0")
+        if not self.lr < math.inf:
+            raise ValueError(f"lr={self.lr}: must be a finite number")
+        if self.shuffle_buffer is not None and self.shuffle_buffer < 0:
+            raise ValueError(f"shuffle_buffer={self.shuffle_buffer}: must be >= 0, or left out")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed}: must be in [0, 2**32), which numpy's generator takes")
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(get_args(kind))}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup={self.warmup}: must be a share in [0, 1)")
         if (self.checkpointing == "budget") != (self.activation_memory_gib > 0):

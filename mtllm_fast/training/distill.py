@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 from transformers import set_seed
 
 from ..data.collate import Batch
 from ..data.read import TextRow
 from ..losses import DistillationLoss, DistillationWeights, LossTerm
 from ..models import MTLLM
+from ..models.adapter_sum import add_to_adapter, sum_settings
+from ..models.heads import HeadConfig
 from ..models.mtllm import MTLLMConfig
 from ..models.storage import read_config, read_safetensors
 from .config import OptimSettings
@@ -29,9 +32,10 @@ from .live import Watch
 from .run_folder import RunFolder
 from .switches import base_dtype
 from .teacher_cache import CacheReport, KeyedRows, TeacherCache, open_or_build
-from .trainer import TrainStep, run_stage
+from .trainer import TASK_ROWS, TrainStep, run_stage
 
 TEACHER = "teacher"
+InitFrom = Literal["adapted", "teacher"]
 
 
 @dataclass
@@ -49,7 +53,13 @@ class DistillConfig:
     without it the teacher runs in every step. For pooled_mse and head_kl."""
     train_projection: bool = False
     """Train the projection too; the paper freezes it in this stage."""
+    init_from: InitFrom = "adapted"
+    """The adapter that training starts from: adapted, the model's own; teacher, the sum of that and the task teacher's,
+    as one adapter of both ranks together."""
     loss: DistillationWeights = field(default_factory=DistillationWeights)
+    over_variance: bool = False
+    """pooled_mse and paired_mse over the variance of the teacher's states, measured on the first texts: 1.0 explains
+    nothing, and a weight means the same for every LLM."""
     train: OptimSettings = field(
         default_factory=lambda: OptimSettings(lr=1e-4, warmup=0.1, max_steps=-1, epochs=3, max_rows=32)
     )
@@ -58,6 +68,10 @@ class DistillConfig:
     include_base: bool = False
     """Store the base models' weights with the result, so that its folder needs nothing else."""
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.init_from not in get_args(InitFrom):
+            raise ValueError(f"init_from={self.init_from!r}: expected one of {', '.join(get_args(InitFrom))}")
 
 
 class DistillStep(TrainStep):
@@ -72,13 +86,15 @@ class DistillStep(TrainStep):
     def counts(self, batch: Batch) -> dict[str, float]:
         return self.loss.weights.counts(batch)
 
+    def taught(self, batch: Batch) -> tuple[Batch, Tensor]:
+        if self.cache is not None:
+            return self.cache.teach(batch)
+        assert batch.llm is not None
+        return batch, self.student.teacher_states(batch.llm, TEACHER)
+
     def forward(self, batch: Batch) -> dict[str, LossTerm]:
         assert batch.mt is not None and self.student.llm is not None
-        if self.cache is not None:
-            batch, teacher = self.cache.teach(batch)
-        else:
-            assert batch.llm is not None
-            teacher = self.student.teacher_states(batch.llm, TEACHER)
+        batch, teacher = self.taught(batch)
         student = self.student.states(batch.mt)  # type: ignore[arg-type]
         lm_head = self.student.llm.lm_head if self.loss.weights.kl else None
         return self.loss(student, teacher, batch, lm_head=lm_head, task_head=self.student.head)
@@ -99,6 +115,31 @@ def check_teacher(student: MTLLMConfig, teacher: MTLLMConfig, folder: str) -> No
     mine, theirs = student.llm, teacher.llm
     if mine and theirs and Path(mine).resolve() != Path(theirs).resolve() and mine != theirs:
         raise ValueError(f"teacher={folder!r}: sits on the LLM {theirs!r}, the student on {mine!r}")
+
+
+def in_teachers_order(
+    head: HeadConfig, labels: Sequence[str] | None, rows: Sequence[TextRow], folder: str
+) -> list[TextRow]:
+    """Labelled rows with their labels as classes of the teacher's head, by name.
+
+    Args:
+        labels: names that the rows' labels are indices into; None: they are the teacher's, in its order.
+
+    Raises:
+        ValueError: the teacher has other labels, or fewer than the rows.
+    """
+    if head.kind == "choice":  # the label is the number of a choice, of which rows have as many as they like
+        return list(rows)
+    if labels is not None and sorted(labels) != sorted(head.labels):
+        raise ValueError(
+            f"teacher={folder!r}: its head has the labels {', '.join(head.labels)}, "
+            f"but the task has {', '.join(labels)}"
+        )
+    order = range(len(head.labels)) if labels is None else [head.labels.index(name) for name in labels]
+    wrong = next((row.label for row in rows if row.label is not None and not 0 <= row.label < len(order)), None)
+    if wrong is not None:
+        raise ValueError(f"teacher={folder!r}: has {len(order)} labels, but a row has the label {wrong}")
+    return [row if row.label is None else replace(row, label=order[row.label]) for row in rows]
 
 
 def add_teacher(student: MTLLM, folder: str, *, adapter: bool = True) -> None:
@@ -147,8 +188,12 @@ def distill(
     valid_rows: Sequence[TextRow] | None = None,
     source: dict[str, Any] | None = None,
     watch: Watch | None = None,
+    labels: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Run stage 3 on English task `rows` (labels are not used); the model ends in `config.output`.
+
+    Args:
+        labels: names that the labels of `valid_rows` are indices into; None: they are the teacher's, in its order.
 
     Raises:
         ValueError: model, teacher, rows and losses do not fit each other, the teacher's cache is stale or damaged, or
@@ -164,24 +209,32 @@ def distill(
         )
     dtype = base_dtype(config.train, include_base=config.include_base)
     set_seed(config.train.seed)
-    run = RunFolder(config.output, {"stage": "distill", "source": source or {}, **asdict(config)}, config.resume)
+    settings = {"stage": "distill", "source": source or {}, **asdict(config)}
+    inputs = {"rows": rows, "valid_rows": valid_rows or [], "model": config.model, "teacher": config.teacher}
+    run = RunFolder(config.output, settings, config.resume, inputs)
     if (done := run.finished()) is not None:
         return done
     adapted, taught = read_config(Path(config.model)), read_config(Path(config.teacher))
     if adapted.reader != "stack" or "student" not in adapted.adapters:
         raise ValueError(f"model={config.model!r}: not an adapted stack; make one with `mtllm adapt`")
     check_teacher(adapted, taught, config.teacher)
+    if config.init_from == "teacher":
+        sum_settings(adapted.adapters["student"], taught.adapters["student"])
     assert taught.head is not None
     first = next(iter(rows), None)
     if first is not None and (first.choices is not None) != (taught.head.kind == "choice"):
         has = "choices" if first.choices is not None else "no choices"
         raise ValueError(f"teacher={config.teacher!r}: has a {taught.head.kind} head, but the rows have {has}")
+    valid_rows = in_teachers_order(taught.head, labels, valid_rows or (), config.teacher)
     cache, report = None, None
     if config.teacher_cache:
         cache, report = cached_teacher(config, rows, dtype)
         rows = KeyedRows(rows)
         set_seed(config.train.seed)  # the same run, whether the states were there or not
     student = MTLLM.from_pretrained(config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    if config.init_from == "teacher":
+        weights = read_safetensors(Path(config.teacher), "model")
+        add_to_adapter(student, taught.adapters["student"], weights)
     add_teacher(student, config.teacher, adapter=cache is None)
     assert student.llm is not None and student.projection is not None
     student.projection.requires_grad_(config.train_projection)
@@ -193,8 +246,10 @@ def distill(
         run,
         sides=("mt",) if cache else ("mt", "llm"),
         align=config.loss.needs_pairs,
+        over_variance=config.over_variance,
         validate=validate,
         watch=watch,
+        shuffle=TASK_ROWS,
     )
     if cache is None:
         student.llm.remove_adapter(TEACHER)

@@ -24,7 +24,7 @@ from .config import OptimSettings
 from .live import Watch
 from .run_folder import RunFolder
 from .switches import base_dtype
-from .trainer import TrainStep, run_stage
+from .trainer import TASK_ROWS, TrainStep, run_stage
 
 # what MT tokenizers call English: NLLB, M2M100 (less its underscores), mBART
 ENGLISH_CODES = ("eng_Latn", "en", "en_XX")
@@ -131,10 +131,13 @@ def finetune(
     sources = [name for name in ("llm", "encoder", "model") if getattr(config, name)]
     if len(sources) != 1:
         raise ValueError(f"name exactly one of --llm, --encoder and --model, got {', '.join(sources) or 'none'}")
+    if config.train.max_steps == 0:
+        raise ValueError("max_steps=0: the task head starts at random, so there is nothing to save; train it")
     dtype = base_dtype(config.train, include_base=config.include_base)
     set_seed(config.train.seed)
     settings = {"stage": "finetune", "source": source or {}, "labels": list(labels), **asdict(config)}
-    run = RunFolder(config.output, settings, config.resume)
+    inputs = {"rows": rows, "valid_rows": valid_rows or [], **{name: getattr(config, name) for name in sources}}
+    run = RunFolder(config.output, settings, config.resume, inputs)
     if (done := run.finished()) is not None:
         return done
     head = head_for(rows, labels)
@@ -157,7 +160,14 @@ def finetune(
         student.projection.requires_grad_(config.train_projection)
     validate = validation(student, valid_rows, config.train.tokens) if valid_rows else None
     metrics = run_stage(
-        TaskStep(student), rows, config.train, run, sides=(student.side,), validate=validate, watch=watch
+        TaskStep(student),
+        rows,
+        config.train,
+        run,
+        sides=(student.side,),
+        validate=validate,
+        watch=watch,
+        shuffle=TASK_ROWS,
     )
     run.finish(student, metrics, include_base=config.include_base)
     return metrics

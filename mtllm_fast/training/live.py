@@ -18,7 +18,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from ..data.batch import Batch
 from ..data.pack import PackedBatch
-from ..models import MTLLM
+from ..models import MTLLM, PackedEncoder, PackedLLM
 
 Scores = dict[str, float]
 
@@ -64,18 +64,16 @@ class ModelFlops:
 
     def __init__(self, student: MTLLM, kl: bool) -> None:
         self.student, self.kl = student, kl
-        self.encoder = self._part(student.encoder.model) if student.encoder is not None else None
-        self.llm = self._part(student.llm.decoder) if student.llm is not None else None
+        self.encoder = self._part(student.encoder.model, student.encoder) if student.encoder is not None else None
+        self.llm = self._part(student.llm.decoder, student.llm) if student.llm is not None else None
         self.head = 0
         if kl and student.llm is not None:
             self.head = student.llm.vocab_size * student.llm.hidden_size
 
     @staticmethod
-    def _part(model: Any) -> tuple[int, int, int]:
+    def _part(model: Any, part: PackedEncoder | PackedLLM) -> tuple[int, int, int]:
         """(weights, trained ones, width times layers of the attention)."""
-        config = model.config
-        layers = getattr(config, "num_hidden_layers", None) or config.encoder_layers
-        return *linear_weights(model), config.hidden_size * layers
+        return *linear_weights(model), part.hidden_size * len(part.layers)
 
     def __call__(self, batch: Batch) -> float:
         reader = self.student.config.reader

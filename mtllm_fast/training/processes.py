@@ -13,6 +13,8 @@ from contextlib import contextmanager
 
 log = logging.getLogger(__name__)
 
+INTERRUPTED = 130  # the exit code of a shell's command that SIGINT ended
+
 
 def processes() -> int:
     """How many processes torchrun or `accelerate launch` started for this run."""
@@ -32,13 +34,13 @@ def ends_process() -> Iterator[None]:
     try:
         yield
     except SystemExit as ending:
-        if not ending.code:
-            _end()
+        if ending.code in (None, 0, INTERRUPTED):  # it stopped as it was asked to
+            _end(ending.code or 0)
         raise
     _end()
 
 
-def _end() -> None:
+def _end(code: int = 0) -> None:
     from torch import distributed
 
     if not (distributed.is_available() and distributed.is_initialized()):
@@ -52,7 +54,7 @@ def _end() -> None:
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def packs_per_process(asked: int, before: int, processes_before: int) -> int:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..disk import FolderLock
 from ..models.sharded import is_sharded
 from .checkpoint import said_in_bytes
+from .inputs import changed, identity
 from .processes import packs_per_process, processes
 from .provenance import provenance, read_list
 
@@ -27,6 +30,27 @@ _FREE |= {"async_save", "bad_steps", "parallel"}
 _STEP = ("train.gradient_accumulation", "processes")
 
 
+# What may grow when a run is resumed; what the record says besides the settings; paths of a source of rows.
+_MORE = ("train.max_steps", "train.epochs")
+_RECORDED = ("inputs", "extended")
+_PATHS = ("text", "data", "valid", "store")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a run's folder. Raises ValueError, naming the file, where it is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: is damaged ({error}), so the run cannot be continued; name a new folder") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: is damaged (no JSON object), so the run cannot be continued; name a new folder")
+    return found
+
+
+def _is_more(before: Any, now: Any) -> bool:
+    return isinstance(before, int) and isinstance(now, int) and 0 <= before < now
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write JSON so that a reader sees the old file or the whole new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -39,52 +63,119 @@ class RunFolder:
 
     Args:
         output: the folder. settings: everything that made the run. resume: continue the run that is there, if one is.
+        inputs: what the run reads, by the name of the argument (see `inputs.identity`). It is known by content: another
+            path to the same is no other setting, and the same path to another content is.
 
     Attributes:
         packs_per_process: what gradient_accumulation is to be for a run that is resumed; None for a new one.
+        extended: steps or epochs that a resumed run has more than before: name -> (before, now).
 
     Raises:
-        ValueError: the folder holds another run or other files, or `resume` meets other settings.
+        ValueError: the folder holds another run or other files, another process is writing it, or `resume` meets other
+            settings or inputs.
     """
 
-    def __init__(self, output: str, settings: dict[str, Any], resume: bool) -> None:
-        self.folder, self.settings, self.resume = Path(output), {**settings, "processes": processes()}, resume
+    def __init__(
+        self, output: str, settings: dict[str, Any], resume: bool, inputs: Mapping[str, Any] | None = None
+    ) -> None:
+        self.folder, self.resume = Path(output), resume
+        self.settings = {**settings, "processes": processes()}
         self.packs_per_process: int | None = None
+        self.extended: dict[str, tuple[int, int]] = {}
+        self._lock, self._first = FolderLock(self.folder), not int(os.environ.get("RANK", "0"))
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"output={output!r}: is a file, not a folder")
         record = self.folder / RUN_FILE
         # a hidden file is what a run left that was killed while it wrote its first one
         used = self.folder.is_dir() and any(not path.name.startswith(".") for path in self.folder.iterdir())
+        self._new = not used
         if used and not resume:
+            self._refuse_others(if_there=True)
             held = "holds another run" if record.is_file() else "is not empty"
             raise ValueError(f"output={output!r}: {held}; continue it with --resume or name a new folder")
         if used and not record.is_file():
             raise ValueError(f"output={output!r}: holds files but no {RUN_FILE}, so there is no run to resume")
         if used:
-            now, before = (
-                _flatten(json.loads(json.dumps(self.settings, default=str))),
-                _flatten(json.loads(record.read_text())),
+            self._refuse_others()
+        if inputs is not None and self._first:
+            self.settings["inputs"] = {name: identity(source) for name, source in inputs.items()}
+        if used:
+            self._compare(read_json(record))
+
+    def _refuse_others(self, *, if_there: bool = False) -> None:
+        """Take the folder for this process. `if_there`: only ask, and make no file."""
+        if not self._first or (if_there and not self._lock.path.exists()):
+            return
+        if not self._lock.take():
+            raise ValueError(
+                f"output={str(self.folder)!r}: another process ({self._lock.holder()}) is training in it; wait for it, "
+                "or name a new folder"
             )
-            for name in sorted(set(now) | set(before)):
-                if name.rsplit(".", 1)[-1] not in _FREE and name not in _STEP and now.get(name) != before.get(name):
-                    raise ValueError(
-                        f"--resume: {name.removeprefix('train.')}={now.get(name)!r}, "
-                        f"but the run in {output!r} was started with {before.get(name)!r}"
-                    )
-            if all(name in now and name in before for name in _STEP):
-                self.packs_per_process = packs_per_process(now[_STEP[0]], *(before[name] for name in _STEP))
+        if if_there:
+            self._lock.release()
+
+    def _compare(self, record: dict[str, Any]) -> None:
+        """Refuse other settings and inputs than those of the run that is to be resumed."""
+        known = {name for name in record.get("inputs", {}) if record["inputs"][name]}
+        for name, now in self.settings.get("inputs", {}).items():
+            if name in known and (what := changed(record["inputs"][name], now)) is not None:
+                raise ValueError(f"--resume: {name} has changed since the run in {str(self.folder)!r} started: {what}")
+        same = known & {name for name, now in self.settings.get("inputs", {}).items() if now}
+        now, before = _flatten(json.loads(json.dumps(self.settings, default=str))), _flatten(record)
+        for name in sorted(set(now) | set(before)):
+            short = name.rsplit(".", 1)[-1]
+            if short in _FREE or name in _STEP or now.get(name) == before.get(name) or name.split(".")[0] in _RECORDED:
+                continue
+            # a folder that moved, its content the same
+            if name in same or (name.startswith("source.") and short in _PATHS and "rows" in same):
+                continue
+            if name in _MORE and _is_more(before.get(name), now.get(name)):
+                self.extended[name] = (before[name], now[name])
+                continue
+            hint = "; a run can be extended, not cut" if name in _MORE else ""
+            raise ValueError(
+                f"--resume: {name.removeprefix('train.')}={now.get(name)!r}, "
+                f"but the run in {str(self.folder)!r} was started with {before.get(name)!r}{hint}"
+            )
+        if all(name in now and name in before for name in _STEP):
+            self.packs_per_process = packs_per_process(now[_STEP[0]], *(before[name] for name in _STEP))
+        if self.extended:
+            more = {name: list(values) for name, values in self.extended.items()}
+            self.settings = {**record, "extended": [*record.get("extended", []), more]}
+            for name, (_, value) in self.extended.items():
+                self.settings["train"] = {**self.settings["train"], name.removeprefix("train."): value}
 
     def start(self) -> None:
-        """Create the folder, record the settings, and add to `versions.json` what this start was made with."""
+        """Create the folder, record the settings, and add to `versions.json` what this start was made with.
+
+        Raises:
+            ValueError: another process has begun a run here meanwhile.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / RUN_FILE).is_file() and not int(os.environ.get("RANK", "0")):
-            write_json(self.folder / RUN_FILE, self.settings)
-        if not int(os.environ.get("RANK", "0")):
-            starts = read_list(self.folder / VERSIONS_FILE)
-            write_json(self.folder / VERSIONS_FILE, [*starts, provenance()])
+        if not self._first:
+            return
+        self._refuse_others()
+        record = self.folder / RUN_FILE
+        if self._new and record.is_file():
+            raise ValueError(f"output={str(self.folder)!r}: holds another run by now; name a new folder")
+        if self._new or self.extended:
+            write_json(record, self.settings)
+        if self.extended:  # the run is finished no more
+            (self.folder / RESULT).unlink(missing_ok=True)
+        self._new = False
+        starts = read_list(self.folder / VERSIONS_FILE)
+        write_json(self.folder / VERSIONS_FILE, [*starts, provenance()])
+
+    def release(self) -> None:
+        """Let other processes write into the folder."""
+        self._lock.release()
 
     def save(self, student: MTLLM, *, include_base: bool) -> None:
-        """Write the finished model into the folder, once."""
+        """Write the finished model into the folder, once; it is no longer this process's then."""
+        self._save(student, include_base)
+        self.release()
+
+    def _save(self, student: MTLLM, include_base: bool) -> None:
         if is_sharded(student) or not int(os.environ.get("RANK", "0")):
             own = (p for p in student.parameters() if p.requires_grad or include_base)
             with said_in_bytes("the model", self.folder, sum(p.numel() * p.element_size() for p in own)):
@@ -92,14 +183,18 @@ class RunFolder:
 
     def finish(self, student: MTLLM, metrics: dict[str, Any], *, include_base: bool) -> None:
         """Write the finished model, then its metrics: a folder with them is finished."""
-        self.save(student, include_base=include_base)
-        if not int(os.environ.get("RANK", "0")):
+        self._save(student, include_base)
+        if self._first:
             write_json(self.folder / RESULT, metrics)
+        self.release()
 
     def finished(self) -> dict[str, Any] | None:
         """The metrics of the finished run that is to be resumed, None where there is something left to do."""
         path = self.folder / RESULT
-        return json.loads(path.read_text(encoding="utf-8")) if self.resume and path.is_file() else None
+        if not self.resume or self.extended or not path.is_file():
+            return None
+        self.release()
+        return read_json(path)
 
 
 def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

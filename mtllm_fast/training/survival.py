@@ -2,7 +2,7 @@
 
 | what happens                | what the run does                                                                   |
 | kill -9                     | the last complete checkpoint is there (see `checkpoint`)                            |
-| SIGTERM, SIGINT             | the step is finished and saved, exit 0; all processes stop after the same step      |
+| SIGTERM, SIGINT             | the step is finished and saved, exit 0, 130; all processes stop after the same step |
 | the data cannot be read     | the steps so far are saved, then the error is raised                                |
 | a checkpoint is not written | the one before is kept, training goes on; raised if nothing can be written at the end |
 | a gradient is not finite    | the step changes no weight; after `bad_steps` of them in a row the run ends          |
@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from itertools import islice, pairwise
 from pathlib import Path
@@ -33,6 +34,7 @@ from ..failures import RunFailed
 from ..models.sharded import is_sharded
 from .checkpoint import Publisher, clean, last_complete, room, size_of, staged, write_failure
 from .config import OptimSettings
+from .processes import INTERRUPTED
 from .signals import StopRequest
 
 log = logging.getLogger(__name__)
@@ -60,6 +62,7 @@ class _Schedule(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.args.world_size == 1:
             self.trainer.stopping |= self.trainer.stop.received is not None
+            self.trainer.interrupted |= self.trainer.stop.received is signal.SIGINT
         if self.trainer.stopping:
             control.should_training_stop = True
         # the Trainer itself saves where it evaluates, if it does
@@ -75,6 +78,7 @@ class SurvivingTrainer(Trainer):
 
     Attributes:
         stop: the request to stop; entered while the run trains. stopping: all processes have agreed to stop.
+        interrupted: the request was a SIGINT, so that nothing that waits for a finished run may go on.
         bad_steps: steps so far whose gradient was not finite. bad_since_log: of them, those since the latest log.
     """
 
@@ -88,7 +92,7 @@ class SurvivingTrainer(Trainer):
         one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world)) == world
         self.publisher = Publisher(self.run_folder, optim.keep, background=optim.async_save and one_machine)
         self.stop = StopRequest()
-        self.stopping = False
+        self.stopping = self.interrupted = False
         self.bad_steps, self.bad_in_a_row, self.bad_since_log = 0, 0, 0
         self.bad_limit = optim.bad_steps
         self._data_error: Exception | None = None
@@ -120,12 +124,16 @@ class SurvivingTrainer(Trainer):
 
         With them goes whether a process was asked to stop, so that all stop after the same step.
         """
-        flags = [float(self.stop.received is not None), float(self._data_error is not None)]
+        received = self.stop.received
+        flags = [
+            float(told) for told in (received is not None, received is signal.SIGINT, self._data_error is not None)
+        ]
         totals = torch.tensor(counts + flags, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
         if self.args.world_size > 1:
             dist.all_reduce(totals)
-        *sums, stops, failures = totals.tolist()
+        *sums, stops, interrupts, failures = totals.tolist()
         self.stopping |= stops > 0
+        self.interrupted |= interrupts > 0
         if failures:
             self._data_failed = True
             self.control.should_training_stop = True
@@ -362,7 +370,8 @@ class SurvivingTrainer(Trainer):
         """After `train`: return where it went through all of its steps, else end the process or raise.
 
         Raises:
-            SystemExit: 0 where the run was asked to stop and is saved; 1 where the data of another process failed.
+            SystemExit: 0 where the run was asked to stop and is saved, 130 where it was interrupted; 1 where the data
+                of another process failed.
             OSError: it was asked to stop and cannot be saved. The error of the data, with what is kept.
         """
         step = self.state.global_step
@@ -378,7 +387,7 @@ class SurvivingTrainer(Trainer):
         if self.args.process_index == 0:
             name = self.stop.received.name if self.stop.received else "another process"
             print(f"{name}: stopped after step {step} of {self.args.max_steps}; {kept}", flush=True)
-        raise SystemExit(0)
+        raise SystemExit(INTERRUPTED if self.interrupted else 0)
 
     def _kept(self) -> str:
         """What is kept of the run, and how to go on."""

@@ -55,6 +55,8 @@ def check_switches(optim: OptimSettings, *, include_base: bool = False) -> None:
     """
     from transformers.training_args import OptimizerNames
 
+    if optim.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda': no CUDA device is visible; see `mtllm doctor`")
     kind, gpu = optim.base_weights, on_gpu(optim)
     name = optimizer_name(optim)
     if name not in {str(known.value) for known in OptimizerNames}:
@@ -127,7 +129,7 @@ def apply_switches(
         where = next(backbone.parameters()).device.type
         with torch.autocast(where, torch.bfloat16, enabled=optim.bf16):
             kept, recomputed = kept_bytes_per_token(backbone)
-        layers = len(backbone.layers_root.layers)  # type: ignore[arg-type]
+        layers = len(backbone.layers)
         count = layers_within(optim.activation_memory_gib * 2**30, optim.tokens, layers, kept, recomputed)
         recompute_layers(backbone, count)
         log.info("checkpointing: %d of %d layers run again in backward (%.1f KiB per token and layer)",
@@ -135,7 +137,7 @@ def apply_switches(
     if optim.compile:
         for part in (student.encoder, student.llm):
             if part is not None:
-                compile_layers(part.layers_root.layers)
+                compile_layers(part.layers)
 
 
 def apply_liger(student: MTLLM) -> None:

@@ -63,6 +63,9 @@ class KeyedRows:
             name = row.id if row.id is not None else repr(row.text[:40])
             yield dataclasses.replace(row, id=f"{name} {text_key(row).hex()}")
 
+    def __len__(self) -> int:
+        return len(self.rows)  # type: ignore[arg-type]  # TypeError for a stream, as of any
+
     @property
     def counts(self) -> Any:
         return getattr(self.rows, "counts", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..data.collate import Batch, PackedDataset, StreamCounts
 from ..data.loader import PackedLoader
 from ..data.read import TextRow
 from ..data.store import TokenStore
-from ..losses import LossTerm
+from ..losses import DistillationLoss, LossTerm
 from ..models import MTLLM
 from ..models.storage import load_own_state
 from .checkpoint import said_in_bytes
@@ -26,12 +27,15 @@ from .config import OptimSettings
 from .distributed import Engine, ParallelTrainer, choose_engine, engine_arguments, pack_seed, shard
 from .live import Live, LiveProgress, ModelFlops, Throughput, Watch, Watching, bf16_peak, rewind_log
 from .processes import processes
-from .run_folder import RunFolder, write_json
+from .record import RECORD, RunRecord
+from .run_folder import RunFolder, read_json, write_json
 from .survival import STATE_FILE
-from .switches import apply_switches, optimizer_name
+from .switches import apply_switches, on_gpu, optimizer_name
+from .teacher_variance import VARIANCE_FILE, measure_variance, recorded_variance
 
 PLACE_FILE = "data.json"  # in a checkpoint: where the data is read on
 METRICS_FILE = "metrics.json"
+TASK_ROWS = 2**20  # shuffled together: all rows of a task, but for the largest, which would not fit into memory
 
 
 class TrainStep(nn.Module):
@@ -40,13 +44,19 @@ class TrainStep(nn.Module):
     Attributes:
         student: the model that is trained and saved.
         weights: weight of each term by name.
+        loss: the terms of a distillation.
     """
 
     student: MTLLM
+    loss: DistillationLoss
     weights: dict[str, float]
 
     def counts(self, batch: Batch) -> dict[str, float]:
         raise TypeError(f"{type(self).__name__} does not say how it counts its terms")
+
+    def taught(self, batch: Batch) -> tuple[Batch, Tensor]:
+        """The batch with the teacher's side, and the teacher's states of its packed rows, no gradient."""
+        raise TypeError(f"{type(self).__name__} has no teacher")
 
     def forward(self, batch: Batch) -> dict[str, LossTerm]:
         raise TypeError(f"{type(self).__name__} has no forward")
@@ -99,6 +109,7 @@ class PackedTrainer(ParallelTrainer):
         optim: settings. `folder`: the run's folder.
         validate: called on English validation data for {"accuracy", "loss"}, None for none; the step of highest
             accuracy, and of lowest loss among equals, is what `train` leaves in the model.
+        rows_per_epoch: documents of a pass over the data, where that is known before the first one is over.
         watch: scores that are logged and choose nothing.
     """
 
@@ -112,6 +123,7 @@ class PackedTrainer(ParallelTrainer):
         steps: int,
         validate: Callable[[], dict[str, float]] | None = None,
         validate_steps: int | None = None,
+        rows_per_epoch: int | None = None,
         watch: Watch | None = None,
     ) -> None:
         engine = choose_engine(optim)
@@ -135,6 +147,7 @@ class PackedTrainer(ParallelTrainer):
         self.optim_settings = optim
         self.validate = validate
         self.start_batch = 0
+        self.extended = False
         self.place: dict[str, Any] | None = None
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -144,8 +157,10 @@ class PackedTrainer(ParallelTrainer):
         if watch is not None:
             self.add_callback(Watching(self, watch))
         flops = ModelFlops(step.student, kl=bool(step.weights.get("kl")))
+        self.flops = flops
         self.throughput = Throughput(flops, bf16_peak(self.args.device) if optim.bf16 else None)
-        self._term_steps = 0
+        self.record = RunRecord(rows_per_epoch=rows_per_epoch)
+        self._part_start = time.perf_counter()
 
     # ---- data
     def get_train_dataloader(self) -> EpochLoader:  # type: ignore[override]
@@ -160,14 +175,18 @@ class PackedTrainer(ParallelTrainer):
         self.throughput.add(batches, self.state.global_step)
         per_batch = [self.step_module.counts(batch) for batch in batches]
         names = sorted(self.step_module.weights)
-        totals = self.agreed_sums([sum(counts.get(name, 0.0) for counts in per_batch) for name in names], device)
-        return ([], {}) if totals is None else (batches, dict(zip(names, totals)))
+        sums = [sum(counts.get(name, 0.0) for counts in per_batch) for name in names]
+        totals = self.agreed_sums([*sums, sum(batch.num_rows for batch in batches if batch.weight)], device)
+        if totals is None:
+            return [], {}
+        self.record.add(int(totals[-1]), len(self.loader.epoch_packs))
+        return batches, dict(zip(names, totals))
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:  # type: ignore[override]
         return inputs.to(self.args.device)
 
-    def floating_point_ops(self, inputs: Batch) -> int:  # type: ignore[override]
-        return 0  # the Trainer's estimate is for padded (B, L) inputs
+    def floating_point_ops(self, inputs: Batch) -> float:  # type: ignore[override]
+        return self.flops(inputs) if inputs.weight else 0.0  # the Trainer's estimate is for padded (B, L) inputs
 
     # ---- loss
     def compute_loss(  # type: ignore[override]
@@ -188,26 +207,39 @@ class PackedTrainer(ParallelTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of every term since the last log, and the throughput (over all processes)."""
+        record, step = self.record, self.state.global_step
         if "loss" in logs and self._term_sums:
-            steps = max(self.state.global_step - self._term_steps, 1)
-            good = max(steps - self.bad_since_log, 1)
-            means = {
-                name: float(self.accelerator.reduce(total.clone(), "mean")) / good
-                for name, total in self._term_sums.items()
-            }
+            self._update_record()
+            good = record.good_steps(step)
+            means = {name: total / max(good, 1) for name, total in record.sums.items()}
             # the Trainer's own mean counts the steps that changed nothing
             logs["loss"] = sum(self.step_module.weights[name] * mean for name, mean in means.items())
             logs.update(means)
-            self._term_sums, self._term_steps, self.bad_since_log = {}, self.state.global_step, 0
+            record.loss, record.steps = record.loss + logs["loss"] * good, record.steps + good
+            record.sums, record.since = {}, step
+            self._term_sums, self.bad_since_log = {}, 0
             logs.update(
                 self.throughput.rates(
-                    self.state.global_step,
+                    step,
                     self.args.max_steps,
                     lambda counts: self.accelerator.reduce(counts.float().to(self.args.device), "sum"),
                     self.args.world_size,
                 )
             )
+        if "train_runtime" in logs:  # the Trainer's own results are of this part of the run, and of packs
+            self._update_record()
+            logs.update(record.summary(self.step_module.weights, step))
+        self.state.epoch = record.epoch  # type: ignore[assignment]  # the Trainer's counts an endless one
         super().log(logs, start_time)
+
+    def _update_record(self) -> None:
+        """Bring into the record what this part of the run has summed up since; all processes must call."""
+        now = time.perf_counter()
+        self.record.seconds, self._part_start = self.record.seconds + now - self._part_start, now
+        self.record.sums = {
+            name: float(self.accelerator.reduce(total.clone(), "mean")) for name, total in self._term_sums.items()
+        }
+        self.record.bad = self.bad_since_log
 
     # ---- evaluation
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
@@ -229,12 +261,30 @@ class PackedTrainer(ParallelTrainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         self.step_module.student.save_pretrained(output_dir or str(self.args.output_dir), include_base=False)
 
+    def _write_state(self, folder: Path, step: int) -> None:
+        self._update_record()
+        self.state.epoch = self.record.epoch  # type: ignore[assignment]
+        kept: Any = self.state.stateful_callbacks
+        kept[RECORD] = self.record.state()
+        super()._write_state(folder, step)
+
     def _save_place(self, folder: Path) -> None:
         batch = self.state.global_step * self.args.gradient_accumulation_steps
         write_json(folder / PLACE_FILE, self.loader.place_of(batch))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_own_state(self.step_module.student, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As in the Trainer; in an extended run the next step has the learning rate of the new schedule."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not self.extended:
+            return
+        schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        rates = [rate * f(schedule.last_epoch) for f, rate in zip(schedule.lr_lambdas, schedule.base_lrs)]
+        for group, rate in zip(schedule.optimizer.param_groups, rates):
+            group["lr"] = rate
+        schedule._last_lr = rates
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
@@ -248,18 +298,31 @@ class PackedTrainer(ParallelTrainer):
         if checkpoint is not None:
             state = json.loads((checkpoint / STATE_FILE).read_text())
             steps, best = state["global_step"], state.get("best_model_checkpoint")
+            self.record = RunRecord.from_state(state, steps)
             if steps >= self.args.max_steps:  # finished; the Trainer would take one step more
                 load_own_state(self.step_module.student, folder / Path(best).name if best else checkpoint)
                 if (folder / METRICS_FILE).is_file():
-                    return json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
+                    return read_json(folder / METRICS_FILE)
                 # it was killed between its last checkpoint and its metrics
-                return {**best_of(state["log_history"], best), "log": state["log_history"]}
+                summary = self.record.summary(self.step_module.weights, steps)
+                return {
+                    **summary,
+                    "total_flos": state["total_flos"],
+                    "skipped_steps": self.bad_steps,
+                    **best_of(state["log_history"], best),
+                    "log": state["log_history"],
+                }
             self.check_engine_of(checkpoint)
-            self.start_batch, self._term_steps = steps * self.args.gradient_accumulation_steps, steps
+            self.start_batch = steps * self.args.gradient_accumulation_steps
+            self.bad_since_log = self.record.bad
+            self._term_sums = {
+                name: torch.tensor(total, device=self.args.device) for name, total in self.record.sums.items()
+            }
             if (checkpoint / PLACE_FILE).is_file():
                 self.place = json.loads((checkpoint / PLACE_FILE).read_text(encoding="utf-8"))
         if self.args.should_save:
             rewind_log(folder, steps)
+        self._part_start = time.perf_counter()
         with self.stop:
             output = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             self.conclude()
@@ -300,8 +363,6 @@ def training_arguments(
     optim: OptimSettings, folder: Path, steps: int, validate_steps: int | None, engine: Engine = "one"
 ) -> TrainingArguments:
     """Map `OptimSettings` to `TrainingArguments`."""
-    if optim.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device='cuda': no CUDA device is visible; see `mtllm doctor`")
     report: str | list[str] = "none"
     if optim.report_to == "auto":
         from importlib.util import find_spec
@@ -349,6 +410,14 @@ def training_arguments(
     )
 
 
+def length(rows: Any) -> int | None:
+    """How many rows there are, None for a stream."""
+    try:
+        return len(rows)
+    except TypeError:
+        return None
+
+
 def run_stage(
     step: TrainStep,
     rows: Iterable[TextRow] | TokenStore,
@@ -357,16 +426,21 @@ def run_stage(
     *,
     sides: tuple[str, ...],
     align: bool = False,
+    over_variance: bool = False,
     validate: Callable[[], dict[str, float]] | None = None,
     watch: Watch | None = None,
+    shuffle: int = 0,
 ) -> dict[str, Any]:
     """Pack `rows`, train `step` on them, and return the run's metrics with what the data held.
 
     Args:
         rows: re-iterable texts. sides: which tokenizations the step needs. align: also the aligned row pairs.
+        over_variance: divide the MSE terms of `step.loss` by the variance of the teacher's states, measured on the
+            first packs before the first step, kept in the run's folder and read from there when it is continued.
         validate: scores on English validation data, asked once per epoch (in a shorter run, at its end); the best
             checkpoint is kept.
         watch: scores to log while training, in any language; they choose nothing.
+        shuffle: the shuffle buffer where `optim` names none.
     """
     tokenizer = step.student.tokenizer
     if tokenizer is None:
@@ -382,20 +456,61 @@ def run_stage(
         sides=sides,
         align=align,
         lookahead=optim.lookahead,
-        shuffle_buffer=optim.shuffle_buffer,
+        shuffle_buffer=shuffle if optim.shuffle_buffer is None else optim.shuffle_buffer,
         seed=optim.seed,
     )
     # what is wrong with the first rows is said before anything is written
     if next(iter(dataset), None) is None:
         raise ValueError("the training data holds no usable row")
+    if optim.max_steps == 0:
+        run.start()
+        return untrained(step, optim, validate)
     steps, per_epoch = optim.max_steps, None
+    rows_per_epoch = length(rows)
     if steps == -1 or validate is not None:
-        packs = PackedLoader(dataset, num_workers=optim.workers).count()  # shuffling moves it little
+        loader = PackedLoader(dataset, num_workers=optim.workers)
+        packs = loader.count()  # shuffling moves it little
+        rows_per_epoch = loader.counted_rows
         per_epoch = max(math.ceil(packs / (optim.gradient_accumulation * processes())), 1)
         steps = per_epoch * optim.epochs if steps == -1 else steps
         per_epoch = min(per_epoch, steps)  # a run of less than an epoch is validated too
     trainer = PackedTrainer(
-        step, dataset, optim, run.folder, steps=steps, validate=validate, validate_steps=per_epoch, watch=watch
+        step,
+        dataset,
+        optim,
+        run.folder,
+        steps=steps,
+        validate=validate,
+        validate_steps=per_epoch,
+        rows_per_epoch=rows_per_epoch,
+        watch=watch,
     )
+    measured = recorded_variance(run.folder) if over_variance else None
+    if over_variance and measured is None:
+        measured = measure_variance(step, dataset, bf16=optim.bf16)
     run.start()
-    return trainer.run(run.resume)
+    trainer.extended = bool(run.extended)
+    try:
+        return _trained(trainer, run, measured)
+    except BaseException:
+        run.release()
+        raise
+
+
+def _trained(trainer: PackedTrainer, run: RunFolder, measured: dict[str, float] | None) -> dict[str, Any]:
+    if measured is None:
+        return trainer.run(run.resume)
+    if trainer.args.should_save:
+        write_json(run.folder / VARIANCE_FILE, measured)
+    trainer.step_module.loss.variance = measured
+    return {**trainer.run(run.resume), "teacher_variance": measured}
+
+
+def untrained(step: TrainStep, optim: OptimSettings, validate: Callable[[], dict[str, float]] | None) -> dict[str, Any]:
+    """Metrics of a run of 0 steps, whose model is saved as it starts: its English validation score, if there is one."""
+    if validate is None:
+        return {"train_runtime": 0.0}
+    if on_gpu(optim):
+        step.student.to("cuda")
+    step.eval()
+    return {"train_runtime": 0.0, "best_step": 0, "best_eval_accuracy": validate()["accuracy"]}

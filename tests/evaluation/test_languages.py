@@ -41,3 +41,20 @@ def test_unknown_codes_are_said_to_be_unknown():
     assert describe("xyz_Cyrl") == Language("xyz_Cyrl", "xyz_Cyrl", UNKNOWN, "Cyrillic", UNKNOWN)
     assert describe("my-dialect") == Language("my-dialect", "my-dialect", UNKNOWN, UNKNOWN, UNKNOWN)
     assert describe("my-dialect", "xyz_Taml").script == "Tamil"
+
+
+def test_two_letter_codes_suggest_their_language_first():
+    from mtllm_fast.evaluation.languages import _table
+    from mtllm_fast.evaluation.tasks import nearest
+
+    known = {row["code"] for row in _table().values() if "_" in row["code"]}
+    for code, first in {
+        "en": "eng_Latn",
+        "es": "spa_Latn",
+        "et": "est_Latn",
+        "sw": "swh_Latn",
+        "ja": "jpn_Jpan",
+    }.items():
+        assert nearest(code, known).split(", ")[0] == first, code
+    assert nearest("zh", known).startswith("zho_Hans, zho_Hant")
+    assert nearest("swh_Lat", known).startswith("swh_Latn")

@@ -281,3 +281,49 @@ def test_packs_of_about_equal_size() -> None:
     assert max(sizes) <= 300
     assert len(sizes) == -(-sum(lengths) // 300)
     assert min(sizes) > 0.85 * max(sizes)
+
+
+def test_classify_texts(encoder_folder, llm_folder, tmp_path) -> None:
+    """Names and probabilities of texts from a generator are those of the head by hand; a bad text loses only itself."""
+    head = HeadConfig(labels=("news", "sport", "other"))
+    model = MTLLM.stack(encoder_folder, llm_folder, head=head, dtype=torch.float32).eval()
+    with torch.no_grad():
+        model.head.linear.weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(tmp_path)
+    engine = Engine(str(tmp_path), window=2)
+    assert isinstance(engine.model, MTLLM)
+    found = engine.classify((line for line in LINES), "eng_Latn")
+    assert found.classes == head.labels
+    vectors = torch.from_numpy(engine.encode(LINES))
+    logits = (vectors @ model.head.linear.weight.T).detach()
+    assert model.head.linear.bias is None
+    assert_matches(torch.from_numpy(found.probabilities), torch.softmax(logits, -1), 1e-5)
+    assert found.labels == [head.labels[k] for k in logits.argmax(1)]
+    texts = [LINES[0], " ", LINES[1], None]
+    some = engine.classify(texts, ["eng_Latn"] * 4, on_bad_text="nan")
+    assert some.labels == [found.labels[0], None, found.labels[1], None]
+    assert np.isnan(some.probabilities[[1, 3]]).all()
+    assert_matches(torch.from_numpy(some.probabilities[[0, 2]]), torch.from_numpy(found.probabilities[:2]), 1e-5)
+    encoded = engine.encode(texts, on_bad_text="nan")
+    assert np.isnan(encoded[[1, 3]]).all()
+    assert_matches(torch.from_numpy(encoded[[0, 2]]), vectors[:2], 1e-5)
+    assert np.isnan(engine.encode(["", " "], on_bad_text="nan")).all()
+    with pytest.raises(ValueError, match=r"texts\[1\] is empty"):
+        engine.classify(texts, "eng_Latn")
+    with pytest.raises(TypeError, match=r"texts\[1\] is NoneType"):
+        engine.encode([LINES[0], None])
+    with pytest.raises(TypeError, match="languages is missing"):
+        engine.classify(LINES)
+    with pytest.raises(ValueError, match="on_bad_text='skip'"):
+        engine.encode(LINES, on_bad_text="skip")
+    with pytest.raises(ValueError, match=r"no such folder|no config"):
+        Engine(str(tmp_path / "absent"))
+
+
+def test_what_neighbours_call_a_model(stack, capsys, tmp_path) -> None:
+    assert stack.device == torch.device("cpu") and stack.dtype == torch.float32
+    assert stack.num_parameters() == sum(p.numel() for p in stack.parameters())
+    trainable = sum(p.numel() for p in stack.parameters() if p.requires_grad)
+    assert 0 < stack.num_parameters(only_trainable=True) == trainable < stack.num_parameters()
+    stack.print_trainable_parameters()
+    assert f"trainable params: {trainable:,d} || all params: " in capsys.readouterr().out

@@ -6,14 +6,12 @@ The interpreter truncates fp32 to bf16 where hardware rounds, which doubles that
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from mtllm_fast.kernels import linear_kl_launch as launch
 from mtllm_fast.kernels.tiles import LinearKLTiles, RowTile
 
-from tests.kernels.linear_kl_cases import LIMITS, check, make_case
+from tests.kernels.linear_kl_cases import LIMITS, check, large_case, make_case
 
 TILES = LinearKLTiles(4, RowTile(64, 1), RowTile(128, 1), RowTile(16, 1))
 WIDE = {torch.bfloat16: 2.0}
@@ -199,9 +197,64 @@ def test_row_kernel_by_itself_in_fp32():
     value, grad = torch.full((3,), torch.nan), torch.full((3, padded), torch.nan)
     kl_rows[(3,)](
         z_s, z_t, grad, value, value, value, value, padded, padded, padded, vocab, padded,
-        1.0, 0.0, 2.0, 0.5, math.log(0.5), math.log(0.5), 1.0,
+        1.0, 0.0, 2.0, 0.5, 1.0,
         DIVERGENCE="forward", HAS_BIAS_S=False, HAS_BIAS_T=False, HAS_WEIGHT=False, HAS_SOFTCAP=False, NEED_GRAD=True,
         BARRIER=False, BLOCK_V=64,
     )  # fmt: skip
     check(value, 2 * (log_t.exp() * (log_t - log_s)).sum(-1), 1e-6)
     check(grad[:, :vocab], log_s.exp() - log_t.exp(), 1e-6)
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("kind", ["ties", "signs", "below", "low", "near"])
+def test_large_logits(kind, divergence):
+    case = large_case(kind, pairs=6, divergence=divergence, beta=0.3)
+    got, exact = difference(case), case.exact()
+    limit = 7e-5 if kind == "low" else 1e-5
+    for key in ("dh", "dw"):
+        check(got[key] * 0.5, exact[key], limit)
+    check(got["values"], exact["values"], 2e-3 if kind == "near" else limit)
+
+
+@pytest.mark.parametrize("kind", ["ties", "signs", "below", "low"])
+def test_moments_at_large_logits(kind):
+    case = large_case(kind, pairs=6)
+    tau = case.options.get("temperature", 1.0)
+    log_p = (case.h_t.double() / tau).log_softmax(-1)
+    m = launch.teacher_moments_triton(case.h_t, case.w_s, None, None, None, None, tau, 0.0, tiles=TILES)
+    check(m[0], log_p.exp(), 7e-5 if kind == "low" else 1e-5)
+    check(m[1], -(log_p.exp() * log_p).sum(-1), 7e-5 if kind == "low" else 1e-5)
+    _, _, dh = launch.moment_step_triton(
+        case.h_s, case.w_s, None, *m, None, None, None, -1, tau, tau**2, True, tiles=TILES
+    )
+    check(dh * 0.5, case.exact()["dh"], 7e-5 if kind == "low" else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_named_twice_are_added_in_fp32(dtype):
+    case = small(dtype, pairs=100, vocab=40, noise=1.0)
+    case.options |= {"rows_s": torch.zeros(100, dtype=torch.int64), "rows_t": torch.arange(100)}
+    exact, limit = case.exact()["dh"][:1], LIMITS[dtype] * WIDE.get(dtype, 1.0)
+    check(difference(case)["dh"][:1] * 0.5, exact, limit)
+    m = launch.teacher_moments_triton(case.h_t, case.w_s, None, None, None, None, 1.0, 0.0, tiles=TILES)
+    rows = (case.options["rows_s"], case.options["rows_t"], None, -1)
+    dh = launch.moment_step_triton(case.h_s, case.w_s, None, *m, *rows, 1.0, 1.0, True, tiles=TILES)[2]
+    check(dh[:1] * 0.5, exact, limit)
+
+
+def test_small_weights_in_fp16_are_kept_for_loss_scaling():
+    case = small(torch.float16, bias=True)
+    exact = case.exact()
+    case.options["row_weight"] = torch.full((6,), 1e-8)
+    got = difference(case)
+    assert got["dh"].dtype == got["dw"].dtype == torch.float32
+    for key in ("dh", "dw", "db"):
+        check(got[key] * 0.5e8, exact[key], LIMITS[torch.float16])
+    m = launch.teacher_moments_triton(
+        case.h_t, case.w_s, None, case.options["bias_s"], case.options["bias_s"], None, 1.0, 0.0, tiles=TILES
+    )
+    rows = (None, None, case.options["row_weight"], -1)
+    dh = launch.moment_step_triton(case.h_s, case.w_s, case.options["bias_s"], *m, *rows, 1.0, 1.0, True, tiles=TILES)[
+        2
+    ]
+    check(dh * 0.5e8, exact["dh"], 2 * LIMITS[torch.float16])

@@ -119,3 +119,27 @@ def make_case(
         options["row_weight"] = weight
     tensors = [x if x is None else x.to(dtype) for x in (h_s, w_s, h_t, w_t)]
     return Case(*tensors, options)
+
+
+def large_case(
+    kind: str, dtype: torch.dtype = torch.float32, *, pairs: int = 40, vocab: int = 64, **options: Any
+) -> Case:
+    """Logits in the hundreds and thousands that are exact in fp32: the head is the identity.
+
+    "ties" N(0, 300) with a dozen entries around 1,500 that decide; "signs" ±1e4; "below" all around -1e4; "low" a
+    temperature of 1/50 and logits of about 30; "near" as "ties" with a teacher that is almost the student.
+    """
+    g = torch.Generator().manual_seed(4)
+    z_s, z_t = (300.0 * torch.randn(pairs, vocab, generator=g) for _ in range(2))
+    if kind == "signs":
+        z_s, z_t = z_s.sign() * 1e4, z_t.sign() * 1e4
+    elif kind == "below":
+        z_s, z_t = -1e4 + z_s / 300, -1e4 + z_t / 300
+    else:
+        for z in (z_s, z_t):
+            z[:, 20:32] = 1500.0 + torch.randn(pairs, 12, generator=g)
+    if kind == "low":
+        z_s, z_t, options = z_s / 50, z_t / 50, {"temperature": 0.02, **options}
+    if kind == "near":
+        z_t = z_s + 0.05 * torch.randn(pairs, vocab, generator=g)
+    return Case(z_s.to(dtype), torch.eye(vocab).to(dtype), z_t.to(dtype), None, options)

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from mtllm_fast.kernels import LinearKL, linear_kl, teacher_moments
@@ -15,6 +9,7 @@ from mtllm_fast.kernels import linear_kl_ops as ops
 from torch.utils.checkpoint import checkpoint
 
 from tests.kernels.linear_kl_cases import check, make_case
+from tests.kernels.two_processes import run_two_processes
 
 
 def test_opcheck():
@@ -30,7 +25,9 @@ def test_opcheck():
         torch.library.opcheck(ops.moments_of, teacher)
         cached = ops.moments_of(*teacher)
         torch.library.opcheck(ops.moment_step, (h_s, head, bias, *cached, *rows, 2.0, 4.0, True))
-    torch.library.opcheck(ops.scale_gradient, (torch.randn(3, 2, dtype=torch.bfloat16), torch.tensor(0.3)))
+    torch.library.opcheck(
+        ops.scale_gradient, (torch.randn(3, 2, dtype=torch.bfloat16), torch.tensor(0.3), torch.float16)
+    )
 
 
 @pytest.mark.parametrize("form", ["difference", "moments"])
@@ -86,7 +83,7 @@ def test_a_second_derivative_raises():
     (h_s, w_s, h_t, _), _ = make_case().arguments()
     total = linear_kl(h_s, w_s.detach(), h_t)[0] ** 2
     (grad,) = torch.autograd.grad(total, h_s, create_graph=True)
-    with pytest.raises(RuntimeError, match="scale_gradient"):
+    with pytest.raises(RuntimeError, match=r"linear_kl.* has no second derivative"):
         grad.sum().backward()
 
 
@@ -101,7 +98,6 @@ def test_teacher_gets_no_gradient():
 
 
 WORKER = """
-import sys
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -138,15 +134,6 @@ for wrap in ("ddp", "fsdp2"):
     for (name, p), q in zip(model.named_parameters(), whole.parameters()):
         grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
         torch.testing.assert_close(grad, q.grad, rtol=1e-4, atol=1e-7, msg=f"{wrap} {name}")
-# A sharded head outside any wrapped forward reaches the loss as a DTensor.
-model = build()
-fully_shard(model)
-total, count = LinearKL()(x[mine], model.head.weight, teacher[mine], bias_s=model.head.bias)
-total.backward()
-grad = model.head.weight.grad.full_tensor()
-dense = build()
-LinearKL()(x, dense.head.weight, teacher, bias_s=dense.head.bias)[0].backward()
-assert grad.abs().sum() > 0
 print("rank", rank, "ok")
 with ends_process():
     pass
@@ -154,34 +141,7 @@ with ends_process():
 
 
 def test_ddp_and_fsdp2_give_the_gradient_of_the_whole_batch(tmp_path):
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-    }
-    root = Path(__file__).resolve().parents[2]
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(script)],
-            env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=root,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for rank, worker in enumerate(workers):
-        output, _ = worker.communicate(timeout=120)
-        assert worker.returncode == 0, output
-        assert f"rank {rank} ok" in output
+    run_two_processes(tmp_path, WORKER)
 
 
 def test_module_has_no_state():

@@ -164,8 +164,11 @@ def test_random_packs(part):
 CU = torch.tensor([0, 3, 8], dtype=torch.int32)
 BAD = {
     "x must have shape": {"x": torch.randn(8)},
+    r"x must have shape .* with E >= 1, got \(8, 0\)": {"x": torch.randn(8, 0), "weight": torch.randn(5, 0)},
+    r"x must have shape .* with E >= 1, got \(2, 4, 0\)": {"x": torch.randn(2, 4, 0), "rows": torch.arange(3)},
+    r"weight must have shape \(out, 6\) with out >= 1": {"weight": torch.randn(0, 6)},
     "rows is None, but x is padded": {"x": torch.randn(2, 4, 6)},
-    r"weight must have shape \(out, 6\)": {"weight": torch.randn(5, 7)},
+    r"weight must have shape \(out, 6\) with out >= 1, got \(5, 7\)": {"weight": torch.randn(5, 7)},
     r"bias must have shape \(5,\)": {"bias": torch.randn(6)},
     "rows must hold int32 or int64": {"rows": torch.ones(3)},
     "hidden_bias is given": {"hidden_bias": torch.randn(3)},

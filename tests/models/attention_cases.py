@@ -96,7 +96,9 @@ def check(
         assert mine_.dtype == dtype, name
         expected = expected.detach()
         if float(expected.abs().max()) < 1e-12:  # rows that see only themselves have no gradient of q and k
-            assert float(mine_.detach().abs().max()) < 1e-2, name
+            # in float64 it is zero; what plain torch leaves in `dtype` is rounding
+            scale = float(probe.abs().max() * max(x.abs().max() for x in tensors) ** 2)
+            assert float(mine_.detach().abs().max()) <= 8 * torch.finfo(dtype).eps * scale, name
             continue
         allowed = 3 * relative_error(plain_, expected) + slack
         assert_matches(mine_.double(), expected, allowed)

@@ -135,6 +135,54 @@ def test_the_comparison_notices(features, wrong) -> None:
         check(attend, packed(LENGTHS["edges"]), features)
 
 
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+def test_windows_about_as_long_as_a_sequence(backend, causal) -> None:
+    """A window of length - 1 still hides the first row from the last (causal); one of the length hides nothing."""
+    for lengths in ((12,), (12, 11, 5, 12), (3, 2, 1)):
+        batch = packed(lengths)
+        q, k, v = (x.float() for x in inputs(batch, Features())[0])
+        for window in sorted({max(n + d, 1) for n in lengths for d in (-2, -1, 0, 1)}):
+            out = attention(q, k, v, AttentionPlan(batch, causal, backend), window=window)
+            expected = reference(q.double(), k.double(), v.double(), lengths, causal=causal, scale=0.25, window=window)
+            assert_matches(out.double(), expected, 1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+def test_exclusive_windows_count_the_row_itself_both_ways(backend, causal) -> None:
+    batch = packed((12, 5, 1))
+    q, k, v = (x.float() for x in inputs(batch, Features())[0])
+    for window in (1, 2, 6):
+        out = attention(q, k, v, AttentionPlan(batch, causal, backend, exclusive=True), window=window)
+        pieces = []
+        for q_s, k_s, v_s in zip(*(x.split(batch.lengths) for x in (q, k, v))):  # Gemma 3: |i - j| < w
+            apart = torch.arange(len(q_s))[:, None] - torch.arange(len(q_s))
+            hidden = (apart < 0) | (apart >= window) if causal else apart.abs() >= window
+            scores = (torch.einsum("ihd,jhd->hij", q_s, k_s) / 4).masked_fill(hidden, -torch.inf)
+            pieces.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), v_s))
+        assert_matches(out, torch.cat(pieces), 1e-5)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+def test_layers_of_one_plan_keep_their_own_caps_and_windows(backend) -> None:
+    """What one layer leaves in the plan is not taken for a layer with another soft-cap or window."""
+    batch = packed((12, 5, 9))
+    plan = AttentionPlan(batch, True, backend)
+    q, k, v = (x.float() for x in inputs(batch, Features())[0])
+    seen = []
+    for softcap, window in ((2.0, None), (5.0, None), (None, 4), (5.0, 4), (2.0, 3), (None, None), (2.0, None)):
+        out = attention(q, k, v, plan, softcap=softcap, window=window)
+        expected = reference(
+            *(x.double() for x in (q, k, v)), batch.lengths, causal=True, scale=0.25, window=window, softcap=softcap
+        )
+        assert_matches(out.double(), expected, 1e-5)
+        seen.append(out)
+    assert torch.equal(seen[-1], seen[0])
+    for one in range(len(seen) - 1):  # control: they are all different
+        assert all(relative_error(seen[one], other) > 1e-3 for other in seen[:one])
+
+
 def test_buckets_leave_ordered_rows_where_they_are() -> None:
     cpu = torch.device("cpu")
     assert make_buckets((4, 4, 4), cpu).rows is None

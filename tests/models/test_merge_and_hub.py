@@ -160,3 +160,20 @@ def test_a_hub_that_refuses(hub, adapted, tmp_path, capsys) -> None:
         cli.main(["convert", "--model", str(tmp_path / "run"), "--push-to-hub", "mine"])
     error = capsys.readouterr().err
     assert "--push-to-hub mine: 403 Forbidden; the model is complete in" in error
+
+
+@pytest.mark.parametrize("reader", ["encoder", "llm"])
+def test_a_bare_model_as_a_reader(reader, encoder_folder, llm_folder, tmp_path) -> None:
+    """Its pooled states are the model's own, for a probe to read."""
+    folder = {"encoder": encoder_folder, "llm": llm_folder}[reader]
+    cli.main(["convert", "--model", folder, "--from", reader, "--output", str(tmp_path / "reader")])
+    model = MTLLM.from_pretrained(tmp_path / "reader")
+    assert (model.config.reader, model.config.head, model.config.adapters) == (reader, None, {})
+    batch = collate([TextRow(line) for line in LINES], model.tokenizer, sides=(model.side,), align=False)
+    packed = getattr(batch, model.side)
+    with torch.no_grad():
+        pooled = model(packed).pooled
+        bare = MTLLM.stack(reader=reader, **{reader: folder}).eval()
+        assert torch.equal(pooled, bare(packed).pooled)
+    assert (tmp_path / "reader" / "config.json").stat().st_size < 10_000
+    assert not (tmp_path / "reader" / reader).exists(), "the base model is named, not copied"

@@ -144,6 +144,82 @@ def test_encoder_positions_beyond_the_table() -> None:
     assert_matches(PackedEncoder(fresh)(batch), expected, TOLERANCE)
 
 
+def _fresh_encoder(positions: int, attention: str | None = None) -> nn.Module:
+    torch.manual_seed(0)
+    config = m2m100_config(max_position_embeddings=positions, attn_implementation=attention)
+    return transformers.M2M100Model(config).eval().encoder
+
+
+@pytest.mark.parametrize("length", range(13, 20))
+def test_encoder_positions_about_the_end_of_the_table(length: int) -> None:
+    """A table for 16 tokens has 18 rows, and position p sits at row p + 2: the last one is read, and none after it."""
+    batch = PackedBatch.from_sequences([list(range(4, 4 + length)), [5, 6]])
+    ids, mask = batch.to_padded(1)
+    with torch.no_grad():
+        expected = _fresh_encoder(16, "eager")(input_ids=ids, attention_mask=mask).last_hidden_state
+        assert_matches(PackedEncoder(_fresh_encoder(16))(batch), batch.unpad_states(expected), TOLERANCE)
+
+
+SCALED = {
+    "dynamic": (transformers.LlamaConfig, {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 100.0}),
+    "dynamic qwen": (transformers.Qwen3Config, {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}),
+    "longrope": (
+        transformers.Phi3Config,
+        {
+            "rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4,
+            "original_max_position_embeddings": 16, "factor": 4.0,
+        },
+    ),
+    "by layer type": (
+        transformers.Gemma3TextConfig,
+        {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 100.0},
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", list(SCALED))
+def test_scaled_positions_do_not_depend_on_pack_mates(key: str) -> None:
+    """Up to the limit a text has the states that transformers gives it alone; above it a pack is refused."""
+    config_class, rope = SCALED[key]
+    longest = 64 if key == "longrope" else 16
+    settings = {**COMMON, "max_position_embeddings": longest, "rope_parameters": rope, "pad_token_id": 0}
+    torch.manual_seed(0)
+    if key == "longrope":
+        settings["original_max_position_embeddings"] = 16
+    if key == "by layer type":
+        settings["layer_types"] = ["sliding_attention", "full_attention"]
+    config = config_class(**settings, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4.0)
+    texts = [list(range(4, 20)), [30, 31, 32], list(range(10, 21))]
+    with torch.no_grad():
+        decoder = model.get_decoder()
+        alone = torch.cat([decoder(input_ids=torch.tensor([text])).last_hidden_state[0] for text in texts])
+        together, positions = torch.tensor([[30, 31, 32], [4, 5, 6]]), torch.tensor([[0, 1, 2], [37, 38, 39]])
+        beside = decoder(input_ids=together, position_ids=positions)
+        moved = (beside.last_hidden_state[0] - alone[16:19]).abs().max() / alone.abs().max()
+        assert float(moved) > 1e-4  # control: one large position of a call changes the others
+        decoder(input_ids=torch.tensor([[5]]))  # "dynamic" forgets
+        llm = PackedLLM(model, causal=True)
+        assert_matches(llm(PackedBatch.from_sequences(texts)), alone, TOLERANCE)
+        with pytest.raises(ValueError, match=r"a text has 17 tokens; .*(dynamic|longrope).* above 16; cut texts to 16"):
+            llm(PackedBatch.from_sequences([*texts, list(range(17))]))
+        assert_matches(llm(PackedBatch.from_sequences(texts)), alone, TOLERANCE)
+
+
+def test_unscaled_positions_have_no_limit() -> None:
+    assert PackedLLM(_make_decoder("llama")).length_limit is None
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 100.0, "original_max_position_embeddings": 16}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**COMMON, rope_parameters=yarn))
+    assert PackedLLM(model).length_limit is None
+
+
 def test_empty_sequences_and_order() -> None:
     """A sequence of length 0 takes no rows, and the others are what they are alone."""
     llm = PackedLLM(_make_decoder("llama"), causal=False)

@@ -35,7 +35,7 @@ def make_scores(languages=9, names=("runs/model|0", "translate-test"), *, seeds=
             }
             runs.append({**run, codes[-1]: Cell.without_rows(NO_MT_CODE)})
         metrics = dict.fromkeys(("to_english", "from_english", "mexa", "cosine", "cka"), 0.25)
-        aligned = [dict.fromkeys(codes[1:-1], metrics)] if alignment and name != "translate-test" else []
+        aligned = [dict.fromkeys(codes[1:-1], metrics)] * seeds if alignment and name != "translate-test" else []
         method = "translate-test" if name == "translate-test" else "task head"
         models.append(ModelCells(name, method, ["a note that both share"], runs, aligned))
     reference = "translate-test" if "translate-test" in names else None

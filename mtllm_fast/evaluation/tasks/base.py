@@ -72,9 +72,26 @@ def canonical_split(split: str) -> str:
     raise ValueError(f"split={split!r}: expected one of {known}")
 
 
+# two-letter codes of ISO 639-1 whose three-letter code does not begin alike, or which begin that of another language
+_ISO_639_1 = {
+    "ar": "arb", "as": "asm", "be": "bel", "bn": "ben", "bs": "bos", "cs": "ces", "da": "dan", "de": "deu", "el": "ell",
+    "en": "eng", "es": "spa", "et": "est", "fa": "pes", "fi": "fin", "fr": "fra", "ga": "gle", "gu": "guj", "ha": "hau",
+    "hi": "hin", "hr": "hrv", "id": "ind", "it": "ita", "ja": "jpn", "ka": "kat", "km": "khm", "ko": "kor", "lv": "lvs",
+    "ms": "zsm", "my": "mya", "ne": "npi", "nl": "nld", "no": "nob", "pl": "pol", "pt": "por", "ro": "ron", "ru": "rus",
+    "sk": "slk", "sl": "slv", "sq": "als", "sr": "srp", "sv": "swe", "sw": "swh", "ta": "tam", "te": "tel", "th": "tha",
+    "tr": "tur", "uk": "ukr", "ur": "urd", "vi": "vie", "zh": "zho",
+}  # fmt: skip
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """The known names nearest to `name`, for error messages."""
+    """The known names nearest to `name`, for error messages; of a two-letter language code ("en") first its own."""
     names = sorted(known)
+    if len(name) == 2:
+        start = _ISO_639_1.get(name.lower(), name.lower())
+        own = [item for item in names if item.lower().startswith(start)]
+        if own and name not in names:
+            others = nearest(name + "_", set(names) - set(own), count)
+            return ", ".join(own[:count]) + (f", {others}" if len(own) < count else "")
     lower = {item.lower(): item for item in names}
     close = [lower[item] for item in difflib.get_close_matches(name.lower(), lower, n=count, cutoff=0.5)]
     return ", ".join(close or names[: 2 * count]) + ("" if close or len(names) <= 2 * count else ", ...")

@@ -11,8 +11,8 @@ transformers.py  the attention name "mtllm_packed" of Hugging Face models
 """
 
 from .choice import BACKENDS, attention, check_backend, choose_backend
-from .contract import AttentionPlan, Backend, Call, reference
-from .transformers import NAME, packed_attention
+from .contract import AttentionPlan, Backend, Call, DistanceBias, reference
+from .transformers import NAME, packed_attention, run_packed
 
 __all__ = [
     "BACKENDS",
@@ -20,9 +20,11 @@ __all__ = [
     "AttentionPlan",
     "Backend",
     "Call",
+    "DistanceBias",
     "attention",
     "check_backend",
     "choose_backend",
     "packed_attention",
     "reference",
+    "run_packed",
 ]

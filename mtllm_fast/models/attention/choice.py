@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .contract import AttentionPlan, Backend, Call
+from .contract import AttentionPlan, Backend, Call, DistanceBias
 from .flash import FlashAttention2, FlashAttention3, FlashAttention4
 from .flex import Flex
 from .sdpa import SDPA
@@ -76,6 +76,7 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
+    bias: DistanceBias | None = None,
 ) -> Tensor:  # (T, H, d_v)
     """Packed attention; the contract is at the head of contract.py.
 
@@ -86,6 +87,7 @@ def attention(
         window: how far a row sees; None is its whole sequence.
         softcap: bound of the scores, None for none.
         dropout: share of the attention weights that is dropped.
+        bias: what is added to the scores, None for nothing.
 
     Raises:
         ValueError: shapes that do not fit, or a backend named in the plan that cannot serve the call.
@@ -99,14 +101,22 @@ def attention(
         raise ValueError(f"q has {q.shape[1]} heads, which is no multiple of the {k.shape[1]} heads of k")
     if q.shape[0] != plan.batch.num_tokens:
         raise ValueError(f"q has {q.shape[0]} rows, the plan's batch has {plan.batch.num_tokens}")
+    if bias is not None and bias.values.shape[1] < 2 * plan.batch.max_seqlen - 1:
+        raise ValueError(
+            f"bias is of {bias.values.shape[1]} distances, the longest sequence, of {plan.batch.max_seqlen} rows, has "
+            f"{2 * plan.batch.max_seqlen - 1}"
+        )
     if window is not None and window < 1:
         raise ValueError(f"window={window}: must be at least 1, or None for no window")
+    if window is not None and plan.exclusive and not plan.causal:
+        window -= 1
     if window is not None and window >= plan.batch.max_seqlen:
         window = None  # it hides nothing in this batch
     if not q.is_meta and torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if q.dtype != k.dtype or q.dtype != v.dtype:
         raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    learns = bias is not None and bias.values.requires_grad
     call = Call(
         device=q.device,
         dtype=q.dtype,
@@ -119,9 +129,10 @@ def attention(
         window=window,
         softcap=softcap,
         dropout=dropout,
-        needs_grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+        needs_grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or learns),
+        bias=bias is not None,
     )
     backend = choose_backend(call, plan.backend)
     if q.shape[0] == 0:
         return q.new_empty(0, q.shape[1], v.shape[2]) + 0 * (q.sum() + k.sum() + v.sum())
-    return backend.attend(q, k, v, plan, call)
+    return backend.attend(q, k, v, plan, call, bias)

@@ -1,6 +1,8 @@
 """The packed attention contract: what a call asks for, what every backend answers, and the plan that they share.
 
-    out[i] = softmax(cap(scale * q[i] @ k[S(i)].T)) @ v[S(i)]      cap(x) = softcap * tanh(x / softcap), or x
+    out[i] = softmax(cap(scale * q[i] @ k[S(i)].T) + bias) @ v[S(i)]      cap(x) = softcap * tanh(x / softcap), or x
+
+The bias, where there is one, is a number per head and distance j - i.
 
 S(i) are the rows of i's own sequence that i sees, by their distance i - j:
 
@@ -8,7 +10,8 @@ S(i) are the rows of i's own sequence that i sees, by their distance i - j:
     None       0 <= i - j          all
     w          0 <= i - j < w      |i - j| <= w
 
-Hugging Face's convention: looking back the window counts the row itself, looking both ways it does not.
+Hugging Face's convention: looking back the window counts the row itself, looking both ways it does not. Models whose
+windows count it both ways (Gemma 3) say so in the plan (`exclusive`), and their w is one less here.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ class Call:
     softcap: float | None = None
     dropout: float = 0.0
     needs_grad: bool = False
+    bias: bool = False
 
     @property
     def groups(self) -> int:
@@ -63,10 +67,28 @@ class Call:
             parts.append(f"window {self.window}")
         if self.softcap is not None:
             parts.append(f"soft-cap {self.softcap:g}")
+        if self.bias:
+            parts.append("bias by distance")
         if self.dropout:
             parts.append(f"dropout {self.dropout:g}")
         parts.append("with gradients" if self.needs_grad else "no gradients")
         return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class DistanceBias:
+    """What is added to the scores, by the distance j - i from a row to the one that it sees.
+
+    Args:
+        values: (H, 2 n - 1), of the distances 1 - n to n - 1; n is at least the length of the longest sequence.
+    """
+
+    values: Tensor
+
+    def square(self, length: int) -> Tensor:
+        """(H, length, length), of rows i and the rows j that they see."""
+        steps = torch.arange(length, device=self.values.device)
+        return self.values[:, steps - steps[:, None] + self.values.shape[1] // 2]
 
 
 @dataclass
@@ -77,11 +99,13 @@ class AttentionPlan:
         batch: the packed batch.
         causal: rows see only themselves and earlier rows of their sequence.
         backend: a name of `BACKENDS` or "flash_attn", or None to choose by the call.
+        exclusive: the model's windows that look both ways mean |i - j| < w (Gemma 3) and not |i - j| <= w.
     """
 
     batch: PackedBatch
     causal: bool
     backend: str | None = None
+    exclusive: bool = False
     _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def cached(self, key: Hashable, make: Callable[[], Made]) -> Made:
@@ -127,6 +151,7 @@ class Backend(ABC):
         v: Tensor,  # (T, H_kv, d_v)
         plan: AttentionPlan,
         call: Call,
+        bias: DistanceBias | None = None,
     ) -> Tensor:  # (T, H, d_v)
         """The attention of a call that `refusal` passed; T >= 1."""
 
@@ -153,6 +178,8 @@ def cuda_missing(
 
 def half_cannot(call: Call, largest_head: int) -> str | None:
     """The limits that FlashAttention kernels share."""
+    if call.bias:
+        return "takes no bias of the scores"
     if call.dtype not in (torch.float16, torch.bfloat16):
         return f"takes float16 and bfloat16, not {str(call.dtype).removeprefix('torch.')}"
     if call.head_dim > largest_head:
@@ -172,6 +199,7 @@ def reference(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    bias: DistanceBias | None = None,
 ) -> Tensor:  # (T, H, d_v)
     """The contract in plain torch, one sequence after another, in the dtype of its inputs."""
     groups = q.shape[1] // k.shape[1]
@@ -182,6 +210,8 @@ def reference(
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         steps = torch.arange(len(q_s), device=q.device)
+        if bias is not None:
+            scores = scores + bias.square(len(q_s)).to(scores.dtype)
         scores = scores.masked_fill(~visible(steps[:, None] - steps, causal, window), -torch.inf)
         parts.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), v_s))
     return torch.cat(parts)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contract import AttentionPlan, Backend, Call, cuda_missing, half_cannot
+from .contract import AttentionPlan, Backend, Call, DistanceBias, cuda_missing, half_cannot
 
 
 def load(module: str, pip: str) -> tuple[Callable[..., Any] | None, str | None]:
@@ -49,7 +49,9 @@ class _FlashPackage(Backend):
         """Keyword arguments beyond those that all generations share."""
         return {}
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, call: Call) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, call: Call, bias: DistanceBias | None = None
+    ) -> Tensor:
         function, reason = load(self.module, self.pip)
         assert function is not None, reason
         left, right = (self.no_limit if side is None else side for side in call.sides)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .contract import AttentionPlan, Backend, Call, visible
+from .contract import AttentionPlan, Backend, Call, DistanceBias, visible
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -90,6 +90,16 @@ def make_cap(softcap: Tensor) -> Callable[..., Tensor]:
     return score_mod
 
 
+def make_bias(values: Tensor) -> Callable[..., Tensor]:
+    """The score modification that adds `values` (H, 2 n - 1) by distance; distances between sequences are masked."""
+    middle = torch.tensor(values.shape[1] // 2, device=values.device)
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score + values[h, (j - i).clamp(-middle, middle) + middle]
+
+    return score_mod
+
+
 class Flex(Backend):
     name = "flex"
     about = "FlexAttention, compiled on CUDA, unfused on the CPU; only where it is named"
@@ -105,18 +115,24 @@ class Flex(Backend):
     def cannot(self, call: Call) -> str | None:
         if call.dropout:
             return "has no dropout"
+        if call.bias and (call.softcap is not None or call.needs_grad):
+            return "takes no bias with gradients or a soft-cap"
         if call.device.type == "cpu":
             return "has no backward pass on the CPU" if call.needs_grad else None
         if call.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return f"takes float32, float16 and bfloat16, not {str(call.dtype).removeprefix('torch.')}"
         return f"takes heads of at least 16, not {min(call.head_dim, call.value_dim)}" if call.head_dim < 16 else None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, call: Call) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, call: Call, bias: DistanceBias | None = None
+    ) -> Tensor:
         mask = plan.cached(("flex", call.window), lambda: make_block_mask(plan, call.window))
         cap = None
         if call.softcap is not None:
             bound = torch.tensor(call.softcap, device=q.device)
             cap = plan.cached(("flex cap", call.softcap), lambda: make_cap(bound))
+        if bias is not None:
+            cap = make_bias(bias.values.detach().to(q.dtype))
         if not call.needs_grad:
             q, k, v = q.detach(), k.detach(), v.detach()
         out = _flex_attention(q.device.type == "cuda")(

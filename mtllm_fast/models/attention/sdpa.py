@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contract import AttentionPlan, Backend, Call, visible
+from .contract import AttentionPlan, Backend, Call, DistanceBias, visible
 
 # A bucket may hold sequences down to this share of its longest one (less padding against fewer kernel calls).
 _BUCKET_SHARE = 0.85
@@ -83,6 +83,14 @@ def block_mask(length: int, valid: Tensor | None, call: Call) -> Tensor | None:
     return (mask & valid[:, None, None, :]) | torch.eye(length, dtype=torch.bool, device=mask.device)
 
 
+def biased(bias: DistanceBias, length: int, mask: Tensor | None, call: Call) -> Tensor:
+    """The bias of a block (H, L, L) in the dtype of the call, with the block's mask in it."""
+    square = bias.square(length).to(call.dtype)
+    if mask is None and call.causal:
+        mask = torch.ones(length, length, dtype=torch.bool, device=square.device).tril()
+    return square if mask is None else square.masked_fill(~mask, -torch.inf)
+
+
 def _block(q: Tensor, k: Tensor, v: Tensor, shape: tuple[int, int], mask: Tensor | None, call: Call) -> Tensor:
     """(b * L, H, d_v) from the (b * L, ...) rows of a block of `shape` (b, L)."""
     q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in (q, k, v))
@@ -120,9 +128,11 @@ class SDPA(Backend):
         return None
 
     def cannot(self, call: Call) -> str | None:
-        return None
+        return "takes no bias with a soft-cap" if call.bias and call.softcap is not None else None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, call: Call) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, call: Call, bias: DistanceBias | None = None
+    ) -> Tensor:
         in_place = False
         if q.device.type in _CPU:
             runs = plan.cached("sdpa runs", lambda: make_runs(plan.lengths))
@@ -132,6 +142,8 @@ class SDPA(Backend):
             ("sdpa masks", in_place, call.window),
             lambda: [block_mask(shape[1], valid, call) for shape, valid in zip(buckets.shapes, buckets.valid)],
         )
+        if bias is not None:
+            masks = [biased(bias, shape[1], mask, call) for shape, mask in zip(buckets.shapes, masks)]
         if buckets.rows is not None:
             q, k, v = (x.index_select(0, buckets.rows) for x in (q, k, v))
         sizes = [b * length for b, length in buckets.shapes]

@@ -7,12 +7,14 @@ registered once, the model is called with batch size 1 and the keyword `plan=Att
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from .choice import attention
-from .contract import AttentionPlan
+from .contract import AttentionPlan, DistanceBias
 
 NAME = "mtllm_packed"
 
@@ -31,25 +33,48 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
+    position_bias: Tensor | DistanceBias | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:  # (1, T, H, d_v)
     """The function behind the attention name "mtllm_packed".
 
     Raises:
-        ValueError: the model was called without `plan`, needs attention sinks or a position bias, or the plan's
+        ValueError: the model was called without `plan`, needs attention sinks or a position bias that
+            does not go by distance, or the plan's
             backend cannot serve the call.
     """
     if plan is None:
         raise ValueError(
             f"attention {NAME!r} needs plan=AttentionPlan(...): call the model through PackedLLM/PackedEncoder"
         )
-    for name, extra in (("attention sinks (s_aux)", s_aux), ("a position bias", position_bias)):
+    bias = position_bias if isinstance(position_bias, DistanceBias) else None
+    for name, extra in (("attention sinks (s_aux)", s_aux), ("a position bias", None if bias else position_bias)):
         if extra is not None:
             raise ValueError(f"{type(module).__name__} has {name}, which packed attention does not know")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    out = attention(q, k, v, plan, scale=scaling, window=sliding_window, softcap=softcap, dropout=dropout)
+    out = attention(q, k, v, plan, scale=scaling, window=sliding_window, softcap=softcap, dropout=dropout, bias=bias)
     return out[None], None
+
+
+def run_packed(decoder: Any, plan: AttentionPlan, embeds: Tensor | None = None) -> Tensor:
+    """Last hidden states (T, D) of a transformers decoder on the plan's batch.
+
+    Args:
+        decoder: its attention is `NAME`.
+        embeds: (T, D) input embeddings in place of the ids' own.
+    """
+    batch = plan.batch
+    inputs = {"input_ids": batch.input_ids[None]} if embeds is None else {"inputs_embeds": embeds[None]}
+    output = decoder(
+        **inputs,
+        position_ids=batch.positions[None],
+        # a mask that counts as prepared: transformers would otherwise look for packed sequences, and wait for the
+        # device to answer; the plan says where sequences end
+        attention_mask=batch.positions.new_empty(1, 1, 0, 0),
+        use_cache=False,
+        plan=plan,
+    )
+    return output.last_hidden_state[0]
 
 
 def _no_mask(*args: object, **kwargs: object) -> None:

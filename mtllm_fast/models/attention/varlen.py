@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contract import AttentionPlan, Backend, Call, cuda_missing, half_cannot
+from .contract import AttentionPlan, Backend, Call, DistanceBias, cuda_missing, half_cannot
 
 
 @lru_cache(maxsize=1)
@@ -42,7 +42,9 @@ class Varlen(Backend):
             return "has no dropout"
         return half_cannot(call, 256)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, call: Call) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, call: Call, bias: DistanceBias | None = None
+    ) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
         grouped: dict[str, Any] = {}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .contract import AttentionPlan, Backend, Call, cuda_missing
+from .contract import AttentionPlan, Backend, Call, DistanceBias, cuda_missing
 
 if TYPE_CHECKING:
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
@@ -56,6 +56,8 @@ class XFormers(Backend):
             return f"takes float32, float16 and bfloat16, not {dtype}"
         if call.softcap is not None:
             return "has no soft-cap"
+        if call.bias:
+            return "takes no bias of the scores"
         if call.window is not None and not call.causal:
             return "has no window that looks both ways"
         if call.value_dim != call.head_dim:
@@ -71,7 +73,9 @@ class XFormers(Backend):
             return f"has no kernel for {dtype} with head size {call.head_dim} on this GPU"
         return None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, call: Call) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, call: Call, bias: DistanceBias | None = None
+    ) -> Tensor:
         from xformers.ops import memory_efficient_attention
 
         bias = plan.cached(("xformers", call.window), lambda: make_bias(plan, call.window))

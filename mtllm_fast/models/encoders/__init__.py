@@ -1,0 +1,39 @@
+"""Families of MT encoders, one file each.
+
+family.py        what a family declares
+m2m_100.py       NLLB-200, M2M-100
+bert.py          multilingual-E5-small, LaBSE, mBERT
+xlm_roberta.py   XLM-R, multilingual-E5-base and -large
+modernbert.py    mmBERT
+mbart.py         mBART-50
+t5.py            mT5, uMT5, MADLAD-400
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .bert import Bert
+from .family import EncoderFamily
+from .m2m_100 import M2M100
+from .mbart import MBart
+from .modernbert import ModernBert
+from .t5 import T5
+from .xlm_roberta import XLMRoberta
+
+# A new family is one file and one name here.
+FAMILIES: tuple[EncoderFamily, ...] = (M2M100(), Bert(), XLMRoberta(), ModernBert(), MBart(), T5())
+MODEL_TYPES: dict[str, EncoderFamily] = {name: family for family in FAMILIES for name in family.model_types}
+
+
+def family_of(config: Any, name: str | None = None) -> EncoderFamily:
+    """The family of a transformers config, of the model `name`. Raises ValueError, with the families, without one."""
+    found = MODEL_TYPES.get(config.model_type)
+    if found is None:
+        known = "; ".join(f"{', '.join(family.model_types)} ({family.about})" for family in FAMILIES)
+        which = "encoder" if name is None else f"encoder={name!r}"
+        raise ValueError(f"{which}: model type {config.model_type!r} is not supported; supported: {known}")
+    return found
+
+
+__all__ = ["FAMILIES", "MODEL_TYPES", "EncoderFamily", "family_of"]

@@ -1,0 +1,50 @@
+"""BERT: learnt positions from 0, token type 0, post-norm layers, so that no norm follows the last one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...data.pack import PackedBatch
+from ..attention import AttentionPlan
+from .family import EncoderFamily
+
+
+class Bert(EncoderFamily):
+    model_types = ("bert",)
+    about = "multilingual-E5-small, LaBSE, mBERT"
+
+    def encoder_class(self, config: Any) -> Any:
+        from transformers import BertModel
+
+        return BertModel
+
+    def run(self, encoder: Any, batch: PackedBatch, plan: AttentionPlan) -> Tensor:
+        positions = batch.positions + self.first_position(encoder.config)
+        hidden = encoder.embeddings(input_ids=batch.input_ids[None], position_ids=positions[None])
+        for layer in encoder.encoder.layer:
+            hidden = layer(hidden, None, plan=plan)
+        return hidden[0]
+
+    def first_position(self, config: Any) -> int:
+        """Row of the position table at which a text begins."""
+        return 0
+
+    def layers(self, encoder: Any) -> Any:
+        return encoder.encoder.layer
+
+    def layers_root(self, encoder: Any) -> nn.Module:
+        return encoder.encoder
+
+    def prepare(self, encoder: Any) -> None:
+        encoder.pooler = None  # reads one state that nobody asks for, and adapters would fit its `dense`
+
+    def encoder_of(self, model: Any) -> Any:
+        return getattr(model, model.base_model_prefix, model)
+
+    def load(self, name: str, config: Any, **options: Any) -> Any:
+        return super().load(name, config, add_pooling_layer=False, **options)
+
+    def max_positions(self, config: Any) -> int:
+        return int(config.max_position_embeddings) - self.first_position(config)

@@ -1,0 +1,77 @@
+"""What the library asks of a family of MT encoders."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...data.pack import PackedBatch
+from ..attention import AttentionPlan
+
+
+class EncoderFamily(ABC):
+    """One kind of encoder: how it runs on packed rows, and the figures that the rest of the library needs of it.
+
+    A config is the transformers config of the model, a model what transformers loads, an encoder the part that runs.
+
+    Attributes:
+        model_types: values of `model_type` in the config.json of its models.
+        about: models that people know, for messages and `mtllm doctor`.
+        language_codes: texts begin with a language token, so that its tokenizers must have language codes.
+    """
+
+    model_types: ClassVar[tuple[str, ...]]
+    about: ClassVar[str]
+    language_codes: ClassVar[bool] = False
+
+    @abstractmethod
+    def encoder_class(self, config: Any) -> Any:
+        """The transformers class of the encoder."""
+
+    @abstractmethod
+    def run(self, encoder: Any, batch: PackedBatch, plan: AttentionPlan) -> Tensor:
+        """States (T, E) of the packed tokens before the final norm."""
+
+    @abstractmethod
+    def layers(self, encoder: Any) -> Any:
+        """The encoder's layers, a ModuleList."""
+
+    def final_norm(self, encoder: Any) -> nn.Module | None:
+        """The norm that ends the encoder, LayerNorm or RMSNorm; None where the last layer ends in its own."""
+        return None
+
+    def layers_root(self, encoder: Any) -> nn.Module:
+        """The module whose linear layers "all-linear" adapters mean."""
+        return encoder
+
+    def prepare(self, encoder: Any) -> None:  # noqa: B027 - most need nothing
+        """Make an encoder ready to run packed, in place."""
+
+    def encoder_of(self, model: Any) -> Any:
+        """The encoder inside a model; an encoder is returned as it is."""
+        return model
+
+    def load(self, name: str, config: Any, **options: Any) -> Any:
+        """The encoder of the model in a folder or on the hub; `options` are those of transformers' from_pretrained."""
+        return self.encoder_class(config).from_pretrained(name, config=config, **options)
+
+    def build(self, config: Any, dtype: torch.dtype | None = None) -> Any:
+        """An encoder with random weights, on the device that is the default."""
+        return self.encoder_class(config)._from_config(config, dtype=dtype)
+
+    def width(self, config: Any) -> int:
+        """E, the width of the states."""
+        return int(config.hidden_size)
+
+    def num_layers(self, config: Any) -> int:
+        return int(config.num_hidden_layers)
+
+    def vocab_size(self, config: Any) -> int:
+        return int(config.vocab_size)
+
+    def max_positions(self, config: Any) -> int | None:
+        """Tokens of the longest text that the encoder can read, None where there is no limit."""
+        return None

@@ -1,0 +1,40 @@
+"""mBART: pre-norm layers behind a normed embedding, learnt positions from row 2, a language code in the text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...data.pack import PackedBatch
+from ..attention import AttentionPlan
+from .m2m_100 import SequenceToSequence
+
+
+class MBart(SequenceToSequence):
+    model_types = ("mbart",)
+    about = "mBART-50"
+    language_codes = True
+
+    def encoder_class(self, config: Any) -> Any:
+        from transformers.models.mbart.modeling_mbart import MBartEncoder
+
+        return MBartEncoder
+
+    def run(self, encoder: Any, batch: PackedBatch, plan: AttentionPlan) -> Tensor:
+        table = encoder.embed_positions
+        hidden = encoder.embed_tokens(batch.input_ids) + table.weight[batch.positions + table.offset]
+        hidden = F.dropout(encoder.layernorm_embedding(hidden), encoder.dropout, encoder.training)[None]
+        for layer in encoder.layers:
+            hidden = layer(hidden, None, plan=plan)
+        return hidden[0]
+
+    def layers(self, encoder: Any) -> Any:
+        return encoder.layers
+
+    def final_norm(self, encoder: Any) -> nn.Module:
+        return encoder.layer_norm
+
+    def max_positions(self, config: Any) -> int:
+        return int(config.max_position_embeddings)

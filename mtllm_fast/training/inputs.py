@@ -1,0 +1,80 @@
+"""What a run reads, known by content: it may move with its folder, and may not change before the run is continued."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..data.read import RowStream, TextRow, resolve
+from ..data.store import TokenStore
+
+_WHOLE = 64 * 2**20  # bytes up to which a file is read whole
+_BLOCK, _BLOCKS = 2**18, 256  # of a larger one: evenly spread, first and last among them
+_MODEL_FILES = ("*.safetensors", "config.json", "tokenizer.json", "sentencepiece.bpe.model", "tokenizer.model")
+
+
+def file_digest(path: Path) -> str:
+    """Bytes and SHA-256 of a file; of one above 64 MiB, of 256 blocks spread over it."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= _WHOLE:
+            return f"{size} bytes {hashlib.file_digest(file, 'sha256').hexdigest()}"
+        found = hashlib.sha256()
+        for block in range(_BLOCKS):
+            file.seek((size - _BLOCK) * block // (_BLOCKS - 1))
+            found.update(file.read(_BLOCK))
+    return f"{size} bytes, in parts {found.hexdigest()}"
+
+
+def files_of(source: Any) -> dict[str, str]:
+    """Digest by file name of what a stream of rows or a model folder (its path) reads; {} for names of the hub."""
+    if isinstance(source, RowStream):
+        try:
+            paths = resolve(source.source)
+        except (FileNotFoundError, ValueError):
+            return {}
+        root = Path(source.source)
+        return {path.relative_to(root).as_posix() if root.is_dir() else path.name: file_digest(path) for path in paths}
+    folder = Path(source)
+    if not folder.is_dir():
+        return {}
+    return {path.name: file_digest(path) for pattern in _MODEL_FILES for path in sorted(folder.glob(pattern))}
+
+
+def rows_digest(rows: Iterable[TextRow]) -> str:
+    """Number and SHA-256 of rows that are at hand."""
+    found, count = hashlib.sha256(), 0
+    for row in rows:
+        parts = (row.text, row.language, row.text_pair, row.label, row.choices)
+        found.update(repr(parts).encode("utf-8", "surrogatepass"))
+        count += 1
+    return f"{count} rows {found.hexdigest()}"
+
+
+def identity(source: Any) -> dict[str, str]:
+    """Digests by name of one thing that a run reads: a token store, a stream, a list of rows, a model's folder."""
+    if isinstance(source, TokenStore):
+        paths = [path for path in sorted(source.folder.rglob("*")) if path.is_file()]
+        return {path.relative_to(source.folder).as_posix(): file_digest(path) for path in paths}
+    if isinstance(source, (RowStream, str, Path)):
+        return files_of(source)
+    if isinstance(source, Sequence):
+        return {"": rows_digest(source)}
+    return {}
+
+
+def changed(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
+    """The first difference in words, None where there is none."""
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            return f"{name + ': ' if name else ''}{_said(before.get(name))} then, {_said(now.get(name))} now"
+    return None
+
+
+def _said(digest: str | None) -> str:
+    if digest is None:
+        return "not there"
+    what, _, content = digest.rpartition(" ")
+    return f"{what} ({content[:8]}…)" if what else digest

@@ -1,0 +1,292 @@
+"""The teacher behind a merged student, modes, weights that training changed, weights that are not finite, adapters."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from mtllm_fast import MTLLM, Engine, HeadConfig, LoraSettings, PackedBatch, TextRow
+from mtllm_fast.models.adapters import check_settings
+from mtllm_fast.models.generate import soft_prompts
+from tests.conftest import assert_matches
+from tests.tiny import LINES
+
+SEQUENCES = [[5, 6, 7, 8, 9], [10], [11, 12, 13]]
+
+
+def _stack(encoder_folder: str, llm_folder: str, dtype: torch.dtype = torch.float32, **options) -> MTLLM:
+    torch.manual_seed(2)
+    model = MTLLM.stack(encoder_folder, llm_folder, lora=LoraSettings(r=4), dtype=dtype, **options).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    return model
+
+
+def _bare_states(llm_folder: str, dtype: torch.dtype) -> torch.Tensor:
+    """The causal LLM's states by transformers alone, one text at a time."""
+    decoder = AutoModelForCausalLM.from_pretrained(llm_folder, dtype=dtype, attn_implementation="sdpa").eval().model
+    with torch.no_grad():
+        return torch.cat([decoder(input_ids=torch.tensor([ids])).last_hidden_state[0] for ids in SEQUENCES])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_teacher_behind_a_merged_student(encoder_folder, llm_folder, dtype) -> None:
+    """Other adapters and the bare model run as if nothing were merged, and what is merged stays so, bit for bit."""
+    model = _stack(encoder_folder, llm_folder, dtype, causal=True)
+    batch = PackedBatch.from_sequences(SEQUENCES)
+    bare = model.teacher_states(batch)
+    if dtype == torch.float32:
+        assert_matches(bare, _bare_states(llm_folder, dtype), 1e-5)
+    model.llm.add_adapter(LoraSettings(r=2), "teacher")
+    with torch.no_grad():
+        for name, parameter in model.llm.named_parameters():
+            if "lora_B.teacher" in name:
+                parameter.normal_(0, 0.1)
+    task = model.teacher_states(batch, "teacher")
+    model.llm.train_adapter("student")
+    engine = Engine(model, merge_adapters=True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        merged = model.llm(batch)
+        assert float((merged - bare).abs().max()) > 1e-2 * float(bare.abs().max())  # control: the student matters
+        for _ in range(2):
+            assert torch.equal(model.teacher_states(batch), bare)
+            assert torch.equal(model.teacher_states(batch, "teacher"), task)
+            with model.llm.adapter("student"):
+                assert torch.equal(model.llm(batch), merged)
+        with pytest.raises(RuntimeError, match="stop"), model.llm.adapter(None):
+            raise RuntimeError("stop")
+        assert torch.equal(model.llm(batch), merged)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    for refused in (
+        lambda: model.llm.add_adapter(LoraSettings(r=2), "third"),
+        lambda: model.llm.remove_adapter("student"),
+        lambda: model.llm.train_adapter("teacher"),
+    ):
+        with pytest.raises(ValueError, match="'student' is merged into the base weights; unmerge it before"):
+            refused()
+    assert list(model.llm.adapters) == ["student", "teacher"]
+    engine.unmerge_adapters()
+    assert torch.equal(model.teacher_states(batch), bare)
+
+
+def test_merged_for_good_has_no_teacher(encoder_folder, llm_folder) -> None:
+    model = _stack(encoder_folder, llm_folder)
+    model.llm.merge_adapter(keep=False)
+    batch = PackedBatch.from_sequences(SEQUENCES)
+    before = model.llm(batch)
+    with pytest.raises(ValueError, match="merged for good"):
+        model.teacher_states(batch)
+    assert torch.equal(model.llm(batch), before)
+
+
+def test_modes_are_left_as_found(encoder_folder, llm_folder) -> None:
+    """Also where modules differ, where an iterator is dropped half-way, and where a run fails."""
+    model = _stack(encoder_folder, llm_folder, causal=True, head=HeadConfig(labels=("a", "b")))
+    model.llm.train()
+    model.llm.decoder.layers[1].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert len(set(modes.values())) == 2
+
+    def as_found() -> bool:
+        return modes == {name: module.training for name, module in model.named_modules()}
+
+    engine = Engine(model, window=2)
+    rows = [TextRow(line) for line in LINES]
+    engine.encode(LINES)
+    assert as_found()
+    engine.classify(rows)
+    assert as_found()
+    next(iter(engine.encode_rows(rows)))
+    assert as_found()
+    soft_prompts(model, LINES[:2])
+    model.generate(LINES[:2], max_new_tokens=2)
+    assert as_found()
+    model.teacher_states(PackedBatch.from_sequences(SEQUENCES))
+    assert as_found()
+    with pytest.raises(ValueError):
+        engine.encode(["text", " "])
+    with pytest.raises(ValueError):
+        engine.encode(LINES, "zzz_Latn")
+    assert as_found()
+
+
+def test_dropout_is_off_while_encoding(encoder_folder, llm_folder) -> None:
+    model = MTLLM.stack(encoder_folder, llm_folder, lora=LoraSettings(r=4, dropout=0.5), dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    expected = Engine(model.eval()).encode(LINES)
+    model.train()
+    engine = Engine(model, window=2)
+    first = engine.encode_rows([TextRow(line) for line in LINES])
+    got = [next(first)]
+    engine.encode(LINES[:1])  # another run in between ends, and the first one goes on
+    got += list(first)
+    assert_matches(torch.from_numpy(np.concatenate(got)), torch.from_numpy(expected), 1e-5)
+
+
+def test_a_refused_engine_changes_nothing(encoder_folder, llm_folder, monkeypatch) -> None:
+    model = _stack(encoder_folder, llm_folder)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    monkeypatch.setattr("mtllm_fast.inference.quantize.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs torchao"):
+        Engine(model, quantize="int8")
+    with pytest.raises(ValueError, match="quantize='int3'"):
+        Engine(model, quantize="int3", merge_adapters=True)
+    with pytest.raises(ValueError, match="window=0"):
+        Engine("no/such/folder", window=0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.llm._unmerged == []
+
+
+UNFROZEN = {
+    "the encoder": lambda name: name.startswith("encoder."),
+    "norms": lambda name: "norm" in name and "lora" not in name,
+    "the embeddings of the LLM": lambda name: name == "llm.model.model.embed_tokens.weight",
+    "one bias": lambda name: name == "encoder.model.layers.0.fc1.bias",
+}
+
+
+@pytest.mark.parametrize("what", list(UNFROZEN))
+def test_unfrozen_weights_come_back(encoder_folder, llm_folder, tmp_path, what) -> None:
+    """Once and again: saved, read, saved and read anew, the embeddings are those of the model in memory."""
+    model = _stack(encoder_folder, llm_folder)
+    chosen = [name for name, _ in model.named_parameters() if UNFROZEN[what](name)]
+    assert chosen
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in chosen:
+                parameter.requires_grad_(True)
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    expected = Engine(model).encode(LINES)
+    plain = Engine(_stack(encoder_folder, llm_folder)).encode(LINES)
+    reads_it = what != "the embeddings of the LLM"  # a stack reads through the encoder
+    assert bool(np.abs(expected - plain).max() > 1e-3) is reads_it
+    model.save_pretrained(tmp_path / "first")
+    loaded = MTLLM.from_pretrained(tmp_path / "first")
+    assert not any(p.requires_grad for name, p in loaded.named_parameters() if name in chosen)
+    loaded.save_pretrained(tmp_path / "second")
+    again = MTLLM.from_pretrained(tmp_path / "second")
+    for other in (loaded, again):
+        assert np.array_equal(Engine(other).encode(LINES), expected)
+        state = other.state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_weights_of_another_model_are_still_refused(encoder_folder, llm_folder, tmp_path) -> None:
+    _stack(encoder_folder, llm_folder).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    save_file({**load_file(path), "llm.model.model.layers.7.mlp.up_proj.weight": torch.zeros(2, 2)}, path)
+    with pytest.raises(ValueError, match=r"do not fit its config: 0 missing .* 1 unexpected"):
+        MTLLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["encoder", "llm", "model"])
+def test_weights_that_are_not_finite(encoder_folder, llm_folder, tmp_path, where, value) -> None:
+    _stack(encoder_folder, llm_folder).save_pretrained(tmp_path / "run", include_base=True)
+    folder = tmp_path / "run" if where == "model" else tmp_path / "run" / where
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    name = max(state, key=lambda key: state[key].numel())
+    state[name].view(-1)[7] = value
+    save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.safetensors: .* holds 1 NaN or infinite of") as refusal:
+        MTLLM.from_pretrained(tmp_path / "run")
+    assert str(refusal.value).startswith(f"{where}=") and "\n" not in str(refusal.value)
+
+
+def test_shard_with_a_nan_is_named(llm_folder, tmp_path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llm_folder, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = math.nan
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    holds = [
+        path.name for path in tmp_path.glob("*.safetensors") if "model.layers.1.mlp.up_proj.weight" in load_file(path)
+    ]
+    with pytest.raises(ValueError, match=rf"{holds[0]}: model\.layers\.1\.mlp\.up_proj\.weight holds 1 NaN"):
+        MTLLM.stack(None, str(tmp_path), reader="llm")
+
+
+def test_rows_that_are_not_finite(encoder_folder, llm_folder, monkeypatch) -> None:
+    """The row is named by its place in the stream and its id, whatever the window; probabilities likewise."""
+    model = _stack(encoder_folder, llm_folder, head=HeadConfig(labels=("a", "b")))
+    rows = [TextRow(line, id=f"r{k}") for k, line in enumerate(LINES)]
+    real = MTLLM.states
+
+    def broken(self, batch):
+        states = real(self, batch)
+        at = max(range(batch.num_sequences), key=lambda k: batch.lengths[k])
+        if batch.lengths[at] == longest_tokens:
+            states = states.clone()
+            states[int(batch.cu_seqlens[at])] = math.nan
+        return states
+
+    longest_tokens = max(len(ids) for ids in model.tokenizer.mt_side(rows).ids)
+    longest = int(np.argmax([len(ids) for ids in model.tokenizer.mt_side(rows).ids]))
+    monkeypatch.setattr(MTLLM, "states", broken)
+    for window in (1, 4, 100):
+        engine = Engine(model, window=window)
+        message = rf"row {longest} \(id 'r{longest}'\): .*NaN or infinite"
+        with pytest.raises(ValueError, match=message):
+            list(engine.encode_rows(rows))
+        with pytest.raises(ValueError, match=message):
+            engine.classify(rows)
+
+
+def test_one_bos(encoder_folder, llm_folder) -> None:
+    """A prompt that brings its BOS gets no second one; by the tokenizer's own ids."""
+    model = _stack(encoder_folder, llm_folder, causal=True)
+    tokenizer = model.tokenizer.llm
+    table = model.llm.model.get_input_embeddings()
+
+    def opening(before: str, **options) -> list[int]:
+        prompt = soft_prompts(model, [LINES[0]], before=before, **options)[0]
+        text = len(model.tokenizer.mt_side([TextRow(LINES[0])]).ids[0])
+        rows = prompt[: len(prompt) - text]
+        return [int((table.weight == row).all(1).nonzero()[0]) for row in rows]
+
+    bos = tokenizer.bos_token_id
+    plain = tokenizer("user: ", add_special_tokens=False)["input_ids"]
+    adds = list(model.tokenizer._llm_prefix)
+    assert opening("user: ") == adds + plain
+    assert opening("<|begin|>user: ") == [bos, *plain]
+    assert opening("<|begin|>user: ", bos=False) == [bos, *plain]
+    assert opening("<|begin|>") == [bos]
+    assert opening("") == adds
+    per_text = soft_prompts(model, LINES[:2], before=["<|begin|>user: ", "user: "])
+    alone = [soft_prompts(model, [LINES[k]], before="<|begin|>user: ")[0] for k in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(per_text, alone)) is (adds == [bos])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (LoraSettings(r=0), r"lora\.r=0: must be >= 1"),
+        (LoraSettings(alpha=-1), r"lora\.alpha=-1: must be > 0"),
+        (LoraSettings(dropout=1.0), r"lora\.dropout=1\.0: must be in \[0, 1\)"),
+        (LoraSettings(dropout=-0.1), r"lora\.dropout=-0\.1"),
+        (LoraSettings(target_modules=("q_proj", "wq")), r"no linear layer \['wq'\]; there are down_proj, .*v_proj"),
+        (LoraSettings(target_modules=()), r"lora\.target_modules=\[\]"),
+        (LoraSettings(target_modules=r".*\.wq"), r"matches no linear layer; there are down_proj"),
+        (LoraSettings(target_modules="(q_proj"), "no regular expression"),
+        (LoraSettings(target_modules=("embed_tokens",)), r"no linear layer \['embed_tokens'\]"),
+    ],
+)
+def test_adapters_that_cannot_be(encoder_folder, llm_folder, settings, message) -> None:
+    model = MTLLM.stack(encoder_folder, llm_folder)
+    names = set(model.state_dict())
+    with pytest.raises(ValueError, match=message) as refusal:
+        model.llm.add_adapter(settings, "new")
+    assert "\n" not in str(refusal.value)
+    assert set(model.state_dict()) == names and model.llm.adapters == {}
+    check_settings(LoraSettings())

@@ -1,0 +1,91 @@
+"""The labels of a task teacher and of the task are compared by name, before anything is loaded."""
+
+from __future__ import annotations
+
+import pytest
+
+from mtllm_fast import MTLLM, Engine, TextRow, cli
+from mtllm_fast.losses import DistillationWeights
+from mtllm_fast.models import LoraSettings
+from mtllm_fast.models.heads import HeadConfig
+from mtllm_fast.training import DistillConfig, OptimSettings, distill
+from tests.tiny import LINES
+
+ROWS = [TextRow(line, label=i % 2) for i, line in enumerate(LINES)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, encoder_folder, llm_folder):
+    root = tmp_path_factory.mktemp("labels")
+    lora = LoraSettings()
+    MTLLM.stack(encoder_folder, llm_folder, lora=lora).save_pretrained(root / "adapted")
+    for name, labels in (("two", ("neg", "pos")), ("three", ("neg", "neutral", "pos"))):
+        head = HeadConfig(labels=labels)
+        MTLLM.stack(None, llm_folder, reader="llm", head=head, lora=lora).save_pretrained(root / name)
+    choice = HeadConfig("choice")
+    MTLLM.stack(None, llm_folder, reader="llm", head=choice, lora=lora).save_pretrained(root / "choice")
+    return root
+
+
+def config(folders, teacher, output) -> DistillConfig:
+    train = OptimSettings(
+        tokens=96, max_length=48, progress=False, report_to="none", device="cpu", max_steps=2, log_steps=1
+    )
+    loss = DistillationWeights(head_kl=1.0)
+    return DistillConfig(str(folders / "adapted"), str(folders / teacher), str(output), loss=loss, train=train)
+
+
+def test_mapped_by_name(folders, tmp_path):
+    """A task that says [pos, neg] to a teacher that says [neg, pos]: accuracy is that of names."""
+    valid = [TextRow(line, label=label) for line, label in zip(LINES[:5], (0, 0, 0, 1, 0))]
+    metrics = distill(config(folders, "two", tmp_path / "run"), ROWS, valid, labels=["pos", "neg"])
+    student = MTLLM.from_pretrained(tmp_path / "run")
+    said = [student.config.labels[k] for k in Engine(student).classify(valid).argmax(1)]
+    right = sum(one == ("pos", "neg")[row.label] for one, row in zip(said, valid)) / 5
+    assert metrics["best_eval_accuracy"] == pytest.approx(right)
+    assert right != 1 - right
+    assert student.config.labels == ["neg", "pos"]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "labels", "match"),
+    [
+        ("two", list("abcdefg"), "its head has the labels neg, pos, but the task has a, b, c, d, e, f, g"),
+        ("two", ["negative", "positive"], "has the labels neg, pos, but the task has negative, positive"),
+        ("three", ["pos", "neg"], "has the labels neg, neutral, pos, but the task has pos, neg"),
+        ("two", None, "teacher='.*two': has 2 labels, but a row has the label 6"),
+    ],
+)
+def test_refused_before_loading(folders, tmp_path, monkeypatch, teacher, labels, match):
+    def loaded(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(MTLLM, "from_pretrained", loaded)
+    valid = [TextRow("a river", label=6 if labels is None else 0)]
+    with pytest.raises(ValueError, match=match) as caught:
+        distill(config(folders, teacher, tmp_path / "run"), ROWS, valid, labels=labels)
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_a_choice_teacher_has_no_names(folders, tmp_path):
+    rows = [TextRow("a river", label=1, choices=("one", "two")), TextRow("bread", label=0, choices=("x", "y"))]
+    metrics = distill(config(folders, "choice", tmp_path / "run"), rows, rows, labels=["1", "2"])
+    assert metrics["best_eval_accuracy"] in (0.0, 0.5, 1.0)
+
+
+def test_the_command_passes_the_names_of_the_task(folders, tmp_path, capsys):
+    """Both sources of labels, --task and --text; nothing is written."""
+    (tmp_path / "t.csv").write_text("text,label\nx,one\ny,two\n")
+    (tmp_path / "task/eng_Latn").mkdir(parents=True)
+    (tmp_path / "task/eng_Latn/train.tsv").write_text("text\tlabel\nx\tbad\ny\tgood\n")
+    base = ["distill", "--model", str(folders / "adapted"), "--teacher", str(folders / "two"),
+            "--output", str(tmp_path / "run"), "--no-progress", "--report-to", "none"]  # fmt: skip
+    for source, names in (
+        (["--text", str(tmp_path / "t.csv"), "--labels", "one", "two"], "one, two"),
+        (["--task", "folder", "--data", str(tmp_path / "task")], "bad, good"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            cli.main([*base, *source])
+        assert caught.value.code == 2
+        assert f"its head has the labels neg, pos, but the task has {names}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

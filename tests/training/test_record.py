@@ -1,0 +1,196 @@
+"""What a run reports of itself: the same whether it was interrupted or not, and right; the order of task rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from mtllm_fast import TextRow, read_rows
+from mtllm_fast.losses import DistillationWeights
+from mtllm_fast.models import LoraSettings
+from mtllm_fast.training import AdaptConfig, FinetuneConfig, OptimSettings, adapt, finetune
+from mtllm_fast.training.adapt import AdaptStep
+from mtllm_fast.training.finetune import TaskStep
+from mtllm_fast.training.live import ModelFlops
+from tests.tiny import LINES
+
+ROWS = [TextRow(f"{line} {i}", id=f"row-{i}") for i, line in enumerate(LINES * 4)]
+SORTED = [TextRow(line + " " + name, label=k) for k, name in enumerate(("good", "bad")) for line in LINES * 4]
+REPORTED = ("train_loss", "epoch", "total_flos", "data", "skipped_steps")
+
+
+def _optim(**changes) -> OptimSettings:
+    settings = {"max_steps": 8, "save_steps": 100, "log_steps": 4, "tokens": 96, "max_length": 48, "lr": 2e-3}
+    settings |= {"progress": False, "report_to": "none", "device": "cpu", "gradient_accumulation": 2}
+    return OptimSettings(**{**settings, **changes})
+
+
+def _adapt(encoder: str, llm: str, output: Path, rows=ROWS, *, resume: bool = False, **train) -> dict:
+    config = AdaptConfig(
+        encoder=encoder, llm=llm, output=str(output), lora=LoraSettings(dropout=0.1), resume=resume,
+        loss=DistillationWeights(pooled_mse=1.0, paired_mse=0.5), train=_optim(**train),
+    )  # fmt: skip
+    return adapt(config, rows)
+
+
+def _losses(output: Path) -> dict[int, float]:
+    entries = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}
+
+
+@pytest.fixture
+def seen(monkeypatch) -> list:
+    """Every batch that is trained on, and FLOPs of it."""
+    batches = []
+    for step in (AdaptStep, TaskStep):
+        plain = step.forward
+
+        def forward(self, batch, plain=plain):
+            if batch.weight and self.training:
+                batches.append((batch, ModelFlops(self.student, kl=False)(batch)))
+            return plain(self, batch)
+
+        monkeypatch.setattr(step, "forward", forward)
+    return batches
+
+
+def _stopped_at(step: int, monkeypatch, run) -> None:
+    """`run()` with a SIGTERM in its `step`-th step of two packs."""
+    plain, count = AdaptStep.forward, [0]
+
+    def forward(self, batch):
+        count[0] += 1
+        if count[0] == 2 * step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AdaptStep, "forward", forward)
+        with pytest.raises(SystemExit):
+            run()
+
+
+def test_a_resumed_run_reports_what_the_whole_one_does(encoder_folder, llm_folder, tmp_path, monkeypatch, seen) -> None:
+    each = _adapt(encoder_folder, llm_folder, tmp_path / "each", log_steps=1)
+    trained, flops = sum(batch.num_rows for batch, _ in seen), sum(count for _, count in seen)
+    whole = _adapt(encoder_folder, llm_folder, tmp_path / "whole")
+    run = tmp_path / "run"
+    _stopped_at(2, monkeypatch, lambda: _adapt(encoder_folder, llm_folder, run))
+    _stopped_at(3, monkeypatch, lambda: _adapt(encoder_folder, llm_folder, run, resume=True))
+    resumed = _adapt(encoder_folder, llm_folder, run, resume=True)
+    for name in REPORTED:
+        assert resumed[name] == whole[name], name
+    # steps 2 and 5 lie between logs: the means since the log before do not begin anew
+    assert _losses(run) == _losses(tmp_path / "whole") and set(_losses(run)) == {4, 8}
+    # and what they report is right
+    losses = _losses(tmp_path / "each")
+    assert len(losses) == 8 and len(set(losses.values())) == 8
+    assert whole["train_loss"] == pytest.approx(sum(losses.values()) / 8, rel=1e-6)
+    assert each["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-6)
+    assert whole["total_flos"] == pytest.approx(flops, rel=1e-9) and flops > 0
+    assert trained > len(ROWS), "less than a pass: no test of the second"
+    assert whole["epoch"] == pytest.approx(trained / len(ROWS))
+    for metrics in (whole, resumed):
+        seconds = metrics["train_runtime"]
+        assert metrics["train_samples_per_second"] == pytest.approx(trained / seconds, rel=1e-2)
+        assert metrics["train_steps_per_second"] == pytest.approx(8 / seconds, rel=1e-2)
+
+
+def test_the_report_of_a_run_killed_before_its_metrics(encoder_folder, llm_folder, tmp_path) -> None:
+    whole = _adapt(encoder_folder, llm_folder, tmp_path / "run", max_steps=3, log_steps=2)
+    (tmp_path / "run" / "metrics.json").unlink()
+    again = _adapt(encoder_folder, llm_folder, tmp_path / "run", max_steps=3, log_steps=2, resume=True)
+    for name in ("train_loss", "epoch", "total_flos", "skipped_steps"):
+        assert again[name] == whole[name], name
+    assert 0 < again["train_runtime"] <= whole["train_runtime"]
+
+
+def test_epochs_are_passes(llm_folder, tmp_path, seen) -> None:
+    """Counted (validation, epochs), known by the list, and by the end of a stream's first pass."""
+    train = {"epochs": 2, "max_steps": -1}
+    metrics = finetune(
+        FinetuneConfig(llm=llm_folder, output=str(tmp_path / "two"), train=_optim(**train)), SORTED, ["good", "bad"]
+    )
+    assert metrics["epoch"] == 2.0
+    assert sum(batch.num_rows for batch, _ in seen) == 2 * len(SORTED)
+    entries = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
+    epochs = [entry["epoch"] for entry in entries]
+    assert epochs == sorted(epochs) and 0 < epochs[0] < 1
+
+
+def test_the_length_of_a_stream_is_known_after_one_pass(encoder_folder, llm_folder, tmp_path, seen) -> None:
+    (tmp_path / "text.txt").write_text("\n".join(row.text for row in ROWS) + "\n")
+    stream = read_rows(tmp_path / "text.txt")
+    _adapt(encoder_folder, llm_folder, tmp_path / "list", max_steps=8, log_steps=1)
+    trained = sum(batch.num_rows for batch, _ in seen)
+    metrics = _adapt(encoder_folder, llm_folder, tmp_path / "stream", stream, max_steps=8, log_steps=1)
+    assert metrics["epoch"] == pytest.approx(trained / len(ROWS))
+    first = json.loads((tmp_path / "stream" / "log.jsonl").read_text().splitlines()[0])
+    assert "epoch" not in first, "nobody knows yet how long the first pass is"
+
+
+# ---- order
+def _labels(seen) -> list[list[int]]:
+    return [batch.labels.tolist() for batch, _ in seen]
+
+
+@pytest.mark.parametrize("source", ["list", "file"])
+def test_task_rows_sorted_by_class_are_shuffled(source, llm_folder, tmp_path, seen) -> None:
+    """Small packs, windows of 16 rows: without shuffling, a window has one class."""
+    rows: object = SORTED
+    if source == "file":
+        lines = [json.dumps({"text": row.text, "label": row.label}) for row in SORTED]
+        (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+        rows = read_rows(tmp_path / "rows.jsonl", label_column="label")
+
+    def order(name: str, **train) -> list[list[int]]:
+        seen.clear()
+        train = {"lookahead": 16, "epochs": 2, "max_steps": -1, "gradient_accumulation": 1, **train}
+        config = FinetuneConfig(llm=llm_folder, output=str(tmp_path / name), train=_optim(**train))
+        finetune(config, rows, ["good", "bad"])
+        return _labels(seen)
+
+    shuffled = order("run")
+    flat = [label for pack in shuffled for label in pack]
+    half = len(SORTED) // 2
+    assert Counter(flat) == {0: 2 * half, 1: 2 * half}, "every row in every epoch"
+    for start in range(0, len(flat), half):  # 4 halves of an epoch; binomial: outside of this once in a million
+        assert 0.2 < sum(flat[start : start + half]) / half < 0.8
+    assert shuffled[: len(shuffled) // 2] != shuffled[len(shuffled) // 2 :], "every epoch has an order of its own"
+    assert order("again") == shuffled
+    assert order("other", seed=7) != shuffled
+    kept = [label for pack in order("kept", shuffle_buffer=0) for label in pack]
+    assert sum(kept[:half]) == 0, "the control: this is what sorted rows do when they are not shuffled"
+
+
+def test_shuffled_task_training_resumes_where_it_was(llm_folder, tmp_path, monkeypatch, seen) -> None:
+    def run(name: str, **more) -> None:
+        train = _optim(lookahead=16, gradient_accumulation=1, max_steps=12, log_steps=1)
+        config = FinetuneConfig(llm=llm_folder, output=str(tmp_path / name), train=train, **more)
+        finetune(config, SORTED, ["good", "bad"])
+
+    run("whole")
+    whole = _labels(seen)
+    seen.clear()
+    plain = TaskStep.forward
+
+    def forward(self, batch):
+        if len(seen) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TaskStep, "forward", forward)
+        with pytest.raises(SystemExit):
+            run("run")
+    assert len(seen) == 5
+    run("run", resume=True)
+    assert _labels(seen) == whole
+    assert _losses(tmp_path / "run") == _losses(tmp_path / "whole")
+    assert all((tmp_path / name / "model.safetensors").is_file() for name in ("run", "whole"))
+    assert (tmp_path / "run/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
