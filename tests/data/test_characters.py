@@ -28,7 +28,7 @@ def rules():
 @pytest.fixture(scope="module")
 def mapped(rules):
     """An NllbTokenizer with a real precompiled character map; every character and a few pairs are pieces."""
-    single = dict.fromkeys([*LATIN, *MARKED, *"\u0301\u0302\u0303\u0323", "▁"])
+    single = dict.fromkeys([*LATIN, *MARKED, *"\u0300\u0301\u0302\u0303\u0323", "▁"])
     pieces = [*single, "ng", "▁T", "▁V", "▁a", "▁o", "fi"]
     vocab = {token: i for i, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", *pieces])}
     merges = [("n", "g"), ("▁", "T"), ("▁", "V"), ("▁", "a"), ("▁", "o"), ("f", "i")]

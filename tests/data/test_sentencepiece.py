@@ -26,7 +26,7 @@ def real_texts():
     for path in sorted(SIB200.glob("*/test.tsv")):
         with path.open(encoding="utf-8", newline="") as file:
             found[path.parent.name] = [row[2] for row in list(csv.reader(file, delimiter="\t"))[1 : ROWS + 1]]
-    return found or {"eng_Latn": SENTENCES, "vie_Latn": ["Tiếng Việt có thanh điệu."]}
+    return found or {"eng_Latn": [text.strip() for text in SENTENCES], "vie_Latn": ["Tiếng Việt có thanh điệu."]}
 
 
 def field_of(message, number):
@@ -86,7 +86,7 @@ def test_pieces_and_pairs_in_all_languages(trained):
     for text, ids, ends, llm_ids, llm_ends in zip(texts, mt.ids, mt.ends, llm.ids, llm.ends, strict=True):
         pieces = reference.encode(unicodedata.normalize("NFC", text), out_type=str)
         want = [vocab.get(piece, 3) for piece in pieces]
-        assert ids[1:-1].tolist() == want
+        assert ids[1:-1].tolist() == want, (text, pieces[-3:])
         alone += tokenizer(text, add_special_tokens=False)["input_ids"] != want
         zeros = np.zeros_like(ends), np.zeros_like(llm_ends)
         for i, j in list(zip(*align_rows(ends, zeros[0], llm_ends, zeros[1]), strict=True))[::5]:
