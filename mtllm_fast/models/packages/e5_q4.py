@@ -87,7 +87,7 @@ def read_e5(path: Path) -> tuple[BertConfig, dict[str, Tensor]]:
     return config, {name: torch.from_numpy(state[name]).view(should.shape) for name, should in expected.items()}
 
 
-def _read(data: mmap.mmap) -> tuple[dict[str, int], float, dict[str, NDArray[np.float32]]]:
+def _read(data: mmap.mmap) -> tuple[dict[str, Any], float, dict[str, NDArray[np.float32]]]:
     at = len(MAGIC)
 
     def take(form: str) -> tuple[Any, ...]:

@@ -194,8 +194,8 @@ def _config(pairs: dict[str, Any], tied: bool) -> LlamaConfig:
     return LlamaConfig(
         **sizes, rms_norm_eps=pairs["llama.attention.layer_norm_rms_epsilon"], tie_word_embeddings=tied,
         rope_parameters={"rope_type": "default", "rope_theta": pairs.get("llama.rope.freq_base", 10000.0)},
-        bos_token_id=bos, eos_token_id=eos, unk_token_id=unknown, pad_token_id=padding,
-        architectures=["LlamaForCausalLM"], dtype="float32",
+        bos_token_id=bos, eos_token_id=eos, pad_token_id=padding, architectures=["LlamaForCausalLM"], dtype="float32",
+        **{"unk_token_id": unknown},
     )  # fmt: skip
 
 
@@ -209,7 +209,7 @@ def _state(config: LlamaConfig, data: mmap.mmap, tensors: dict[str, Any]) -> dic
         expected = LlamaForCausalLM(config).state_dict()
     if config.tie_word_embeddings:
         del expected["lm_head.weight"]
-    state = {}
+    state, half_head = {}, int(config.head_dim or 0) // 2
     for name, should in expected.items():
         if name not in found:
             raise ValueError(f"lacks the tensor {name}, of {count} that its Llama has")
@@ -218,7 +218,7 @@ def _state(config: LlamaConfig, data: mmap.mmap, tensors: dict[str, Any]) -> dic
             raise ValueError(f"{name} is of shape {shape}, not {tuple(should.shape)} as its head says")
         values = numbers_of(data, kind, shape, start)
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            pairs = values.reshape(-1, config.head_dim // 2, 2, config.hidden_size)
+            pairs = values.reshape(-1, half_head, 2, config.hidden_size)
             values = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(shape)
         state[name] = torch.from_numpy(values)
     if config.tie_word_embeddings:
