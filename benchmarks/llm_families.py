@@ -3,8 +3,8 @@
     python -m benchmarks.llm_families [--output benchmarks/results/cpu/llm_families]
 
 A family is "equal" where the gate of mtllm_fast/models/gate.py accepts it, and "refused" with the gate's reason. Every
-accepted one is compared here by other means than the gate's: other lengths, other weights, its whole depth, transformers
-alone on one sequence at a time. What differs there is listed as "DIFFERENT", and the command then fails.
+accepted one is compared here by other means than the gate's: other lengths, other weights, its whole depth,
+transformers alone on one sequence at a time. What differs there is listed as "DIFFERENT", and the command then fails.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ SMALL: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 64, "d_model": 64, "n_embd": 64, "dim": 64, "emb_dim": 64, "embedding_size": 64,
     "num_hidden_layers": 4, "n_layer": 4, "n_layers": 4, "num_layers": 4, "encoder_layers": 2, "decoder_layers": 4,
     "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "v_head_dim": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "q_lora_rank": 32, "kv_lora_rank": 32,
+    "decoder_attention_heads": 4, "attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "v_head_dim": 16,
+    "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "q_lora_rank": 32, "kv_lora_rank": 32,
     "intermediate_size": 64, "ffn_dim": 64, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "n_inner": 64,
     "ffn_hidden_size": 64, "ff_dim": 64, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
     "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
@@ -239,7 +240,8 @@ def main() -> None:
     counts = Counter(row["verdict"] for row in rows)
     head = (
         "Packed rows of every causal-LM family of transformers that builds from a small config, compared with "
-        f"transformers alone, float64 on the CPU (norms and rotations are float32 in most families, mixtures of experts all; torch {torch.__version__}, transformers {transformers.__version__}; "
+        f"transformers alone, float64 on the CPU (norms and rotations are float32 in most families, "
+        f"mixtures of experts all; torch {torch.__version__}, transformers {transformers.__version__}; "
         "`python -m benchmarks.llm_families`). "
         + ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
         + f"; none may be DIFFERENT (more than {TOLERANCE:g} of the largest element, and than ten times what the "

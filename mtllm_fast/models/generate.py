@@ -200,8 +200,8 @@ def check_lengths(llm: PackedLLM, lengths: Sequence[int], new: int) -> None:
     limit = llm.length_limit
     if limit is not None and len(lengths) > 1 and max(lengths) + new > limit[0]:
         raise ValueError(
-            f"batch_size: a prompt of {max(lengths)} tokens and {new} new ones pass {limit[0]}, where {limit[1]!r} scaling "
-            "of the positions changes all texts of a batch; pass batch_size=1, or shorter prompts"
+            f"batch_size: a prompt of {max(lengths)} tokens and {new} new ones pass {limit[0]}, where {limit[1]!r} "
+            "scaling of the positions changes all texts of a batch; pass batch_size=1, or shorter prompts"
         )
 
 

@@ -316,7 +316,7 @@ def test_classify_texts(encoder_folder, llm_folder, tmp_path) -> None:
         engine.classify(LINES)
     with pytest.raises(ValueError, match="on_bad_text='skip'"):
         engine.encode(LINES, on_bad_text="skip")
-    with pytest.raises(ValueError, match="no such folder|no config"):
+    with pytest.raises(ValueError, match=r"no such folder|no config"):
         Engine(str(tmp_path / "absent"))
 
 
