@@ -29,6 +29,7 @@ def length_limit(decoder: nn.Module) -> tuple[int, str] | None:
     "dynamic" keeps it for later calls), so beyond this length a text would change the others of its pack.
     """
     limits: list[tuple[int, str]] = []
+    config: Any
     for module in decoder.modules():
         kinds, config = getattr(module, "rope_type", None), getattr(module, "config", None)
         rope = getattr(config, "rope_parameters", None) or {}
