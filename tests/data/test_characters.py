@@ -92,7 +92,9 @@ def letters(text):
     return "".join(c for c in text if not c.isspace() and c != "▁" and unicodedata.category(c) != "Cf")
 
 
-@pytest.mark.parametrize("text", ["\x01ab cd", "e\u0301te\u0301 a", "oﬃce ab", "a\r\nb", "ab\x01 cd", *random_texts(300)])
+@pytest.mark.parametrize(
+    "text", ["\x01ab cd", "e\u0301te\u0301 a", "oﬃce ab", "a\r\nb", "ab\x01 cd", *random_texts(300)]
+)
 def test_no_pair_has_read_different_characters(mapped, rules, text):
     """The LLM's bytes give the original prefix; the MT pieces must be what the rules make of that prefix."""
     stack = StackTokenizer(mapped, train_llm())
