@@ -15,9 +15,8 @@ from mtllm_fast.data import StackTokenizer, TextRow, align_rows
 from .conftest import SENTENCES, train_llm
 
 spm = pytest.importorskip("sentencepiece")
-SIB200 = Path(__file__).parents[3] / "shared" / "data" / "sib200"
-if not SIB200.is_dir():
-    SIB200 = Path(__file__).parents[2] / "shared" / "data" / "sib200"
+_PLACES = [above / "shared" / "data" / "sib200" for above in Path(__file__).parents]
+SIB200 = next((place for place in _PLACES if place.is_dir()), _PLACES[0])
 ROWS = 2  # of every language
 
 
