@@ -55,6 +55,29 @@ options (nested where the option has a dot); options on the command line overrid
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 failure, 2 usage or bad input, 130 interrupted."""
+    try:
+        dispatch(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        enough()
+    except SystemExit as ending:
+        if isinstance(ending.__context__, BrokenPipeError):  # rich's way to end
+            enough()
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            enough()
+        raise
+
+
+def enough() -> typing.NoReturn:
+    """End well where whoever read the output has enough of it, as `head` has."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python's own flush at the end fails
+    raise SystemExit(0) from None
+
+
+def dispatch(arguments: list[str] | None) -> None:
+    """Run the command, or say in one line why not."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         width = max(map(len, COMMANDS))
@@ -80,9 +103,8 @@ def main(arguments: list[str] | None = None) -> None:
         if os.environ.get("MTLLM_TRACEBACK"):
             raise
         fail(name, str(error))
-    except BrokenPipeError:  # whoever read the output has enough of it, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at the end fails too
-        raise SystemExit(0) from None
+    except BrokenPipeError:
+        raise
     except (OSError, RunFailed) as error:  # a full disk, a file that may not be written, a run that cannot go on
         if os.environ.get("MTLLM_TRACEBACK"):
             raise

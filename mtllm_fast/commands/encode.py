@@ -45,6 +45,10 @@ class Encode:
     and at most 8192."""
     window: int = 2048
     """Rows that are sorted and packed together, and saved together."""
+    encoder: str = ""
+    """Where the model's encoder is, if not where it was when the model was saved."""
+    llm: str = ""
+    """Where the model's LLM is, likewise."""
     device: str | None = None
     """"cpu", "cuda", "cuda:1", ...; by default a GPU where there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -80,7 +84,7 @@ class Encode:
             limit=self.limit,
         )
         dtype = getattr(torch, self.dtype) if self.dtype else None
-        model = MTLLM.from_pretrained(self.model, dtype=dtype)
+        model = MTLLM.from_pretrained(self.model, dtype=dtype, encoder=self.encoder, llm=self.llm)
         assert model.tokenizer is not None
         if self.language_column is None and model.side == "mt" and model.tokenizer.languages:
             model.tokenizer.language_id(self.language)

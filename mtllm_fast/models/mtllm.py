@@ -190,8 +190,13 @@ class MTLLM(nn.Module):
         dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
         attention: str | None = None,
+        encoder: str | None = None,
+        llm: str | None = None,
     ) -> MTLLM:
         """Load a folder written by `save_pretrained`, or the same layout on the hub.
+
+        `encoder` and `llm` say where the base models are now, if not where they were when the model was saved; they are
+        to be the same models.
 
         `attention` names the packed-attention backend; it belongs to the machine and is not saved with the model.
 
@@ -201,7 +206,9 @@ class MTLLM(nn.Module):
         from .storage import load
 
         check_backend(attention)
-        model = load(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = load(
+            folder, dtype=dtype, trust_remote_code=trust_remote_code, encoder_name=encoder or None, llm_name=llm or None
+        )
         model.attention = attention
         return model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def check_folder(role: str, name: str | Path) -> None:
         raise ValueError(f"{role}={str(name)!r}: the folder holds no config.json, so it is not a model folder")
 
 
+@lru_cache
 def same_model(one: str, other: str) -> bool:
     """Whether two folders or hub names hold the same model: the same tensors, in whatever files, and configuration."""
     if one == other or Path(one).resolve() == Path(other).resolve():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from .sharded import load_whole, whole, writes
 
 MODEL_TYPE = "mtllm"
 FORMAT = 1
+BESIDE = "beside"  # in config.json: base models' folders relative to the model's
 _DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
@@ -154,7 +155,11 @@ def config_from_dict(data: dict[str, Any], folder: str) -> MTLLMConfig:
 
 
 def read_config(path: Path) -> MTLLMConfig:
-    """The config of a model folder. Raises ValueError where `path` is no MTLLM folder."""
+    """The config of a model folder; base models that moved with it are named where they are now.
+
+    Raises:
+        ValueError: `path` is no MTLLM folder.
+    """
     if not path.is_dir():
         raise ValueError(f"model={str(path)!r}: no such folder")
     if not (path / "config.json").is_file():
@@ -163,7 +168,12 @@ def read_config(path: Path) -> MTLLMConfig:
         data = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"model={str(path)!r}: its config.json is damaged ({error})") from error
-    return config_from_dict(data, str(path))
+    config = config_from_dict(data, str(path))
+    for role, relative in data.get(BESIDE, {}).items():
+        name, moved = getattr(config, role), Path(os.path.normpath(path.resolve() / relative))
+        if name is not None and not Path(name).exists() and moved.is_dir():
+            setattr(config, role, str(moved))
+    return config
 
 
 def _targets(value: Any) -> Any:
@@ -204,6 +214,8 @@ def save(model: MTLLM, folder: Path, *, include_base: bool | None = None) -> Non
                 )
             elif Path(part.name).is_dir():
                 config[role] = str(Path(part.name).resolve())
+                # where it lies as seen from here, for folders that move together
+                config.setdefault(BESIDE, {})[role] = Path(os.path.relpath(config[role], folder.resolve())).as_posix()
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(staging)
         if own:
@@ -218,6 +230,20 @@ def save(model: MTLLM, folder: Path, *, include_base: bool | None = None) -> Non
             os.replace(path, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def based_on(config: MTLLMConfig, folder: str, encoder: str | None, llm: str | None) -> MTLLMConfig:
+    """The config of the model in `folder` with other places for its base models.
+
+    Raises:
+        ValueError: the model does not read through one that is named.
+    """
+    for role, name, without in (("encoder", encoder, "llm"), ("llm", llm, "encoder")):
+        if name and config.reader == without:
+            raise ValueError(f"{role}={name!r}: model={folder!r} is of reader={config.reader!r} and has no {role}")
+        if name:
+            config = replace(config, **{role: name})  # type: ignore[arg-type]
+    return config
 
 
 def local_folder(name: str | Path) -> Path:
@@ -238,13 +264,25 @@ def local_folder(name: str | Path) -> Path:
         raise ValueError(f"model={str(name)!r}: neither a folder nor reachable on the hub") from error
 
 
-def load(folder: str | Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> MTLLM:
-    """See `MTLLM.from_pretrained`."""
+def load(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    encoder_name: str | None = None,
+    llm_name: str | None = None,
+) -> MTLLM:
+    """See `MTLLM.from_pretrained`, whose `encoder` and `llm` are `encoder_name` and `llm_name` here."""
     path = local_folder(folder)
-    config = read_config(path)
+    config = based_on(read_config(path), str(folder), encoder_name, llm_name)
 
     def base(role: str, name: str | None) -> str:
         if name is not None:  # a folder of an earlier save may lie beside it
+            if is_path(name) and not Path(name).is_dir():
+                raise ValueError(
+                    f"model={str(folder)!r}: its {role}={name!r} is no folder here; say where it is now with --{role} "
+                    f"({role}=... in Python)"
+                )
             return name
         inside = path / role
         if not inside.is_dir():

@@ -21,6 +21,7 @@ from ..losses import DistillationLoss, DistillationWeights, LossTerm
 from ..models import MTLLM, LoraSettings, ProjectionConfig
 from ..models.storage import local_folder, read_config
 from .config import OptimSettings
+from .inputs import model_inputs
 from .live import Watch
 from .projection_fit import InitKind, fit_projection
 from .run_folder import RunFolder
@@ -37,8 +38,9 @@ class AdaptConfig:
     llm: str = ""
     """Causal LM: folder or hub name."""
     model: str = ""
-    """Instead of encoder and llm: an adapted MTLLM folder, whose projection and adapter training goes on from (warm
-    start, with a new optimizer and schedule). To go on with the same run, use `resume`, also with more steps."""
+    """An adapted MTLLM folder, whose projection and adapter training goes on from (warm start, with a new optimizer and
+    schedule); encoder and llm then say where its base models are, if not where they were. To go on with the same run,
+    use `resume`, also with more steps."""
     output: str = "runs/adapt"
     """Folder of the run; holds the model, its checkpoints and logs."""
     causal: bool = False
@@ -68,7 +70,7 @@ class AdaptConfig:
             raise ValueError(f"init={self.init!r}: expected one of {', '.join(get_args(InitKind))}")
         if self.model:
             own = AdaptConfig()
-            for name in ("encoder", "llm", "causal", "projection", "lora", "init"):
+            for name in ("causal", "projection", "lora", "init"):
                 if getattr(self, name) != getattr(own, name):
                     raise ValueError(f"{name}={getattr(self, name)!r}: model={self.model!r} has its own")
         if self.init_rows < 1:
@@ -96,7 +98,13 @@ def starting_model(config: AdaptConfig, dtype: torch.dtype) -> MTLLM:
             dtype=dtype,
             trust_remote_code=config.trust_remote_code,
         )
-    student = MTLLM.from_pretrained(config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    student = MTLLM.from_pretrained(
+        config.model,
+        dtype=dtype,
+        trust_remote_code=config.trust_remote_code,
+        encoder=config.encoder,
+        llm=config.llm,
+    )
     assert student.llm is not None
     student.llm.train_adapter("student")
     return student
@@ -163,7 +171,7 @@ def adapt(
         raise ValueError(f"init={config.init!r}: the projection is fitted on text, not on a token store")
     dtype = base_dtype(config.train, include_base=config.include_base)
     set_seed(config.train.seed)
-    inputs = {"rows": rows, **{name: value for name in ("encoder", "llm", "model") if (value := getattr(config, name))}}
+    inputs = {"rows": rows, **model_inputs(config.model, encoder=config.encoder, llm=config.llm)}
     run = RunFolder(config.output, {"stage": "adapt", "source": source or {}, **asdict(config)}, config.resume, inputs)
     student = starting_model(config, dtype)
     assert student.tokenizer is not None

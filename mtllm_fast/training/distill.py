@@ -25,10 +25,11 @@ from ..models import MTLLM
 from ..models.adapter_sum import add_to_adapter, sum_settings
 from ..models.heads import HeadConfig
 from ..models.mtllm import MTLLMConfig
-from ..models.names import same_model
-from ..models.storage import read_config, read_safetensors
+from ..models.names import is_path, same_model
+from ..models.storage import based_on, read_config, read_safetensors
 from .config import OptimSettings
 from .finetune import validation
+from .inputs import model_inputs
 from .live import Watch
 from .run_folder import RunFolder
 from .switches import base_dtype
@@ -45,6 +46,10 @@ class DistillConfig:
 
     model: str = ""
     """Adapted MTLLM folder (from `mtllm adapt`)."""
+    encoder: str = ""
+    """Where the model's encoder is, if not where it was when the model was saved."""
+    llm: str = ""
+    """Where the LLM of model and teacher is, likewise."""
     teacher: str = ""
     """Task teacher folder (from `mtllm finetune --llm`)."""
     output: str = "runs/distill"
@@ -143,13 +148,21 @@ def in_teachers_order(
     return [row if row.label is None else replace(row, label=order[row.label]) for row in rows]
 
 
-def add_teacher(student: MTLLM, folder: str, *, adapter: bool = True) -> None:
+def teacher_config(folder: str, llm: str = "") -> MTLLMConfig:
+    """The config of a task teacher; its LLM is `llm` where that is named and the one it was saved with has moved."""
+    config = read_config(Path(folder))
+    if llm and config.llm and is_path(config.llm) and not Path(config.llm).exists():
+        return based_on(config, folder, None, llm)
+    return config
+
+
+def add_teacher(student: MTLLM, folder: str, *, adapter: bool = True, llm: str = "") -> None:
     """Put the task teacher's head and, unless its states are cached, its adapter into the student, both frozen.
 
     Raises:
         ValueError: the teacher does not fit the student.
     """
-    config = read_config(Path(folder))
+    config = teacher_config(folder, llm)
     check_teacher(student.config, config, folder)
     assert student.llm is not None and config.head is not None
     student.set_head(config.head)
@@ -174,7 +187,9 @@ def cached_teacher(
 ) -> tuple[TeacherCache, CacheReport]:
     """The teacher's states of `rows` from `config.teacher_cache`, computed there where they are missing."""
     optim = config.train
-    teacher = MTLLM.from_pretrained(config.teacher, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    teacher = MTLLM.from_pretrained(
+        config.teacher, dtype=dtype, trust_remote_code=config.trust_remote_code, llm=config.llm
+    )
     if optim.device != "cpu" and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         teacher.to("cuda")
@@ -211,11 +226,17 @@ def distill(
     dtype = base_dtype(config.train, include_base=config.include_base)
     set_seed(config.train.seed)
     settings = {"stage": "distill", "source": source or {}, **asdict(config)}
-    inputs = {"rows": rows, "valid_rows": valid_rows or [], "model": config.model, "teacher": config.teacher}
+    inputs = {
+        "rows": rows,
+        "valid_rows": valid_rows or [],
+        "teacher": config.teacher,
+        **model_inputs(config.model, encoder=config.encoder, llm=config.llm),
+    }
     run = RunFolder(config.output, settings, config.resume, inputs)
     if (done := run.finished()) is not None:
         return done
-    adapted, taught = read_config(Path(config.model)), read_config(Path(config.teacher))
+    adapted = based_on(read_config(Path(config.model)), config.model, config.encoder, config.llm)
+    taught = teacher_config(config.teacher, config.llm)
     if adapted.reader != "stack" or "student" not in adapted.adapters:
         raise ValueError(f"model={config.model!r}: not an adapted stack; make one with `mtllm adapt`")
     check_teacher(adapted, taught, config.teacher)
@@ -232,11 +253,17 @@ def distill(
         cache, report = cached_teacher(config, rows, dtype)
         rows = KeyedRows(rows)
         set_seed(config.train.seed)  # the same run, whether the states were there or not
-    student = MTLLM.from_pretrained(config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    student = MTLLM.from_pretrained(
+        config.model,
+        dtype=dtype,
+        trust_remote_code=config.trust_remote_code,
+        encoder=config.encoder,
+        llm=config.llm,
+    )
     if config.init_from == "teacher":
         weights = read_safetensors(Path(config.teacher), "model")
         add_to_adapter(student, taught.adapters["student"], weights)
-    add_teacher(student, config.teacher, adapter=cache is None)
+    add_teacher(student, config.teacher, adapter=cache is None, llm=config.llm)
     assert student.llm is not None and student.projection is not None
     student.projection.requires_grad_(config.train_projection)
     validate = validation(student, valid_rows, config.train.tokens) if valid_rows else None

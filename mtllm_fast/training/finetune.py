@@ -21,6 +21,7 @@ from ..losses import LossTerm
 from ..models import MTLLM, HeadConfig, LoraSettings
 from ..models.mtllm import Reader
 from .config import OptimSettings
+from .inputs import model_inputs
 from .live import Watch
 from .run_folder import RunFolder
 from .switches import base_dtype
@@ -32,7 +33,8 @@ ENGLISH_CODES = ("eng_Latn", "en", "en_XX")
 
 @dataclass
 class FinetuneConfig:
-    """Fine-tune one reader on an English task. Name exactly one of llm, encoder and model."""
+    """Fine-tune one reader on an English task. Name exactly one of llm, encoder and model; beside model, the others
+    say where its base models are, if not where they were when it was saved."""
 
     llm: str = ""
     """Causal LM that reads its own tokens: the task teacher."""
@@ -129,20 +131,30 @@ def finetune(
         ValueError: not exactly one reader named, labels missing, or the output folder holds another run.
     """
     sources = [name for name in ("llm", "encoder", "model") if getattr(config, name)]
-    if len(sources) != 1:
+    if len(sources) != 1 and not config.model:
         raise ValueError(f"name exactly one of --llm, --encoder and --model, got {', '.join(sources) or 'none'}")
     if config.train.max_steps == 0:
         raise ValueError("max_steps=0: the task head starts at random, so there is nothing to save; train it")
     dtype = base_dtype(config.train, include_base=config.include_base)
     set_seed(config.train.seed)
     settings = {"stage": "finetune", "source": source or {}, "labels": list(labels), **asdict(config)}
-    inputs = {"rows": rows, "valid_rows": valid_rows or [], **{name: getattr(config, name) for name in sources}}
+    inputs = {
+        "rows": rows,
+        "valid_rows": valid_rows or [],
+        **model_inputs(config.model, encoder=config.encoder, llm=config.llm),
+    }
     run = RunFolder(config.output, settings, config.resume, inputs)
     if (done := run.finished()) is not None:
         return done
     head = head_for(rows, labels)
     if config.model:
-        student = MTLLM.from_pretrained(config.model, dtype=dtype, trust_remote_code=config.trust_remote_code)
+        student = MTLLM.from_pretrained(
+            config.model,
+            dtype=dtype,
+            trust_remote_code=config.trust_remote_code,
+            encoder=config.encoder,
+            llm=config.llm,
+        )
         student.set_head(head)
     else:
         reader: Reader = "llm" if config.llm else "encoder"

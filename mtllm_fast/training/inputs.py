@@ -9,6 +9,7 @@ from typing import Any
 
 from ..data.read import RowStream, TextRow, resolve
 from ..data.store import TokenStore
+from ..models.storage import read_config
 
 _WHOLE = 64 * 2**20  # bytes up to which a file is read whole
 _BLOCK, _BLOCKS = 2**18, 256  # of a larger one: evenly spread, first and last among them
@@ -63,6 +64,18 @@ def identity(source: Any) -> dict[str, str]:
     if isinstance(source, Sequence):
         return {"": rows_digest(source)}
     return {}
+
+
+def model_inputs(model: str, *, encoder: str = "", llm: str = "") -> dict[str, str]:
+    """The model that a stage starts from and its base models, where they are now; by name, those that are named."""
+    named = {"model": model, "encoder": encoder, "llm": llm}
+    try:
+        config = read_config(Path(model)) if model else None
+    except ValueError:  # said where it is loaded
+        config = None
+    if config is not None:
+        named |= {"encoder": encoder or config.encoder or "", "llm": llm or config.llm or ""}
+    return {role: name for role, name in named.items() if name}
 
 
 def changed(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
