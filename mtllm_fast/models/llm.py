@@ -38,10 +38,9 @@ def length_limit(decoder: nn.Module) -> tuple[int, str] | None:
             if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
                 limit = parameters.get("original_max_position_embeddings")
                 if "dynamic" in kind or limit is None:
-                    limit = getattr(module, "original_max_seq_len", None) or getattr(
-                        config, "max_position_embeddings", 0
-                    )
-                limits.append((int(limit), kind))
+                    limit = getattr(module, "original_max_seq_len", None)
+                    limit = limit or getattr(config, "max_position_embeddings", None)
+                limits.append((int(limit), kind))  # type: ignore[arg-type]  # such positions always have a limit
     return min(limits, default=None)
 
 

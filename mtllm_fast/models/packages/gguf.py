@@ -191,11 +191,12 @@ def _config(pairs: dict[str, Any], tied: bool) -> LlamaConfig:
         raise ValueError(f"scaled rotary positions are not known ({scaling[0]})")
     names = ("bos", "eos", "unknown", "padding")
     bos, eos, unknown, padding = (pairs.get(f"tokenizer.ggml.{name}_token_id") for name in names)
+    further: dict[str, Any] = {"unk_token_id": unknown}
     return LlamaConfig(
         **sizes, rms_norm_eps=pairs["llama.attention.layer_norm_rms_epsilon"], tie_word_embeddings=tied,
         rope_parameters={"rope_type": "default", "rope_theta": pairs.get("llama.rope.freq_base", 10000.0)},
         bos_token_id=bos, eos_token_id=eos, pad_token_id=padding, architectures=["LlamaForCausalLM"], dtype="float32",
-        **{"unk_token_id": unknown},
+        **further,
     )  # fmt: skip
 
 
