@@ -31,7 +31,7 @@ def home(tmp_path, encoder_folder, llm_folder) -> Path:
     for name, source in {"encoder": encoder_folder, "llm": llm_folder}.items():
         shutil.copytree(source, home / "bases" / name)
     torch.manual_seed(0)
-    stack = MTLLM.stack(str(home / "bases/encoder"), str(home / "bases/llm"), dtype=torch.float32)
+    stack = MTLLM.stack(str(home / "bases/encoder"), str(home / "bases/llm"), lora=LoraSettings(), dtype=torch.float32)
     stack.save_pretrained(home / "runs/adapted")
     return home
 
