@@ -31,6 +31,8 @@ class Encode:
     language: str = "eng_Latn"
     """MT code of the texts' language."""
     language_column: str | None = None
+    quoted: bool = True
+    """Whether .csv and .tsv are written with csv quoting; off: quote marks are text."""
     split: str = "train"
     """Split of a hub dataset."""
     limit: int | None = None
@@ -82,6 +84,7 @@ class Encode:
             language_column=self.language_column,
             split=self.split,
             limit=self.limit,
+            quoting=self.quoted,
         )
         dtype = getattr(torch, self.dtype) if self.dtype else None
         model = MTLLM.from_pretrained(self.model, dtype=dtype, encoder=self.encoder, llm=self.llm)

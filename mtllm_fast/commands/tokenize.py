@@ -27,6 +27,8 @@ class Tokenize:
     language: str = "eng_Latn"
     """MT code of the text's language."""
     language_column: str | None = None
+    quoted: bool = True
+    """Whether .csv and .tsv are written with csv quoting; off: quote marks are text."""
     split: str = "train"
     limit: int | None = None
     """Read at most this many rows."""
@@ -49,7 +51,7 @@ class Tokenize:
         check_text(self.text)
         rows = read_rows(
             self.text, text_column=self.text_column, language=self.language, language_column=self.language_column,
-            split=self.split, limit=self.limit,
+            split=self.split, limit=self.limit, quoting=self.quoted,
         )  # fmt: skip
         tokenizer = base_tokenizer(MTLLMConfig(encoder=self.encoder, llm=self.llm), self.max_length, self.max_length)
         seen = 0

@@ -164,8 +164,9 @@ def _read_jsonl(file: IO[bytes], request: _Request) -> Iterator[Record]:
 def _read_csv(file: IO[bytes], request: _Request) -> Iterator[Record]:
     kind = kind_of(request.path)
     csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))
+    lines: list[str] = []  # of the record being read
     reader = csv.reader(
-        _csv_lines(file, request.path),
+        _kept(_csv_lines(file, request.path), lines),
         delimiter="\t" if kind == "tsv" else ",",
         quoting=csv.QUOTE_MINIMAL if request.quoting else csv.QUOTE_NONE,
         strict=True,
@@ -175,6 +176,7 @@ def _read_csv(file: IO[bytes], request: _Request) -> Iterator[Record]:
     places = {column: names.index(column) for column in request.wanted.values()}
     while True:
         start = reader.line_num + 1
+        lines.clear()
         try:
             fields = next(reader)
         except StopIteration:
@@ -184,12 +186,31 @@ def _read_csv(file: IO[bytes], request: _Request) -> Iterator[Record]:
             continue
         if not fields:  # a blank line
             continue
+        if kind == "tsv" and rows_merged(lines, len(names)):
+            raise ValueError(f"{request.path} line {start}: {MERGED}")
         if len(fields) != len(names):
             yield start, BadRow("wrong number of fields")
             continue
         row = {column: fields[place].replace(_LONE_CR, "\r") for column, place in places.items()}
         bad = any("\udc80" <= c <= "\udcff" for field in row.values() if not field.isascii() for c in field)
         yield start, BadRow("invalid UTF-8") if bad else row
+
+
+MERGED = (
+    "a quote mark joins it with the next lines, which are rows by themselves; if quote marks are text here, read "
+    "it without quoting (quoting=False, --no-quoted, quoted: false)"
+)
+
+
+def rows_merged(lines: Sequence[str], width: int) -> bool:
+    """Whether the lines of one quoted tsv record would each be a row of `width` fields if quote marks were text."""
+    return width > 1 and len(lines) > 1 and all(line.count("\t") == width - 1 for line in lines)
+
+
+def _kept(lines: Iterator[str], into: list[str]) -> Iterator[str]:
+    for line in lines:
+        into.append(line)
+        yield line
 
 
 def _csv_lines(file: IO[bytes], path: Path) -> Iterator[str]:

@@ -232,9 +232,12 @@ class RowStream:
         )
 
     def _label(self, value: Any, labels: tuple[str, ...] | None, place: str) -> int:
-        if labels is not None and isinstance(value, str):
-            if value in labels:
-                return labels.index(value)
+        numbered = labels is not None and all(name.removeprefix("-").isdecimal() for name in labels)
+        if labels is not None and (isinstance(value, str) or numbered):
+            # where the names are numbers, a number is a name and no index
+            name = value if isinstance(value, str) else str(_whole(value))
+            if name in labels:
+                return labels.index(name)
         elif not isinstance(value, bool):
             try:
                 index = int(value)
@@ -269,6 +272,10 @@ class RowStream:
             own = getattr(dataset.features.get(self.wanted["label_column"]), "names", None)
             labels = tuple(own) if own else None
         return dataset, labels
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mtllm_fast.data.characters import Written, read_up_to, reader_of
 from mtllm_fast.data.long_text import CHARACTERS_PER_TOKEN, beginning, settled, splits_at_spaces
 from mtllm_fast.data.read import TextRow
 
@@ -275,10 +276,11 @@ class StackTokenizer:
             texts = _segments(row)
             segments.extend(texts)
             counts.append(len(texts))
+        compose = limit_name == "max_mt_tokens"  # the LLM reads text as it is
         if any(row.choices is not None for row in rows):  # of a question the end is kept
-            token_ids, offsets = _encode(tokenizer, segments, with_ends)
+            token_ids, offsets = _encode(tokenizer, segments, with_ends, compose)
         else:
-            token_ids, offsets = _encode_up_to(limit, tokenizer, segments, with_ends)
+            token_ids, offsets = _encode_up_to(limit, tokenizer, segments, with_ends, compose)
 
         all_ids: list[NDArray[np.int64]] = []
         all_ends: list[NDArray[np.int32]] = []
@@ -369,19 +371,41 @@ def _longest_first(lengths: list[int], room: int) -> list[int]:
 
 
 def _encode(
-    tokenizer: Any, texts: list[str], with_offsets: bool = False
+    tokenizer: Any, texts: list[str], with_offsets: bool = False, compose: bool = False
 ) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
-    """Token ids and character offsets without special tokens; special-token strings in the text are plain text."""
+    """Token ids and character offsets without special tokens; special-token strings in the text are plain text.
+
+    An end is -1 where the tokens so far have not read exactly the characters before a place of the text. `compose`:
+    canonically equal texts give the same tokens.
+    """
     if not texts:
         return [], []
+    reader = reader_of(tokenizer)
+    written = [reader.write(text, compose) if isinstance(text, str) else Written(text) for text in texts]
+    ids: list[list[int]] = [[] for _ in texts]
+    offsets: list[list[tuple[int, int]]] = [[] for _ in texts]
+    for mapped in (False, True):
+        mine = [
+            i for i, one in enumerate(written) if (one.ends is not None and reader.characters is not None) == mapped
+        ]
+        if mine:
+            encoded = _encode_as_it_is(reader.backend(mapped), [written[i].text for i in mine], with_offsets)
+            for i, one in zip(mine, encoded, strict=True):
+                ids[i] = one.ids
+                if with_offsets:
+                    ends = read_up_to(one.offsets, written[i])
+                    offsets[i] = [(start, end) for (start, _), end in zip(one.offsets, ends, strict=True)]
+    return ids, offsets
+
+
+def _encode_as_it_is(backend: Any, texts: list[str], with_offsets: bool) -> list[Any]:
     # what tokenizer(texts, ...) calls in the end, without its detour through a dictionary per text
-    backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
     try:
         encode = backend.encode_batch if with_offsets else backend.encode_batch_fast
-        encoded = encode(texts, add_special_tokens=False)
+        return encode(texts, add_special_tokens=False)
     except BaseException as error:
         # a panic of the Rust library is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -392,22 +416,21 @@ def _encode(
             if any("\ud800" <= c <= "\udfff" for c in text):
                 raise BadText(f"text {text[:40]!r} holds a lone surrogate: it is not valid Unicode") from None
         raise BadText(f"the tokenizer fails on {texts[0][:40]!r}: {error}") from error
-    return [e.ids for e in encoded], [e.offsets if with_offsets else [] for e in encoded]
 
 
 def _encode_up_to(
-    limit: int, tokenizer: Any, texts: list[str], with_offsets: bool
+    limit: int, tokenizer: Any, texts: list[str], with_offsets: bool, compose: bool = False
 ) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
     """As `_encode`, but of a text with far more than `limit` tokens only more than `limit` of its first ones."""
     longest = max((len(text) for text in texts if isinstance(text, str)), default=0)
     if longest <= CHARACTERS_PER_TOKEN * limit or not splits_at_spaces(tokenizer):
-        return _encode(tokenizer, texts, with_offsets)
+        return _encode(tokenizer, texts, with_offsets, compose)
     ids: list[list[int]] = [[] for _ in texts]
     offsets: list[list[tuple[int, int]]] = [[] for _ in texts]
     waiting, tokens = list(range(len(texts))), limit
     while waiting:
         read = [beginning(texts[i], tokens) for i in waiting]
-        for i, found, places in zip(waiting, *_encode(tokenizer, read, with_offsets), strict=True):
+        for i, found, places in zip(waiting, *_encode(tokenizer, read, with_offsets, compose), strict=True):
             ids[i], offsets[i] = found, places
         unsettled = [len(read[k]) < len(texts[i]) and not settled(ids[i], limit) for k, i in enumerate(waiting)]
         waiting, tokens = [i for i, again in zip(waiting, unsettled) if again], 2 * tokens

@@ -33,10 +33,10 @@ class DemoConfig:
     rows: int = 16
     train_rows: int = 480
     teacher: dict[str, Any] = field(default_factory=lambda: {"lr": 4e-4, "epochs": 2, "max_rows": 16})
-    encoder: dict[str, Any] = field(default_factory=lambda: {"lr": 1e-3, "epochs": 4, "max_rows": 16})
-    adapt: dict[str, Any] = field(default_factory=lambda: {"lr": 2e-4, "max_steps": 30, "max_rows": 16})
+    encoder: dict[str, Any] = field(default_factory=lambda: {"lr": 1e-3, "epochs": 3, "max_rows": 16})
+    adapt: dict[str, Any] = field(default_factory=lambda: {"lr": 2e-4, "max_steps": 20, "max_rows": 16})
     adapt_loss: dict[str, float] = field(default_factory=lambda: {"pooled_mse": 1.0, "paired_mse": 1.0})
-    distill: dict[str, Any] = field(default_factory=lambda: {"lr": 2e-4, "epochs": 1, "max_rows": 16})
+    distill: dict[str, Any] = field(default_factory=lambda: {"lr": 2e-4, "max_steps": 20, "max_rows": 16})
     distill_loss: dict[str, float] = field(default_factory=lambda: {"pooled_mse": 1.0, "head_kl": 1.0})
 
 
@@ -157,7 +157,7 @@ def run_demo(
 
 def _translations(task: Any, root: Path, say: Callable[[str], None]) -> Path | None:
     """Portuguese test rows in English by a real MT model, where the package that carries it is installed."""
-    from ..models.packages import translate_portuguese
+    from ..models.packages.translate import translate_portuguese
 
     rows = task.rows(root / "task", PORTUGUESE, "test")
     try:

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -119,7 +119,7 @@ class Engine:
                 quantize_layers(part.layers_root, quantize)
         if compile:
             for part in self._parts():
-                compile_layers(part.layers)
+                compile_layers(part.layers_root.layers)
 
     def _parts(self) -> list[AdaptedModel]:
         return [part for part in (self.model.encoder, self.model.llm) if part is not None]
@@ -217,7 +217,7 @@ class Engine:
         *,
         on_bad_text: OnBadText = "fail",
     ) -> NDArray[np.float32] | Classified:
-        """Classes of texts, in their order: names and probabilities; of rows without `languages`: logits (N, C).
+        """Classes of texts, in their order: names and probabilities; of rows (no `languages`): logits (N, C) float32.
 
         Args:
             texts: N texts with their `languages` (one MT code for all, or one per text), or N rows.
@@ -228,16 +228,17 @@ class Engine:
             ValueError: the model has no head, its head scores choices, a bad text, or a row that is not finite.
         """
         if languages is None:
-            given: Iterator[Any] = iter(texts)
-            first = list(islice(given, 1))
+            rest: Iterator[Any] = iter(texts)
+            first = list(islice(rest, 1))
             if first and not isinstance(first[0], TextRow):
                 raise TypeError("languages is missing: pass one MT code for all texts, or one per text")
-            return self._logits(chain(first, given))
+            return self._logits(chain(first, rest))
         labels = self.model.config.labels
         if labels is None:
             kind = "no task head" if self.model.head is None else f"a {self.model.head.config.kind!r} head"
             raise ValueError(f"model: has {kind}; texts are classified by a classification head (`mtllm finetune`)")
-        count, rows, good = text_rows(cast("Iterable[str]", texts), languages, on_bad_text)
+        plain: Any = texts
+        count, rows, good = text_rows(plain, languages, on_bad_text)
         logits = torch.from_numpy(self._logits(rows))
         probabilities = np.full((count, len(labels)), np.nan, np.float32)
         probabilities[good] = torch.softmax(logits, -1).numpy()

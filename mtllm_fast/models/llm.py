@@ -29,6 +29,7 @@ def length_limit(decoder: nn.Module) -> tuple[int, str] | None:
     "dynamic" keeps it for later calls), so beyond this length a text would change the others of its pack.
     """
     limits: list[tuple[int, str]] = []
+    config: Any
     for module in decoder.modules():
         kinds, config = getattr(module, "rope_type", None), getattr(module, "config", None)
         rope = getattr(config, "rope_parameters", None) or {}
@@ -37,10 +38,9 @@ def length_limit(decoder: nn.Module) -> tuple[int, str] | None:
             if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
                 limit = parameters.get("original_max_position_embeddings")
                 if "dynamic" in kind or limit is None:
-                    limit = getattr(module, "original_max_seq_len", None) or getattr(
-                        config, "max_position_embeddings", 0
-                    )
-                limits.append((int(limit), kind))
+                    limit = getattr(module, "original_max_seq_len", None)
+                    limit = limit or getattr(config, "max_position_embeddings", None)
+                limits.append((int(limit), kind))  # type: ignore[arg-type]  # such positions always have a limit
     return min(limits, default=None)
 
 

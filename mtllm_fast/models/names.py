@@ -70,7 +70,7 @@ def _config(folder: Path) -> dict[str, Any] | None:
 def _tensors(folder: Path) -> dict[str, list[int]]:
     from safetensors import safe_open
 
-    found = {}
+    found: dict[str, list[int]] = {}
     for path in sorted(folder.glob("model*.safetensors")):
         with safe_open(path, "pt") as file:
             found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118

@@ -172,4 +172,7 @@ def _mapping(value: Any, where: str, known: set[str]) -> dict[str, Any]:
 def _strings(value: Any, where: str) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(item, str | int) for item in value):
         raise _Fault(f"{where}: expected a list of names")
+    for item in value:
+        if isinstance(item, bool):  # YAML 1.1 reads `no` and `yes` so
+            raise _Fault(f"{where}: {item!r} is not text; put `no`, `yes`, `on` and `off` in quotes")
     return [str(item) for item in value]

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ...data.formats import MAX_ROW_BYTES
+from ...data.formats import MAX_ROW_BYTES, MERGED, rows_merged
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
 ENDINGS = (*SUFFIXES, *(f"{suffix}.gz" for suffix in SUFFIXES if suffix != ".parquet"))
@@ -104,11 +104,18 @@ def _table(path: Path, delimiter: str, header: tuple[str, ...] | None, quoted: b
 
 def _quoted_lines(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
+    text = read_text(path)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    lines = text.split("\n") if delimiter == "\t" and '"' in text else []
+    width, before = 0, 0
     try:
         for fields in reader:
             if fields:  # the csv module gives [] for an empty line
+                width = width or len(fields)
+                if lines and rows_merged(lines[before : reader.line_num], width):
+                    raise ValueError(f"data file {str(path)!r} line {before + 1}: {MERGED}")
                 yield reader.line_num, fields
+            before = reader.line_num
     except csv.Error as error:
         raise ValueError(f"data file {str(path)!r} line {reader.line_num}: {error}") from None
 

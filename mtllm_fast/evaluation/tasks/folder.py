@@ -77,15 +77,17 @@ class FolderTask:
         id_column: str | None = None,
         english: str = "eng_Latn",
         mt_codes: Mapping[str, str | None] | None = None,
+        quoted: bool = True,
     ) -> FolderTask:
         """A task from any folder `<folder>/<language>/<split>.<tsv|csv|jsonl|json|parquet>[.gz]` with named columns.
 
         Labels are those given, else the lines of `<folder>/labels.txt`, else the sorted labels of the English files.
+        `quoted`: csv quoting; False reads quote marks as text.
 
         Raises:
             ValueError: no labels can be found.
         """
-        table = Table(text=text_column, pair=pair_column, label=label_column, id=id_column)
+        table = Table(text=text_column, pair=pair_column, label=label_column, id=id_column, quoted=quoted)
         names = tuple(labels) if labels else _labels_of(Path(folder), english, table)
         return cls(name or Path(folder).name, names, (table,), english=english, mt_codes=mt_codes, home=str(folder))
 

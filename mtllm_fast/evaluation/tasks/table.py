@@ -93,6 +93,10 @@ class Table:
             if not value.strip().isdecimal():
                 return None
             value = int(value)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not choice and not isinstance(value, bool) and all(n.removeprefix("-").isdecimal() for n in labels):
+            return labels.index(str(value)) if str(value) in labels else None  # a name, not an index
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value - self.base < len(labels):
             return None
         return value - self.base

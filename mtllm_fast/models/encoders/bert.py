@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -12,7 +12,7 @@ from .family import EncoderFamily
 
 
 class Bert(EncoderFamily):
-    model_types = ("bert",)
+    model_types: ClassVar[tuple[str, ...]] = ("bert",)
     about = "multilingual-E5-small, LaBSE, mBERT"
 
     def encoder_class(self, config: Any) -> Any:

@@ -65,10 +65,9 @@ def read_e5(path: Path) -> tuple[BertConfig, dict[str, Tensor]]:
             raise ValueError(f"{path}: is no E5S1 file (it does not begin with {MAGIC.decode()})")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
-        read, epsilon, tensors = _read(data)
+        sizes, epsilon, tensors = _read(data)
     except (struct.error, IndexError, ValueError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: is damaged or cut short ({error})") from error
-    sizes: dict[str, Any] = dict(read)
     config = BertConfig(
         **sizes, layer_norm_eps=epsilon, hidden_act="gelu", pad_token_id=1, bos_token_id=0, eos_token_id=2,
         architectures=["BertModel"], dtype="float32",
@@ -88,7 +87,7 @@ def read_e5(path: Path) -> tuple[BertConfig, dict[str, Tensor]]:
     return config, {name: torch.from_numpy(state[name]).view(should.shape) for name, should in expected.items()}
 
 
-def _read(data: mmap.mmap) -> tuple[dict[str, int], float, dict[str, NDArray[np.float32]]]:
+def _read(data: mmap.mmap) -> tuple[dict[str, Any], float, dict[str, NDArray[np.float32]]]:
     at = len(MAGIC)
 
     def take(form: str) -> tuple[Any, ...]:

@@ -191,19 +191,18 @@ def _config(pairs: dict[str, Any], tied: bool) -> LlamaConfig:
         raise ValueError(f"scaled rotary positions are not known ({scaling[0]})")
     names = ("bos", "eos", "unknown", "padding")
     bos, eos, unknown, padding = (pairs.get(f"tokenizer.ggml.{name}_token_id") for name in names)
-    options: dict[str, Any] = {"unk_token_id": unknown}
+    further: dict[str, Any] = {"unk_token_id": unknown}
     return LlamaConfig(
-        **sizes, **options, rms_norm_eps=pairs["llama.attention.layer_norm_rms_epsilon"], tie_word_embeddings=tied,
+        **sizes, rms_norm_eps=pairs["llama.attention.layer_norm_rms_epsilon"], tie_word_embeddings=tied,
         rope_parameters={"rope_type": "default", "rope_theta": pairs.get("llama.rope.freq_base", 10000.0)},
-        bos_token_id=bos, eos_token_id=eos, pad_token_id=padding,
-        architectures=["LlamaForCausalLM"], dtype="float32",
+        bos_token_id=bos, eos_token_id=eos, pad_token_id=padding, architectures=["LlamaForCausalLM"], dtype="float32",
+        **further,
     )  # fmt: skip
 
 
 def _state(config: LlamaConfig, data: mmap.mmap, tensors: dict[str, Any]) -> dict[str, Tensor]:
     from transformers import LlamaForCausalLM
 
-    assert config.head_dim is not None
     layers, found = config.num_hidden_layers, {_llama_name(name): name for name in tensors}
     if len(tensors) != (count := len(_LAYER) * layers + 3 - config.tie_word_embeddings):
         raise ValueError(f"has {len(tensors)} tensors, a Llama of {layers} layers has {count}")
@@ -211,7 +210,7 @@ def _state(config: LlamaConfig, data: mmap.mmap, tensors: dict[str, Any]) -> dic
         expected = LlamaForCausalLM(config).state_dict()
     if config.tie_word_embeddings:
         del expected["lm_head.weight"]
-    state = {}
+    state, half_head = {}, int(config.head_dim or 0) // 2
     for name, should in expected.items():
         if name not in found:
             raise ValueError(f"lacks the tensor {name}, of {count} that its Llama has")
@@ -220,7 +219,7 @@ def _state(config: LlamaConfig, data: mmap.mmap, tensors: dict[str, Any]) -> dic
             raise ValueError(f"{name} is of shape {shape}, not {tuple(should.shape)} as its head says")
         values = numbers_of(data, kind, shape, start)
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            pairs = values.reshape(-1, config.head_dim // 2, 2, config.hidden_size)
+            pairs = values.reshape(-1, half_head, 2, config.hidden_size)
             values = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(shape)
         state[name] = torch.from_numpy(values)
     if config.tie_word_embeddings:
