@@ -37,10 +37,6 @@ class AdaptConfig:
     """MT encoder: folder or hub name (NLLB-200, M2M-100)."""
     llm: str = ""
     """Causal LM: folder or hub name."""
-    model: str = ""
-    """An adapted MTLLM folder, whose projection and adapter training goes on from (warm start, with a new optimizer and
-    schedule); encoder and llm then say where its base models are, if not where they were. To go on with the same run,
-    use `resume`, also with more steps."""
     output: str = "runs/adapt"
     """Folder of the run; holds the model, its checkpoints and logs."""
     causal: bool = False
@@ -64,6 +60,10 @@ class AdaptConfig:
     include_base: bool = False
     """Store the base models' weights with the result, so that its folder needs nothing else."""
     trust_remote_code: bool = False
+    model: str = ""
+    """An adapted MTLLM folder, whose projection and adapter training goes on from (warm start, with a new optimizer and
+    schedule); encoder and llm then say where its base models are, if not where they were. To go on with the same run,
+    use `resume`, also with more steps."""
 
     def __post_init__(self) -> None:
         if self.init not in get_args(InitKind):

@@ -57,6 +57,9 @@ def check_switches(optim: OptimSettings, *, include_base: bool = False) -> None:
 
     if optim.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda': no CUDA device is visible; see `mtllm doctor`")
+    from .distributed import choose_engine  # which imports this module
+
+    choose_engine(optim)
     kind, gpu = optim.base_weights, on_gpu(optim)
     name = optimizer_name(optim)
     if name not in {str(known.value) for known in OptimizerNames}:
