@@ -46,10 +46,6 @@ class DistillConfig:
 
     model: str = ""
     """Adapted MTLLM folder (from `mtllm adapt`)."""
-    encoder: str = ""
-    """Where the model's encoder is, if not where it was when the model was saved."""
-    llm: str = ""
-    """Where the LLM of model and teacher is, likewise."""
     teacher: str = ""
     """Task teacher folder (from `mtllm finetune --llm`)."""
     output: str = "runs/distill"
@@ -74,6 +70,10 @@ class DistillConfig:
     include_base: bool = False
     """Store the base models' weights with the result, so that its folder needs nothing else."""
     trust_remote_code: bool = False
+    encoder: str = ""
+    """Where the model's encoder is, if not where it was when the model was saved."""
+    llm: str = ""
+    """Where the LLM of model and teacher is, likewise."""
 
     def __post_init__(self) -> None:
         if self.init_from not in get_args(InitFrom):

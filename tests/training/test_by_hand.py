@@ -105,7 +105,7 @@ def test_the_trainer_takes_the_steps_that_a_hand_written_loop_takes(encoder_fold
     start = {name: p.detach().clone() for name, p in student.named_parameters() if p.requires_grad}
     step = AdaptStep(student, DistillationWeights(**WEIGHTS, temperature=2.0))
     trainer = PackedTrainer(step, _dataset(student), _optim(), tmp_path / "run", steps=STEPS)
-    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run").mkdir()
     metrics = trainer.run(resume=False)
     made = {name: p.detach() for name, p in student.named_parameters() if p.requires_grad}
     hand = _by_hand(encoder_folder, llm_folder)
