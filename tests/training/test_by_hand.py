@@ -25,7 +25,7 @@ from mtllm_fast.training.trainer import PackedTrainer
 from tests.conftest import relative_error
 from tests.tiny import LINES
 
-ROWS = [TextRow(f"{line} {i}") for i, line in enumerate(LINES * 3)]
+ROWS = [TextRow(f"{line} {i}") for i, line in enumerate(LINES * 6)]
 WEIGHTS = {"pooled_mse": 1.0, "paired_mse": 0.25, "kl": 4.0}
 STEPS, PACKS, WARMUP, LR, DECAY, CLIP = 5, 2, 2, 3e-3, 0.1, 0.5
 
