@@ -25,7 +25,7 @@ from mtllm_fast.training.trainer import PackedTrainer
 from tests.conftest import relative_error
 from tests.tiny import LINES
 
-ROWS = [TextRow(f"{line} {i}") for i, line in enumerate(LINES * 6)]
+ROWS = [TextRow(f"{line} {i}") for i, line in enumerate(LINES * 12)]
 WEIGHTS = {"pooled_mse": 1.0, "paired_mse": 0.25, "kl": 4.0}
 STEPS, PACKS, WARMUP, LR, DECAY, CLIP = 5, 2, 2, 3e-3, 0.1, 0.5
 
@@ -105,7 +105,7 @@ def test_the_trainer_takes_the_steps_that_a_hand_written_loop_takes(encoder_fold
     start = {name: p.detach().clone() for name, p in student.named_parameters() if p.requires_grad}
     step = AdaptStep(student, DistillationWeights(**WEIGHTS, temperature=2.0))
     trainer = PackedTrainer(step, _dataset(student), _optim(), tmp_path / "run", steps=STEPS)
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run").mkdir(exist_ok=True)
     metrics = trainer.run(resume=False)
     made = {name: p.detach() for name, p in student.named_parameters() if p.requires_grad}
     hand = _by_hand(encoder_folder, llm_folder)
