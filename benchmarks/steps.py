@@ -105,6 +105,8 @@ def build_model(encoder: tuple[int, ...], llm: tuple[int, ...], task: bool, devi
 class _NoTokenizer:
     """Stands where a tokenizer would: the documents here are token ids already."""
 
+    mt = None  # the model has nothing to check
+
 
 def make_batch(lengths: list[int], mt_vocab: int, llm_vocab: int, device: str) -> Batch:
     """Random ids over given lengths, with aligned rows as two tokenizers of one text have them."""

@@ -187,7 +187,7 @@ def distillation_loss(
     """
     check_two_sides(student, teacher)
     head, head_bias = gathered("head", head), gathered("head_bias", head_bias)
-    if isinstance(head, Tensor) and torch.is_autocast_enabled(student.device.type):
+    if isinstance(head, Tensor) and not student.is_meta and torch.is_autocast_enabled(student.device.type):
         head = head.to(student.dtype)
     if not pooled and paired is None and head is None:
         raise ValueError("pooled is False, paired is None and head is None: there is no term to compute")

@@ -92,7 +92,7 @@ def test_usage_errors(capsys, encoder_folder, llm_folder, text_file, tmp_path) -
         "--encoder is missing": ["adapt", "--text", str(text_file), "--output", str(tmp_path / "run")],
         "no such folder": ["adapt", "--encoder", "./no", "--llm", llm_folder, "--text", str(text_file), "--output", str(tmp_path / "run")],
         "eng_Latn": [*base, "--text", str(text_file), "--language", "eng_Lat"],
-        "max_steps=0": [*base, "--text", str(text_file), "--max-steps", "0"],
+        "max_steps=-2": [*base, "--text", str(text_file), "--max-steps", "-2"],
         "did you mean 'max_steps'": ["adapt", "--config", str(tmp_path / "typo.yaml")],
         "exactly one": ["finetune", "--text", str(tmp_path / "t.csv"), "--labels", "a", "b", "--llm", "x", "--encoder", "y"],
         "--labels is missing": ["finetune", "--llm", llm_folder, "--text", str(text_file)],
@@ -318,7 +318,12 @@ def test_help_of_what_is_switched_off(capsys) -> None:
             cli.main([name, "--help"])
         words = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
         found += re.findall(r"(--no-(?!repeat)[a-z-]+) (Off:)?", words.partition("options ")[2])
-    assert {"--no-async-save", "--no-scores", "--no-memory", "--no-progress", "--no-train-projection"} == dict(
-        found
-    ).keys()
+    assert {
+        "--no-async-save",
+        "--no-scores",
+        "--no-memory",
+        "--no-progress",
+        "--no-quoted",
+        "--no-train-projection",
+    } == dict(found).keys()
     assert all(text for _, text in found), found

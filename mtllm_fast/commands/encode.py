@@ -32,7 +32,7 @@ class Encode:
     """MT code of the texts' language."""
     language_column: str | None = None
     quoted: bool = True
-    """Whether .csv and .tsv are written with csv quoting; off: quote marks are text."""
+    """Off: quote marks in .csv and .tsv files are text, and not around fields."""
     split: str = "train"
     """Split of a hub dataset."""
     limit: int | None = None

@@ -28,7 +28,7 @@ class Tokenize:
     """MT code of the text's language."""
     language_column: str | None = None
     quoted: bool = True
-    """Whether .csv and .tsv are written with csv quoting; off: quote marks are text."""
+    """Off: quote marks in .csv and .tsv files are text, and not around fields."""
     split: str = "train"
     limit: int | None = None
     """Read at most this many rows."""

@@ -35,6 +35,7 @@ from mtllm_fast.data.tokenise import StackTokenizer, TokenizedSide
 STORE_FILE = "store.json"
 _WINDOW = 2048
 _FORMAT = 2
+_READING = 2  # how text is given to a tokenizer and ends are found; 2: composed, see `characters`
 _SHOWN = 10  # unreadable rows that are named in the log
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,11 @@ class StoreReport:
 
 def tokenizer_key(tokenizer: StackTokenizer, sides: Sequence[str]) -> dict[str, Any]:
     """Plain data that tells whether another StackTokenizer makes the same tokens on `sides`."""
-    key: dict[str, Any] = {"pair_separator": tokenizer.pair_separator, "fallbacks": dict(tokenizer.fallbacks)}
+    key: dict[str, Any] = {
+        "reading": _READING,
+        "pair_separator": tokenizer.pair_separator,
+        "fallbacks": dict(tokenizer.fallbacks),
+    }
     for side in sides:
         inner = getattr(tokenizer, side)
         state = json.loads(inner.backend_tokenizer.to_str())

@@ -14,7 +14,6 @@ from mtllm_fast.data.characters import CharacterMap, _clusters, composed
 from mtllm_fast.data.tokenise import _encode
 
 from .charsmap import compile_map, latin_rules
-from .conftest import train_llm
 
 LATIN = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,…12"
 MARKED = [chr(c) for c in (*range(0xC0, 0x250), *range(0x1E00, 0x1F00))]
@@ -43,9 +42,9 @@ TEXTS = ["Tiếng Việt", "été a", "Ẹ̀kọ́ ọ̀rọ̀", "ệ", "naïve 
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_decomposed_text_has_the_pieces_of_the_composed(mapped, text):
+def test_decomposed_text_has_the_pieces_of_the_composed(mapped, llama_like, text):
     nfc, nfd = (unicodedata.normalize(form, text) for form in ("NFC", "NFD"))
-    stack = StackTokenizer(mapped, train_llm())
+    stack = StackTokenizer(mapped, llama_like)
     side = stack.mt_side([TextRow(nfc), TextRow(nfd)])
     assert side.ids[0].tolist() == side.ids[1].tolist()
     read = "".join(pieces(mapped, side.ids[1][1:-1])).replace("▁", " ").strip()
@@ -95,9 +94,9 @@ def letters(text):
 @pytest.mark.parametrize(
     "text", ["\x01ab cd", "e\u0301te\u0301 a", "oﬃce ab", "a\r\nb", "ab\x01 cd", *random_texts(300)]
 )
-def test_no_pair_has_read_different_characters(mapped, rules, text):
+def test_no_pair_has_read_different_characters(mapped, llama_like, rules, text):
     """The LLM's bytes give the original prefix; the MT pieces must be what the rules make of that prefix."""
-    stack = StackTokenizer(mapped, train_llm())
+    stack = StackTokenizer(mapped, llama_like)
     mt, llm = stack.mt_side([TextRow(text)]), stack.llm_side([TextRow(text)])
     (ids, ends), (llm_ids, llm_ends) = (mt.ids[0], mt.ends[0]), (llm.ids[0], llm.ends[0])
     rows = align_rows(ends, np.zeros_like(ends), llm_ends, np.zeros_like(llm_ends))

@@ -17,7 +17,7 @@ from .conftest import SENTENCES, train_llm
 spm = pytest.importorskip("sentencepiece")
 _PLACES = [above / "shared" / "data" / "sib200" for above in Path(__file__).parents]
 SIB200 = next((place for place in _PLACES if place.is_dir()), _PLACES[0])
-ROWS = 2  # of every language
+ROWS = 1  # of every language
 
 
 def real_texts():
@@ -88,10 +88,10 @@ def test_pieces_and_pairs_in_all_languages(trained):
         assert ids[1:-1].tolist() == want, (text, pieces[-3:])
         alone += tokenizer(text, add_special_tokens=False)["input_ids"] != want
         zeros = np.zeros_like(ends), np.zeros_like(llm_ends)
-        for i, j in list(zip(*align_rows(ends, zeros[0], llm_ends, zeros[1]), strict=True))[::5]:
+        for i, j in list(zip(*align_rows(ends, zeros[0], llm_ends, zeros[1]), strict=True))[::25]:
             read = stack.llm.decode(llm_ids[1 : j + 1].tolist(), clean_up_tokenization_spaces=False)
             normal = reference.normalize(unicodedata.normalize("NFC", read)).replace("▁", "").replace(" ", "")
             assert "".join(pieces[:i]).replace("▁", "") == normal
             pairs += 1
-    assert pairs > 10 * len(real_texts())
+    assert pairs > len(real_texts())
     assert alone > 0  # control: the library alone gives others

@@ -71,7 +71,7 @@ def test_ridge_is_the_least_squares_solution_at_the_spread_of_the_embeddings(
     assert (found.pairs, found.penalty) == (len(x), PENALTIES[best])
     assert found.score == pytest.approx(r_squared[best], abs=1e-6)
     weight, _ = least_squares(x, y, PENALTIES[best], bias)
-    mean_x, mean_y = (x.mean(0), y.mean(0)) if bias else (0.0, 0.0)
+    mean_x, mean_y = (x.mean(0), y.mean(0)) if bias else (np.zeros(x.shape[1]), np.zeros(y.shape[1]))
     shrunk = np.linalg.norm((x - mean_x) @ weight) / np.linalg.norm(y - mean_y)
     assert shrunk < 0.999, "the control: unscaled, the projected states spread less than the embeddings"
     weight /= shrunk

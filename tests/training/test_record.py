@@ -112,7 +112,7 @@ def test_the_report_of_a_run_killed_before_its_metrics(encoder_folder, llm_folde
 
 def test_epochs_are_passes(llm_folder, tmp_path, seen) -> None:
     """Counted (validation, epochs), known by the list, and by the end of a stream's first pass."""
-    train = {"epochs": 2, "max_steps": -1}
+    train = {"epochs": 2, "max_steps": -1, "log_steps": 1}
     metrics = finetune(
         FinetuneConfig(llm=llm_folder, output=str(tmp_path / "two"), train=_optim(**train)), SORTED, ["good", "bad"]
     )

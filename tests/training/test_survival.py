@@ -254,14 +254,15 @@ def test_a_disk_that_stays_full(steps, encoder_folder, llm_folder, tmp_path, fil
     assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
-class _Unreadable(list):
-    """Rows of which the last half cannot be read until they are repaired."""
+class _Unreadable:
+    """A stream of which the last half cannot be read until it is repaired."""
 
-    broken = True
+    def __init__(self, rows) -> None:
+        self.rows, self.broken = rows, True
 
     def __iter__(self):
-        for number, row in enumerate(super().__iter__()):
-            if self.broken and number >= len(self) // 2:
+        for number, row in enumerate(self.rows):
+            if self.broken and number >= len(self.rows) // 2:
                 raise ValueError("shard-2.jsonl.gz is cut or damaged")
             yield row
 
