@@ -12,6 +12,7 @@ from .common import synchronise
 
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
 SIDE = {"cpu": 2048, "cuda": 8192}
+START_SIDE = 256
 
 
 def best(run: Callable[[], object], device: str, seconds: float = 0.5, least: int = 5) -> float:
@@ -28,6 +29,24 @@ def best(run: Callable[[], object], device: str, seconds: float = 0.5, least: in
     return min(times)
 
 
+def gemm_rate(
+    a: torch.Tensor, b: torch.Tensor, product: Callable[[torch.Tensor, torch.Tensor], object], seconds: float = 0.05
+) -> float:
+    """FLOP/s of `product` on square parts of a and b, the smallest that takes `seconds`, doubled from 256 up to all.
+
+    A CPU without bf16 instructions multiplies in bf16 some hundred times slower than in fp32: the whole matrices would
+    take it a minute each, and say nothing that an eighth of them does not.
+    """
+    side, device = min(START_SIDE, len(a)), a.device.type
+    while True:
+        x, y = a[:side, :side].contiguous(), b[:side, :side].contiguous()
+        taken = best(lambda x=x, y=y: product(x, y), device, seconds=0.0, least=2)
+        if taken >= seconds or side == len(a):
+            taken = min(taken, best(lambda x=x, y=y: product(x, y), device))
+            return 2.0 * side**3 / taken
+        side = min(2 * side, len(a))
+
+
 def measure(device: str) -> dict[str, float]:
     """Ceilings of `device` with the threads that torch now has.
 
@@ -38,17 +57,14 @@ def measure(device: str) -> dict[str, float]:
     half = COPY_BYTES[device] // 2
     source, target = (torch.empty(half, dtype=torch.uint8, device=device).fill_(1) for _ in range(2))
     found = {"copy": 2 * half / best(lambda: target.copy_(source), device)}
-    side = SIDE[device]
-    flops = 2.0 * side**3
-    a, b = (torch.randn(side, side, device=device) for _ in range(2))
-    found["gemm_fp32"] = flops / best(lambda: a @ b, device)
+    a, b = (torch.randn(SIDE[device], SIDE[device], device=device) for _ in range(2))
+    found["gemm_fp32"] = gemm_rate(a, b, torch.mm)
     if device == "cpu":
         found["gemm_fp32_torch"] = found["gemm_fp32"]
         if has_onednn_fp32():
-            found["gemm_fp32_onednn"] = flops / best(lambda: cpu_nt(a, b), device)
+            found["gemm_fp32_onednn"] = gemm_rate(a, b, cpu_nt)
             found["gemm_fp32"] = max(found["gemm_fp32_torch"], found["gemm_fp32_onednn"])
-    a, b = a.bfloat16(), b.bfloat16()
-    found["gemm_bf16"] = flops / best(lambda: a @ b, device)
+    found["gemm_bf16"] = gemm_rate(a.bfloat16(), b.bfloat16(), torch.mm)
     return found
 
 
