@@ -110,15 +110,21 @@ def cell(value: Mapping[str, Any]) -> str:
     return f"{100 * value['accuracy']:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
+def head(found: Mapping[str, Any]) -> str:
+    """What the table is of."""
+    seeds = ", ".join(map(str, found["seeds"]))
+    return (
+        f"SIB-200 test, {found['rows']} rows a language, seeds {seeds}; accuracy in % with 95 % intervals over rows "
+        "(languages and seeds fixed), by whether the encoder's pretraining had the language."
+    )
+
+
 def write_tables(root: Path, save: Path, seeds: Sequence[int], systems: Mapping[str, str]) -> None:
     """study.json, study.md and study.html into `save`."""
     found = summarise(root, seeds, systems)
     save.mkdir(parents=True, exist_ok=True)
-    head = (
-        f"SIB-200 test, {found['rows']} rows a language, seeds {', '.join(map(str, seeds))}; accuracy in % with 95 % "
-        "intervals over the rows (languages and seeds fixed); groups: languages in the encoder's pretraining or not."
-    )
+    lines = ["# Real weights, real languages", "", head(found), "", *markdown(found), ""]
     (save / "study.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    (save / "study.md").write_text("\n".join(["# Real weights, real languages", "", head, "", *markdown(found), ""]))
+    (save / "study.md").write_text("\n".join(lines), encoding="utf-8")
     shutil.copy(root / "suite" / "scores.html", save / "study.html")
     print("\n".join(markdown(found)), flush=True)
