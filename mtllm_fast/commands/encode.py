@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from ..data.language import language_read, reads_language
 from ..data.read import read_rows
 from .files import check_device, output_file, ranks
 
@@ -28,8 +29,9 @@ class Encode:
     pair_column: str | None = None
     """Column of the second text, where rows are pairs."""
     id_column: str | None = None
-    language: str = "eng_Latn"
-    """MT code of the texts' language."""
+    language: str | None = None
+    """MT code of the texts' language. An encoder with languages needs it or `language_column`; for this release none
+    means English, with a warning. Other encoders ignore it."""
     language_column: str | None = None
     quoted: bool = True
     """Off: quote marks in .csv and .tsv files are text, and not around fields."""
@@ -89,8 +91,15 @@ class Encode:
         dtype = getattr(torch, self.dtype) if self.dtype else None
         model = MTLLM.from_pretrained(self.model, dtype=dtype, encoder=self.encoder, llm=self.llm)
         assert model.tokenizer is not None
-        if self.language_column is None and model.side == "mt" and model.tokenizer.languages:
-            model.tokenizer.language_id(self.language)
+        named = "--language" if self.language_column is None else "--language-column"
+        code = language_read(
+            model.tokenizer, model.side, self.language_column or self.language, named,
+            tell=lambda message: print(f"mtllm encode: {message}", file=sys.stderr) if not rank else None,
+        )  # fmt: skip
+        if self.language_column is None:
+            if code is not None and reads_language(model.tokenizer, model.side):
+                model.tokenizer.language_id(code)
+            rows = replace(rows, language=code)
         if not self.device and torch.cuda.is_available():
             torch.cuda.set_device(local % torch.cuda.device_count())
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")

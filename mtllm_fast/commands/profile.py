@@ -28,7 +28,8 @@ class Profile:
     text: str = ""
     """Text to read: .txt, .jsonl, .csv, .tsv or .parquet (also .gz), a folder or glob of them, or a hub dataset."""
     text_column: str = "text"
-    language: str = "eng_Latn"
+    language: str | None = None
+    """MT code of the text's language; by default the encoder's own code for English."""
     mode: Literal["adapt", "encode"] = "adapt"
     """adapt: a training step of general adaptation; encode: pooled embeddings."""
     loss: DistillationWeights = field(default_factory=DistillationWeights)

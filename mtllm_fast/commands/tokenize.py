@@ -24,8 +24,8 @@ class Tokenize:
     output: str = ""
     """Folder to write."""
     text_column: str = "text"
-    language: str = "eng_Latn"
-    """MT code of the text's language."""
+    language: str | None = None
+    """MT code of the text's language; by default the encoder's own code for English."""
     language_column: str | None = None
     quoted: bool = True
     """Off: quote marks in .csv and .tsv files are text, and not around fields."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mtllm_fast.data.formats import SUPPORTED, BadRow, check_file, kind_of, records
+from mtllm_fast.data.language import ENGLISH_CODES
 
 _HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<config>[\w.-]+))?")
 
@@ -19,7 +20,7 @@ class TextRow:
 
     Fields:
         text: the text, or the first text of a pair.
-        language: code of the MT tokenizer, e.g. `eng_Latn`.
+        language: code of the MT tokenizer, e.g. `eng_Latn`; None where there is none, or nobody named it.
         text_pair: second text (a hypothesis), or None.
         label: class index, or the index of the right choice.
         id: the row's name in its source.
@@ -27,7 +28,7 @@ class TextRow:
     """
 
     text: str
-    language: str = "eng_Latn"
+    language: str | None = None
     text_pair: str | None = None
     label: int | None = None
     id: str | None = None
@@ -66,7 +67,7 @@ def read_rows(
     label_column: str | None = None,
     labels: Sequence[str] | None = None,
     language_column: str | None = None,
-    language: str = "eng_Latn",
+    language: str | None = None,
     id_column: str | None = None,
     split: str = "train",
     limit: int | None = None,
@@ -83,7 +84,7 @@ def read_rows(
             .txt.
         labels: class names in the order of their indices. Without them labels must be integers (for hub datasets, the
             names of the dataset's own ClassLabel are used).
-        language: code of every row, where there is no language_column.
+        language: code of every row, where there is no language_column; encoders with languages need one of the two.
         split: split of a hub dataset; files have none.
         limit: stop after so many rows.
         columns: column names of csv/tsv files without a header.
@@ -132,7 +133,7 @@ class RowStream:
     source: str
     wanted: dict[str, str]  # argument of read_rows -> column
     labels: tuple[str, ...] | None
-    language: str
+    language: str | None
     split: str
     limit: int | None
     columns: tuple[str, ...] | None
@@ -144,9 +145,10 @@ class RowStream:
     def identity(self) -> dict[str, Any]:
         """Plain data that tells whether another stream gives the same rows: where and how it reads, files as of now."""
         local = _hub_name(self.source) is None
+        language = self.language or ENGLISH_CODES[0]  # as it was written when there was no row without one
         return {
             "source": self.source,
-            "reading": [self.wanted, self.language, self.split, self.limit, list(self.columns or ()), self.quoting],
+            "reading": [self.wanted, language, self.split, self.limit, list(self.columns or ()), self.quoting],
             "files": [
                 [str(path), path.stat().st_size, path.stat().st_mtime_ns]
                 for path in (resolve(self.source) if local else ())
@@ -225,7 +227,7 @@ class RowStream:
         name = record.get(self.wanted["id_column"]) if "id_column" in self.wanted else None
         return TextRow(
             text=str(texts["text_column"]),
-            language=str(texts["language_column"]),
+            language=texts["language_column"],
             text_pair=texts["pair_column"],
             label=label,
             id=None if name is None else str(name),

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data.batch import Batch, TokenizedRows
+from ..data.language import language_read, reads_language
 from ..data.read import TextRow
 from ..data.tokenise import TokenizedSide
 from ..kernels import hidden_mse
@@ -46,7 +47,7 @@ class EncodedWindow:
     index: int
     values: NDArray[np.float32]  # (n, D)
     ids: list[str | None]
-    languages: list[str]
+    languages: list[str | None]
     truncated: int  # rows that were cut to the tokenizer's limit
 
 
@@ -56,7 +57,7 @@ class _Prepared:
 
     index: int
     ids: list[str | None]
-    languages: list[str]
+    languages: list[str | None]
     truncated: int
     batches: list[Batch]
     place: NDArray[np.int64]  # (n,) which row of the batches, one after the other, is each row of the window
@@ -132,7 +133,7 @@ class Engine:
     def encode(
         self,
         texts: Iterable[str],
-        languages: str | Iterable[str] = "eng_Latn",
+        languages: str | Iterable[str] | None = None,
         *,
         pooling: Pooling = "mean",
         normalize: bool = False,
@@ -143,7 +144,8 @@ class Engine:
 
         Args:
             texts: N texts; a generator will do.
-            languages: one MT code for all, or one per text.
+            languages: one MT code for all, or one per text. Encoders with languages need them (for this release, None
+                means English, with a FutureWarning); others ignore them, as a log line says once.
             pooling: "mean" of the last hidden states (what the stack is trained on), or its "first" or "last" row.
             normalize: scale every row to length 1.
             on_bad_text: what a text that is empty or no str does: "fail", or a row of "nan".
@@ -154,7 +156,7 @@ class Engine:
             ValueError: an empty text, an unknown language code, lists of different lengths, or a row whose numbers are
                 not finite.
         """
-        count, rows, good = text_rows(texts, languages, on_bad_text)
+        count, rows, good = text_rows(texts, self._languages(languages), on_bad_text)
         out = np.full((count, self.model.hidden_size), np.nan, np.float32)
         start = 0
         with progress_bar("encode", len(rows), progress) as advance:
@@ -220,25 +222,29 @@ class Engine:
         """Classes of texts, in their order: names and probabilities; of rows (no `languages`): logits (N, C) float32.
 
         Args:
-            texts: N texts with their `languages` (one MT code for all, or one per text), or N rows.
+            texts: N texts with their `languages` (one MT code for all, or one per text; None for an encoder without
+                languages), or N rows.
             on_bad_text: of an empty text or what is none: "fail", or no label and probabilities of "nan".
 
         Raises:
             TypeError: `texts` is one str, holds something that is none, or has no languages.
             ValueError: the model has no head, its head scores choices, a bad text, or a row that is not finite.
         """
-        if languages is None:
+        plain: Any = texts
+        if languages is None and not isinstance(texts, str):
             rest: Iterator[Any] = iter(texts)
             first = list(islice(rest, 1))
-            if first and not isinstance(first[0], TextRow):
+            plain = chain(first, rest)
+            if not first or isinstance(first[0], TextRow):
+                return self._logits(plain)
+            assert self.model.tokenizer is not None
+            if reads_language(self.model.tokenizer, self.model.side):
                 raise TypeError("languages is missing: pass one MT code for all texts, or one per text")
-            return self._logits(chain(first, rest))
         labels = self.model.config.labels
         if labels is None:
             kind = "no task head" if self.model.head is None else f"a {self.model.head.config.kind!r} head"
             raise ValueError(f"model: has {kind}; texts are classified by a classification head (`mtllm finetune`)")
-        plain: Any = texts
-        count, rows, good = text_rows(plain, languages, on_bad_text)
+        count, rows, good = text_rows(plain, self._languages(languages), on_bad_text)
         logits = torch.from_numpy(self._logits(rows))
         probabilities = np.full((count, len(labels)), np.nan, np.float32)
         probabilities[good] = torch.softmax(logits, -1).numpy()
@@ -246,6 +252,10 @@ class Engine:
         for index in good:
             names[index] = labels[int(probabilities[index].argmax())]
         return Classified(names, probabilities, tuple(labels))
+
+    def _languages(self, given: str | Iterable[str] | None) -> str | Iterable[str] | None:
+        assert self.model.tokenizer is not None
+        return language_read(self.model.tokenizer, self.model.side, given, "languages")
 
     def _logits(self, rows: Iterable[TextRow]) -> NDArray[np.float32]:
         head = self.model.head

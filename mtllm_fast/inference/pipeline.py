@@ -28,6 +28,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.tokenization_utils_base import BatchEncoding
 
+from ..data.language import rows_read
 from ..data.pack import PackedBatch
 from ..data.read import TextRow
 from ..data.tokenise import StackTokenizer
@@ -103,13 +104,13 @@ class MTLLMTokenizer:
     Args:
         stack: the model's tokenizer.
         side: "mt" or "llm", whichever the model reads.
-        language: MT code of texts that come without one.
+        language: MT code of texts that come without one; None: the call is to name it, where the encoder has languages.
     """
 
     padding_side = "right"
     model_input_names = ("input_ids", "attention_mask")
 
-    def __init__(self, stack: StackTokenizer, side: str = "mt", language: str = "eng_Latn") -> None:
+    def __init__(self, stack: StackTokenizer, side: str = "mt", language: str | None = None) -> None:
         self.stack, self.side, self.language = stack, side, language
         self.pad_token_id = getattr(stack, side).pad_token_id or 0
 
@@ -150,7 +151,8 @@ class MTLLMTokenizer:
                 f"language={language!r}: one MT code for all; for a language per text pass dicts, "
                 '{"text": ..., "language": ...}'
             )
-        rows = [TextRow(one, language or self.language, pair) for one, pair in zip(texts, pairs)]
+        found = [TextRow(one, language or self.language, pair) for one, pair in zip(texts, pairs)]
+        rows = rows_read(found, self.stack, self.side, "language")
         side = self.stack.mt_side(rows) if self.side == "mt" else self.stack.llm_side(rows)
         ids, mask = PackedBatch.from_sequences(side.ids).to_padded(self.pad_token_id)
         return BatchEncoding({"input_ids": ids, "attention_mask": mask})

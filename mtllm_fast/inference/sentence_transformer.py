@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ..data.language import reads_language, rows_read
 from ..data.pack import PackedBatch
 from ..data.read import TextRow
 from ..models import MTLLM
@@ -42,7 +43,7 @@ class MTLLMModule(InputModule):
 
     Args:
         model: with its tokenizer.
-        language: MT code of texts that come without one.
+        language: MT code of texts that come without one; None: `encode` is to name it, where the encoder has languages.
 
     Raises:
         ValueError: the model has no tokenizer, or `language` is no language of it.
@@ -53,11 +54,11 @@ class MTLLMModule(InputModule):
     forward_kwargs = {"language"}  # noqa: RUF012
     save_in_root = True
 
-    def __init__(self, model: MTLLM, language: str = "eng_Latn", *, include_base: bool | None = None) -> None:
+    def __init__(self, model: MTLLM, language: str | None = None, *, include_base: bool | None = None) -> None:
         super().__init__()
         if model.tokenizer is None:
             raise ValueError("model: has no tokenizer; load it with MTLLM.from_pretrained or stack it from folders")
-        if model.side == "mt" and model.tokenizer.languages:
+        if language is not None and reads_language(model.tokenizer, model.side):
             model.tokenizer.language_id(language)
         self.model = model
         self.tokenizer: Any = getattr(model.tokenizer, model.side)
@@ -91,9 +92,10 @@ class MTLLMModule(InputModule):
                 f"language={language!r}: one MT code for all; for a language per text pass dicts, "
                 '{"text": ..., "language": ...}'
             )
-        rows = [as_row(item, prompt or "", language or self.language) for item in inputs]
         tokenizer = self.model.tokenizer
         assert tokenizer is not None
+        found = [as_row(item, prompt or "", language or self.language) for item in inputs]
+        rows = rows_read(found, tokenizer, self.model.side, "language")
         side = tokenizer.mt_side(rows) if self.model.side == "mt" else tokenizer.llm_side(rows)
         ids, mask = PackedBatch.from_sequences(side.ids).to_padded(self.tokenizer.pad_token_id or 0)
         return {"input_ids": ids, "attention_mask": mask}
@@ -124,7 +126,7 @@ class MTLLMModule(InputModule):
         return cls(MTLLM.from_pretrained(folder, dtype=dtype), **settings)
 
 
-def as_row(item: Any, prompt: str, language: str) -> TextRow:
+def as_row(item: Any, prompt: str, language: str | None) -> TextRow:
     """One input of `encode` as a text row.
 
     Raises:
@@ -143,12 +145,12 @@ def as_row(item: Any, prompt: str, language: str) -> TextRow:
 
 
 def save_sentence_transformer(
-    model: MTLLM, folder: str | Path, *, language: str = "eng_Latn", include_base: bool | None = None
+    model: MTLLM, folder: str | Path, *, language: str | None = None, include_base: bool | None = None
 ) -> None:
     """Write `model` so that `SentenceTransformer(folder, trust_remote_code=True)` loads it.
 
     Args:
-        language: MT code of texts that come without one.
+        language: MT code of texts that come without one; None: `encode` is to name it.
         include_base: as in `MTLLM.save_pretrained`.
     """
     device = str(next(model.parameters()).device)

@@ -177,6 +177,8 @@ def language_check(tokenizer: StackTokenizer) -> Callable[[TextRow], str | None]
 
     def unusable(row: TextRow) -> str | None:
         code = row.language
+        if code is None:
+            return None
         if code not in verdicts:
             if len(verdicts) > len(tokenizer.languages) + _MOST_CODES:
                 return "unknown language"

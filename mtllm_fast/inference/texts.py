@@ -22,7 +22,7 @@ class Classified(NamedTuple):
 
 
 def text_rows(
-    texts: Iterable[str], languages: str | Iterable[str], on_bad_text: OnBadText
+    texts: Iterable[str], languages: str | Iterable[str] | None, on_bad_text: OnBadText
 ) -> tuple[int, list[TextRow], NDArray[np.int64]]:
     """How many texts there are, a row for each good one, and which ones these are. Errors as in `Engine.encode`."""
     if isinstance(texts, str):
@@ -30,7 +30,10 @@ def text_rows(
     if on_bad_text not in ("fail", "nan"):
         raise ValueError(f"on_bad_text={on_bad_text!r}: expected 'fail' or 'nan'")
     texts = list(texts)
-    codes = [languages] * len(texts) if isinstance(languages, str) else list(languages)
+    if languages is None or isinstance(languages, str):
+        codes: list[str | None] = [languages] * len(texts)
+    else:
+        codes = list(languages)
     if len(codes) != len(texts):
         raise ValueError(f"languages: {len(codes)} codes for {len(texts)} texts")
     good = [index for index, text in enumerate(texts) if isinstance(text, str) and text.strip()]

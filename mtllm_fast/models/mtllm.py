@@ -352,7 +352,7 @@ class MTLLM(nn.Module):
             states = padded.masked_scatter(keep[..., None], states)
         return MTLLMOutput(states, pooled, logits)
 
-    def generate(self, texts: Sequence[str], languages: str | Sequence[str] = "eng_Latn", **options: Any) -> list[str]:
+    def generate(self, texts: Sequence[str], languages: str | Sequence[str] | None = None, **options: Any) -> list[str]:
         """What the LLM writes after reading `texts` through the encoder; options of `models.generate.generate`."""
         from .generate import generate
 

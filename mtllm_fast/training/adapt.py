@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import set_seed
 
 from ..data.collate import Batch
-from ..data.read import TextRow
+from ..data.language import language_read
+from ..data.read import RowStream, TextRow
 from ..data.store import TokenStore
 from ..losses import DistillationLoss, DistillationWeights, LossTerm
 from ..models import MTLLM, LoraSettings, ProjectionConfig
@@ -175,6 +176,8 @@ def adapt(
     run = RunFolder(config.output, {"stage": "adapt", "source": source or {}, **asdict(config)}, config.resume, inputs)
     student = starting_model(config, dtype)
     assert student.tokenizer is not None
+    if isinstance(rows, RowStream) and (named := rows.language or rows.wanted.get("language_column")):
+        language_read(student.tokenizer, "mt", named, "language")
     fit = None
     if config.init != "none":
         assert not isinstance(rows, TokenStore)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from transformers import set_seed
 
 from ..data.collate import Batch
+from ..data.language import ENGLISH_CODES
 from ..data.read import TextRow
 from ..inference import Engine
 from ..losses import LossTerm
@@ -26,9 +27,6 @@ from .live import Watch
 from .run_folder import RunFolder
 from .switches import base_dtype
 from .trainer import TASK_ROWS, TrainStep, run_stage
-
-# what MT tokenizers call English: NLLB, M2M100 (less its underscores), mBART
-ENGLISH_CODES = ("eng_Latn", "en", "en_XX")
 
 
 @dataclass
@@ -86,7 +84,7 @@ def validation(student: MTLLM, rows: Sequence[TextRow], tokens: int) -> Callable
     for index, row in enumerate(rows):
         if row.label is None:
             raise ValueError(f"valid_rows[{index}] has no label: the best checkpoint is chosen by accuracy")
-        if row.language.strip("_") not in ENGLISH_CODES:
+        if row.language is not None and row.language.strip("_") not in ENGLISH_CODES:
             raise ValueError(f"valid_rows[{index}] is {row.language}: the best checkpoint is chosen on English alone")
 
     def score() -> dict[str, float]:
