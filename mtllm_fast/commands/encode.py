@@ -13,7 +13,7 @@ from .files import check_device, output_file, ranks
 
 @dataclass
 class Encode:
-    """Embed the texts of a file: pooled last hidden states, one float32 row per text, in the order of the file.
+    """Embed the texts of a file: pooled last hidden states, one float32 row per row of the file, in its order.
 
     A run that was stopped, even by kill -9, goes on where it was when the same command is given again. Under torchrun
     the ranks share the work. Example: mtllm encode --model runs/stack --input corpus.jsonl --output corpus.npy
@@ -38,7 +38,11 @@ class Encode:
     split: str = "train"
     """Split of a hub dataset."""
     limit: int | None = None
-    """Only the first rows."""
+    """Only the first rows, unusable ones not counted."""
+    on_bad_row: Literal["nan", "skip", "fail"] = "nan"
+    """What becomes of a row that is empty, cannot be read, or is in a language the model has no code for. nan: NaN in
+    its place, so that row i of the output is row i of the file; skip: left out, and OUTPUT.index.npy holds the row of
+    the file (from 0) of each row of the output; fail: an error. OUTPUT.skipped.tsv lists such rows."""
     pooling: Literal["mean", "first", "last"] = "mean"
     """Which of a text's last hidden states is its embedding: their mean (what the stack is trained on), the first or
     the last."""
@@ -119,6 +123,7 @@ class Encode:
                 output,
                 pooling=self.pooling,
                 normalize=self.normalize,
+                on_bad_row=self.on_bad_row,
                 settings={"model_folder": self.model, "dtype": self.dtype, "quantize": self.quantize},
                 overwrite=self.overwrite,
                 rank=rank,
@@ -132,9 +137,10 @@ class Encode:
             print(f"encode: rank {rank} of {world_size} is done; the last one to finish writes {output}")
             return
         before = f" ({report.resumed} of them by an earlier run)" if report.resumed else ""
-        skipped = "; ".join(f"{count} {reason}" for reason, count in report.skipped.items())
+        reasons = "; ".join(f"{count} {reason}" for reason, count in report.skipped.items())
         print(
             f"encode: {report.rows} x {model.hidden_size} -> {output}{before}; {report.truncated} truncated, "
-            f"{sum(report.skipped.values())} rows skipped"
-            + (f" ({skipped}; listed in {report.skipped_file})" if skipped else "")
+            f"{sum(report.skipped.values())} rows {'skipped' if self.on_bad_row == 'skip' else 'unusable: NaN'}"
+            + (f" ({reasons}; listed in {report.skipped_file})" if reasons else "")
+            + (f"; {report.index_file} says which row each is" if report.index_file else "")
         )

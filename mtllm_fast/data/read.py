@@ -35,6 +35,20 @@ class TextRow:
     choices: tuple[str, ...] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class UnusableRow:
+    """What stands in a source in the place of a row, and why it is none.
+
+    Fields:
+        place: `file:line`. id: its name, where that can be read.
+    """
+
+    place: str
+    reason: str
+    id: str | None = None
+    language: str | None = None
+
+
 @dataclass
 class RowCounts:
     """What one pass over a source has met so far.
@@ -126,8 +140,7 @@ def read_rows(
 class RowStream:
     """A re-iterable stream of TextRow; made by `read_rows`, picklable, so that workers can read it too.
 
-    Two hooks for whoever reads it: `unusable(row)` gives the reason why a row is to be skipped, or None, and
-    `on_skip(place, reason)` is called for every row that is.
+    `unusable(row)` gives the reason why a row cannot be used, or None.
     """
 
     source: str
@@ -140,7 +153,6 @@ class RowStream:
     quoting: bool
     counts: RowCounts = field(default_factory=RowCounts)
     unusable: Callable[[TextRow], str | None] | None = None
-    on_skip: Callable[[str, str], None] | None = None
 
     def identity(self) -> dict[str, Any]:
         """Plain data that tells whether another stream gives the same rows: where and how it reads, files as of now."""
@@ -165,6 +177,10 @@ class RowStream:
             check_file(path, self.wanted, self.columns, self.quoting)
 
     def __iter__(self) -> Iterator[TextRow]:
+        return (row for row in self.everything() if isinstance(row, TextRow))
+
+    def everything(self) -> Iterator[TextRow | UnusableRow]:
+        """The rows, and in their places those that are none."""
         counts = self.counts = RowCounts()
         for place, record, labels in self._records():
             row = record if isinstance(record, BadRow) else self._row(record, labels, place)
@@ -175,8 +191,7 @@ class RowStream:
                     counts.empty += 1
                 else:
                     counts.fail(row.reason, place)
-                if self.on_skip is not None:
-                    self.on_skip(place, "empty" if row is None else row.reason)
+                yield UnusableRow(place, "empty" if row is None else row.reason, self._id(record))
                 continue
             counts.rows += 1
             yield row
@@ -224,14 +239,17 @@ class RowStream:
             if value is None or value == "" or (value == -1 and not isinstance(value, bool)):
                 return BadRow("no label")  # -1 is how hub datasets write it
             label = self._label(value, labels, place)
-        name = record.get(self.wanted["id_column"]) if "id_column" in self.wanted else None
         return TextRow(
             text=str(texts["text_column"]),
             language=texts["language_column"],
             text_pair=texts["pair_column"],
             label=label,
-            id=None if name is None else str(name),
+            id=self._id(record),
         )
+
+    def _id(self, record: dict[str, Any] | BadRow) -> str | None:
+        name = record.get(self.wanted["id_column"]) if isinstance(record, dict) and "id_column" in self.wanted else None
+        return None if name is None else str(name)
 
     def _label(self, value: Any, labels: tuple[str, ...] | None, place: str) -> int:
         numbered = labels is not None and all(name.removeprefix("-").isdecimal() for name in labels)

@@ -136,7 +136,8 @@ class MTEBEncoder(AbsEncoder):
     ) -> NDArray[np.float32]:
         """Embeddings (N, D) of the texts that `inputs` yields; a column "language" of MT codes goes before all else.
 
-        mteb's `batch_size` only sets how many texts it hands over at a time: the engine packs by tokens.
+        mteb's `batch_size` only sets how many texts it hands over at a time: the engine packs by tokens. A text without
+        a token (an empty one, for an LLM that writes no BOS) gets zeros, which are like no other text, and a log line.
         """
         this = (task_metadata.name, hf_split, hf_subset)
         two_sided = task_metadata.type in _TWO_SIDED and len(_languages(task_metadata, hf_subset)) == 2
@@ -161,9 +162,10 @@ class MTEBEncoder(AbsEncoder):
                 for text, language in zip(batch["text"], codes):
                     yield TextRow(text, language)
 
-        parts = list(self.engine.encode_rows(rows()))
+        parts = list(self.engine.encode_rows(rows(), on_bad_text="nan"))
         self._first_side = this if side == 0 else None
-        return np.concatenate(parts) if parts else np.zeros((0, self.model.hidden_size), np.float32)
+        values = np.concatenate(parts) if parts else np.zeros((0, self.model.hidden_size), np.float32)
+        return np.nan_to_num(values, copy=False, nan=0.0)
 
     def _language(
         self, task: TaskMetadata, subset: str, prompt_type: PromptType | None, side: int | None, hidden: bool

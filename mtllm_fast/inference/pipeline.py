@@ -139,7 +139,7 @@ class MTLLMTokenizer:
         `return_tensors` are accepted because callers of transformers' tokenizers pass them.
 
         Raises:
-            ValueError: an unknown language code, or lists of different lengths.
+            ValueError: an unknown language code, a text without a token, or lists of different lengths.
         """
         texts = [text] if isinstance(text, str) else list(text)
         none: list[Any] = [None] * len(texts)
@@ -154,6 +154,9 @@ class MTLLMTokenizer:
         found = [TextRow(one, language or self.language, pair) for one, pair in zip(texts, pairs)]
         rows = rows_read(found, self.stack, self.side, "language")
         side = self.stack.mt_side(rows) if self.side == "mt" else self.stack.llm_side(rows)
+        for index, tokens in enumerate(side.ids):
+            if not len(tokens):
+                raise ValueError(f"text[{index}] has no token, so there is nothing to read")
         ids, mask = PackedBatch.from_sequences(side.ids).to_padded(self.pad_token_id)
         return BatchEncoding({"input_ids": ids, "attention_mask": mask})
 

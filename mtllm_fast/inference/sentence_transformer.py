@@ -13,6 +13,7 @@ languages beside them; so a language per text travels with the text, in a dict.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ except ImportError as error:
     raise ImportError(
         f"sentence-transformers 6 or newer is needed ({error}): pip install 'mtllm-fast[doors]'"
     ) from error
+
+logger = logging.getLogger(__name__)
 
 _FIELDS = {"text", "text_pair", "language"}
 
@@ -82,6 +85,8 @@ class MTLLMModule(InputModule):
     ) -> dict[str, torch.Tensor]:
         """Texts -> `input_ids` and `attention_mask` (B, L) int64.
 
+        An input without a token (an empty text, for an LLM that writes no BOS) gets zeros, and a log line.
+
         Args:
             inputs: texts, pairs of texts, or dicts with "text" and optionally "text_pair" and "language".
             prompt: stands before every text.
@@ -97,6 +102,8 @@ class MTLLMModule(InputModule):
         found = [as_row(item, prompt or "", language or self.language) for item in inputs]
         rows = rows_read(found, tokenizer, self.model.side, "language")
         side = tokenizer.mt_side(rows) if self.model.side == "mt" else tokenizer.llm_side(rows)
+        if empty := sum(not len(ids) for ids in side.ids):
+            logger.warning("%d inputs have no token, so there is nothing to read: their embeddings are zeros", empty)
         ids, mask = PackedBatch.from_sequences(side.ids).to_padded(self.tokenizer.pad_token_id or 0)
         return {"input_ids": ids, "attention_mask": mask}
 

@@ -275,6 +275,8 @@ class MTLLM(nn.Module):
 
     def states(self, batch: PackedBatch) -> Tensor:
         """Last hidden states (T, D) of the packed rows of `side`."""
+        if not batch.num_tokens:  # transformers' layers cannot be called on nothing
+            return torch.zeros(0, self.hidden_size, dtype=self.dtype, device=batch.device)
         if self.config.reader == "llm":
             assert self.llm is not None
             return self.llm(batch)
