@@ -22,7 +22,7 @@ class Profile:
     model: str = ""
     """A saved stack; or name encoder and llm."""
     encoder: str = ""
-    """MT encoder: folder or hub name."""
+    """Encoder: folder or hub name, of a family that `adapt` supports."""
     llm: str = ""
     """Causal LM: folder or hub name."""
     text: str = ""

@@ -20,6 +20,7 @@ from ..data.read import TextRow
 from ..inference import Engine
 from ..losses import LossTerm
 from ..models import MTLLM, HeadConfig, LoraSettings
+from ..models.encoder import check_encoder
 from ..models.mtllm import Reader
 from .config import OptimSettings
 from .inputs import model_inputs
@@ -37,7 +38,7 @@ class FinetuneConfig:
     llm: str = ""
     """Causal LM that reads its own tokens: the task teacher."""
     encoder: str = ""
-    """MT encoder alone: the baseline without an LLM."""
+    """Encoder alone, of a family that `adapt` supports: the baseline without an LLM."""
     model: str = ""
     """An adapted MTLLM folder: direct fine-tuning of the stack."""
     output: str = "runs/finetune"
@@ -133,6 +134,8 @@ def finetune(
         raise ValueError(f"name exactly one of --llm, --encoder and --model, got {', '.join(sources) or 'none'}")
     if config.train.max_steps == 0:
         raise ValueError("max_steps=0: the task head starts at random, so there is nothing to save; train it")
+    if config.encoder:
+        check_encoder(config.encoder, config.trust_remote_code)
     dtype = base_dtype(config.train, include_base=config.include_base)
     set_seed(config.train.seed)
     settings = {"stage": "finetune", "source": source or {}, "labels": list(labels), **asdict(config)}
