@@ -37,8 +37,8 @@ class AdaptConfig:
 
     encoder: str = ""
     """Encoder: folder or hub name, of a family that is supported: m2m_100 (NLLB-200, M2M-100), bert
-    (multilingual-E5-small, LaBSE, mBERT), xlm-roberta and roberta (XLM-R, multilingual-E5-base and -large), modernbert
-    (mmBERT), mbart (mBART-50), t5, mt5 and umt5 (mT5, uMT5, MADLAD-400)."""
+    (multilingual-E5-small, LaBSE, mBERT), xlm-roberta and roberta (XLM-R, multilingual-E5-base and -large, BGE-M3),
+    modernbert (mmBERT), mbart (mBART-50), t5, mt5 and umt5 (mT5, uMT5, MADLAD-400)."""
     llm: str = ""
     """Causal LM: folder or hub name."""
     output: str = "runs/adapt"
