@@ -6,6 +6,8 @@ Public names load on first use, so `import mtllm_fast` is cheap.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .auto import register_when_imported
+
 __version__ = "0.1.0"
 
 _PUBLIC = {
@@ -63,3 +65,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+register_when_imported()

@@ -12,10 +12,16 @@ class Doctor:
     llm: str | None = None
     """Folder or hub name of an LLM: say whether its packed rows are its own (its weights are not read)."""
 
+    encoder: str | None = None
+    """Folder or hub name of an encoder: say its family and whether it has languages (its weights are not read)."""
+
     def run(self) -> None:
         from ..doctor import print_diagnosis, print_verdict
+        from ..models.encoder import describe_encoder
 
-        if self.llm is None:
-            print_diagnosis()
-        else:
+        if self.encoder is not None:
+            print("\n".join(describe_encoder(self.encoder)))
+        if self.llm is not None:
             print_verdict(self.llm)
+        if self.encoder is None and self.llm is None:
+            print_diagnosis()

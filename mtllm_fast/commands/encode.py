@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from ..data.language import language_read, reads_language
 from ..data.read import read_rows
 from .files import check_device, output_file, ranks
 
 
 @dataclass
 class Encode:
-    """Embed the texts of a file: pooled last hidden states, one float32 row per text, in the order of the file.
+    """Embed the texts of a file: pooled last hidden states, one float32 row per row of the file, in its order.
 
     A run that was stopped, even by kill -9, goes on where it was when the same command is given again. Under torchrun
     the ranks share the work. Example: mtllm encode --model runs/stack --input corpus.jsonl --output corpus.npy
@@ -28,15 +29,20 @@ class Encode:
     pair_column: str | None = None
     """Column of the second text, where rows are pairs."""
     id_column: str | None = None
-    language: str = "eng_Latn"
-    """MT code of the texts' language."""
+    language: str | None = None
+    """MT code of the texts' language. An encoder with languages needs it or `language_column`; for this release none
+    means English, with a warning. Other encoders ignore it."""
     language_column: str | None = None
     quoted: bool = True
     """Off: quote marks in .csv and .tsv files are text, and not around fields."""
     split: str = "train"
     """Split of a hub dataset."""
     limit: int | None = None
-    """Only the first rows."""
+    """Only the first rows, unusable ones not counted."""
+    on_bad_row: Literal["nan", "skip", "fail"] = "nan"
+    """What becomes of a row that is empty, cannot be read, or is in a language the model has no code for. nan: NaN in
+    its place, so that row i of the output is row i of the file; skip: left out, and OUTPUT.index.npy holds the row of
+    the file (from 0) of each row of the output; fail: an error. OUTPUT.skipped.tsv lists such rows."""
     pooling: Literal["mean", "first", "last"] = "mean"
     """Which of a text's last hidden states is its embedding: their mean (what the stack is trained on), the first or
     the last."""
@@ -89,8 +95,15 @@ class Encode:
         dtype = getattr(torch, self.dtype) if self.dtype else None
         model = MTLLM.from_pretrained(self.model, dtype=dtype, encoder=self.encoder, llm=self.llm)
         assert model.tokenizer is not None
-        if self.language_column is None and model.side == "mt" and model.tokenizer.languages:
-            model.tokenizer.language_id(self.language)
+        named = "--language" if self.language_column is None else "--language-column"
+        code = language_read(
+            model.tokenizer, model.side, self.language_column or self.language, named,
+            tell=lambda message: print(f"mtllm encode: {message}", file=sys.stderr) if not rank else None,
+        )  # fmt: skip
+        if self.language_column is None:
+            if code is not None and reads_language(model.tokenizer, model.side):
+                model.tokenizer.language_id(code)
+            rows = replace(rows, language=code)
         if not self.device and torch.cuda.is_available():
             torch.cuda.set_device(local % torch.cuda.device_count())
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -110,6 +123,7 @@ class Encode:
                 output,
                 pooling=self.pooling,
                 normalize=self.normalize,
+                on_bad_row=self.on_bad_row,
                 settings={"model_folder": self.model, "dtype": self.dtype, "quantize": self.quantize},
                 overwrite=self.overwrite,
                 rank=rank,
@@ -123,9 +137,10 @@ class Encode:
             print(f"encode: rank {rank} of {world_size} is done; the last one to finish writes {output}")
             return
         before = f" ({report.resumed} of them by an earlier run)" if report.resumed else ""
-        skipped = "; ".join(f"{count} {reason}" for reason, count in report.skipped.items())
+        reasons = "; ".join(f"{count} {reason}" for reason, count in report.skipped.items())
         print(
             f"encode: {report.rows} x {model.hidden_size} -> {output}{before}; {report.truncated} truncated, "
-            f"{sum(report.skipped.values())} rows skipped"
-            + (f" ({skipped}; listed in {report.skipped_file})" if skipped else "")
+            f"{sum(report.skipped.values())} rows {'skipped' if self.on_bad_row == 'skip' else 'unusable: NaN'}"
+            + (f" ({reasons}; listed in {report.skipped_file})" if reasons else "")
+            + (f"; {report.index_file} says which row each is" if report.index_file else "")
         )

@@ -20,7 +20,8 @@ class Plan:
     """
 
     encoder: str = "NLLB-600M"
-    """MT encoder: a preset, a folder, or a hub name, of which only the config.json is downloaded."""
+    """Encoder of a family that `adapt` supports: a preset, a folder, or a hub name, of which only the config.json is
+    downloaded."""
     llm: str = "Llama-3-8B"
     """LLM: a preset, a folder, or a hub name, of which only the config.json is downloaded."""
     gpu: str = "H100"
@@ -56,6 +57,7 @@ class Plan:
         from rich.table import Table
 
         from .. import planning
+        from ..models.encoders import family_of
 
         for name in ("gpus", "documents", "max_length"):
             if getattr(self, name) < 1:
@@ -68,8 +70,10 @@ class Plan:
         if self.measured_bandwidth:
             device = replace(device, copy=self.measured_bandwidth * 1e12 / device.bandwidth)
         efficiency = self.efficiency or planning.EFFICIENCY
+        encoder = planning.config(self.encoder)
+        family_of(encoder, self.encoder)
         spec = planning.StepSpec(
-            planning.config(self.encoder), planning.config(self.llm), self.loss, self.lora,
+            encoder, planning.config(self.llm), self.loss, self.lora,
             base="dense" if self.base_weights == "bf16" else self.base_weights,
             eight_bit_optimizer=self.adam_8bit, offloaded_optimizer=self.offload_optimizer,
         )  # fmt: skip

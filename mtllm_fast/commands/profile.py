@@ -22,13 +22,14 @@ class Profile:
     model: str = ""
     """A saved stack; or name encoder and llm."""
     encoder: str = ""
-    """MT encoder: folder or hub name."""
+    """Encoder: folder or hub name, of a family that `adapt` supports."""
     llm: str = ""
     """Causal LM: folder or hub name."""
     text: str = ""
     """Text to read: .txt, .jsonl, .csv, .tsv or .parquet (also .gz), a folder or glob of them, or a hub dataset."""
     text_column: str = "text"
-    language: str = "eng_Latn"
+    language: str | None = None
+    """MT code of the text's language; by default the encoder's own code for English."""
     mode: Literal["adapt", "encode"] = "adapt"
     """adapt: a training step of general adaptation; encode: pooled embeddings."""
     loss: DistillationWeights = field(default_factory=DistillationWeights)

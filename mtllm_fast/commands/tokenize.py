@@ -15,7 +15,7 @@ class Tokenize:
     """
 
     encoder: str = ""
-    """MT encoder: folder or hub name."""
+    """Encoder: folder or hub name, of a family that `adapt` supports (its help names them)."""
     llm: str = ""
     """Causal LM: folder or hub name."""
     text: str = ""
@@ -24,8 +24,8 @@ class Tokenize:
     output: str = ""
     """Folder to write."""
     text_column: str = "text"
-    language: str = "eng_Latn"
-    """MT code of the text's language."""
+    language: str | None = None
+    """MT code of the text's language; by default the encoder's own code for English."""
     language_column: str | None = None
     quoted: bool = True
     """Off: quote marks in .csv and .tsv files are text, and not around fields."""
@@ -42,6 +42,7 @@ class Tokenize:
         from ..data.store import write_store
         from ..inference.progress import progress_bar
         from ..models import MTLLMConfig
+        from ..models.encoder import check_encoder, fit_tokenizer
         from ..models.storage import base_tokenizer
         from .files import check_text
 
@@ -49,11 +50,13 @@ class Tokenize:
             if not getattr(self, name):
                 raise ValueError(f"--{name} is missing")
         check_text(self.text)
+        config = check_encoder(self.encoder)
         rows = read_rows(
             self.text, text_column=self.text_column, language=self.language, language_column=self.language_column,
             split=self.split, limit=self.limit, quoting=self.quoted,
         )  # fmt: skip
         tokenizer = base_tokenizer(MTLLMConfig(encoder=self.encoder, llm=self.llm), self.max_length, self.max_length)
+        fit_tokenizer(tokenizer, config, self.encoder)
         seen = 0
         with progress_bar("tokenize", self.limit, True) as advance:
 

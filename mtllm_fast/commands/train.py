@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from ..data.language import ENGLISH_CODES
 from ..data.read import TextRow, read_rows
 from ..data.store import STORE_FILE, TokenStore
 from ..models.hub import check_push, push
@@ -158,8 +159,8 @@ class Adapt(AdaptConfig):
     "org/name" or "org/name:config". Or the folder that `mtllm tokenize` wrote: columns, language, split and limit are
     those it was written with, and may not be given again."""
     text_column: str = "text"
-    language: str = "eng_Latn"
-    """MT code of the text's language."""
+    language: str | None = None
+    """MT code of the text's language; by default the encoder's own code for English."""
     language_column: str | None = None
     """Column with a code per row, instead of `language`."""
     split: str = "train"
@@ -181,6 +182,7 @@ class Adapt(AdaptConfig):
         watch = self.watch.watch()
         names = ("text", "text_column", "language", "language_column", "split", "limit")
         source = {name: getattr(self, name) for name in names}
+        source["language"] = self.language or ENGLISH_CODES[0]
         if (Path(self.text) / STORE_FILE).is_file():
             for name in names[1:]:
                 if getattr(self, name) != getattr(type(self), name):

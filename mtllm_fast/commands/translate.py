@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..data.language import ENGLISH_CODES, language_read
 from ..data.read import read_rows
 from .files import check_device, output_file, ranks
 
@@ -35,9 +36,9 @@ class Translate:
     text_column: str = "text"
     id_column: str | None = None
     """Column with a name per row; by default their numbers, rows without text not counted."""
-    language: str = "eng_Latn"
-    """With `input`: MT code of the texts' language. It must be another one than `target`, and both are English by
-    default, so one of the two has to be named."""
+    language: str | None = None
+    """With `input`: MT code of the texts' language, another one than `target`, or else `language_column`. Where both
+    are missing and the target is not English, for this release they are read as English, with a warning."""
     language_column: str | None = None
     task: str = ""
     """Instead of `input`: a task by name or .yaml file; its texts, pairs and choices are translated one by one."""
@@ -88,10 +89,13 @@ class Translate:
 
         if bool(self.input) == bool(self.task):
             raise ValueError("name either --input FILE or --task TASK")
-        if self.input and self.language_column is None and self.language == self.target:
-            raise ValueError(
-                f"--language {self.language}: is the --target, too; name the language of the texts or its column"
-            )
+        if self.input and self.language_column is None:
+            english = self.target.strip("_") in ENGLISH_CODES
+            language = self.target if self.language is None and english else self.language
+            if language == self.target:
+                raise ValueError(
+                    f"--language {language}: is the --target, too; name the language of the texts or its column"
+                )
         named = SimpleNamespace(
             model=self.model, input=self.input or self.task, output=self.output, overwrite=self.overwrite
         )
@@ -156,13 +160,21 @@ class Translate:
             limit=self.limit,
         )
         if self.language_column is None:
-            translator.tokenizer.language_id(self.language)
+            rank = ranks()[0]
+            code = language_read(
+                translator.tokenizer, "mt", self.language, "--language",
+                tell=lambda message: print(f"mtllm translate: {message}", file=sys.stderr) if not rank else None,
+            )  # fmt: skip
+            assert code is not None  # a translator has languages
+            translator.tokenizer.language_id(code)
+            rows.language = code
         else:
             rows.unusable = language_check(translator.tokenizer)
 
         def sources() -> Iterable[Source]:
             for index, row in enumerate(rows):
-                yield Source(row.text, row.language, str(index) if row.id is None else row.id, row.language)
+                code = str(row.language)
+                yield Source(row.text, code, str(index) if row.id is None else row.id, code)
             if skipped := rows.counts.empty + rows.counts.failed:
                 reasons = "".join(f", {count} {reason}" for reason, count in rows.counts.reasons.items())
                 print(f"translate: {skipped} rows skipped: {rows.counts.empty} empty{reasons}", file=sys.stderr)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mtllm_fast.data.formats import SUPPORTED, BadRow, check_file, kind_of, records
+from mtllm_fast.data.language import ENGLISH_CODES
 
 _HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<config>[\w.-]+))?")
 
@@ -19,7 +20,7 @@ class TextRow:
 
     Fields:
         text: the text, or the first text of a pair.
-        language: code of the MT tokenizer, e.g. `eng_Latn`.
+        language: code of the MT tokenizer, e.g. `eng_Latn`; None where there is none, or nobody named it.
         text_pair: second text (a hypothesis), or None.
         label: class index, or the index of the right choice.
         id: the row's name in its source.
@@ -27,11 +28,25 @@ class TextRow:
     """
 
     text: str
-    language: str = "eng_Latn"
+    language: str | None = None
     text_pair: str | None = None
     label: int | None = None
     id: str | None = None
     choices: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UnusableRow:
+    """What stands in a source in the place of a row, and why it is none.
+
+    Fields:
+        place: `file:line`. id: its name, where that can be read.
+    """
+
+    place: str
+    reason: str
+    id: str | None = None
+    language: str | None = None
 
 
 @dataclass
@@ -66,7 +81,7 @@ def read_rows(
     label_column: str | None = None,
     labels: Sequence[str] | None = None,
     language_column: str | None = None,
-    language: str = "eng_Latn",
+    language: str | None = None,
     id_column: str | None = None,
     split: str = "train",
     limit: int | None = None,
@@ -83,7 +98,7 @@ def read_rows(
             .txt.
         labels: class names in the order of their indices. Without them labels must be integers (for hub datasets, the
             names of the dataset's own ClassLabel are used).
-        language: code of every row, where there is no language_column.
+        language: code of every row, where there is no language_column; encoders with languages need one of the two.
         split: split of a hub dataset; files have none.
         limit: stop after so many rows.
         columns: column names of csv/tsv files without a header.
@@ -125,28 +140,27 @@ def read_rows(
 class RowStream:
     """A re-iterable stream of TextRow; made by `read_rows`, picklable, so that workers can read it too.
 
-    Two hooks for whoever reads it: `unusable(row)` gives the reason why a row is to be skipped, or None, and
-    `on_skip(place, reason)` is called for every row that is.
+    `unusable(row)` gives the reason why a row cannot be used, or None.
     """
 
     source: str
     wanted: dict[str, str]  # argument of read_rows -> column
     labels: tuple[str, ...] | None
-    language: str
+    language: str | None
     split: str
     limit: int | None
     columns: tuple[str, ...] | None
     quoting: bool
     counts: RowCounts = field(default_factory=RowCounts)
     unusable: Callable[[TextRow], str | None] | None = None
-    on_skip: Callable[[str, str], None] | None = None
 
     def identity(self) -> dict[str, Any]:
         """Plain data that tells whether another stream gives the same rows: where and how it reads, files as of now."""
         local = _hub_name(self.source) is None
+        language = self.language or ENGLISH_CODES[0]  # as it was written when there was no row without one
         return {
             "source": self.source,
-            "reading": [self.wanted, self.language, self.split, self.limit, list(self.columns or ()), self.quoting],
+            "reading": [self.wanted, language, self.split, self.limit, list(self.columns or ()), self.quoting],
             "files": [
                 [str(path), path.stat().st_size, path.stat().st_mtime_ns]
                 for path in (resolve(self.source) if local else ())
@@ -163,6 +177,10 @@ class RowStream:
             check_file(path, self.wanted, self.columns, self.quoting)
 
     def __iter__(self) -> Iterator[TextRow]:
+        return (row for row in self.everything() if isinstance(row, TextRow))
+
+    def everything(self) -> Iterator[TextRow | UnusableRow]:
+        """The rows, and in their places those that are none."""
         counts = self.counts = RowCounts()
         for place, record, labels in self._records():
             row = record if isinstance(record, BadRow) else self._row(record, labels, place)
@@ -173,8 +191,7 @@ class RowStream:
                     counts.empty += 1
                 else:
                     counts.fail(row.reason, place)
-                if self.on_skip is not None:
-                    self.on_skip(place, "empty" if row is None else row.reason)
+                yield UnusableRow(place, "empty" if row is None else row.reason, self._id(record))
                 continue
             counts.rows += 1
             yield row
@@ -222,14 +239,17 @@ class RowStream:
             if value is None or value == "" or (value == -1 and not isinstance(value, bool)):
                 return BadRow("no label")  # -1 is how hub datasets write it
             label = self._label(value, labels, place)
-        name = record.get(self.wanted["id_column"]) if "id_column" in self.wanted else None
         return TextRow(
             text=str(texts["text_column"]),
-            language=str(texts["language_column"]),
+            language=texts["language_column"],
             text_pair=texts["pair_column"],
             label=label,
-            id=None if name is None else str(name),
+            id=self._id(record),
         )
+
+    def _id(self, record: dict[str, Any] | BadRow) -> str | None:
+        name = record.get(self.wanted["id_column"]) if isinstance(record, dict) and "id_column" in self.wanted else None
+        return None if name is None else str(name)
 
     def _label(self, value: Any, labels: tuple[str, ...] | None, place: str) -> int:
         numbered = labels is not None and all(name.removeprefix("-").isdecimal() for name in labels)

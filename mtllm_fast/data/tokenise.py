@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtllm_fast.data.characters import Written, read_up_to, reader_of
+from mtllm_fast.data.language import language_read
 from mtllm_fast.data.long_text import CHARACTERS_PER_TOKEN, beginning, settled, splits_at_spaces
 from mtllm_fast.data.read import TextRow
 
@@ -200,6 +201,8 @@ class StackTokenizer:
     def mt_side(self, rows: Sequence[TextRow], *, ends: bool = True) -> TokenizedSide:
         """`[lang] A </s>` per row; see the module docstring for pairs and choices.
 
+        A row without a language is read as English, with a FutureWarning, where the tokenizer has languages.
+
         Args:
             ends: also find where each token ends, which alignment needs and nothing else.
 
@@ -209,7 +212,10 @@ class StackTokenizer:
         if self.mt is None:
             raise ValueError("mt is None: this StackTokenizer has no MT tokenizer")
         if self._language_ids:
-            prefixes = [[self.language_id(row.language)] for row in rows]
+            assumed = ""
+            if any(row.language is None for row in rows):
+                assumed = language_read(self, "mt", None, "TextRow.language") or ""
+            prefixes = [[self.language_id(assumed if row.language is None else row.language)] for row in rows]
         else:
             prefixes = [self._mt_prefix] * len(rows)
         return self._side("max_mt_tokens", self.mt, self.mt_limit, prefixes, self._mt_template, rows, ends)

@@ -103,7 +103,7 @@ def run_demo(
     )
     MTLLM.stack(str(encoder), reader="encoder").save_pretrained(folders["encoder_probe"])
     say("[3/6] Stage 1: the LLM learns from itself to read through the encoder, on plain English text")
-    texts = [*read_rows(ASSETS / "english.txt"), *(replace(row, label=None) for row in train)]
+    texts = [*read_rows(ASSETS / "english.txt", language=ENGLISH), *(replace(row, label=None) for row in train)]
     adapt(
         AdaptConfig(
             encoder=str(encoder),

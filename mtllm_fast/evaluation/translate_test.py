@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..data.language import language_read
 from ..data.read import TextRow
 from ..data.tokenise import StackTokenizer
 from ..models.names import is_path
@@ -214,7 +215,8 @@ class Translator:
         rows = list(rows)
         names = [(index, name) for index, row in enumerate(rows) for name in fields(row)]
         texts = [text for row in rows for text in fields(row).values()]
-        translated = self.translate(texts, [rows[index].language for index, _ in names], target, **decoding)
+        codes = [str(language_read(self.tokenizer, "mt", row.language, "TextRow.language")) for row in rows]
+        translated = self.translate(texts, [codes[index] for index, _ in names], target, **decoding)
         found: list[dict[str, str]] = [{} for _ in rows]
         for (index, name), text in zip(names, translated, strict=True):
             found[index][name] = text

@@ -7,6 +7,7 @@ Windows and packs depend on the rows and the options alone, so a run that goes o
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data.batch import Batch, TokenizedRows
-from ..data.read import TextRow
+from ..data.language import language_read, reads_language
+from ..data.read import TextRow, UnusableRow
 from ..data.tokenise import TokenizedSide
 from ..kernels import hidden_mse
 from ..models import MTLLM
@@ -33,7 +35,9 @@ from .compile import compile_layers
 from .cpu_linear import fast_linear
 from .progress import progress_bar
 from .quantize import Quantization, check_quantization, quantize_layers
-from .texts import Classified, OnBadText, text_rows
+from .texts import Classified, OnBadText, check_on_bad_text, text_rows
+
+logger = logging.getLogger(__name__)
 
 Pooling = Literal["mean", "first", "last"]
 POOLINGS: tuple[Pooling, ...] = ("mean", "first", "last")
@@ -46,7 +50,7 @@ class EncodedWindow:
     index: int
     values: NDArray[np.float32]  # (n, D)
     ids: list[str | None]
-    languages: list[str]
+    languages: list[str | None]
     truncated: int  # rows that were cut to the tokenizer's limit
 
 
@@ -56,10 +60,10 @@ class _Prepared:
 
     index: int
     ids: list[str | None]
-    languages: list[str]
+    languages: list[str | None]
     truncated: int
     batches: list[Batch]
-    place: NDArray[np.int64]  # (n,) which row of the batches, one after the other, is each row of the window
+    place: NDArray[np.int64]  # (n,) which row of the batches, one after the other, is each row of the window; -1: none
 
 
 class Engine:
@@ -132,7 +136,7 @@ class Engine:
     def encode(
         self,
         texts: Iterable[str],
-        languages: str | Iterable[str] = "eng_Latn",
+        languages: str | Iterable[str] | None = None,
         *,
         pooling: Pooling = "mean",
         normalize: bool = False,
@@ -143,10 +147,11 @@ class Engine:
 
         Args:
             texts: N texts; a generator will do.
-            languages: one MT code for all, or one per text.
+            languages: one MT code for all, or one per text. Encoders with languages need them (for this release, None
+                means English, with a FutureWarning); others ignore them, as a log line says once.
             pooling: "mean" of the last hidden states (what the stack is trained on), or its "first" or "last" row.
             normalize: scale every row to length 1.
-            on_bad_text: what a text that is empty or no str does: "fail", or a row of "nan".
+            on_bad_text: what a text that is empty, has no token or is no str does: "fail", or a row of "nan".
             progress: show a bar on stderr.
 
         Raises:
@@ -154,28 +159,39 @@ class Engine:
             ValueError: an empty text, an unknown language code, lists of different lengths, or a row whose numbers are
                 not finite.
         """
-        count, rows, good = text_rows(texts, languages, on_bad_text)
+        count, rows, good = text_rows(texts, self._languages(languages), on_bad_text)
         out = np.full((count, self.model.hidden_size), np.nan, np.float32)
         start = 0
         with progress_bar("encode", len(rows), progress) as advance:
-            for part in self.encode_rows(rows, pooling=pooling, normalize=normalize):
+            for part in self.encode_rows(rows, pooling=pooling, normalize=normalize, on_bad_text=on_bad_text):
                 out[good[start : start + len(part)]] = part
                 start += len(part)
                 advance(len(part))
         return out
 
     def encode_rows(
-        self, rows: Iterable[TextRow], *, pooling: Pooling = "mean", normalize: bool = False
-    ) -> Iterator[NDArray[np.float32]]:
-        """Embeddings of a stream of rows (pairs too), a window (n, D) at a time, in order."""
-        return (window.values for window in self.encode_windows(rows, pooling=pooling, normalize=normalize))
-
-    def encode_windows(
         self,
-        rows: Iterable[TextRow],
+        rows: Iterable[TextRow | UnusableRow],
         *,
         pooling: Pooling = "mean",
         normalize: bool = False,
+        on_bad_text: OnBadText = "fail",
+    ) -> Iterator[NDArray[np.float32]]:
+        """Embeddings of a stream of rows (pairs too), a window (n, D) at a time, in order.
+
+        An UnusableRow gives NaN. `on_bad_text` is for rows without a token: an empty text has none where the reader
+        adds no special tokens.
+        """
+        windows = self.encode_windows(rows, pooling=pooling, normalize=normalize, on_bad_text=on_bad_text)
+        return (window.values for window in windows)
+
+    def encode_windows(
+        self,
+        rows: Iterable[TextRow | UnusableRow],
+        *,
+        pooling: Pooling = "mean",
+        normalize: bool = False,
+        on_bad_text: OnBadText = "fail",
         skip: Callable[[int], bool] | None = None,
     ) -> Iterator[EncodedWindow]:
         """As `encode_rows`, with the rows' names and languages.
@@ -188,6 +204,7 @@ class Engine:
         """
         if pooling not in POOLINGS:
             raise ValueError(f"pooling={pooling!r}: expected one of {', '.join(POOLINGS)}")
+        check_on_bad_text(on_bad_text)
 
         def pooled(batch: Batch) -> Tensor:
             packed = batch.mt if self.model.side == "mt" else batch.llm
@@ -200,7 +217,7 @@ class Engine:
             )
             return F.normalize(vectors.float(), dim=1) if normalize else vectors
 
-        return self._windows(rows, pooled, skip)
+        return self._windows(rows, pooled, self.model.hidden_size, on_bad_text, skip)
 
     @overload
     def classify(self, texts: Iterable[TextRow]) -> NDArray[np.float32]: ...
@@ -220,39 +237,50 @@ class Engine:
         """Classes of texts, in their order: names and probabilities; of rows (no `languages`): logits (N, C) float32.
 
         Args:
-            texts: N texts with their `languages` (one MT code for all, or one per text), or N rows.
-            on_bad_text: of an empty text or what is none: "fail", or no label and probabilities of "nan".
+            texts: N texts with their `languages` (one MT code for all, or one per text; None for an encoder without
+                languages), or N rows.
+            on_bad_text: of an empty text, one without a token or what is none: "fail", or no label and probabilities of
+                "nan".
 
         Raises:
             TypeError: `texts` is one str, holds something that is none, or has no languages.
             ValueError: the model has no head, its head scores choices, a bad text, or a row that is not finite.
         """
-        if languages is None:
+        plain: Any = texts
+        if languages is None and not isinstance(texts, str):
             rest: Iterator[Any] = iter(texts)
             first = list(islice(rest, 1))
-            if first and not isinstance(first[0], TextRow):
+            plain = chain(first, rest)
+            if not first or isinstance(first[0], TextRow):
+                return self._logits(plain)
+            assert self.model.tokenizer is not None
+            if reads_language(self.model.tokenizer, self.model.side):
                 raise TypeError("languages is missing: pass one MT code for all texts, or one per text")
-            return self._logits(chain(first, rest))
         labels = self.model.config.labels
         if labels is None:
             kind = "no task head" if self.model.head is None else f"a {self.model.head.config.kind!r} head"
             raise ValueError(f"model: has {kind}; texts are classified by a classification head (`mtllm finetune`)")
-        plain: Any = texts
-        count, rows, good = text_rows(plain, languages, on_bad_text)
-        logits = torch.from_numpy(self._logits(rows))
+        count, rows, good = text_rows(plain, self._languages(languages), on_bad_text)
+        logits = torch.from_numpy(self._logits(rows, on_bad_text))
         probabilities = np.full((count, len(labels)), np.nan, np.float32)
         probabilities[good] = torch.softmax(logits, -1).numpy()
         names: list[str | None] = [None] * count
         for index in good:
-            names[index] = labels[int(probabilities[index].argmax())]
+            if not np.isnan(probabilities[index, 0]):
+                names[index] = labels[int(probabilities[index].argmax())]
         return Classified(names, probabilities, tuple(labels))
 
-    def _logits(self, rows: Iterable[TextRow]) -> NDArray[np.float32]:
+    def _languages(self, given: str | Iterable[str] | None) -> str | Iterable[str] | None:
+        assert self.model.tokenizer is not None
+        return language_read(self.model.tokenizer, self.model.side, given, "languages")
+
+    def _logits(self, rows: Iterable[TextRow], on_bad_text: OnBadText = "fail") -> NDArray[np.float32]:
         head = self.model.head
         if head is None:
             raise ValueError("model: has no task head; train one with `mtllm finetune` or `mtllm distill`")
-        parts = [window.values for window in self._windows(rows, self.model.logits)]
-        width = max((part.shape[1] for part in parts), default=head.linear.out_features)
+        width = head.linear.out_features
+        parts = [window.values for window in self._windows(rows, self.model.logits, width, on_bad_text)]
+        width = max((part.shape[1] for part in parts), default=width)
         return np.concatenate([np.zeros((0, width), np.float32), *(_widened(part, width) for part in parts)])
 
     def score_choices(self, rows: Iterable[TextRow]) -> NDArray[np.float32]:
@@ -277,11 +305,16 @@ class Engine:
         return self.classify(checked())
 
     def _windows(
-        self, rows: Iterable[TextRow], run: Callable[[Batch], Tensor], skip: Callable[[int], bool] | None = None
+        self,
+        rows: Iterable[TextRow | UnusableRow],
+        run: Callable[[Batch], Tensor],
+        width: int,
+        on_bad_text: OnBadText,
+        skip: Callable[[int], bool] | None = None,
     ) -> Iterator[EncodedWindow]:
-        for window in self._prepared(rows, skip):
+        for window in self._prepared(rows, on_bad_text, skip):
             with evaluating(self.model):
-                values = self._run(window, run)
+                values = self._run(window, run, width)
             self._check_finite(window, values)
             self.truncated += window.truncated
             yield EncodedWindow(window.index, values, window.ids, window.languages, window.truncated)
@@ -291,15 +324,20 @@ class Engine:
         bad = np.flatnonzero((np.isnan(values) | np.isposinf(values)).any(1) | np.isneginf(values).all(1))
         if self.model.head is None or self.model.head.config.kind != "choice":
             bad = np.flatnonzero(~np.isfinite(values).all(1))
+        bad = bad[window.place[bad] >= 0]
         if len(bad):
-            first = int(bad[0])
-            name = "" if window.ids[first] is None else f" (id {window.ids[first]!r})"
             raise ValueError(
-                f"row {window.index * self.window + first}{name}: the model gives NaN or infinite numbers for it"
+                f"{self._named(window.index, int(bad[0]), window.ids)}: the model gives NaN or infinite numbers for it"
                 f"{f', and for {len(bad) - 1} more near it' if len(bad) > 1 else ''}; is its dtype wide enough?"
             )
 
-    def _prepared(self, rows: Iterable[TextRow], skip: Callable[[int], bool] | None) -> Iterator[_Prepared]:
+    def _named(self, window: int, place: int, ids: list[str | None]) -> str:
+        name = "" if ids[place] is None else f" (id {ids[place]!r})"
+        return f"row {window * self.window + place}{name}"
+
+    def _prepared(
+        self, rows: Iterable[TextRow | UnusableRow], on_bad_text: OnBadText, skip: Callable[[int], bool] | None
+    ) -> Iterator[_Prepared]:
         """The windows of a stream, prepared in order by one background thread."""
         stream = iter(rows)
         index = -1
@@ -312,7 +350,7 @@ class Engine:
                 if not chunk:
                     return None
                 if skip is None or not skip(index):
-                    return self._prepare(index, chunk)
+                    return self._prepare(index, chunk, on_bad_text)
 
         if self.ahead == 0:
             while (prepared := following()) is not None:
@@ -325,35 +363,55 @@ class Engine:
                 waiting.append(pool.submit(following))
                 yield prepared
 
-    def _prepare(self, index: int, rows: list[TextRow]) -> _Prepared:
+    def _prepare(self, index: int, rows: list[TextRow | UnusableRow], on_bad_text: OnBadText) -> _Prepared:
         tokenizer, name = self.model.tokenizer, self.model.side
         assert tokenizer is not None
-        side = (tokenizer.mt_side if name == "mt" else tokenizer.llm_side)(rows, ends=False)
+        usable = [(k, row) for k, row in enumerate(rows) if isinstance(row, TextRow)]
+        side = (tokenizer.mt_side if name == "mt" else tokenizer.llm_side)([row for _, row in usable], ends=False)
+        ids = [row.id for row in rows]
+        places = np.array([k for k, _ in usable], np.int64)
+        lengths = np.array([len(tokens) for tokens in side.ids], np.int64)
+        if len(empty := places[lengths == 0]):
+            first_empty = self._named(index, int(empty[0]), ids)
+            if on_bad_text == "fail":
+                raise ValueError(f"{first_empty}: its text has no token; on_bad_text='nan' gives it a row of NaN")
+            logger.warning(
+                "%d rows have no token, so there is nothing to read; the first is %s", len(empty), first_empty
+            )
+            kept = np.flatnonzero(lengths)
+            spans = [side.spans[i] for i in kept] if side.spans else None
+            side, places = TokenizedSide([side.ids[i] for i in kept], [], side.truncated, spans), places[kept]
+        place = np.full(len(rows), -1, np.int64)
+        prepared = _Prepared(index, ids, [row.language for row in rows], side.truncated, [], place)
+        if not len(places):
+            return prepared
         first, inverse = _distinct(side)
         lengths = np.array([len(side.ids[i]) for i in first])
         choices = np.array([len(side.spans[i]) if side.spans else 0 for i in first])
         # rows of similar length share a pack, so that attention pads little where the backend has to pad
         order = np.lexsort((-lengths, choices))
-        place = np.empty(len(order), np.int64)
-        place[order] = np.arange(len(order))
-        tokenised = TokenizedRows({name: side}, [None] * len(rows), [None] * len(rows))
+        among = np.empty(len(order), np.int64)
+        among[order] = np.arange(len(order))
+        place[places] = among[inverse]
+        tokenised = TokenizedRows({name: side}, [None] * len(places), [None] * len(places))
         batches = [
             tokenised.batch([first[k] for k in pack], align=False)
             for pack in _packs(order.tolist(), lengths.tolist(), choices.tolist(), self.max_tokens)
         ]
         if self.device.type == "cuda":
             batches = [batch.pin_memory() for batch in batches]
-        return _Prepared(
-            index, [row.id for row in rows], [row.language for row in rows], side.truncated, batches, place[inverse]
-        )
+        prepared.batches.extend(batches)
+        return prepared
 
     @torch.no_grad()
-    def _run(self, window: _Prepared, run: Callable[[Batch], Tensor]) -> NDArray[np.float32]:
+    def _run(self, window: _Prepared, run: Callable[[Batch], Tensor], width: int) -> NDArray[np.float32]:
         # one copy to the host per window: until then the device is never waited for
         with nullcontext() if self.compiled else fast_linear(self.device):
             results = [run(batch.to(self.device, non_blocking=True)).float() for batch in window.batches]
-        width = max(result.shape[1] for result in results)
+        width = max((result.shape[1] for result in results), default=width)
         results = [F.pad(r, (0, width - r.shape[1]), value=-torch.inf) if r.shape[1] < width else r for r in results]
+        if (window.place < 0).any():
+            results.append(torch.full((1, width), torch.nan, device=self.device))  # what -1 means
         return torch.cat(results).cpu().numpy()[window.place]
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..data.language import language_read, reads_language
 from ..data.read import TextRow
 from ..data.tokenise import StackTokenizer
 from ..models import MTLLM
@@ -135,39 +136,50 @@ class MTEBEncoder(AbsEncoder):
     ) -> NDArray[np.float32]:
         """Embeddings (N, D) of the texts that `inputs` yields; a column "language" of MT codes goes before all else.
 
-        mteb's `batch_size` only sets how many texts it hands over at a time: the engine packs by tokens.
+        mteb's `batch_size` only sets how many texts it hands over at a time: the engine packs by tokens. A text without
+        a token (an empty one, for an LLM that writes no BOS) gets zeros, which are like no other text, and a log line.
         """
         this = (task_metadata.name, hf_split, hf_subset)
         two_sided = task_metadata.type in _TWO_SIDED and len(_languages(task_metadata, hf_subset)) == 2
         side = int(self._first_side == this) if two_sided else None
         self._first_side = None  # until this call has succeeded
         hidden = two_sided and _called_by_cache()
+        tokenizer = self.model.tokenizer
+        assert tokenizer is not None
 
         def rows() -> Iterator[TextRow]:
             code: str | None = None
+            named = False
             for batch in inputs:
                 codes = batch.get("language")
                 if codes is None:
-                    code = code or self._language(task_metadata, hf_subset, prompt_type, side, hidden)
+                    if not named:
+                        code = self._language(task_metadata, hf_subset, prompt_type, side, hidden)
+                        named = True
                     codes = [code] * len(batch["text"])
+                else:
+                    language_read(tokenizer, self.model.side, codes, "the column 'language'")
                 for text, language in zip(batch["text"], codes):
                     yield TextRow(text, language)
 
-        parts = list(self.engine.encode_rows(rows()))
+        parts = list(self.engine.encode_rows(rows(), on_bad_text="nan"))
         self._first_side = this if side == 0 else None
-        return np.concatenate(parts) if parts else np.zeros((0, self.model.hidden_size), np.float32)
+        values = np.concatenate(parts) if parts else np.zeros((0, self.model.hidden_size), np.float32)
+        return np.nan_to_num(values, copy=False, nan=0.0)
 
     def _language(
         self, task: TaskMetadata, subset: str, prompt_type: PromptType | None, side: int | None, hidden: bool
-    ) -> str:
-        """The MT code of the texts of one call, which are the subset's language number `side` where it has two.
+    ) -> str | None:
+        """The MT code of the texts of one call, the subset's language number `side` where it has two; None for a model
+        that reads no language.
 
         hidden: `side` is a guess, since a side that mteb has in its cache never comes here.
         """
         tokenizer = self.model.tokenizer
         assert tokenizer is not None
-        if self.model.side == "llm" or not tokenizer.languages:
-            return "eng_Latn"  # not read: such a model takes no language
+        if not reads_language(tokenizer, self.model.side):
+            language_read(tokenizer, self.model.side, self.language_of, "language_of")
+            return None
         if self.language_of is not None and (code := self.language_of(task, subset, prompt_type)) is not None:
             return code
         languages = _languages(task, subset)

@@ -1,72 +1,51 @@
-"""A classification MTLLM behind `transformers.pipeline("text-classification")`, once this module is imported.
+"""An MTLLM behind transformers' own pipelines and Auto classes, once `mtllm_fast` is imported (see `auto`).
 
-    import mtllm_fast.inference.pipeline
-    from transformers import pipeline
+    import mtllm_fast
+    from transformers import AutoModel, pipeline
 
     classify = pipeline("text-classification", model="runs/sib200")
     classify(["Mto unapita kando ya kinu."], language="swh_Latn", batch_size=32)
     classify([{"text": "A river.", "language": "eng_Latn"}, {"text": "Une rivière.", "language": "fra_Latn"}], top_k=3)
 
-The pipeline is transformers' own. It loads a folder of `MTLLM.save_pretrained` through the Auto classes, where config,
-model and tokenizer are registered here. The padding of its batches is taken out again before the model runs.
+    states = pipeline("feature-extraction", model="runs/adapted")
+    states(["Mto unapita kando ya kinu."], tokenize_kwargs={"language": "swh_Latn"}, return_tensors=True)
+    AutoModel.from_pretrained("runs/adapted")          # of AutoTokenizer's input_ids and attention_mask
+
+The pipelines are transformers' own. They load a folder of `MTLLM.save_pretrained` through the Auto classes, where
+models and tokenizer are registered here. The padding of its batches is taken out again before the model runs.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
-    AutoConfig,
+    AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
 from transformers.tokenization_utils_base import BatchEncoding
 
+from ..auto_config import MTLLMPreTrainedConfig
+from ..data.language import rows_read
 from ..data.pack import PackedBatch
 from ..data.read import TextRow
 from ..data.tokenise import StackTokenizer
-from ..models import MTLLM, MTLLMConfig
-from ..models.storage import MODEL_TYPE, base_tokenizer, local_folder, read_config
-
-# what our config.json holds beyond the labels; transformers would read some of the names as its own
-_OURS = {field.name for field in fields(MTLLMConfig)} | {"format"}
+from ..models import MTLLM
+from ..models.storage import base_tokenizer, local_folder, read_config
 
 
-class MTLLMPreTrainedConfig(PreTrainedConfig):
-    """What transformers needs to know of an MTLLM: its labels."""
-
-    model_type = MODEL_TYPE
-
-    def __init__(self, head: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        labels = (head or {}).get("labels")
-        if labels:
-            kwargs |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
-        super().__init__(**{name: value for name, value in kwargs.items() if name not in _OURS})
-
-
-class MTLLMForSequenceClassification(PreTrainedModel):
-    """An MTLLM with a classification head, called as transformers calls its own models.
-
-    Raises:
-        ValueError: the model has no classification head.
-    """
+class _Wrapped(PreTrainedModel):
+    """An MTLLM, called as transformers calls its own models."""
 
     config_class = MTLLMPreTrainedConfig
 
     def __init__(self, model: MTLLM) -> None:
-        head = model.config.head
-        if head is None or head.kind != "classification":
-            raise ValueError(
-                f"model: has {f'a {head.kind} head' if head else 'no head'}, this needs a classification head; train "
-                "one with `mtllm finetune` or `mtllm distill`"
-            )
-        super().__init__(MTLLMPreTrainedConfig(head={"labels": head.labels}))
+        super().__init__(MTLLMPreTrainedConfig(head={"labels": model.config.labels}))
         self.mtllm = model.eval()
 
     @classmethod
@@ -78,7 +57,7 @@ class MTLLMForSequenceClassification(PreTrainedModel):
         trust_remote_code: bool | None = False,
         device_map: Any = None,
         **_: Any,
-    ) -> MTLLMForSequenceClassification:
+    ) -> Any:
         """`MTLLM.from_pretrained`; `dtype` "auto" keeps what is stored. `device_map` is refused: use `device`."""
         if device_map is not None:
             raise ValueError(f"device_map={device_map!r}: not supported here, pass device")
@@ -88,13 +67,39 @@ class MTLLMForSequenceClassification(PreTrainedModel):
             MTLLM.from_pretrained(pretrained_model_name_or_path, dtype=dtype, trust_remote_code=bool(trust_remote_code))
         )
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> SequenceClassifierOutput:
-        """Logits (B, C) float32 of padded tokens (B, L)."""
-        return SequenceClassifierOutput(logits=self.mtllm(input_ids, attention_mask).logits)
-
     def save_pretrained(self, save_directory: Any, **_: Any) -> None:  # type: ignore[override]
         """Write the MTLLM folder."""
         self.mtllm.save_pretrained(save_directory)
+
+
+class MTLLMModel(_Wrapped):
+    """What `AutoModel` gives: hidden states and their means."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutputWithPooling:
+        """Of padded tokens (B, L): last hidden states (B, L, D), zeros at padding, and their means (B, D) float32."""
+        output = self.mtllm(input_ids, attention_mask)
+        return BaseModelOutputWithPooling(last_hidden_state=output.last_hidden_state, pooler_output=output.pooled)
+
+
+class MTLLMForSequenceClassification(_Wrapped):
+    """What `AutoModelForSequenceClassification` gives: an MTLLM with a classification head.
+
+    Raises:
+        ValueError: the model has no classification head.
+    """
+
+    def __init__(self, model: MTLLM) -> None:
+        head = model.config.head
+        if head is None or head.kind != "classification":
+            raise ValueError(
+                f"model: has {f'a {head.kind} head' if head else 'no head'}, this needs a classification head; train "
+                "one with `mtllm finetune` or `mtllm distill`"
+            )
+        super().__init__(model)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> SequenceClassifierOutput:
+        """Logits (B, C) float32 of padded tokens (B, L)."""
+        return SequenceClassifierOutput(logits=self.mtllm(input_ids, attention_mask).logits)
 
 
 class MTLLMTokenizer:
@@ -103,13 +108,13 @@ class MTLLMTokenizer:
     Args:
         stack: the model's tokenizer.
         side: "mt" or "llm", whichever the model reads.
-        language: MT code of texts that come without one.
+        language: MT code of texts that come without one; None: the call is to name it, where the encoder has languages.
     """
 
     padding_side = "right"
     model_input_names = ("input_ids", "attention_mask")
 
-    def __init__(self, stack: StackTokenizer, side: str = "mt", language: str = "eng_Latn") -> None:
+    def __init__(self, stack: StackTokenizer, side: str = "mt", language: str | None = None) -> None:
         self.stack, self.side, self.language = stack, side, language
         self.pad_token_id = getattr(stack, side).pad_token_id or 0
 
@@ -138,7 +143,7 @@ class MTLLMTokenizer:
         `return_tensors` are accepted because callers of transformers' tokenizers pass them.
 
         Raises:
-            ValueError: an unknown language code, or lists of different lengths.
+            ValueError: an unknown language code, a text without a token, or lists of different lengths.
         """
         texts = [text] if isinstance(text, str) else list(text)
         none: list[Any] = [None] * len(texts)
@@ -150,8 +155,12 @@ class MTLLMTokenizer:
                 f"language={language!r}: one MT code for all; for a language per text pass dicts, "
                 '{"text": ..., "language": ...}'
             )
-        rows = [TextRow(one, language or self.language, pair) for one, pair in zip(texts, pairs)]
+        found = [TextRow(one, language or self.language, pair) for one, pair in zip(texts, pairs)]
+        rows = rows_read(found, self.stack, self.side, "language")
         side = self.stack.mt_side(rows) if self.side == "mt" else self.stack.llm_side(rows)
+        for index, tokens in enumerate(side.ids):
+            if not len(tokens):
+                raise ValueError(f"text[{index}] has no token, so there is nothing to read")
         ids, mask = PackedBatch.from_sequences(side.ids).to_padded(self.pad_token_id)
         return BatchEncoding({"input_ids": ids, "attention_mask": mask})
 
@@ -160,6 +169,6 @@ class MTLLMTokenizer:
         self.stack.save_pretrained(save_directory)
 
 
-AutoConfig.register(MODEL_TYPE, MTLLMPreTrainedConfig, exist_ok=True)
+AutoModel.register(MTLLMPreTrainedConfig, MTLLMModel, exist_ok=True)
 AutoModelForSequenceClassification.register(MTLLMPreTrainedConfig, MTLLMForSequenceClassification, exist_ok=True)
 AutoTokenizer.register(MTLLMPreTrainedConfig, MTLLMTokenizer, exist_ok=True)

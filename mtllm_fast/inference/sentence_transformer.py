@@ -13,12 +13,14 @@ languages beside them; so a language per text travels with the text, in a dict.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..data.language import reads_language, rows_read
 from ..data.pack import PackedBatch
 from ..data.read import TextRow
 from ..models import MTLLM
@@ -31,6 +33,8 @@ except ImportError as error:
         f"sentence-transformers 6 or newer is needed ({error}): pip install 'mtllm-fast[doors]'"
     ) from error
 
+logger = logging.getLogger(__name__)
+
 _FIELDS = {"text", "text_pair", "language"}
 
 
@@ -42,7 +46,7 @@ class MTLLMModule(InputModule):
 
     Args:
         model: with its tokenizer.
-        language: MT code of texts that come without one.
+        language: MT code of texts that come without one; None: `encode` is to name it, where the encoder has languages.
 
     Raises:
         ValueError: the model has no tokenizer, or `language` is no language of it.
@@ -53,11 +57,11 @@ class MTLLMModule(InputModule):
     forward_kwargs = {"language"}  # noqa: RUF012
     save_in_root = True
 
-    def __init__(self, model: MTLLM, language: str = "eng_Latn", *, include_base: bool | None = None) -> None:
+    def __init__(self, model: MTLLM, language: str | None = None, *, include_base: bool | None = None) -> None:
         super().__init__()
         if model.tokenizer is None:
             raise ValueError("model: has no tokenizer; load it with MTLLM.from_pretrained or stack it from folders")
-        if model.side == "mt" and model.tokenizer.languages:
+        if language is not None and reads_language(model.tokenizer, model.side):
             model.tokenizer.language_id(language)
         self.model = model
         self.tokenizer: Any = getattr(model.tokenizer, model.side)
@@ -81,6 +85,8 @@ class MTLLMModule(InputModule):
     ) -> dict[str, torch.Tensor]:
         """Texts -> `input_ids` and `attention_mask` (B, L) int64.
 
+        An input without a token (an empty text, for an LLM that writes no BOS) gets zeros, and a log line.
+
         Args:
             inputs: texts, pairs of texts, or dicts with "text" and optionally "text_pair" and "language".
             prompt: stands before every text.
@@ -91,10 +97,13 @@ class MTLLMModule(InputModule):
                 f"language={language!r}: one MT code for all; for a language per text pass dicts, "
                 '{"text": ..., "language": ...}'
             )
-        rows = [as_row(item, prompt or "", language or self.language) for item in inputs]
         tokenizer = self.model.tokenizer
         assert tokenizer is not None
+        found = [as_row(item, prompt or "", language or self.language) for item in inputs]
+        rows = rows_read(found, tokenizer, self.model.side, "language")
         side = tokenizer.mt_side(rows) if self.model.side == "mt" else tokenizer.llm_side(rows)
+        if empty := sum(not len(ids) for ids in side.ids):
+            logger.warning("%d inputs have no token, so there is nothing to read: their embeddings are zeros", empty)
         ids, mask = PackedBatch.from_sequences(side.ids).to_padded(self.tokenizer.pad_token_id or 0)
         return {"input_ids": ids, "attention_mask": mask}
 
@@ -124,7 +133,7 @@ class MTLLMModule(InputModule):
         return cls(MTLLM.from_pretrained(folder, dtype=dtype), **settings)
 
 
-def as_row(item: Any, prompt: str, language: str) -> TextRow:
+def as_row(item: Any, prompt: str, language: str | None) -> TextRow:
     """One input of `encode` as a text row.
 
     Raises:
@@ -143,12 +152,12 @@ def as_row(item: Any, prompt: str, language: str) -> TextRow:
 
 
 def save_sentence_transformer(
-    model: MTLLM, folder: str | Path, *, language: str = "eng_Latn", include_base: bool | None = None
+    model: MTLLM, folder: str | Path, *, language: str | None = None, include_base: bool | None = None
 ) -> None:
     """Write `model` so that `SentenceTransformer(folder, trust_remote_code=True)` loads it.
 
     Args:
-        language: MT code of texts that come without one.
+        language: MT code of texts that come without one; None: `encode` is to name it.
         include_base: as in `MTLLM.save_pretrained`.
     """
     device = str(next(model.parameters()).device)

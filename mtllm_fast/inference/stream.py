@@ -6,20 +6,22 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed
 
-from ..data.read import RowStream, TextRow
+from ..data.language import reads_language
+from ..data.read import RowStream, TextRow, UnusableRow
 from ..data.tokenise import StackTokenizer
 from ..models.fingerprint import fingerprint
 from .engine import Engine, Pooling
 from .parts import Parts, clear
 from .progress import progress_bar
-from .writers import embedding_file
+from .writers import embedding_file, npy_header
 
 _MOST_CODES = 50  # unknown language codes that are told apart: a column that holds no codes has any number of values
-_SKIPPED = "skipped.tsv"
+_SKIPPED, _INDEX = "skipped.tsv", "index.npy"
+OnBadRow = Literal["nan", "skip", "fail"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class StreamReport:
         rows, truncated: rows of the output, and how many of them were cut to the tokenizer's limit.
         resumed: rows that were there before this run.
         skipped: unusable rows by reason; `skipped_file` names each of them.
+        index_file: where rows may be left out: the number in the source, from 0, of each row of the output.
         complete: the output is written. False for a rank whose share is done before that of others.
     """
 
@@ -38,6 +41,7 @@ class StreamReport:
     resumed: int
     skipped: dict[str, int] = field(default_factory=dict)
     skipped_file: Path | None = None
+    index_file: Path | None = None
     complete: bool = True
 
 
@@ -52,6 +56,7 @@ def encode_file(
     *,
     pooling: Pooling = "mean",
     normalize: bool = False,
+    on_bad_row: OnBadRow = "nan",
     settings: dict[str, Any] | None = None,
     overwrite: bool = False,
     rank: int = 0,
@@ -65,15 +70,18 @@ def encode_file(
     every world_size-th window and stores it in `<output>.part`; the rank that finishes last joins the windows.
 
     Args:
-        rows: from `read_rows`. Rows in a language that the model has no code for are skipped like unreadable ones.
+        rows: from `read_rows`.
         output: .npy or .safetensors with (N, D) float32, or .parquet with id, language and embedding.
+        on_bad_row: what becomes of a row that is empty, cannot be read, or is in a language that the model has no code
+            for: "nan" puts NaN in its place, so that row i of the output is row i of the source; "skip" leaves it out
+            and writes `<output>.index.npy`; "fail" ends the run there. `<output>.skipped.tsv` lists such rows.
         settings: more that the embeddings depend on; compared, like the options here, before a stopped run goes on.
         overwrite: begin anew even where there is a stopped run or the output.
         progress: show a bar on stderr.
 
     Raises:
-        ValueError: the output exists, a stopped run had other settings, another process writes to the same output, or
-            there is no usable row.
+        ValueError: a bad row (with "fail"), the output exists, a stopped run had other settings, another process writes
+            to the same output, or there is no usable row.
         Interrupted: Ctrl-C.
     """
     output = Path(output)
@@ -83,6 +91,7 @@ def encode_file(
         "format": 1,
         "pooling": pooling,
         "normalize": normalize,
+        "on_bad_row": "skip" if on_bad_row == "skip" else "nan",  # up to where it ends, "fail" writes the same
         "window": engine.window,
         "max_tokens": engine.max_tokens,
         "device": engine.device.type,
@@ -99,9 +108,10 @@ def encode_file(
     try:
         if not parts.complete():
             windows = engine.encode_windows(
-                _usable(rows, engine, parts),
+                _read(rows, engine, parts, on_bad_row),
                 pooling=pooling,
                 normalize=normalize,
+                on_bad_text="nan" if on_bad_row == "nan" else "fail",
                 skip=lambda index: index % world_size != rank or index in parts.done,
             )
             with progress_bar("encode", None, progress, resumed) as advance:
@@ -111,12 +121,13 @@ def encode_file(
                     advance(len(window.ids))
         if not (parts.lock_for_joining() and parts.complete()):
             return StreamReport(parts.rows(), parts.truncated(), resumed, complete=False)
-        named = _publish_skipped(parts)
+        named = _publish(parts, _SKIPPED, bool(parts.end()["skipped"]))
+        index = _publish(parts, _INDEX, on_bad_row == "skip")
         if not parts.joined:
             file.join(parts)
         end, truncated = parts.end(), parts.truncated()
         parts.remove()
-        return StreamReport(end["rows"], truncated, resumed, end["skipped"], named)
+        return StreamReport(end["rows"], truncated, resumed, end["skipped"], named, index)
     except KeyboardInterrupt:
         raise Interrupted(
             f"interrupted; {parts.rows():,} rows are saved in {parts.folder}, the same command goes on from there"
@@ -141,33 +152,44 @@ def _begin_anew(output: Path, rank: int, world_size: int) -> None:
     torch.distributed.destroy_process_group()
 
 
-def _usable(rows: RowStream, engine: Engine, parts: Parts) -> Iterator[TextRow]:
-    """The rows that can be encoded; the others are listed, and at the end it is recorded how many there were."""
+def _read(rows: RowStream, engine: Engine, parts: Parts, on_bad_row: OnBadRow) -> Iterator[TextRow | UnusableRow]:
+    """The rows of the output. Unusable ones are listed, and at the end it is recorded how many there were."""
     tokenizer = engine.model.tokenizer
     assert tokenizer is not None
-    listed = parts.folder / f"{parts.rank}.{_SKIPPED}"
-    with listed.open("w", encoding="utf-8") as file:
-        stream = replace(
-            rows,
-            unusable=language_check(tokenizer) if engine.model.side == "mt" and tokenizer.languages else None,
-            on_skip=lambda place, reason: print(place, reason, sep="\t", file=file),
-        )
-        yield from stream
+    check = language_check(tokenizer) if reads_language(tokenizer, engine.model.side) else None
+    stream = replace(rows, unusable=check)
+    listed, index = (parts.folder / f"{parts.rank}.{name}" for name in (_SKIPPED, _INDEX))
+    given = 0
+    with listed.open("w", encoding="utf-8") as file, index.open("wb") as numbers:
+        numbers.write(npy_header("<i8", 0))
+        for number, row in enumerate(stream.everything()):
+            if isinstance(row, UnusableRow):
+                if on_bad_row == "fail":
+                    raise ValueError(f"{row.place}: {row.reason}; --on-bad-row nan or skip goes on without such rows")
+                print(row.place, row.reason, sep="\t", file=file)
+                if on_bad_row == "skip":
+                    continue
+            numbers.write(number.to_bytes(8, "little"))
+            given += 1
+            yield row
+        numbers.seek(0)
+        numbers.write(npy_header("<i8", given))
     counts = stream.counts
-    os.replace(listed, parts.folder / _SKIPPED)
+    for path, name in ((listed, _SKIPPED), (index, _INDEX)):
+        os.replace(path, parts.folder / name)
     skipped = {"empty": counts.empty} if counts.empty else {}
-    parts.finish(-(-counts.rows // engine.window), counts.rows, skipped=skipped | dict(counts.reasons))
+    parts.finish(-(-given // engine.window), given, skipped=skipped | dict(counts.reasons))
 
 
-def _publish_skipped(parts: Parts) -> Path | None:
-    """Put the list of skipped rows beside the output; without any, no list of an earlier run may lie there."""
-    path = parts.output.with_name(f"{parts.output.name}.{_SKIPPED}")
-    if not parts.end()["skipped"]:
+def _publish(parts: Parts, name: str, wanted: bool) -> Path | None:
+    """Put a file of the part folder beside the output; where it is not wanted, none of an earlier run may lie there."""
+    path = parts.output.with_name(f"{parts.output.name}.{name}")
+    if not wanted:
         path.unlink(missing_ok=True)
         return None
-    listed = parts.folder / _SKIPPED
-    if listed.exists():
-        os.replace(listed, path)
+    held = parts.folder / name
+    if held.exists():
+        os.replace(held, path)
     return path
 
 
@@ -177,6 +199,8 @@ def language_check(tokenizer: StackTokenizer) -> Callable[[TextRow], str | None]
 
     def unusable(row: TextRow) -> str | None:
         code = row.language
+        if code is None:
+            return None
         if code not in verdicts:
             if len(verdicts) > len(tokenizer.languages) + _MOST_CODES:
                 return "unknown language"

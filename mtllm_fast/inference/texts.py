@@ -21,16 +21,23 @@ class Classified(NamedTuple):
     classes: tuple[str, ...]  # the names of the C columns
 
 
+def check_on_bad_text(value: str) -> None:
+    if value not in ("fail", "nan"):
+        raise ValueError(f"on_bad_text={value!r}: expected 'fail' or 'nan'")
+
+
 def text_rows(
-    texts: Iterable[str], languages: str | Iterable[str], on_bad_text: OnBadText
+    texts: Iterable[str], languages: str | Iterable[str] | None, on_bad_text: OnBadText
 ) -> tuple[int, list[TextRow], NDArray[np.int64]]:
     """How many texts there are, a row for each good one, and which ones these are. Errors as in `Engine.encode`."""
     if isinstance(texts, str):
         raise TypeError("texts: got one str; pass a list of texts")
-    if on_bad_text not in ("fail", "nan"):
-        raise ValueError(f"on_bad_text={on_bad_text!r}: expected 'fail' or 'nan'")
+    check_on_bad_text(on_bad_text)
     texts = list(texts)
-    codes = [languages] * len(texts) if isinstance(languages, str) else list(languages)
+    if languages is None or isinstance(languages, str):
+        codes: list[str | None] = [languages] * len(texts)
+    else:
+        codes = list(languages)
     if len(codes) != len(texts):
         raise ValueError(f"languages: {len(codes)} codes for {len(texts)} texts")
     good = [index for index, text in enumerate(texts) if isinstance(text, str) and text.strip()]

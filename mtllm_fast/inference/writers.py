@@ -68,16 +68,19 @@ class RawFile(EmbeddingFile):
         parts.replace_output(path)
 
 
+def npy_header(kind: str, *shape: int) -> bytes:
+    """The 128 bytes before the numbers of an .npy file."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": kind, "fortran_order": False, "shape": shape})
+    assert buffer.tell() == 128
+    return buffer.getvalue()
+
+
 class NpyFile(RawFile):
     """NumPy's format: (N, D) float32; `np.load(path, mmap_mode="r")` reads it without loading it."""
 
     def header(self, rows: int) -> bytes:
-        buffer = io.BytesIO()
-        np.lib.format.write_array_header_1_0(
-            buffer, {"descr": "<f4", "fortran_order": False, "shape": (rows, self.width)}
-        )
-        assert buffer.tell() == 128
-        return buffer.getvalue()
+        return npy_header("<f4", rows, self.width)
 
 
 class SafetensorsFile(RawFile):
@@ -115,7 +118,7 @@ class ParquetFile(EmbeddingFile):
                 writer.write_table(pa.Table.from_arrays([pa.array(names), pa.array(languages), column], schema=schema))
         parts.replace_output(path)
 
-    def _windows(self, parts: Parts) -> Iterator[tuple[Any, list[str], list[str]]]:
+    def _windows(self, parts: Parts) -> Iterator[tuple[Any, list[str], list[str | None]]]:
         records = parts.records()
         for record, block in zip(records, parts.blocks(records)):
             size = int(record["rows"]) * self.width * 4

@@ -56,8 +56,8 @@ def length(cells: Cells, root: Path) -> Scored:
 
     train, dev = (rows(ENGLISH, split, count, lengths) for split, count in (
         ("train", config.train_rows), ("validation", config.dev_rows)))  # fmt: skip
-    plain = [TextRow(text) for text in plain_texts(world, config.texts // 2, lengths)]
-    unlabelled = [TextRow(text) for text in unlabelled_topics(world, config.unlabelled, lengths)]
+    plain = [TextRow(text, ENGLISH) for text in plain_texts(world, config.texts // 2, lengths)]
+    unlabelled = [TextRow(text, ENGLISH) for text in unlabelled_topics(world, config.unlabelled, lengths)]
     steps = config.teacher_steps * 4 // 3
     teacher, stack = _train(cells, train, dev, plain, unlabelled, teacher_steps=steps, per_step=per_step)
     translate = Translations(root / "length" / "translations.json", cells.mt, 1)
@@ -122,8 +122,8 @@ def adaptation(cells: Cells, root: Path, folders: dict[str, str]) -> Scored:
     from ..data import TextRow
 
     world, config = cells.world, cells.config
-    plain = [TextRow(text) for text in world.adaptation_texts(config.texts)]
-    unlabelled = [TextRow(text) for text in world.unlabelled(config.unlabelled)]
+    plain = [TextRow(text, ENGLISH) for text in world.adaptation_texts(config.texts)]
+    unlabelled = [TextRow(text, ENGLISH) for text in world.unlabelled(config.unlabelled)]
     dev = kind_rows(world, ENGLISH, "validation", config.dev_rows)
     translate = Translations(root / "translations.json", cells.mt, config.num_beams)
     stacks = {0: folders["no_adaptation"], config.adapt_steps: folders["full_kl"]}
@@ -163,11 +163,11 @@ def ambiguity(cells: Cells, root: Path) -> Scored:
     cells.mt = str(mt)
 
     def rows(split: str, count: int) -> list[TextRow]:
-        return [TextRow(world.say(ENGLISH, text), label=k) for text, k in world.topic_task(split, count)]
+        return [TextRow(world.say(ENGLISH, text), ENGLISH, label=k) for text, k in world.topic_task(split, count)]
 
     train, dev = rows("train", config.train_rows), rows("validation", config.dev_rows)
-    plain = [TextRow(text) for text in world.adaptation_texts(config.texts)]
-    unlabelled = [TextRow(text) for text in world.unlabelled_topics(config.unlabelled)]
+    plain = [TextRow(text, ENGLISH) for text in world.adaptation_texts(config.texts)]
+    unlabelled = [TextRow(text, ENGLISH) for text in world.unlabelled_topics(config.unlabelled)]
     teacher, stack = _train(cells, train, dev, plain, unlabelled, teacher_steps=config.teacher_steps)
     translate = Translations(root / "ambiguity" / "translations.json", cells.mt, config.num_beams)
     texts = world.topic_task("test", config.curve_rows)

@@ -101,7 +101,7 @@ def run_demo(
 
     def task_rows(split: str) -> Any:
         path = root / "world" / "kinds" / ENGLISH / f"{split}.tsv"
-        return read_rows(path, label_column="label", labels=world.categories, id_column="id")
+        return read_rows(path, label_column="label", labels=world.categories, id_column="id", language=ENGLISH)
 
     dev = list(task_rows("dev"))
     folders = {part: str(root / part) for part in PARTS}
@@ -129,7 +129,7 @@ def run_demo(
             loss=_loss(config.adapt_loss),
             train=optim(config.adapt),
         ),
-        read_rows(root / "world" / "adapt" / "train.txt"),
+        read_rows(root / "world" / "adapt" / "train.txt", language=ENGLISH),
     )
     say("[5/7] Stage 3: the stack learns the task from the task teacher, in English")
     distill(
@@ -141,7 +141,7 @@ def run_demo(
             loss=_loss(config.distill_loss),
             train=optim(config.distill),
         ),
-        read_rows(root / "world" / "unlabelled" / "train.txt"),
+        read_rows(root / "world" / "unlabelled" / "train.txt", language=ENGLISH),
         dev,
     )
     say("[6/7] Zero-shot evaluation in every language")

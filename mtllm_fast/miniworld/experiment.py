@@ -103,8 +103,8 @@ def train_matrix(cells: Cells) -> dict[str, str]:
         ("train", config.train_rows), ("validation", config.dev_rows)))  # fmt: skip
     # readers of MT tokens are shown other word orders too, as in stage 3: none shall win by its texts' grammar
     free = kind_rows(world, ENGLISH, "train", config.train_rows, free=True)
-    unlabelled = [TextRow(text) for text in world.unlabelled(config.unlabelled)]
-    plain = [TextRow(text) for text in world.adaptation_texts(config.texts)]
+    unlabelled = [TextRow(text, ENGLISH) for text in world.unlabelled(config.unlabelled)]
+    plain = [TextRow(text, ENGLISH) for text in world.adaptation_texts(config.texts)]
     stages: dict[str, Callable[[str], Any]] = {
         "teacher": partial(
             cells.finetune, kind="teacher", rows=train, dev=dev, steps=config.teacher_steps, llm=cells.llm

@@ -37,6 +37,35 @@ def check_settings(settings: LoraSettings) -> None:
         raise ValueError(f"lora.dropout={settings.dropout}: must be in [0, 1)")
 
 
+# what peft can do to a model beyond plain LoRA, as it is saved here
+_MORE_THAN_LORA = (
+    "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform",
+    "exclude_modules", "target_parameters", "trainable_token_indices", "lora_bias",
+)  # fmt: skip
+
+
+def _settings_of(name: str, config: Any) -> LoraSettings:
+    """What a peft config says of the adapter `name`. Raises ValueError where that is more than plain LoRA."""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    more = [f"{option}={value!r}" for option in _MORE_THAN_LORA if (value := getattr(config, option, None))]
+    if kind == "LORA" and config.bias != "none":
+        more.append(f"bias={config.bias!r}")
+    if kind == "LORA" and config.init_lora_weights not in (True, False, "gaussian"):
+        more.append(f"init_lora_weights={config.init_lora_weights!r}")
+    if kind != "LORA" or more:
+        raise ValueError(
+            f"adapter={name!r}: peft put {' with '.join([kind, ', '.join(more)] if more else [kind])} into the model; "
+            "only plain LoRA is saved here and switched off in the teacher"
+        )
+    targets = config.target_modules
+    return LoraSettings(
+        config.r,
+        config.lora_alpha,
+        config.lora_dropout,
+        targets if isinstance(targets, str) else tuple(sorted(targets)),
+    )
+
+
 class AdaptedModel(nn.Module):
     """Base of the packed models: owns `model`, a transformers module that adapters are injected into.
 
@@ -126,6 +155,22 @@ class AdaptedModel(nn.Module):
         if missing or not targets:
             raise ValueError(f"lora.target_modules={list(targets)}: no linear layer {missing}; there are {known}")
 
+    def adopt_adapters(self) -> dict[str, LoraSettings]:
+        """Make the adapters that `peft.get_peft_model(this.model, ...)` put into the model this object's own, so that
+        they are saved, merged, and off in the teacher; returns them by name.
+
+        Raises:
+            ValueError: an adapter that is more than plain LoRA, which could not be saved.
+        """
+        given = {**getattr(self.model, "peft_config", {}), **getattr(self, "peft_config", {})}
+        new = {name: _settings_of(name, config) for name, config in given.items() if name not in self.adapters}
+        if new:
+            from peft.tuners.tuners_utils import BaseTunerLayer
+
+            self._tuned = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+            self.adapters |= new
+        return new
+
     def _check_unmerged(self, doing: str) -> None:
         if self._unmerged:
             raise ValueError(
@@ -142,6 +187,7 @@ class AdaptedModel(nn.Module):
         for layer in self._tuned:
             layer.delete_adapter(name)
         del self.adapters[name]
+        getattr(self.model, "peft_config", {}).pop(name, None)  # peft's own list, see `adopt_adapters`
 
     def train_adapter(self, name: str) -> None:
         """Make the adapter `name` the active and only trainable one, its weights in float32.

@@ -16,7 +16,40 @@ from ..data.tokenise import StackTokenizer
 from .adapters import AdaptedModel
 from .attention import NAME, AttentionPlan
 from .encoders import family_of
-from .loading import load_pretrained
+from .loading import load_config, load_pretrained
+
+
+def check_encoder(name: str, trust_remote_code: bool = False) -> Any:
+    """The config of the encoder in a folder or on the hub, before anything else of it is read.
+
+    Raises:
+        ValueError: `name` is no model, or its family is not supported (with those that are).
+    """
+    config = load_config("encoder", name, trust_remote_code)
+    family_of(config, name)
+    return config
+
+
+def fit_tokenizer(tokenizer: StackTokenizer, config: Any, name: str) -> None:
+    """Check that the MT side of `tokenizer` is the one of the encoder `name`, and tell it how many positions there are.
+
+    Raises:
+        ValueError: it has token ids that the encoder lacks, or no language codes for an encoder that needs them.
+    """
+    if tokenizer.mt is None:
+        return
+    family = family_of(config, name)
+    if (count := len(tokenizer.mt)) > family.vocab_size(config):
+        raise ValueError(
+            f"tokenizer: has {count} MT tokens, but encoder {name!r} has embeddings for {family.vocab_size(config)}: "
+            "it belongs to another encoder"
+        )
+    if family.language_codes and not tokenizer.languages:
+        raise ValueError(
+            f"tokenizer: has no language codes, but encoder {name!r} ({config.model_type}) begins every text with one: "
+            "take the tokenizer that was trained with it"
+        )
+    tokenizer.mt_positions = family.max_positions(config)
 
 
 class PackedEncoder(AdaptedModel):
@@ -55,25 +88,8 @@ class PackedEncoder(AdaptedModel):
         return cls(load_pretrained("encoder", name, dtype, trust_remote_code), name, attention=attention)
 
     def take_tokenizer(self, tokenizer: StackTokenizer) -> None:
-        """Check that the MT side of `tokenizer` is this encoder's, and tell it how many positions there are.
-
-        Raises:
-            ValueError: it has token ids that the encoder lacks, or no language codes for an encoder that needs them.
-        """
-        if tokenizer.mt is None:
-            return
-        name = self.name or type(self.model).__name__
-        if (count := len(tokenizer.mt)) > self.vocab_size:
-            raise ValueError(
-                f"tokenizer: has {count} MT tokens, but encoder {name!r} has embeddings for {self.vocab_size}: it "
-                "belongs to another encoder"
-            )
-        if self.family.language_codes and not tokenizer.languages:
-            raise ValueError(
-                f"tokenizer: has no language codes, but encoder {name!r} ({self.model.config.model_type}) begins every "
-                "text with one: take the tokenizer that was trained with it"
-            )
-        tokenizer.mt_positions = self.max_positions
+        """See `fit_tokenizer`."""
+        fit_tokenizer(tokenizer, self.model.config, self.name or type(self.model).__name__)
 
     @property
     def hidden_size(self) -> int:
@@ -132,3 +148,31 @@ class PackedEncoder(AdaptedModel):
         states = self.family.run(self.model, batch, plan or AttentionPlan(batch, False, self.attention))
         norm = self.final_norm if final_norm else None
         return states if norm is None else norm(states)
+
+
+def describe_encoder(name: str) -> list[str]:
+    """What is known of the encoder in a folder or on the hub without reading its weights, in a few lines.
+
+    Raises:
+        ValueError: as `check_encoder`.
+    """
+    from .mtllm import MTLLMConfig
+    from .storage import base_tokenizer
+
+    config = check_encoder(name)
+    family = family_of(config)
+    limit = family.max_positions(config)
+    lines = [
+        f"{name}: family {config.model_type} ({family.about})",
+        f"states: {family.num_layers(config)} layers of width {family.width(config)}; "
+        + ("texts of any length" if limit is None else f"texts of at most {limit} tokens"),
+    ]
+    try:
+        tokenizer = base_tokenizer(MTLLMConfig(reader="encoder", encoder=name))
+        fit_tokenizer(tokenizer, config, name)
+    except ValueError as error:
+        return [*lines, f"tokenizer: {str(error).removeprefix('tokenizer: ')}"]
+    codes = tokenizer.languages
+    if codes:
+        return [*lines, f"languages: {len(codes)} codes ({', '.join(codes[:3])}, ...); every text names its own"]
+    return [*lines, "languages: takes no codes; one that is named is ignored"]

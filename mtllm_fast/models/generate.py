@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..data.language import language_read
 from ..data.pack import PackedBatch
 from ..data.read import TextRow
 from .attention import NAME
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 def generate(
     model: MTLLM,
     texts: Sequence[str],
-    languages: str | Sequence[str] = "eng_Latn",
+    languages: str | Sequence[str] | None = None,
     *,
     before: str | Sequence[str] = "",
     after: str | Sequence[str] = "",
@@ -43,7 +44,7 @@ def generate(
 
     Args:
         model: reader "stack", causal LLM.
-        texts: N texts; languages: one MT code for all, or one per text.
+        texts: N texts; languages: one MT code for all, or one per text; encoders with languages need them.
         before, after: prompt in the LLM's own tokens around each text, one for all or one per text. Special tokens
             written in them count as such, so that a chat template can be given here; those in `texts` never do.
         bos: start with the LLM's BOS token, where its tokenizer writes one and `before` does not begin with it.
@@ -73,7 +74,7 @@ def generate(
 def generate_ids(
     model: MTLLM,
     texts: Sequence[str],
-    languages: str | Sequence[str] = "eng_Latn",
+    languages: str | Sequence[str] | None = None,
     *,
     before: str | Sequence[str] = "",
     after: str | Sequence[str] = "",
@@ -112,7 +113,7 @@ def generate_ids(
 def soft_prompts(
     model: MTLLM,
     texts: Sequence[str],
-    languages: str | Sequence[str] = "eng_Latn",
+    languages: str | Sequence[str] | None = None,
     *,
     before: str | Sequence[str] = "",
     after: str | Sequence[str] = "",
@@ -125,7 +126,8 @@ def soft_prompts(
     assert tokenizer is not None and encoder is not None and llm is not None and model.projection is not None
     if isinstance(texts, str):
         raise TypeError("texts: got one str; pass a list of texts")
-    codes = per_text("languages", languages, len(texts))
+    languages = language_read(tokenizer, "mt", languages, "languages")
+    codes = [None] * len(texts) if languages is None else per_text("languages", languages, len(texts))
     starts, ends = per_text("before", before, len(texts)), per_text("after", after, len(texts))
     for index, text in enumerate(texts):
         if not text.strip():

@@ -270,11 +270,29 @@ class MTLLM(nn.Module):
     def teacher(self, adapter: str | None = None) -> Iterator[None]:
         """Run the LLM inside the block as the teacher: adapter `adapter` (None: none) and no dropout."""
         assert self.llm is not None
+        self.adopt_adapters()
         with evaluating(self.llm), self.llm.adapter(adapter):
             yield
 
+    def adopt_adapters(self) -> None:
+        """Take over the LoRA that `peft.get_peft_model(model.llm.model, ...)` put into the backbone; the teacher and
+        `save_pretrained` call this.
+
+        Raises:
+            ValueError: adapters that are no plain LoRA, or lie in another part of the model.
+        """
+        if hasattr(self, "peft_config"):
+            raise ValueError("model: peft was given the whole stack; give it the backbone, e.g. model.llm.model")
+        for role, part in (("encoder", self.encoder), ("llm", self.llm)):
+            found = part.adopt_adapters() if part is not None else {}
+            if found and part is not self.backbone:
+                raise ValueError(f"{role}: peft put {', '.join(found)} into it; only the backbone's adapters are saved")
+            self.config.adapters |= found
+
     def states(self, batch: PackedBatch) -> Tensor:
         """Last hidden states (T, D) of the packed rows of `side`."""
+        if not batch.num_tokens:  # transformers' layers cannot be called on nothing
+            return torch.zeros(0, self.hidden_size, dtype=self.dtype, device=batch.device)
         if self.config.reader == "llm":
             assert self.llm is not None
             return self.llm(batch)
@@ -352,7 +370,7 @@ class MTLLM(nn.Module):
             states = padded.masked_scatter(keep[..., None], states)
         return MTLLMOutput(states, pooled, logits)
 
-    def generate(self, texts: Sequence[str], languages: str | Sequence[str] = "eng_Latn", **options: Any) -> list[str]:
+    def generate(self, texts: Sequence[str], languages: str | Sequence[str] | None = None, **options: Any) -> list[str]:
         """What the LLM writes after reading `texts` through the encoder; options of `models.generate.generate`."""
         from .generate import generate
 
@@ -378,11 +396,23 @@ class MTLLM(nn.Module):
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
         )
 
-    def gradient_checkpointing_enable(self) -> None:
-        """Let every layer of the base models that is trained through run again in backward."""
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Let every layer that is trained through run again in backward: the backbone's, and those of an encoder with
+        trained weights. Results are the same.
+
+        Raises:
+            ValueError: any of transformers' options but use_reentrant=False, which is how it is done.
+        """
         from .checkpointing import recompute_layers
 
-        recompute_layers(self.backbone)
+        for name, value in (gradient_checkpointing_kwargs or {}).items():
+            if (name, value) != ("use_reentrant", False):
+                raise ValueError(
+                    f"gradient_checkpointing_kwargs: {name}={value!r}; only use_reentrant=False is supported"
+                )
+        for part in (self.encoder, self.llm):
+            if part is not None and (part is self.backbone or any(p.requires_grad for p in part.parameters())):
+                recompute_layers(part)
 
     def push_to_hub(self, name: str, *, private: bool = True) -> str:
         """Save the model with its base models and upload it to the repository `name`; returns its address.

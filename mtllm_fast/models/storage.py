@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..auto import MODEL_TYPE
 from ..data.tokenise import StackTokenizer
 from .adapters import LoraSettings
 from .encoder import PackedEncoder
@@ -29,7 +30,6 @@ from .names import check_folder, is_path
 from .projection import ProjectionConfig
 from .sharded import load_whole, whole, writes
 
-MODEL_TYPE = "mtllm"
 FORMAT = 1
 BESIDE = "beside"  # in config.json: base models' folders relative to the model's
 _DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -185,6 +185,7 @@ def save(model: MTLLM, folder: Path, *, include_base: bool | None = None) -> Non
     from huggingface_hub import save_torch_state_dict
     from safetensors.torch import save_file
 
+    model.adopt_adapters()
     own = own_state(model)
     parts: tuple[tuple[str, PackedEncoder | PackedLLM | None], ...] = (("encoder", model.encoder), ("llm", model.llm))
     stored = {

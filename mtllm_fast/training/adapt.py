@@ -15,10 +15,12 @@ from torch import Tensor
 from transformers import set_seed
 
 from ..data.collate import Batch
-from ..data.read import TextRow
+from ..data.language import language_read
+from ..data.read import RowStream, TextRow
 from ..data.store import TokenStore
 from ..losses import DistillationLoss, DistillationWeights, LossTerm
 from ..models import MTLLM, LoraSettings, ProjectionConfig
+from ..models.encoder import check_encoder
 from ..models.storage import local_folder, read_config
 from .config import OptimSettings
 from .inputs import model_inputs
@@ -34,7 +36,9 @@ class AdaptConfig:
     """General adaptation of an LLM to an MT encoder by self-distillation."""
 
     encoder: str = ""
-    """MT encoder: folder or hub name (NLLB-200, M2M-100)."""
+    """Encoder: folder or hub name, of a family that is supported: m2m_100 (NLLB-200, M2M-100), bert
+    (multilingual-E5-small, LaBSE, mBERT), xlm-roberta and roberta (XLM-R, multilingual-E5-base and -large, BGE-M3),
+    modernbert (mmBERT), mbart (mBART-50), t5, mt5 and umt5 (mT5, uMT5, MADLAD-400)."""
     llm: str = ""
     """Causal LM: folder or hub name."""
     output: str = "runs/adapt"
@@ -169,6 +173,8 @@ def adapt(
         check_start(config.model)
     if config.init != "none" and isinstance(rows, TokenStore):
         raise ValueError(f"init={config.init!r}: the projection is fitted on text, not on a token store")
+    if config.encoder:
+        check_encoder(config.encoder, config.trust_remote_code)
     dtype = base_dtype(config.train, include_base=config.include_base)
     set_seed(config.train.seed)
     inputs = {"rows": rows, **model_inputs(config.model, encoder=config.encoder, llm=config.llm)}
@@ -177,6 +183,8 @@ def adapt(
         return done
     student = starting_model(config, dtype)
     assert student.tokenizer is not None
+    if isinstance(rows, RowStream) and (named := rows.language or rows.wanted.get("language_column")):
+        language_read(student.tokenizer, "mt", named, "language")
     fit = None
     if config.init != "none":
         assert not isinstance(rows, TokenStore)

@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from transformers import set_seed
 
 from ..data.collate import Batch
+from ..data.language import ENGLISH_CODES
 from ..data.read import TextRow
 from ..inference import Engine
 from ..losses import LossTerm
 from ..models import MTLLM, HeadConfig, LoraSettings
+from ..models.encoder import check_encoder
 from ..models.mtllm import Reader
 from .config import OptimSettings
 from .inputs import model_inputs
@@ -26,9 +28,6 @@ from .live import Watch
 from .run_folder import RunFolder
 from .switches import base_dtype
 from .trainer import TASK_ROWS, TrainStep, run_stage
-
-# what MT tokenizers call English: NLLB, M2M100 (less its underscores), mBART
-ENGLISH_CODES = ("eng_Latn", "en", "en_XX")
 
 
 @dataclass
@@ -39,7 +38,7 @@ class FinetuneConfig:
     llm: str = ""
     """Causal LM that reads its own tokens: the task teacher."""
     encoder: str = ""
-    """MT encoder alone: the baseline without an LLM."""
+    """Encoder alone, of a family that `adapt` supports: the baseline without an LLM."""
     model: str = ""
     """An adapted MTLLM folder: direct fine-tuning of the stack."""
     output: str = "runs/finetune"
@@ -86,7 +85,7 @@ def validation(student: MTLLM, rows: Sequence[TextRow], tokens: int) -> Callable
     for index, row in enumerate(rows):
         if row.label is None:
             raise ValueError(f"valid_rows[{index}] has no label: the best checkpoint is chosen by accuracy")
-        if row.language.strip("_") not in ENGLISH_CODES:
+        if row.language is not None and row.language.strip("_") not in ENGLISH_CODES:
             raise ValueError(f"valid_rows[{index}] is {row.language}: the best checkpoint is chosen on English alone")
 
     def score() -> dict[str, float]:
@@ -135,6 +134,8 @@ def finetune(
         raise ValueError(f"name exactly one of --llm, --encoder and --model, got {', '.join(sources) or 'none'}")
     if config.train.max_steps == 0:
         raise ValueError("max_steps=0: the task head starts at random, so there is nothing to save; train it")
+    if config.encoder:
+        check_encoder(config.encoder, config.trust_remote_code)
     dtype = base_dtype(config.train, include_base=config.include_base)
     set_seed(config.train.seed)
     settings = {"stage": "finetune", "source": source or {}, "labels": list(labels), **asdict(config)}

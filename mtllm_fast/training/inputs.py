@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data.language import ENGLISH_CODES
 from ..data.read import RowStream, TextRow, resolve
 from ..data.store import TokenStore
 from ..models.storage import read_config
@@ -48,7 +49,7 @@ def rows_digest(rows: Iterable[TextRow]) -> str:
     """Number and SHA-256 of rows that are at hand."""
     found, count = hashlib.sha256(), 0
     for row in rows:
-        parts = (row.text, row.language, row.text_pair, row.label, row.choices)
+        parts = (row.text, row.language or ENGLISH_CODES[0], row.text_pair, row.label, row.choices)
         found.update(repr(parts).encode("utf-8", "surrogatepass"))
         count += 1
     return f"{count} rows {found.hexdigest()}"

@@ -54,7 +54,18 @@ def rows_of(source: str):
 
 
 def command(model_folder: str, source: str, output: Path, *more: str) -> list[str]:
-    columns = ["--language-column", "lang", "--id-column", "id", "--window", "16", "--device", "cpu"]
+    columns = [
+        "--language-column",
+        "lang",
+        "--id-column",
+        "id",
+        "--window",
+        "16",
+        "--device",
+        "cpu",
+        "--on-bad-row",
+        "skip",
+    ]
     return ["encode", "--model", model_folder, "--input", source, "--output", str(output), *columns, *more]
 
 
@@ -76,6 +87,8 @@ def test_three_formats(model_folder, source, tmp_path, capsys, engine) -> None:
     assert [line.split("\t")[0].rpartition(":")[2] for line in listed] == ["6", "18", "43"]
 
     kept = [k for k in range(42) if k not in (5, 17)]
+    assert np.load(tmp_path / "e.npy.index.npy").tolist() == kept
+    assert f"{tmp_path / 'e.npy.index.npy'} says which row each is" in out
     expected = engine.encode([f"{LINES[k % 6]} {k}" for k in kept], [LANGUAGES[k % 3] for k in kept])
     array = np.load(tmp_path / "e.npy", mmap_mode="r")
     assert array.dtype == np.float32
@@ -90,11 +103,83 @@ def test_three_formats(model_folder, source, tmp_path, capsys, engine) -> None:
     with safe_open(tmp_path / "e.safetensors", "np") as file:
         assert (file.get_tensor("embeddings") == array).all()
         assert file.metadata()["pooling"] == "mean"
-    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.endswith(".tsv")) == [
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.endswith((".tsv", ".index.npy"))) == [
         "e.npy",
         "e.parquet",
         "e.safetensors",
     ]
+
+
+def test_row_i_is_line_i(model_folder, tmp_path, capsys, engine) -> None:
+    """8 lines of which 7 cannot be used: NaN in their places, or an index, or an error that names the first."""
+    text = tmp_path / "t.jsonl"
+    good, bad = {"text": LINES[0], "lang": "fra_Latn", "id": "d"}, {"text": LINES[1], "lang": "xx_Latn", "id": "h"}
+    lines = [{"text": ""}, {"text": " ", "id": "b"}, {"text": 3}, good, {"no": "text"}, {"text": None}, "broken", bad]
+    text.write_text("".join((x if x == "broken" else json.dumps({"lang": "fra_Latn", **x})) + "\n" for x in lines))
+    run = command(model_folder, str(text), tmp_path / "e")[:-2]
+    expected = engine.encode([LINES[0]], "fra_Latn")[0]
+
+    def encode(name: str, *more: str):
+        run[run.index("--output") + 1] = str(tmp_path / name)
+        cli.main([*run, *more])
+        return tmp_path / name
+
+    array = np.load(encode("nan.npy"))  # which is the default
+    assert array.shape == (8, 48)
+    assert np.isnan(array[[0, 1, 2, 4, 5, 6, 7]]).all()
+    np.testing.assert_allclose(array[3], expected, rtol=1e-4, atol=1e-5)
+    assert "7 rows unusable: NaN (3 empty; " in capsys.readouterr().out
+    listed = [line.split("\t") for line in (tmp_path / "nan.npy.skipped.tsv").read_text().splitlines()]
+    assert [place.rpartition(":")[2] for place, _ in listed] == ["1", "2", "3", "5", "6", "7", "8"]
+    assert listed[-1][1] == "unknown language 'xx_Latn'"
+    assert not (tmp_path / "nan.npy.index.npy").exists()
+    table = parquet.read_table(encode("nan.parquet", "--window", "3"))
+    assert table["id"].to_pylist() == ["0", "b", "2", "d", "4", "5", "6", "h"]
+    held = np.stack(table["embedding"].to_numpy())
+    assert (np.isnan(held) == np.isnan(array)).all() and np.array_equal(held[3], array[3])
+
+    assert np.load(encode("skip.npy", "--on-bad-row", "skip")).shape == (1, 48)
+    assert np.load(tmp_path / "skip.npy.index.npy").tolist() == [3]
+    capsys.readouterr()
+    message = refused(
+        capsys,
+        [
+            *run[: run.index("--output") + 1],
+            str(tmp_path / "fail.npy"),
+            *run[run.index("--output") + 2 :],
+            "--on-bad-row",
+            "fail",
+        ],
+    )
+    assert f"{text}:1: empty; --on-bad-row nan or skip" in message
+    assert not list(tmp_path.glob("fail*"))
+    # the index of an earlier run does not stay beside an output that needs none
+    encode("skip.npy", "--overwrite")
+    assert not (tmp_path / "skip.npy.index.npy").exists()
+
+
+def test_what_fail_left_undone_goes_on_with_nan(engine, source, tmp_path) -> None:
+    """The window before the bad row is kept: up to there both write the same."""
+    small = Engine(engine.model, window=4, max_tokens=200)
+    with pytest.raises(ValueError, match=r"rows.jsonl:6: empty"):
+        encode_file(small, rows_of(source), tmp_path / "e.npy", on_bad_row="fail")
+    assert encode_file(small, rows_of(source), tmp_path / "e.npy").resumed == 4
+    assert np.flatnonzero(np.isnan(np.load(tmp_path / "e.npy")).any(1)).tolist() == [5, 17, 42]
+
+
+def test_embeddings_that_are_not_finite_are_refused(encoder_folder, llm_folder, tmp_path, capsys) -> None:
+    """fp16 overflows: the row is named, and nothing is written that looks finished."""
+    model = MTLLM.stack(encoder_folder, llm_folder, dtype=torch.float32)
+    with torch.no_grad():
+        model.projection.layers.weight.mul_(1e30)
+        model.llm.decoder.norm.weight.mul_(1e38)
+    model.save_pretrained(tmp_path / "model")
+    text = tmp_path / "t.txt"
+    text.write_text("\n" + "".join(f"{line}\n" for line in LINES))
+    arguments = ["encode", "--model", str(tmp_path / "model"), "--input", str(text), "--language", "eng_Latn"]
+    message = refused(capsys, [*arguments, "--output", str(tmp_path / "e.npy"), "--device", "cpu"])
+    assert "row 1: the model gives NaN or infinite numbers for it, and for 5 more near it" in message
+    assert not list(tmp_path.glob("e.npy*"))
 
 
 @pytest.mark.parametrize(("ending", "stride"), [(".npy", 1), (".parquet", 5), (".safetensors", 5)])
@@ -146,7 +231,7 @@ def test_resumption_tokenises_nothing_again(engine, source, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(parts.Parts, "append", once)
         with pytest.raises(Stop):
-            encode_file(engine, rows_of(source), tmp_path / "e.npy")
+            encode_file(engine, rows_of(source), tmp_path / "e.npy", on_bad_row="skip")
     seen: list[str] = []
     mt_side = type(engine.model.tokenizer).mt_side
     monkeypatch.setattr(
@@ -154,7 +239,7 @@ def test_resumption_tokenises_nothing_again(engine, source, tmp_path, monkeypatc
         "mt_side",
         lambda self, rows, **o: seen.extend(row.id for row in rows) or mt_side(self, rows, **o),
     )
-    report = encode_file(engine, rows_of(source), tmp_path / "e.npy")
+    report = encode_file(engine, rows_of(source), tmp_path / "e.npy", on_bad_row="skip")
     assert (report.rows, report.resumed) == (40, 16)
     assert len(seen) == 24 and "r0" not in seen
 
@@ -191,16 +276,18 @@ def test_refusals(model_folder, source, tmp_path, capsys, engine) -> None:
 
 @pytest.mark.parametrize("ending", [".npy", ".parquet", ".safetensors"])
 def test_ranks_give_the_bytes_of_one_process(engine, source, tmp_path, ending) -> None:
-    encode_file(engine, rows_of(source), tmp_path / f"one{ending}")
+    skip: dict = {"on_bad_row": "skip"}
+    encode_file(engine, rows_of(source), tmp_path / f"one{ending}", **skip)
     reports = [
-        encode_file(engine, rows_of(source), tmp_path / f"two{ending}", rank=rank, world_size=2) for rank in (1, 0)
+        encode_file(engine, rows_of(source), tmp_path / f"two{ending}", rank=rank, world_size=2, **skip)
+        for rank in (1, 0)
     ]
     assert [report.complete for report in reports] == [False, True]
     assert reports[1].resumed == 16 and reports[1].rows == 40
     assert (tmp_path / f"two{ending}").read_bytes() == (tmp_path / f"one{ending}").read_bytes()
     # another number of processes takes what is left
-    encode_file(engine, rows_of(source), tmp_path / f"three{ending}", rank=2, world_size=3)
-    encode_file(engine, rows_of(source), tmp_path / f"three{ending}")
+    encode_file(engine, rows_of(source), tmp_path / f"three{ending}", rank=2, world_size=3, **skip)
+    encode_file(engine, rows_of(source), tmp_path / f"three{ending}", **skip)
     assert (tmp_path / f"three{ending}").read_bytes() == (tmp_path / f"one{ending}").read_bytes()
     assert not list(tmp_path.glob("*.part*"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -95,6 +96,8 @@ class FakeHub:
         return Url(f"https://hub/me/{name}")
 
     def upload_folder(self, **options) -> None:
+        folder = Path(options["folder_path"])
+        options["files"] = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*.*")}
         type(self).calls.append(("upload", options))
 
 
@@ -124,6 +127,35 @@ def test_push(hub, adapted, tmp_path, capsys) -> None:
     assert pushed == set(every) - left
     assert {"config.json", "model.safetensors", "llm/model.safetensors", "encoder/config.json"} <= pushed
     assert "mt_tokenizer/tokenizer.json" in pushed
+
+
+def test_push_from_python(hub, monkeypatch, adapted, llm_folder, encoder_folder) -> None:
+    """The model goes there whole, with its base models, from a folder that is gone afterwards."""
+    assert adapted.push_to_hub("mine", private=False) == "https://hub/me/mine"
+    (name, made), (_, sent) = hub.calls
+    assert (name, made) == ("mine", {"private": False, "exist_ok": True}) and sent["repo_id"] == "me/mine"
+    assert not Path(sent["folder_path"]).exists()
+    whole = {
+        "config.json",
+        "model.safetensors",
+        "encoder/model.safetensors",
+        "llm/model.safetensors",
+        "stack_tokenizer.json",
+    }
+    assert whole <= set(sent["files"])
+    assert sent["files"]["llm/model.safetensors"] == (Path(llm_folder) / "model.safetensors").stat().st_size
+
+    def never(*_, **__):
+        raise AssertionError("saved what cannot be pushed")
+
+    hub.calls.clear()
+    monkeypatch.setattr(MTLLM, "save_pretrained", never)
+    with pytest.raises(ValueError, match="'a/b/c': expected a repository"):
+        adapted.push_to_hub("a/b/c")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(ValueError, match="no access token"):
+        adapted.push_to_hub("mine")
+    assert not hub.calls
 
 
 def test_what_is_not_pushed(hub, monkeypatch, adapted, tmp_path, capsys) -> None:

@@ -1,0 +1,163 @@
+"""Every encoder family through the commands: doctor, tokenize, adapt, encode and plan agree on what is supported."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tokenizers.processors import TemplateProcessing
+
+from mtllm_fast import MTLLM, Engine, LoraSettings, cli, planning
+from mtllm_fast.models.encoders import FAMILIES
+from mtllm_fast.training import adapt as adapt_module  # noqa: F401  (its dataclass is read below)
+from mtllm_fast.training.adapt import AdaptConfig
+from tests.data.conftest import train_words
+from tests.models.test_encoder_families import CONFIGS
+from tests.tiny import LINES, nllb_tokenizer
+
+CLASSES = {
+    "m2m_100": transformers.M2M100ForConditionalGeneration,
+    "bert": transformers.BertForMaskedLM,
+    "xlm-roberta": transformers.XLMRobertaModel,
+    "roberta": transformers.RobertaModel,
+    "modernbert": transformers.ModernBertModel,
+    "mbart": transformers.MBartForConditionalGeneration,
+    "t5": transformers.T5ForConditionalGeneration,
+    "mt5": transformers.MT5EncoderModel,
+    "umt5": transformers.UMT5EncoderModel,
+}
+LANGUAGES = {"m2m_100": "eng_Latn", "mbart": "en_XX"}
+
+
+def tokenizer_of(key: str):
+    if key == "m2m_100":
+        return nllb_tokenizer(list(LINES))
+    if key == "mbart":
+        return train_words(["en_XX", "fr_XX"])
+    words = train_words([])
+    words.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    return words
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("text") / "t.txt"
+    path.write_text("".join(f"{LINES[k % 6]} {k}\n" for k in range(24)))
+    return str(path)
+
+
+def build(key: str, folder: Path) -> str:
+    """A whole model of the family, as people publish it, with its tokenizer."""
+    tokenizer, config = tokenizer_of(key), CONFIGS[key]()
+    config.vocab_size = len(tokenizer)
+    if key == "t5":
+        config.decoder_start_token_id = 0
+    torch.manual_seed(0)
+    CLASSES[key](config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_every_family_is_here_and_in_the_help() -> None:
+    types = [name for family in FAMILIES for name in family.model_types]
+    assert sorted(types) == sorted(CLASSES)
+    source = inspect.getsource(AdaptConfig)
+    about = source[source.index("    encoder: str") : source.index("    llm: str")]
+    for family in FAMILIES:
+        assert family.about in " ".join(about.split())
+        assert all(name in about for name in family.model_types)
+
+
+@pytest.mark.parametrize("key", list(CLASSES))
+def test_the_commands_take_it(
+    key: str, text: str, llm_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    encoder, code = build(key, tmp_path / "encoder"), LANGUAGES.get(key)
+    cli.main(["doctor", "--encoder", encoder])
+    said = capsys.readouterr().out
+    assert f"family {key} (" in said and "2 layers of width 32" in said
+    assert ("every text names its own" if code else "takes no codes") in said
+
+    pair = ["--encoder", encoder, "--llm", llm_folder]
+    cli.main(["tokenize", *pair, "--text", text, "--output", str(tmp_path / "store"), "--max-length", "64"])
+    for name, source in (("adapted", text), ("from_store", str(tmp_path / "store"))):
+        cli.main([
+            "adapt", *pair, "--text", source, "--output", str(tmp_path / name), "--max-steps", "2", "--tokens", "256",
+            "--max-length", "64", "--device", "cpu", "--report-to", "none", "--no-progress",
+        ])  # fmt: skip
+    adapted = MTLLM.from_pretrained(tmp_path / "adapted")
+    other = MTLLM.from_pretrained(tmp_path / "from_store").state_dict()
+    assert all(torch.equal(value, other[name]) for name, value in adapted.state_dict().items())
+    trained = [value for name, value in adapted.state_dict().items() if ".lora_B." in name]
+    assert trained and any(value.any() for value in trained)
+
+    capsys.readouterr()
+    named = ["--language", code] if code else []
+    cli.main(["encode", "--model", str(tmp_path / "adapted"), "--input", text, "--output", str(tmp_path / "e.npy"),
+              "--device", "cpu", *named])  # fmt: skip
+    found = np.load(tmp_path / "e.npy")
+    alone = np.concatenate([Engine(adapted).encode([f"{LINES[k]} {k}"], code) for k in range(6)])
+    np.testing.assert_allclose(found[:6], alone, atol=1e-4)
+    assert found.shape == (24, 48) and abs(found[:6][::-1] - alone).max() > 1e-2
+
+    spec = planning.StepSpec(planning.config(encoder), planning.config(llm_folder), lora=LoraSettings(r=2))
+    weights = sum(p.numel() for p in adapted.encoder.model.parameters())
+    for cost in (planning.ours(spec, [(9, 10), (20, 20)]), planning.authors(spec, [(9, 10), (20, 20)])):
+        assert cost.static["encoder weights"] == 2 * weights
+        assert cost.flops["encoder"] > 0 and cost.flops["backward"] > 0
+
+
+@pytest.fixture(scope="module")
+def unknown(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("electra")
+    config = transformers.ElectraConfig(vocab_size=len(train_words([])), hidden_size=32, embedding_size=32,
+                                        num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)  # fmt: skip
+    transformers.ElectraModel(config).save_pretrained(folder)
+    train_words([]).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("command", ["doctor", "tokenize", "adapt", "finetune", "plan", "profile"])
+def test_an_unknown_family_is_refused_alike(command: str, unknown: str, text: str, llm_folder: str, tmp_path: Path,
+                                            capsys: pytest.CaptureFixture) -> None:  # fmt: skip
+    labelled = tmp_path / "t.tsv"
+    labelled.write_text("text\tlabel\na\tx\nb\ty\n")
+    output = ["--output", str(tmp_path / "out")]
+    more = {
+        "tokenize": ["--llm", llm_folder, "--text", text, *output],
+        "adapt": ["--llm", llm_folder, "--text", text, *output],
+        "finetune": ["--text", str(labelled), "--labels", "x", "y", "--train.device", "cpu", *output],
+        "plan": ["--llm", llm_folder],
+        "profile": ["--llm", llm_folder, "--text", text],
+    }.get(command, [])
+    more = [option.replace("--train.device", "--device") for option in more]
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--encoder", unknown, *more])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1
+    assert (
+        f"encoder={unknown!r}: model type 'electra' is not supported; supported: m2m_100 (NLLB-200, M2M-100)" in error
+    )
+    assert all(family.about in error for family in FAMILIES)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokenize_refuses_what_adapt_would(text: str, llm_folder: str, tmp_path: Path, capsys) -> None:
+    """A tokenizer of another encoder; and texts are cut where the encoder's positions end."""
+    encoder = Path(build("bert", tmp_path / "encoder"))
+    nllb_tokenizer(list(LINES)).save_pretrained(tmp_path / "wrong")
+    (tmp_path / "wrong" / "config.json").write_bytes((encoder / "config.json").read_bytes())
+    run = ["tokenize", "--llm", llm_folder, "--output", str(tmp_path / "out"), "--text", text]
+    with pytest.raises(SystemExit):
+        cli.main([*run, "--encoder", str(tmp_path / "wrong")])
+    assert "it belongs to another encoder" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    long = tmp_path / "long.txt"
+    long.write_text("the cat " * 200 + "\n")
+    cli.main([*run[:-1], str(long), "--encoder", str(encoder)])
+    ids = np.load(next((tmp_path / "out").glob("shard-*/mt.ids.npy")))
+    assert len(ids) == json.loads((encoder / "config.json").read_text())["max_position_embeddings"] == 160
