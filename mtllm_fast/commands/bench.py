@@ -37,7 +37,7 @@ class Bench:
     threads: int = 0
     """CPU threads; 0 for all."""
     memory: bool = True
-    """Off: peak memory is not measured, which takes a process per variant on the CPU, some seconds each."""
+    """Also measure peak memory, which takes a process per variant on the CPU, some seconds each."""
     list: bool = False
     """Print the cases with their sizes and variants, run nothing."""
 

@@ -26,6 +26,7 @@ class Plan:
     gpu: str = "H100"
     """A100-80GB, A100-40GB, H100, H200 or B200."""
     gpus: int = 1
+    """How many of them."""
     documents: int = 2_560_000
     """Texts of the whole run; the paper's 10,000 steps of 256."""
     lengths: str = "web"

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ..losses import DistillationWeights
 from ..models import LoraSettings
@@ -19,6 +19,12 @@ class Profile:
     Example: mtllm profile --encoder NLLB --llm LLAMA --text F.jsonl --bf16 --trace trace.json
     """
 
+    REQUIRED: ClassVar = {
+        "text": "required",
+        "model": "required, or `encoder` and `llm`",
+        "encoder": "required without `model`",
+        "llm": "required without `model`",
+    }
     model: str = ""
     """A saved stack; or name encoder and llm."""
     encoder: str = ""
@@ -28,7 +34,9 @@ class Profile:
     text: str = ""
     """Text to read: .txt, .jsonl, .csv, .tsv or .parquet (also .gz), a folder or glob of them, or a hub dataset."""
     text_column: str = "text"
+    """Column of the text."""
     language: str = "eng_Latn"
+    """MT code of the text's language."""
     mode: Literal["adapt", "encode"] = "adapt"
     """adapt: a training step of general adaptation; encode: pooled embeddings."""
     loss: DistillationWeights = field(default_factory=DistillationWeights)
@@ -44,6 +52,7 @@ class Profile:
     bf16: bool = False
     """bf16 autocast; on a GPU the weights are bf16, too."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one."""
     trace: str = ""
     """Write a Chrome trace of one more step to this file (chrome://tracing, Perfetto)."""
     json: str = ""

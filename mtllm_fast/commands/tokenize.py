@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass
@@ -14,6 +15,7 @@ class Tokenize:
     Example: mtllm tokenize --encoder NLLB --llm LLAMA --text HuggingFaceFW/fineweb:sample-10BT --output tokens
     """
 
+    REQUIRED: ClassVar = {"encoder": "required", "llm": "required", "text": "required", "output": "required"}
     encoder: str = ""
     """MT encoder: folder or hub name."""
     llm: str = ""
@@ -24,12 +26,15 @@ class Tokenize:
     output: str = ""
     """Folder to write."""
     text_column: str = "text"
+    """Column of the text."""
     language: str = "eng_Latn"
     """MT code of the text's language."""
     language_column: str | None = None
+    """Column with a code per row, instead of `language`."""
     quoted: bool = True
-    """Off: quote marks in .csv and .tsv files are text, and not around fields."""
+    """Quote marks in .csv and .tsv files stand around fields; without, they are text."""
     split: str = "train"
+    """Split of a hub dataset."""
     limit: int | None = None
     """Read at most this many rows."""
     max_length: int = 512

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..data.read import read_rows
 from .files import check_device, output_file, ranks
@@ -26,6 +26,12 @@ class Translate:
     Example: mtllm translate --model facebook/nllb-200-distilled-600M --task americasnli --data DIR --output T.parquet
     """
 
+    REQUIRED: ClassVar = {
+        "model": "required",
+        "output": "required",
+        "input": "required, or `task`",
+        "task": "required, or `input`",
+    }
     model: str = ""
     """MT model: folder or hub name."""
     input: str = ""
@@ -33,12 +39,14 @@ class Translate:
     output: str = ""
     """The .parquet or .jsonl file to write."""
     text_column: str = "text"
+    """Column of the text."""
     id_column: str | None = None
     """Column with a name per row; by default their numbers, rows without text not counted."""
     language: str = "eng_Latn"
     """With `input`: MT code of the texts' language. It must be another one than `target`, and both are English by
     default, so one of the two has to be named."""
     language_column: str | None = None
+    """Column with a code per row, instead of `language`."""
     task: str = ""
     """Instead of `input`: a task by name or .yaml file; its texts, pairs and choices are translated one by one."""
     data: str = ""
@@ -68,7 +76,7 @@ class Translate:
     window: int = 1024
     """Texts that are sorted by length and saved together."""
     scores: bool = True
-    """Off: translations have no score, which saves a pass of the decoder."""
+    """Give every translation its score, which takes a pass of the decoder more."""
     device: str | None = None
     """"cpu", "cuda", "cuda:1", ...; by default a GPU where there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -76,7 +84,7 @@ class Translate:
     overwrite: bool = False
     """Begin anew even where there is the output or a stopped run."""
     progress: bool = True
-    """Off: no bar, which there is only where stderr is a terminal."""
+    """Show a progress bar; a line now and then where stderr is no terminal."""
 
     def run(self) -> None:
         import torch
@@ -121,7 +129,7 @@ class Translate:
                 rank=rank,
                 world_size=world_size,
                 total=len(sources) if isinstance(sources, list) else None,
-                progress=self.progress and rank == 0 and sys.stderr.isatty(),
+                progress=self.progress and rank == 0,
                 num_beams=self.num_beams,
                 max_tokens=self.max_tokens,
                 max_new_tokens=self.max_new_tokens,

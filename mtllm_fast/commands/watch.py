@@ -22,6 +22,7 @@ class WatchSettings:
     data: str = ""
     """Its folder or hub name; by default the one that is trained on."""
     split: str = "dev"
+    """The split that is scored."""
     limit: int | None = 200
     """Rows of each language: a random sample with a fixed seed, by id, the same in every language; null for all."""
     steps: int = 500

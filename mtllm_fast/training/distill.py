@@ -70,6 +70,7 @@ class DistillConfig:
     include_base: bool = False
     """Store the base models' weights with the result, so that its folder needs nothing else."""
     trust_remote_code: bool = False
+    """Run the code that a model on the hub brings with it."""
     encoder: str = ""
     """Where the model's encoder is, if not where it was when the model was saved."""
     llm: str = ""
