@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ..data.read import read_rows
-from .files import check_device, output_file, ranks
+from .files import check_device, check_least, output_file, ranks
 
 
 @dataclass
@@ -77,6 +77,7 @@ class Encode:
         from ..models import MTLLM
 
         check_device(self.device)
+        check_least(self, window=1, max_tokens=1, limit=1)
         output = output_file(self, tuple(FORMATS), resumable=True)
         rank, world_size, local = ranks()
         rows = read_rows(

@@ -90,9 +90,11 @@ class Evaluate:
         from ..evaluation import evaluate
         from ..evaluation.cells import CellStore
         from ..reporting import check_output, print_scores, write_report
+        from .files import check_least
 
         if not self.task:
             raise ValueError("--task is missing")
+        check_least(self, limit=1, num_beams=1, resamples=1, max_tokens=1)
         if not self.model and not (self.translator or self.translations):
             raise ValueError("--model is missing: name at least one model folder")
         output = self.output or str(Path((*self.model, self.teacher)[0]) / "evaluation")

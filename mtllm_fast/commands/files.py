@@ -19,10 +19,41 @@ def output_file(command: Any, endings: tuple[str, ...], *, resumable: bool = Fal
     path = Path(command.output)
     if path.suffix not in endings:
         raise ValueError(f"--output {command.output}: expected a name ending in {' or '.join(endings)}")
+    if path.is_dir():
+        raise ValueError(f"--output {command.output}: is a folder; name a file")
+    check_folder_above("--output", path)
     stopped = resumable and path.with_name(path.name + ".part").exists()
     if path.exists() and not command.overwrite and not stopped:
         raise ValueError(f"--output {command.output}: exists; pass --overwrite to replace it")
     return path
+
+
+def check_least(command: Any, **least: int) -> None:
+    """Refuse a number of `command` that is too small: name of its option -> the least that it may be; None is any."""
+    for name, number in least.items():
+        value = getattr(command, name)
+        if value is not None and value < number:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {number}")
+
+
+def check_written(command: Any, *names: str) -> None:
+    """Refuse, before any work, options of `command` that name a file which cannot be written; "" is none."""
+    for name in names:
+        if value := getattr(command, name):
+            option = f"--{name.replace('_', '-')} {value}"
+            if Path(value).is_dir():
+                raise ValueError(f"{option}: is a folder; name a file")
+            if not Path(value).absolute().parent.is_dir():
+                raise ValueError(f"{option}: its folder does not exist")
+
+
+def check_folder_above(option: str, path: Path) -> None:
+    """Refuse a path that lies in what is no folder; folders that are not there can be made."""
+    for folder in path.absolute().parents:
+        if folder.exists():
+            if not folder.is_dir():
+                raise ValueError(f"{option} {path}: {folder} is a file, not a folder")
+            return
 
 
 def check_device(name: str | None) -> None:

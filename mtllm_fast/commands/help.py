@@ -13,6 +13,7 @@ import sys
 import textwrap
 import typing
 from collections.abc import Sequence
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,10 +68,10 @@ def parse(name: str, settings_type: type, arguments: Sequence[str], default: Any
 
 def _said(box: str) -> str:
     """The message in a box of tyro's, with the first option that it says is similar."""
-    lines = [re.sub(r"[│╭╮╰╯]", "", line).strip() for line in box.splitlines()]
+    lines = [re.sub(r"^[│|]|[│|]$", "", line.strip()).strip() for line in box.splitlines()]
     parts: list[list[str]] = [[]]
     for line in lines[1:-1] if lines else []:
-        if line and not line.strip("─"):
+        if line and not line.strip("─-"):  # the second where the output is not UTF-8
             parts.append([])
         elif line:
             parts[-1].append(line)
@@ -113,13 +114,13 @@ def _documented(info: StructTypeInfo) -> StructConstructorSpec | None:
     if not dataclasses.is_dataclass(info.type):
         return None
     hints = typing.get_type_hints(info.type, include_extras=True)
-    required, texts, fields = getattr(info.type, "REQUIRED", {}), _texts(info.type), []
+    required, fields = getattr(info.type, "REQUIRED", {}), []
     own = info.default if dataclasses.is_dataclass(info.default) else info.type()  # type: ignore[misc]
     for field in dataclasses.fields(info.type):
         kind, value = hints[field.name], getattr(own, field.name)
         if not dataclasses.is_dataclass(value):
             kind = Annotated[kind, tyro.conf.arg(help_behavior_hint=_hint(value, required.get(field.name)))]
-        fields.append(StructFieldSpec(field.name, kind, value, texts.get(field.name, "")))
+        fields.append(StructFieldSpec(field.name, kind, value, partial(_text, info.type, field.name)))
     fields.sort(key=lambda field: field.name not in required)
     return StructConstructorSpec(info.type, tuple(fields))
 
@@ -133,6 +134,11 @@ def _hint(value: Any, required: str | None) -> Any:
     return lambda shown: f"(default: {shown})"
 
 
+def _text(kind: type, name: str) -> str:
+    return _texts(kind).get(name, "")
+
+
+@lru_cache
 def _texts(kind: type) -> dict[str, str]:
     """The string below each field of a dataclass, in one line."""
     found: dict[str, str] = {}

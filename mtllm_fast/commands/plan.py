@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -57,10 +58,15 @@ class Plan:
         from rich.table import Table
 
         from .. import planning
+        from .files import check_least, check_written
 
-        for name in ("gpus", "documents", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        check_least(self, gpus=1, documents=1, max_length=1)
+        check_written(self, "json")
+        for name in ("measured_flops", "measured_bandwidth"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0; 0 for the datasheet's"
+                )
         if not 0 <= self.efficiency <= 1:
             raise ValueError(f"--efficiency {self.efficiency}: must be a share, above 0 and up to 1")
         device = planning.gpu(self.gpu)
@@ -70,7 +76,7 @@ class Plan:
             device = replace(device, copy=self.measured_bandwidth * 1e12 / device.bandwidth)
         efficiency = self.efficiency or planning.EFFICIENCY
         spec = planning.StepSpec(
-            planning.config(self.encoder), planning.config(self.llm), self.loss, self.lora,
+            planning.config(self.encoder, "encoder"), planning.config(self.llm, "llm"), self.loss, self.lora,
             base="dense" if self.base_weights == "bf16" else self.base_weights,
             eight_bit_optimizer=self.adam_8bit, offloaded_optimizer=self.offload_optimizer,
         )  # fmt: skip

@@ -66,7 +66,7 @@ class Profile:
         from ..data.read import read_rows
         from ..models import MTLLM
         from ..planning.profile import profile_steps
-        from .files import check_text
+        from .files import check_least, check_text, check_written
 
         if bool(self.model) == bool(self.encoder and self.llm):
             raise ValueError("name either --model, or both --encoder and --llm")
@@ -75,6 +75,8 @@ class Profile:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: no CUDA device is visible; see `mtllm doctor`")
         device = "cuda" if torch.cuda.is_available() and self.device != "cpu" else "cpu"
+        check_least(self, tokens=1, max_length=1, steps=1, rows=1)
+        check_written(self, "trace", "json")
         check_text(self.text)
         rows = list(islice(read_rows(self.text, text_column=self.text_column, language=self.language), self.rows))
         if not rows:

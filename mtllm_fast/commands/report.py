@@ -34,9 +34,11 @@ class Report:
         from ..reporting import throughput
         from ..reporting.throughput_html import to_html
         from ..reporting.throughput_readme import write_readme
+        from .files import check_written
 
         if not self.results:
-            raise ValueError("name at least one result file of `mtllm bench --json`")
+            raise ValueError("results: name at least one result file of `mtllm bench --json`")
+        check_written(self, "markdown", "html")
         records = throughput.read_results(self.results)
         changes = throughput.compare(throughput.read_results([self.against]), records) if self.against else []
         profile = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -48,11 +49,13 @@ class Tokenize:
         from ..inference.progress import progress_bar
         from ..models import MTLLMConfig
         from ..models.storage import base_tokenizer
-        from .files import check_text
+        from .files import check_folder_above, check_least, check_text
 
         for name in ("encoder", "llm", "text", "output"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is missing")
+        check_least(self, limit=1, max_length=1, shard_rows=1)
+        check_folder_above("--output", Path(self.output) / "store")
         check_text(self.text)
         rows = read_rows(
             self.text, text_column=self.text_column, language=self.language, language_column=self.language_column,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..data.read import read_rows
-from .files import check_device, output_file, ranks
+from .files import check_device, check_least, output_file, ranks
 
 if TYPE_CHECKING:
     from ..evaluation import Translator
@@ -104,6 +105,11 @@ class Translate:
             model=self.model, input=self.input or self.task, output=self.output, overwrite=self.overwrite
         )
         check_device(self.device)
+        check_least(
+            self, window=1, max_tokens=1, limit=1, max_length=1, max_new_tokens=1, num_beams=1, no_repeat_ngram_size=0
+        )
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"--repetition-penalty {self.repetition_penalty}: must be above 0; 1 for none")
         output = output_file(named, FORMATS, resumable=True)
         rank, world_size, local = ranks()
         device = self.device or (f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
