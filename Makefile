@@ -46,7 +46,7 @@ demo: $(REAL)
 # One thread a process: four processes of two spinning threads each cost minutes on two cores.
 test: export OMP_NUM_THREADS := 1
 test: venv
-	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Beside the environment, not in it: transformers and accelerate import what is there, and every process would start later.
 QUANT := $(VENV)/quant

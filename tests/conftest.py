@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.forked import Forked
 from tests.tiny import build_encoder_folder, build_llm_folder
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -34,6 +35,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_sort = "min" if config.option.benchmark_sort is None else config.option.benchmark_sort
     if not config.option.benchmark_columns:
         config.option.benchmark_columns = ["min", "median", "max", "iqr", "rounds"]
+
+
+@pytest.fixture(scope="session")
+def forked() -> Iterator[Forked]:
+    """Real child processes without their seconds of imports."""
+    with Forked() as server:
+        yield server
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -132,7 +132,7 @@ def print_demo(results: dict[str, Any]) -> None:
     console = Console()
     table = Table(title="Accuracy in %, trained on English only [95 % interval]", header_style="bold")
     for index, name in enumerate(HEADER):
-        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
     rows = table_rows(results)
     for index, row in enumerate(rows):
         if index == 1 or (index == len(rows) - 1 and results["mean_of"]):
@@ -165,11 +165,11 @@ def _interval(score: LanguageScore) -> list[float] | None:
 
 
 def _cells(values: dict[str, Any], intervals: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(f"{100 * values[name]:.1f} {_text(intervals[name])}".strip() for name in SYSTEMS)
+    return tuple(f"{100 * values[name]:.0f} {_text(intervals[name])}".strip() for name in SYSTEMS)
 
 
 def _text(interval: Sequence[float] | None) -> str:
-    return "" if interval is None else f"[{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]"
+    return "" if interval is None else f"[{100 * interval[0]:.0f},{100 * interval[1]:.0f}]"
 
 
 def _percent(value: float) -> str:

@@ -174,6 +174,8 @@ def adapt(
     set_seed(config.train.seed)
     inputs = {"rows": rows, **model_inputs(config.model, encoder=config.encoder, llm=config.llm)}
     run = RunFolder(config.output, {"stage": "adapt", "source": source or {}, **asdict(config)}, config.resume, inputs)
+    if (done := run.finished()) is not None:
+        return done
     student = starting_model(config, dtype)
     assert student.tokenizer is not None
     fit = None
@@ -195,5 +197,5 @@ def adapt(
     )
     if fit is not None:
         metrics["init"] = asdict(fit)
-    run.save(student, include_base=config.include_base)
+    run.finish(student, metrics, include_base=config.include_base)
     return metrics

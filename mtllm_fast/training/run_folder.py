@@ -170,20 +170,12 @@ class RunFolder:
         """Let other processes write into the folder."""
         self._lock.release()
 
-    def save(self, student: MTLLM, *, include_base: bool) -> None:
-        """Write the finished model into the folder, once; it is no longer this process's then."""
-        self._save(student, include_base)
-        self.release()
-
-    def _save(self, student: MTLLM, include_base: bool) -> None:
-        if is_sharded(student) or not int(os.environ.get("RANK", "0")):
+    def finish(self, student: MTLLM, metrics: dict[str, Any], *, include_base: bool) -> None:
+        """Write the finished model, then its metrics: a folder with them is finished."""
+        if is_sharded(student) or self._first:
             own = (p for p in student.parameters() if p.requires_grad or include_base)
             with said_in_bytes("the model", self.folder, sum(p.numel() * p.element_size() for p in own)):
                 student.save_pretrained(self.folder, include_base=include_base or None)
-
-    def finish(self, student: MTLLM, metrics: dict[str, Any], *, include_base: bool) -> None:
-        """Write the finished model, then its metrics: a folder with them is finished."""
-        self._save(student, include_base)
         if self._first:
             write_json(self.folder / RESULT, metrics)
         self.release()

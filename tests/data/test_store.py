@@ -4,8 +4,7 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -136,26 +135,25 @@ def test_rows_that_no_tokenizer_reads_are_left_out(stack, tmp_path, caplog):
         write_store(bad, stack, tmp_path / "none")
 
 
-def test_command_killed_and_resumed(encoder_folder, llm_folder, tmp_path):
+def test_command_killed_and_resumed(forked, encoder_folder, llm_folder, tmp_path):
     text = tmp_path / "t.txt"
-    text.write_text("".join(f"the cat sat on mat number {i} and looked at the dog\n" for i in range(30_000)))
+    text.write_text("".join(f"the cat sat on mat number {i} and looked at the dog\n" for i in range(8_000)))
     command = [
-        sys.executable, "-m", "mtllm_fast.cli", "tokenize", "--encoder", encoder_folder, "--llm", llm_folder,
-        "--text", str(text), "--output", str(tmp_path / "s"), "--max-length", "64", "--shard-rows", "4096",
+        "tokenize", "--encoder", encoder_folder, "--llm", llm_folder, "--text", text, "--output", tmp_path / "s",
+        "--max-length", "64", "--shard-rows", "1024",
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list(Path(tmp_path / "s").glob("shard-*")):
-        pass
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "30,000 rows" in done.stdout
-    assert "there before" in done.stdout
+    pid = forked.start(*command)
+    deadline = time.monotonic() + 60
+    while not list(Path(tmp_path / "s").glob("shard-*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGKILL)
+    assert forked.wait()[0] == -signal.SIGKILL
+    out = forked.run(*command)
+    assert "8,000 rows" in out
+    assert "there before" in out
     tokenizer = StackTokenizer(*_tokenizers(encoder_folder, llm_folder), max_mt_tokens=64, max_llm_tokens=64)
-    write_store(read_rows(text), tokenizer, tmp_path / "whole", shard_rows=4096)
+    write_store(read_rows(text), tokenizer, tmp_path / "whole", shard_rows=1024)
     whole, resumed = (
         {f.relative_to(g): f.read_bytes() for f in g.glob("shard-*/*")} for g in (tmp_path / "whole", tmp_path / "s")
     )

@@ -98,47 +98,33 @@ def test_three_formats(model_folder, source, tmp_path, capsys, engine) -> None:
 
 
 @pytest.mark.parametrize(("ending", "stride"), [(".npy", 1), (".parquet", 5), (".safetensors", 5)])
-def test_killed_at_every_change_of_the_disk(model_folder, source, tmp_path, ending, stride) -> None:
+def test_killed_at_every_change_of_the_disk(forked, model_folder, source, tmp_path, ending, stride) -> None:
     """See crash_points.py: half a write and then kill -9, everywhere; the run after it gives the same bytes."""
-    script = Path(__file__).with_name("crash_points.py")
-    done = subprocess.run(
-        [sys.executable, str(script), model_folder, source, str(tmp_path), ending, str(stride)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[0]) >= 30 // stride
+    code = Path(__file__).with_name("crash_points.py").read_text(encoding="utf-8")
+    out = forked.run(model_folder, source, tmp_path, ending, stride, code=code)
+    assert int(out.split()[-2]) >= 30 // stride
 
 
-def test_ctrl_c_and_kill_9_of_the_command(model_folder, tmp_path) -> None:
+def test_ctrl_c_and_kill_9_of_the_command(forked, model_folder, tmp_path) -> None:
     text = tmp_path / "long.txt"
     text.write_text("".join(f"{LINES[k % 6]} {k}\n" for k in range(6000)))
     whole, output = tmp_path / "whole.npy", tmp_path / "killed.npy"
     arguments = ["encode", "--model", model_folder, "--input", str(text), "--window", "64", "--device", "cpu"]
     cli.main([*arguments, "--output", str(whole)])
     log = tmp_path / "killed.npy.part" / "0.log"
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     sizes = [0]
     for sent in (signal.SIGINT, signal.SIGKILL):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mtllm_fast.cli", *arguments, "--output", str(output)],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-            # a shell starts what it runs in the background with SIGINT ignored
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+        pid = forked.start(*arguments, "--output", output)
         deadline = time.monotonic() + 60
         while not log.exists() or log.stat().st_size < sizes[-1] + 3 * parts.RECORD.itemsize:
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+            os.kill(pid, 0)  # it is still there
+            assert time.monotonic() < deadline
             time.sleep(0.005)
-        process.send_signal(sent)
-        error = process.communicate()[1]
+        os.kill(pid, sent)
+        code, error = forked.wait()
         assert not output.exists()
+        assert code == (130 if sent == signal.SIGINT else -signal.SIGKILL), error
         if sent == signal.SIGINT:
-            assert process.returncode == 130
             assert "rows are saved in" in error and "the same command goes on" in error
             assert "Traceback" not in error
         sizes.append(log.stat().st_size)

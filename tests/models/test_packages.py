@@ -66,22 +66,24 @@ def test_no_gguf_file(tmp_path: Path) -> None:
         read_gguf(path)
 
 
-def gguf_file(path: Path, architecture: str = "llama") -> None:
+def gguf_file(path: Path, architecture: str = "llama", cut: str | None = "gpt-2") -> None:
     """A Llama of one layer, Q4_1 where rows are whole blocks, with a byte-level tokenizer."""
     import gguf
 
     rng = np.random.default_rng(0)
-    tokens = ["<|endoftext|>", "<s>", "</s>", *(chr(c) for c in range(33, 33 + 60)), "AB"]
+    tokens = ["<|endoftext|>", "<s>", "</s>", *(chr(c) for c in range(33, 33 + 58)), "Ġ", "12", "ĠĠ"]
     writer = gguf.GGUFWriter(path, architecture)
     for add, value in (
         (writer.add_block_count, 1), (writer.add_context_length, 64), (writer.add_embedding_length, 32),
         (writer.add_feed_forward_length, 64), (writer.add_head_count, 4), (writer.add_head_count_kv, 2),
         (writer.add_layer_norm_rms_eps, 1e-5), (writer.add_rope_freq_base, 100.0), (writer.add_rope_dimension_count, 8),
         (writer.add_vocab_size, 64), (writer.add_tokenizer_model, "gpt2"), (writer.add_token_list, tokens),
-        (writer.add_token_types, [3, 3, 3] + [1] * 61), (writer.add_token_merges, ["A B"]), (writer.add_bos_token_id, 1),
+        (writer.add_token_types, [3, 3, 3] + [1] * 61), (writer.add_token_merges, ["1 2", "Ġ Ġ"]), (writer.add_bos_token_id, 1),
         (writer.add_eos_token_id, 2), (writer.add_unk_token_id, 0),
     ):  # fmt: skip
         add(value)
+    if cut is not None:
+        writer.add_tokenizer_pre(cut)
     shapes = {"token_embd": (64, 32), "output_norm": (32,), "blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,)}
     shapes |= {"blk.0.attn_q": (32, 32), "blk.0.attn_k": (16, 32), "blk.0.attn_v": (16, 32)}
     shapes |= {"blk.0.attn_output": (32, 32), "blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32)}
@@ -143,7 +145,22 @@ def test_gguf_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     path = tmp_path / "model.gguf"
     gguf_file(path)
-    same_as_transformers(path, ["ABC!", "</s>AB"])
+    same_as_transformers(path, ["ABC!", "</s>AB", "A12  1"])
+
+
+def test_gguf_text_is_cut_as_its_file_says(tmp_path: Path) -> None:
+    """The ids are llama.cpp's (`smollm` cuts out each digit first); a way of cutting that is not known is refused."""
+    pytest.importorskip("gguf")
+    path = tmp_path / "model.gguf"
+    for cut, pieces in (("gpt-2", ["A", "12", "Ġ", "Ġ", "1"]), ("smollm", ["A", "1", "2", "ĠĠ", "1"])):
+        gguf_file(path, cut=cut)
+        tokenizer = read_gguf(path)[2]
+        assert tokenizer.tokenize("A12  1") == pieces
+        assert tokenizer.decode(tokenizer("A12  1").input_ids) == "A12  1"
+    for cut in ("qwen2", None):  # without the key, llama.cpp cuts in its own default way, which is not GPT-2's
+        gguf_file(path, cut=cut)
+        with pytest.raises(ValueError, match=f"'gpt2' with {cut!r}, known"):
+            read_gguf(path)
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q8_0", "F32"])

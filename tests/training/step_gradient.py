@@ -1,6 +1,8 @@
 """Writes the gradient of one step over all of `tests.tiny.LINES`, packed as asked; run alone or under torchrun.
 
-python -m tests.training.step_gradient ENCODER LLM OUT.safetensors TOKENS PACKS_PER_PROCESS
+python -m tests.training.step_gradient ENCODER LLM FOLDER TOKENS-PACKS_PER_PROCESS[-per-pack] ...
+
+Each of these goes to FOLDER/<its name>.safetensors.
 """
 
 from __future__ import annotations
@@ -44,14 +46,14 @@ class PerPackTrainer(PackedTrainer):
         return super().compute_loss(model, inputs, return_outputs, own)
 
 
-def main() -> None:
-    encoder, llm, out, tokens, accumulation = sys.argv[1:6]
+def gradient(encoder: str, llm: str, folder: str, name: str) -> None:
+    tokens, accumulation, *kind = name.split("-", 2)
     torch.manual_seed(0)
     student = MTLLM.stack(encoder, llm, lora=LoraSettings(dropout=0.0), dtype=torch.float32)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for name, parameter in student.named_parameters():
-            if "lora_B" in name:  # starts at zero, which would hide half of the gradient
+        for parameter_name, parameter in student.named_parameters():
+            if "lora_B" in parameter_name:  # starts at zero, which would hide half of the gradient
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
     rows = [TextRow(line) for line in (*LINES, *LINES[:2])]
     student.tokenizer.max_mt_tokens = student.tokenizer.max_llm_tokens = 28
@@ -61,15 +63,20 @@ def main() -> None:
         max_steps=1, tokens=int(tokens), max_length=28, gradient_accumulation=int(accumulation), clip=0.0, progress=False, report_to="none",
         device="cpu",
     )  # fmt: skip
-    trainer_class = PerPackTrainer if sys.argv[6:] == ["per-pack"] else PackedTrainer
-    trainer = trainer_class(step, dataset, optim, Path(out).parent / f"{Path(out).stem}-run", steps=1)
-    trainer.add_callback(_Capture(out))
+    trainer_class = PerPackTrainer if kind == ["per-pack"] else PackedTrainer
+    trainer = trainer_class(step, dataset, optim, Path(folder) / f"{name}-run", steps=1)
+    trainer.add_callback(_Capture(str(Path(folder) / f"{name}.safetensors")))
+    trainer.run(resume=False)
+    slots = int(accumulation) * trainer.args.world_size
+    assert slots - 1 <= dataset.counters.packs <= slots, (
+        f"{dataset.counters.packs} packs do not fill one step of {slots}"
+    )
+
+
+def main() -> None:
     with ends_process():
-        trainer.run(resume=False)
-        slots = int(accumulation) * trainer.args.world_size
-        assert slots - 1 <= dataset.counters.packs <= slots, (
-            f"{dataset.counters.packs} packs do not fill one step of {slots}"
-        )
+        for name in sys.argv[4:]:
+            gradient(*sys.argv[1:4], name)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,36 +17,26 @@ from tests.tiny import LINES
 TOLERANCE = 1e-6
 
 
-def _gradient(
-    out: Path, encoder: str, llm: str, tokens: int, accumulation: int, processes: int = 1, per_pack: bool = False
-) -> dict[str, torch.Tensor]:
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += [
-            "-m",
-            "torch.distributed.run",
-            f"--nproc-per-node={processes}",
-            "--master-port=0",
-            "--rdzv-backend=c10d",
-            "--rdzv-endpoint=localhost:0",
-        ]
-    command = [
-        *launcher,
-        "-m",
-        "tests.training.step_gradient",
-        encoder,
-        llm,
-        str(out),
-        str(tokens),
-        str(accumulation),
-        *(["per-pack"] if per_pack else []),
-    ]
+ALONE, TOGETHER = ("1000-1", "28-4", "42-3-per-pack"), ("56-1", "28-2", "42-2")
+
+
+@pytest.fixture(scope="module")
+def gradients(tmp_path_factory, encoder_folder: str, llm_folder: str) -> dict[str, dict[str, torch.Tensor]]:
+    """(processes, tokens, packs per process) as "1: 28-4" -> gradient: one launch of one process and one of two."""
+    found = {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        command, cwd=out.parent, env=environment, capture_output=True, text=True, timeout=480, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return load_file(out)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    launcher += ["--rdzv-endpoint=localhost:0"]
+    for processes, names in ((1, ALONE), (2, TOGETHER)):
+        folder = tmp_path_factory.mktemp(f"gradients{processes}")
+        command = [sys.executable, *(launcher if processes > 1 else []), "-m", "tests.training.step_gradient"]
+        done = subprocess.run(
+            [*command, encoder_folder, llm_folder, str(folder), *names],
+            cwd=folder, env=environment, capture_output=True, text=True, timeout=480, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        found |= {f"{processes}: {name}": load_file(folder / f"{name}.safetensors") for name in names}
+    return found
 
 
 def _distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -56,16 +45,10 @@ def _distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return (difference / sum(float(g.double().square().sum()) for g in b.values())) ** 0.5
 
 
-@pytest.fixture(scope="module")
-def one_pack(tmp_path_factory, encoder_folder: str, llm_folder: str) -> dict[str, torch.Tensor]:
-    return _gradient(tmp_path_factory.mktemp("one") / "g.safetensors", encoder_folder, llm_folder, 1000, 1)
-
-
-@pytest.mark.parametrize(("tokens", "accumulation", "processes"), [(28, 4, 1), (56, 1, 2), (28, 2, 2), (42, 2, 2)])
-def test_same_gradient(  # the last case has 3 packs for 4 places: one process gets a filler that counts nothing
-    one_pack, tmp_path, encoder_folder, llm_folder, tokens, accumulation, processes
-) -> None:
-    other = _gradient(tmp_path / "g.safetensors", encoder_folder, llm_folder, tokens, accumulation, processes)
+# the last case has 3 packs for 4 places: one process gets a filler that counts nothing
+@pytest.mark.parametrize("name", ["1: 28-4", "2: 56-1", "2: 28-2", "2: 42-2"])
+def test_same_gradient(gradients, name: str) -> None:
+    other, one_pack = gradients[name], gradients["1: 1000-1"]
     assert other.keys() == one_pack.keys()
     assert len(one_pack) > 20
     assert all(float(gradient.norm()) > 0 for gradient in one_pack.values())
@@ -74,10 +57,9 @@ def test_same_gradient(  # the last case has 3 packs for 4 places: one process g
     assert max(_distance({n: other[n]}, {n: one_pack[n]}) for n in one_pack) <= 5 * TOLERANCE
 
 
-def test_control_mean_of_pack_means_is_another_gradient(tmp_path, one_pack, encoder_folder, llm_folder) -> None:
+def test_control_mean_of_pack_means_is_another_gradient(gradients) -> None:
     """The check can fail: weighting every pack alike, as the plain Trainer does, moves the gradient by far more."""
-    packs = _gradient(tmp_path / "g.safetensors", encoder_folder, llm_folder, 42, 3, per_pack=True)
-    assert _distance(packs, one_pack) > 1000 * TOLERANCE
+    assert _distance(gradients["1: 42-3-per-pack"], gradients["1: 1000-1"]) > 1000 * TOLERANCE
 
 
 def test_torchrun_command(tmp_path, encoder_folder, llm_folder) -> None:

@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,15 +15,8 @@ import pytest
 from benchmarks.survive import differences, entries, make_inputs, spoil, unreadable
 from mtllm_fast.training.checkpoint import damage
 from mtllm_fast.training.signals import StopRequest
-from tests.training.forked import Forked
 
 STEPS = 40
-
-
-@pytest.fixture(scope="module")
-def forked() -> Iterator[Forked]:
-    with Forked() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -63,8 +63,9 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# how text is cut before the merges, `tokenizer.ggml.pre`: those that the expression of GPT-2 does
-PRE_TOKENIZERS = (None, "default", "gpt-2", "smollm")
+# how text is cut before the merges, `tokenizer.ggml.pre`: GPT-2's expression, of whole text or of what stands between
+# digits, each of which is a piece of its own
+PRE_TOKENIZERS = ("gpt-2", "smollm")
 CONTROL, USER_DEFINED = 3, 4  # in `tokenizer.ggml.token_type`
 
 
@@ -240,7 +241,10 @@ def _llama_name(name: str) -> str:
 
 
 def _tokenizer(pairs: dict[str, Any], positions: int) -> Any:
-    """The byte-level tokenizer, as transformers builds it from such a file."""
+    """The byte-level tokenizer, its text cut as llama.cpp cuts it.
+
+    transformers cuts every such file as GPT-2's: with `smollm`, two spaces before a digit would be a token more.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -262,7 +266,9 @@ def _tokenizer(pairs: dict[str, Any], positions: int) -> Any:
         ))  # fmt: skip
     except Exception as error:  # the tokenizers library raises Exception itself
         raise ValueError(f"its tokenizer: {error}") from error
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_of]) if pre == "smollm" else bytes_of
     backend.decoder = decoders.ByteLevel()
     for token, what in zip(tokens, pairs.get("tokenizer.ggml.token_type", ())):
         if what in (CONTROL, USER_DEFINED):

@@ -1,0 +1,175 @@
+"""The study on real weights: which system reads which language, by the library's own commands.
+
+    mtllm fetch e5-small --output models/e5-small; mtllm fetch smollm2-135m --output models/smollm2-135m
+    python -m benchmarks.real.study --data DIR --encoder models/e5-small --llm models/smollm2-135m --output runs/study
+
+DIR holds SIB-200 and the English MNLI sample in their published layouts (`sib200/<language>/<split>.tsv`,
+`mnli_sample/en/*.tsv`); the task is SIB-200, the text of stage 1 its English training sentences and MNLI's. Every
+training run is one `mtllm` command and every score one cell of an `mtllm evaluate --suite`, so the same command goes on
+where it was stopped; seeds are finished one after the other, and the table is of those that are. Settings were chosen
+on English validation rows (benchmarks/LOG.md). A run is kept with its settings: another value needs another --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from mtllm_fast.evaluation.pretraining import XLM_R
+
+from .study_table import ENGLISH, NEW, OURS, READ, write_tables
+
+COMMON = {"tokens": 1024, "max_rows": 16, "warmup": 0.1, "lora.dropout": 0.0, "save_steps": 50, "report_to": "none"}
+TEACHER = {"lr": 4e-4, "epochs": 2, "max_steps": -1}
+ENCODER = {"lr": 1e-3, "epochs": 3, "max_steps": -1}
+ADAPT = {"lr": 2e-4, "init": "ridge", "init_rows": 2000, "over_variance": True, "loss.pooled_mse": 1.0}
+ADAPT |= {"loss.paired_mse": 1.0, "causal": True}
+DISTILL = {"lr": 2e-4, "loss.pooled_mse": 1.0, "loss.head_kl": 1.0, "over_variance": True, "max_steps": 44}
+# the name in the table -> the folder of a seed's run; between the last two, stacks after less text
+FIRST = {"LLM directly": "teacher", "encoder, probe": "probe", "encoder, fine-tuned": "encoder"}
+ANEW = "MT-LLM, adapter anew"
+# African, Asian, American, European and Pacific languages of ten scripts, half of them read by the encoder before
+LANGUAGES = """
+    eng_Latn arb_Arab ben_Beng deu_Latn ell_Grek hin_Deva ind_Latn jpn_Jpan rus_Cyrl spa_Latn swh_Latn tam_Taml
+    tha_Thai tur_Latn vie_Latn zho_Hans
+    ace_Latn bod_Tibt ewe_Latn fij_Latn ibo_Latn kin_Latn lus_Latn min_Latn mri_Latn quy_Latn sat_Olck tat_Cyrl
+    wol_Latn yor_Latn zul_Latn
+""".split()  # noqa: SIM905
+
+
+def write_texts(data: Path, target: Path) -> int:
+    """English text for stage 1, one a line: SIB-200's training sentences and MNLI's, in one seeded order."""
+    found: dict[str, None] = {}
+    with (data / "sib200" / "eng_Latn" / "train.tsv").open(encoding="utf-8", newline="") as file:
+        found.update({" ".join(row["text"].split()): None for row in csv.DictReader(file, delimiter="\t")})
+    pairs = json.loads((data / "mnli_sample" / "en" / "train.json").read_text(encoding="utf-8"))
+    for row in pairs.values():
+        found.update({" ".join(row[name].split()): None for name in ("text_a", "text_b")})
+    lines = [line for line in found if len(line) > 20]
+    random.Random(0).shuffle(lines)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return len(lines)
+
+
+def command(name: str, settings: dict[str, object]) -> list[str]:
+    """An mtllm command line."""
+    words = [sys.executable, "-m", "mtllm_fast.cli", name]
+    for key, value in settings.items():
+        option = "--" + key.replace("_", "-")
+        words += [option] if value is True else [option, str(value)]
+    return words
+
+
+def train(stage: str, output: Path, settings: dict[str, object]) -> None:
+    """One training command, unless its run is finished; one that was stopped goes on."""
+    if (output / "result.json").is_file():
+        return
+    began = time.perf_counter()
+    settings = {**settings, "output": output}
+    if (output / "run.json").is_file():
+        settings["resume"] = True
+    output.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{stage} -> {output}", flush=True)
+    with output.with_suffix(".log").open("a") as log:
+        words = command(stage, {**settings, "no_progress": True})
+        log.write(" ".join(words) + "\n")
+        log.flush()
+        done = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise SystemExit(f"{stage} ended with {done.returncode}: see {output.with_suffix('.log')}")
+    print(f"    {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def train_seed(options: argparse.Namespace, seed: int) -> None:
+    """Every model of one seed: the task teacher, the baselines, and the stacks after 0 and more texts of stage 1."""
+    root = options.output / f"seed-{seed}"
+    task = {"task": "sib200", "data": options.data / "sib200"}
+    common = {**COMMON, "seed": seed}
+    bases = {"encoder": options.encoder, "llm": options.llm}
+    probe = root / "probe"
+    if not probe.exists():
+        words = {"model": options.encoder, "from": "encoder", "output": probe}
+        subprocess.run(command("convert", words), check=True, stdout=subprocess.DEVNULL)
+    train("finetune", root / "teacher", {"llm": options.llm, "causal": True, **task, **common, **TEACHER})
+    train("finetune", root / "encoder", {"encoder": options.encoder, **task, **common, **ENCODER})
+    for texts in options.texts:
+        steps = {"max_steps": texts // COMMON["max_rows"], "text": options.output / "texts.txt"}
+        train("adapt", root / f"adapted-{texts}", {**bases, **common, **ADAPT, **steps})
+        for name, start in (("", "teacher"), ("-anew", "adapted")):
+            if start == "adapted" and texts != max(options.texts):
+                continue
+            models = {"model": root / f"adapted-{texts}", "teacher": root / "teacher", "init_from": start}
+            distill = {key: value for key, value in common.items() if not key.startswith("lora.")}
+            train("distill", root / f"stack-{texts}{name}", {**models, **task, **distill, **DISTILL})
+
+
+def systems(texts: list[int]) -> dict[str, str]:
+    """Name in the table -> folder of a seed's run."""
+    least = {0: "stack without stage 1"}
+    stacks = {least.get(count, f"stack, {count:,} texts"): f"stack-{count}" for count in texts[:-1]}
+    return {**FIRST, **stacks, OURS: f"stack-{texts[-1]}", ANEW: f"stack-{texts[-1]}-anew"}
+
+
+def evaluate(options: argparse.Namespace, seeds: list[int]) -> None:
+    """Every system in every language, the languages that the encoder has read before apart from the others."""
+    root = options.output
+    languages = sorted(path.name for path in (options.data / "sib200").iterdir() if path.is_dir())
+    languages = languages if options.languages == ["all"] else options.languages or LANGUAGES
+    foreign = [code for code in languages if code != ENGLISH]
+    groups = {READ: [code for code in foreign if code in XLM_R], NEW: [code for code in foreign if code not in XLM_R]}
+    tasks = [
+        {"task": "sib200", "name": name, "data": str(options.data / "sib200"), "languages": [ENGLISH, *codes]}
+        for name, codes in groups.items()
+        if codes
+    ]
+    if options.limit:
+        tasks = [{**entry, "limit": options.limit} for entry in tasks]
+    models = {name: str(root / "seed-{seed}" / folder) for name, folder in systems(options.texts).items()}
+    content = {"output": str(root / "suite"), "seeds": seeds, "models": models, "tasks": tasks}
+    path = root / "suite.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    began = time.perf_counter()
+    print(f"evaluate, seeds {seeds}", flush=True)
+    with (root / "evaluate.log").open("a") as log:
+        words = command("evaluate", {"suite": path, "no_progress": True})
+        done = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise SystemExit(f"evaluate ended with {done.returncode}: see {root / 'evaluate.log'}")
+    print(f"    {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with sib200/ and mnli_sample/")
+    parser.add_argument("--encoder", type=Path, required=True, help="model folder")
+    parser.add_argument("--llm", type=Path, required=True, help="model folder")
+    parser.add_argument("--output", type=Path, default=Path("runs/study"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--texts", type=int, nargs="+", default=[0, 2000], help="texts of stage 1, rising")
+    parser.add_argument("--languages", nargs="+", help='FLORES-200 codes or "all"; by default 31 of both groups')
+    parser.add_argument("--limit", type=int, help="test rows a language, drawn once; by default all 204")
+    parser.add_argument("--save", type=Path, help="folder for study.json, study.md and the HTML pages")
+    options = parser.parse_args()
+    if sorted(set(options.texts)) != options.texts:
+        parser.error(f"--texts {options.texts}: expected rising numbers")
+    texts = options.output / "texts.txt"
+    count = len(texts.read_text(encoding="utf-8").splitlines()) if texts.exists() else write_texts(options.data, texts)
+    if options.texts[-1] > count:
+        parser.error(f"--texts {options.texts[-1]}: {options.data} holds {count} English texts")
+    for done, seed in enumerate(options.seeds, 1):
+        train_seed(options, seed)
+        evaluate(options, options.seeds[:done])
+        write_tables(options.output, options.save or options.output, options.seeds[:done], systems(options.texts))
+
+
+if __name__ == "__main__":
+    main()

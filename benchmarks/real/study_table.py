@@ -1,0 +1,130 @@
+"""The study's table: means by group with intervals and seeds, and what MT-LLM gains over each other system."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from mtllm_fast.evaluation.results import Scores
+from mtllm_fast.evaluation.statistics import interval, mean_samples
+from mtllm_fast.reporting.scores import read_scores
+
+ENGLISH = "eng_Latn"
+READ, NEW = "read before", "not read before"
+OURS = "MT-LLM"
+
+
+def right_by_row(root: Path, group: str, system: str, seeds: int, codes: Sequence[str]) -> NDArray[np.float64]:
+    """(N,) share of seeds and languages in which each test row, parallel in all of them, was classified right."""
+    found = []
+    for index in range(seeds):
+        folder = root / "suite" / "cells" / quote(group, safe=" ") / quote(system, safe=" ") / f"seed {index + 1}"
+        for code in codes:
+            cell = load_file(folder / f"{code}.safetensors")
+            found.append(cell["predictions"] == cell["gold"])
+    return np.mean(found, axis=0)
+
+
+def difference(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> list[float]:
+    """Mean difference and its 95 % interval, rows resampled and both systems on the same draw."""
+    return [float((ours - theirs).mean()), *interval(mean_samples(ours - theirs))]
+
+
+def of_training(root: Path, seeds: Sequence[int], folder: str) -> dict[str, Any]:
+    """Seconds and best English validation accuracy of a system's runs, by seed."""
+    found: dict[str, Any] = {"seconds": [], "english_validation": []}
+    for seed in seeds:
+        path = root / f"seed-{seed}" / folder / "result.json"
+        if path.is_file():
+            result = json.loads(path.read_text(encoding="utf-8"))
+            found["seconds"].append(round(result["train_runtime"], 1))
+            found["english_validation"].append(result.get("best_eval_accuracy"))
+    return found
+
+
+def summarise(root: Path, seeds: Sequence[int], systems: Mapping[str, str]) -> dict[str, Any]:
+    """Everything that the table shows, from the suite's report and its cells; shares from 0 to 1."""
+    parts = {part.task: part for part in read_scores(root / "suite" / "scores.json")}
+    models = {}
+    for name, folder in systems.items():
+        models[name] = {"training": of_training(root, seeds, folder), "groups": {}, "languages": {}}
+        for group, part in parts.items():
+            scores = next(model for model in part.models if model.name == name)
+            mean = scores.overall("non_english")
+            assert mean is not None
+            ours = right_by_row(root, group, OURS, len(seeds), part.foreign())
+            theirs = right_by_row(root, group, name, len(seeds), part.foreign())
+            models[name]["groups"][group] = {
+                "accuracy": mean.accuracy,
+                "interval": list(mean.accuracy_interval),
+                "seeds": scores.seed_means,
+                "ours_minus_it": None if name == OURS else difference(ours, theirs),
+            }
+            models[name]["languages"] |= {code: score.accuracy for code, score in scores.languages.items()}
+    first: Scores = next(iter(parts.values()))
+    return {
+        "task": "SIB-200", "seeds": list(seeds), "languages": {g: p.foreign() for g, p in parts.items()},
+        "rows": first.limit or next(iter(first.models[0].languages.values())).rows,
+        "english": {name: of_english(root, next(iter(parts)), name, len(seeds)) for name in systems},
+        "systems": models, "versions": first.versions,
+    }  # fmt: skip
+
+
+def of_english(root: Path, group: str, system: str, seeds: int) -> dict[str, Any]:
+    """English accuracy over the seeds with its interval: the task teacher's is the bound of what reads its states."""
+    rows = right_by_row(root, group, system, seeds, [ENGLISH])
+    return {"accuracy": float(rows.mean()), "interval": list(interval(mean_samples(rows)))}
+
+
+def markdown(found: Mapping[str, Any]) -> list[str]:
+    """The table and how to read it."""
+    groups = {group: len(codes) for group, codes in found["languages"].items()}
+    heads = ["system", "English", *(f"{name} ({count})" for name, count in groups.items()), "seeds, in this order"]
+    lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    for name, system in found["systems"].items():
+        cells = [cell(found["english"][name]), *(cell(system["groups"][group]) for group in groups)]
+        seeds = "; ".join(", ".join(f"{100 * s:.1f}" for s in system["groups"][group]["seeds"]) for group in groups)
+        lines.append("| " + " | ".join([name, *cells, seeds]) + " |")
+    lines += ["", "MT-LLM against the others, paired on the same rows:", ""]
+    for name, system in found["systems"].items():
+        if name == OURS:
+            continue
+        gains = [
+            f"{100 * middle:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] ({group})"
+            for group, (middle, low, high) in ((g, system["groups"][g]["ours_minus_it"]) for g in groups)
+        ]
+        lines.append(f"- {name}: {'; '.join(gains)}")
+    return lines
+
+
+def cell(value: Mapping[str, Any]) -> str:
+    low, high = value["interval"]
+    return f"{100 * value['accuracy']:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def head(found: Mapping[str, Any]) -> str:
+    """What the table is of."""
+    seeds = ", ".join(map(str, found["seeds"]))
+    return (
+        f"SIB-200 test, {found['rows']} rows a language, seeds {seeds}; accuracy in % with 95 % intervals over rows "
+        "(languages and seeds fixed), by whether the encoder's pretraining had the language."
+    )
+
+
+def write_tables(root: Path, save: Path, seeds: Sequence[int], systems: Mapping[str, str]) -> None:
+    """study.json, study.md and study.html into `save`."""
+    found = summarise(root, seeds, systems)
+    save.mkdir(parents=True, exist_ok=True)
+    lines = ["# Real weights, real languages", "", head(found), "", *markdown(found), ""]
+    (save / "study.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (save / "study.md").write_text("\n".join(lines), encoding="utf-8")
+    shutil.copy(root / "suite" / "scores.html", save / "study.html")
+    print("\n".join(markdown(found)), flush=True)

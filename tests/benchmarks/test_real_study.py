@@ -1,0 +1,70 @@
+"""The study on real weights: its numbers from predictions, its texts, and the README's blocks made from its results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from benchmarks.real import readme, study, study_table
+from tests.conftest import REPO
+
+SHARED = REPO.parent / "shared" / "data"
+
+
+def test_readme_blocks_are_those_of_the_committed_results() -> None:
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    assert readme.with_blocks(text) == text
+    with pytest.raises(ValueError, match="has no <!-- demo:begin -->"):
+        readme.with_blocks("nothing")
+
+
+def test_rows_are_paired_over_languages_and_seeds(tmp_path: Path) -> None:
+    """Two seeds and two languages of three parallel rows, by hand."""
+    right = {
+        "MT-LLM": [[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 0, 0]],
+        "other": [[0, 1, 0], [0, 0, 0], [1, 1, 1], [0, 0, 0]],
+    }
+    for system, cells in right.items():
+        for index, cell in enumerate(cells):
+            folder = tmp_path / "suite/cells/read before" / system / f"seed {1 + index // 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            gold = np.array([3, 4, 5])
+            content = {"predictions": np.where(np.array(cell) == 1, gold, 0), "gold": gold}
+            save_file(content, folder / f"{('deu_Latn', 'swh_Latn')[index % 2]}.safetensors")
+    ours, theirs = (
+        study_table.right_by_row(tmp_path, "read before", name, 2, ["deu_Latn", "swh_Latn"]) for name in right
+    )
+    assert ours.tolist() == [1.0, 0.5, 0.25]
+    assert theirs.tolist() == [0.25, 0.5, 0.25]
+    middle, low, high = study_table.difference(ours, theirs)
+    assert middle == pytest.approx(0.25)
+    assert (low, high) == pytest.approx((0.0, 0.75))  # only the first row differs: drawn never, or always
+
+
+def test_the_systems_of_a_study() -> None:
+    assert list(study.systems([0, 500, 2000]).items())[3:] == [
+        ("stack without stage 1", "stack-0"),
+        ("stack, 500 texts", "stack-500"),
+        ("MT-LLM", "stack-2000"),
+        ("MT-LLM, adapter anew", "stack-2000-anew"),
+    ]
+    assert study.command("adapt", {"lora.dropout": 0.0, "over_variance": True})[-3:] == [
+        "--lora.dropout",
+        "0.0",
+        "--over-variance",
+    ]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no evaluation data beside the project")
+def test_texts_are_english_lines_in_one_order(tmp_path: Path) -> None:
+    count = study.write_texts(SHARED, tmp_path / "a.txt")
+    assert study.write_texts(SHARED, tmp_path / "b.txt") == count
+    lines = (tmp_path / "a.txt").read_text(encoding="utf-8").splitlines()
+    assert (tmp_path / "a.txt").read_bytes() == (tmp_path / "b.txt").read_bytes()
+    assert len(lines) == len(set(lines)) == count
+    pairs = json.loads((SHARED / "mnli_sample/en/train.json").read_text(encoding="utf-8"))
+    assert " ".join(pairs["0"]["text_a"].split()) in lines
