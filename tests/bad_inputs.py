@@ -4,9 +4,9 @@ The files that they name are made by `world` in test_bad_input.py: `encoder` and
 MTLLM of both, `teacher` an LLM with a head for the labels good and bad.
 """
 
-ADAPT = "adapt --encoder encoder --llm llm --text text.txt --output run --no-progress --report-to none "
-TUNE = "finetune --llm llm --text rows.csv --labels good bad --output run --no-progress --report-to none "
-DISTILL = "distill --model stack --teacher teacher --text rows.csv --labels good bad --output run --no-progress --report-to none "
+ADAPT = "adapt --max-steps 1 --tokens 512 --encoder encoder --llm llm --text text.txt --output run --no-progress --report-to none "
+TUNE = "finetune --epochs 1 --tokens 512 --llm llm --text rows.csv --labels good bad --output run --no-progress --report-to none "
+DISTILL = "distill --epochs 1 --tokens 512 --model stack --teacher teacher --text rows.csv --labels good bad --output run --no-progress --report-to none "
 ENCODE = "encode --model stack --input text.txt --output e.npy "
 EVALUATE = "evaluate --model teacher --task folder --data task --output scores --no-progress "
 TRANSLATE = "translate --model encoder --input text.txt --output t.jsonl --language fra_Latn "
@@ -60,7 +60,6 @@ COMMANDS = [
     (ADAPT + "--base-weights fp8", "base_weights='fp8'"),
     (ADAPT + "--liger", "liger"),
     (ADAPT + "--offload-optimizer", "offload_optimizer"),
-    (ADAPT + "--parallel fsdp2", "parallel='fsdp2'"),
     (ADAPT + "--device cuda", "device='cuda'"),
     # adapt
     (ADAPT + "--init-rows 0", "init_rows=0"),
@@ -87,9 +86,8 @@ COMMANDS = [
     (ADAPT + "--output text.txt", "output='text.txt': is a file"),
     (ADAPT + "--output task", "output='task'"),
     (ADAPT + "--output text.txt/run", "text.txt"),
-    (ADAPT + "--resume", "resume"),
     (ADAPT + "--model stack --lora.r 8", "lora"),
-    (ADAPT + "--model ./nosuch", "model='./nosuch'"),
+    (ADAPT + "--model ./nosuch", "model='nosuch'"),
     (ADAPT + "--encoder llm", "encoder='llm'"),
     (ADAPT + "--llm encoder", "llm='encoder'"),
     (ADAPT + "--encoder ./nosuch", "encoder='./nosuch': no such folder"),
@@ -121,10 +119,10 @@ COMMANDS = [
     ("finetune --llm llm --task nosuch --output run", "nosuch"),
     ("finetune --llm llm --task folder --output run", "--data is missing"),
     ("finetune --llm llm --task folder --data void --output run", "void"),
-    (DISTILL + "--labels bad good --model ./nosuch", "model='./nosuch'"),
+    (DISTILL + "--labels bad good --model ./nosuch", "model='nosuch'"),
     (DISTILL + "--labels yes no", "labels"),
     (DISTILL + "--teacher stack", "teacher='stack'"),
-    (DISTILL + "--teacher ./nosuch", "teacher='./nosuch'"),
+    (DISTILL + "--teacher ./nosuch", "teacher='nosuch'"),
     (DISTILL + "--model llm", "model='llm'"),
     (DISTILL + "--teacher-cache text.txt", "teacher_cache='text.txt'"),
     (DISTILL + "--teacher-cache states --loss.paired-mse 1", "teacher_cache"),
@@ -179,7 +177,7 @@ COMMANDS = [
     (EVALUATE + "--language-map xyz=fra_Latn", "xyz"),
     (EVALUATE + "--cells text.txt", "text.txt"),
     (EVALUATE + "--output text.txt", "output='text.txt'"),
-    (EVALUATE + "--model ./nosuch", "./nosuch"),
+    (EVALUATE + "--model ./nosuch", "model='nosuch'"),
     (EVALUATE + "--data void", "void"),
     ("evaluate --suite suite.yaml --limit 3", "--limit: does not go with --suite"),
     ("evaluate --suite nosuch.yaml", "suite='nosuch.yaml': no such file"),

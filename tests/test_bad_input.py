@@ -70,7 +70,7 @@ def world(encoder_folder: str, llm_folder: str, tmp_path_factory: pytest.TempPat
     before = Path.cwd()
     os.chdir(root)
     MTLLM.stack("encoder", "llm", lora=LoraSettings(r=2)).save_pretrained("stack")
-    teacher = MTLLM.stack(llm="llm", reader="llm")
+    teacher = MTLLM.stack(llm="llm", reader="llm", lora=LoraSettings(r=2))
     teacher.set_head(HeadConfig(labels=("good", "bad")))
     teacher.save_pretrained("teacher")
     os.chdir(before)
@@ -170,7 +170,7 @@ CALLS: list[tuple[Callable[[MTLLM], object], str]] = [
     (lambda m: Engine(m).encode("A river."), "texts"),
     (lambda m: Engine(m).encode(["A river."], "eng_Latn", pooling="median"), "pooling='median'"),  # type: ignore[arg-type]
     (lambda m: Engine(m).classify(["A river."], "eng_Latn"), "model"),
-    (lambda m: m.generate(["A river."], "zzz", max_new_tokens=1), "'zzz'"),
+    (lambda m: m.generate(["A river."], "eng_Latn", max_new_tokens=1), "causal=True"),
     (lambda m: m.set_head(HeadConfig(labels=("one",))), "labels"),
     (lambda m: MTLLM.stack(), "encoder"),
     (lambda m: MTLLM.stack("./nosuch", "./nosuch"), "encoder='./nosuch'"),
@@ -186,16 +186,16 @@ CALLS: list[tuple[Callable[[MTLLM], object], str]] = [
     (lambda m: PackedBatch.from_padded(torch.ones(2, 3), torch.ones(2, 2)), "attention_mask"),
     (lambda m: DistillationWeights(kl=-1.0), "kl=-1.0"),
     (lambda m: DistillationWeights(temperature=float("nan")), "temperature=nan"),
-    (lambda m: DistillationLoss(DistillationWeights(kl=1.0))(STATES, STATES, collate([TextRow("a b")], m.tokenizer)), "lm_head"),
+    (lambda m: DistillationLoss(DistillationWeights(kl=1.0))(STATES, STATES, collate([TextRow("a b")], m.tokenizer)), "student has 6 rows"),
     (lambda m: linear_kl(STATES, HEAD, STATES[:, :4], HEAD), "h_t"),
     (lambda m: linear_kl(STATES, HEAD[:, :3], STATES), "w_s"),
     (lambda m: linear_kl(STATES, HEAD, STATES, temperature=0.0), "temperature"),
-    (lambda m: linear_kl(STATES, HEAD, STATES, rows_s=torch.tensor([9])), "rows_s"),
+    (lambda m: linear_kl(STATES, HEAD, STATES, rows_s=torch.tensor([9]), rows_t=torch.tensor([0])), "rows_s"),
     (lambda m: linear_kl(STATES, HEAD, STATES, divergence="hellinger"), "divergence"),
     (lambda m: segment_mean(STATES, torch.tensor([0, 9], dtype=torch.int32)), "cu_seqlens"),
     (lambda m: segment_mean(STATES, BOUNDS, pooling="max"), "pooling"),
     (lambda m: pooled_mse(STATES, STATES[:, :4], BOUNDS, BOUNDS), "teacher"),
-    (lambda m: pooled_mse(STATES, STATES, BOUNDS, BOUNDS[:2]), "bounds"),
+    (lambda m: pooled_mse(STATES, STATES, BOUNDS, BOUNDS[:2]), "cu_seqlens_s"),
     (lambda m: paired_mse(STATES, STATES[:, :4], torch.tensor([0]), torch.tensor([0])), "teacher"),
     (lambda m: paired_mse(STATES, STATES, torch.tensor([0, 1]), torch.tensor([0])), "rows"),
     (lambda m: packed_projection(STATES, torch.randn(4, 9)), "weight"),

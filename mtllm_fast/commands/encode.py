@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ..data.read import read_rows
-from .files import check_device, check_least, output_file, ranks
+from .files import check_least, output_file, ranks
 
 
 @dataclass
@@ -71,6 +71,7 @@ class Encode:
     def run(self) -> None:
         import torch
 
+        from ..inference.device import check_device
         from ..inference.engine import Engine
         from ..inference.stream import Interrupted, encode_file
         from ..inference.writers import FORMATS

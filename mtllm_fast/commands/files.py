@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..disk import check_folder_above
+
 
 def output_file(command: Any, endings: tuple[str, ...], *, resumable: bool = False) -> Path:
     """The checked output path of a command with `model`, `input` and `output`.
@@ -45,33 +47,6 @@ def check_written(command: Any, *names: str) -> None:
                 raise ValueError(f"{option}: is a folder; name a file")
             if not Path(value).absolute().parent.is_dir():
                 raise ValueError(f"{option}: its folder does not exist")
-
-
-def check_folder_above(option: str, path: Path) -> None:
-    """Refuse a path that lies in what is no folder; folders that are not there can be made."""
-    for folder in path.absolute().parents:
-        if folder.exists():
-            if not folder.is_dir():
-                raise ValueError(f"{option} {path}: {folder} is a file, not a folder")
-            return
-
-
-def check_device(name: str | None) -> None:
-    """Refuse a device that is not here. Raises ValueError; None is any."""
-    import torch
-
-    if name is None:
-        return
-    kind, _, index = name.partition(":")
-    if kind == "cpu" and not index:
-        return
-    if kind != "cuda" or (index and not index.isdecimal()):
-        raise ValueError(f"--device {name}: expected cpu, cuda or cuda:N")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not count:
-        raise ValueError(f"--device {name}: no CUDA device is visible; see `mtllm doctor`")
-    if index and int(index) >= count:
-        raise ValueError(f"--device {name}: the CUDA devices here are 0 to {count - 1}")
 
 
 def check_text(source: str) -> None:

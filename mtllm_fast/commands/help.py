@@ -8,7 +8,6 @@ import dataclasses
 import inspect
 import io
 import os
-import re
 import sys
 import textwrap
 import typing
@@ -59,7 +58,8 @@ def parse(name: str, settings_type: type, arguments: Sequence[str], default: Any
     except SystemExit as ending:
         if ending.code != 2:
             raise
-        raise ValueError(f"{_said(said.getvalue())}; see `mtllm {name} --help`") from None
+        message = _said(said.getvalue()).removeprefix(f"{settings_type.__name__}: ")
+        raise ValueError(f"{message}; see `mtllm {name} --help`") from None
     finally:
         os.environ.pop("COLUMNS") if width is None else os.environ.update(COLUMNS=width)
         if sys.exc_info()[0] is None:
@@ -68,16 +68,17 @@ def parse(name: str, settings_type: type, arguments: Sequence[str], default: Any
 
 def _said(box: str) -> str:
     """The message in a box of tyro's, with the first option that it says is similar."""
-    lines = [re.sub(r"^[│|]|[│|]$", "", line.strip()).strip() for line in box.splitlines()]
+    lines = [line.strip(" │╭╮╰╯") for line in box.splitlines()]
     parts: list[list[str]] = [[]]
-    for line in lines[1:-1] if lines else []:
+    for line in lines[1:]:  # below the title
         if line and not line.strip("─-"):  # the second where the output is not UTF-8
             parts.append([])
         elif line:
             parts[-1].append(line)
+    parts = [part for part in parts if part]
     message = " ".join(parts[0]).removeprefix("Error parsing ").replace("Unrecognized options:", "unknown options:")
     for part in parts[1:]:
-        if part and part[0].startswith(("Perhaps you meant", "Arguments similar")):
+        if part[0].startswith(("Perhaps you meant", "Arguments similar")):
             return f"{message}; did you mean {part[1].split()[0].rstrip(',')}?"
     return message.partition(". Got errors:")[0].rstrip(".")
 

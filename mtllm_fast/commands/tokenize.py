@@ -46,10 +46,11 @@ class Tokenize:
     def run(self) -> None:
         from ..data.read import read_rows
         from ..data.store import write_store
+        from ..disk import check_folder_above
         from ..inference.progress import progress_bar
         from ..models import MTLLMConfig
         from ..models.storage import base_tokenizer
-        from .files import check_folder_above, check_least, check_text
+        from .files import check_least, check_text
 
         for name in ("encoder", "llm", "text", "output"):
             if not getattr(self, name):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..data.read import read_rows
-from .files import check_device, check_least, output_file, ranks
+from .files import check_least, output_file, ranks
 
 if TYPE_CHECKING:
     from ..evaluation import Translator
@@ -92,6 +92,7 @@ class Translate:
 
         from ..evaluation import Translator
         from ..evaluation.fingerprint import of_model
+        from ..inference.device import check_device
         from ..inference.stream import Interrupted
         from ..inference.translate import FORMATS, translate_file
 

@@ -151,7 +151,7 @@ def in_teachers_order(
 
 def teacher_config(folder: str, llm: str = "") -> MTLLMConfig:
     """The config of a task teacher; its LLM is `llm` where that is named and the one it was saved with has moved."""
-    config = read_config(Path(folder))
+    config = read_config(Path(folder), "teacher")
     if llm and config.llm and is_path(config.llm) and not Path(config.llm).exists():
         return based_on(config, folder, None, llm)
     return config
