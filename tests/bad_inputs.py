@@ -18,7 +18,7 @@ COMMANDS = [
     ("adapt3", "did you mean 'adapt'?"),
     ("--config run.yaml", "unknown command '--config'"),
     ("help sweets", "'sweets': expected a command"),
-    ("adapt --encodr x", "--encodr; did you mean --encoder?"),
+    ("adapt --encodr x", "did you mean --encoder?"),
     ("adapt --lr fast", "--lr"),
     ("adapt --seed 1.5", "--seed"),
     ("adapt --init maybe", "--init"),
