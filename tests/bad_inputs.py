@@ -104,7 +104,10 @@ COMMANDS = [
     ),
     (ADAPT + "--push-to-hub a/b/c", "--push-to-hub 'a/b/c'"),
     # finetune and distill
-    ("finetune --text rows.csv --labels good bad --output run", "llm, encoder"),
+    (
+        "finetune --text rows.csv --labels good bad --output run",
+        "exactly one of --llm, --encoder and --model, got none",
+    ),
     (TUNE + "--encoder encoder", "exactly one"),
     (TUNE + "--seeds 7 7", "seeds=(7, 7)"),
     (TUNE + "--seeds -1", "seeds=(-1,)"),

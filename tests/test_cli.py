@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mtllm_fast import cli
 from mtllm_fast.commands.from_yaml import read_settings
 from mtllm_fast.commands.help import parse
+from mtllm_fast.inference.progress import progress_bar
 from tests.tiny import LINES
 
 
@@ -200,6 +202,20 @@ def test_doctor_names_every_backend_and_kernel(capsys) -> None:
     out = capsys.readouterr().out
     for name in ("torch", "varlen", "sdpa", "linear_kl", "cuda", "flash-attn"):
         assert name in out
+    if not torch.cuda.is_available():
+        assert re.search(r"linear_kl\s+│ CPU path │ no GPU for Triton", out)
+
+
+def test_progress_where_stderr_is_no_terminal(capsys, monkeypatch) -> None:
+    """Whole lines and no bar, and only now and then."""
+    for seconds, lines in ((-1.0, 2), (1000.0, 0)):
+        monkeypatch.setattr("mtllm_fast.inference.progress.SECONDS_BETWEEN_LINES", seconds)
+        with progress_bar("encode", 1000, True, done=2) as advance:
+            advance(3)
+            advance(900)
+        said = capsys.readouterr().err
+        assert len(re.findall(r"^encode: (5|905) of 1,000 rows, [\d,]+ rows/s\n", said, re.MULTILINE)) == lines
+        assert said.count("\n") == lines and "\r" not in said and "\x1b" not in said
 
 
 def test_import_is_lazy() -> None:

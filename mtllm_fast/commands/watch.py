@@ -54,6 +54,8 @@ class WatchSettings:
             raise ValueError(f"--watch.data is missing: the folder or hub name of task {name!r}")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"--watch.limit {self.limit}: expected a positive number of rows, or null for all")
+        if self.steps < 1:
+            raise ValueError(f"--watch.steps {self.steps}: must be at least 1")
         available = chosen.languages(source)
         for language in self.languages:
             if language not in available:
