@@ -255,7 +255,7 @@ MORE = [
     ("bench nosuch", "'nosuch'"),
     ("bench linear_kl --dtype fp8", "dtype='fp8'"),
     ("bench linear_kl --variants nosuch", "'nosuch'"),
-    ("bench linear_kl --sizes 1x1x1", "'1x1x1'"),
+    ("bench linear_kl --sizes big", "'big'"),
     ("bench linear_kl --repeats 0", "--repeats 0"),
     ("bench linear_kl --threads -1", "--threads -1"),
     ("bench linear_kl --json nowhere/b.json", "--json nowhere/b.json"),
