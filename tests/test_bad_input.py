@@ -29,6 +29,7 @@ from mtllm_fast.cli import main
 from mtllm_fast.data.collate import collate
 from mtllm_fast.yaml_file import read_yaml
 from tests.bad_inputs import COMMANDS, MORE, SUITES, TASKS
+from tests.conftest import REPO
 from tests.tiny import LINES
 
 
@@ -96,10 +97,10 @@ def world(encoder_folder: str, llm_folder: str, tmp_path_factory: pytest.TempPat
         "seeds.yaml": "seeds: [a]\n",
         "suite.yaml": "models: {a: teacher}\ntasks: [{task: folder, data: task}]\noutput: scores\n",
         "list.json": "[1, 2]",
-        "bench.json": "[]",
     }
     for name, text in files.items():
         (root / name).write_text(text)
+    shutil.copy(REPO / "benchmarks" / "results" / "cpu" / "bench.json", root)
     (root / "bytes.yaml").write_bytes(b"lr: \xff\xfe\n")
     (root / "cut.parquet").write_bytes(b"PAR1\x00\x01")
     return root

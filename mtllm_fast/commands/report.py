@@ -49,12 +49,12 @@ class Report:
             except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"--profile {self.profile}: not a file of `mtllm profile --json`: {error}") from None
         text = throughput.to_markdown(records, changes)
+        if self.readme:  # first, since it is refused where it has no place for the table
+            write_readme(Path(self.readme), self.results)
         if self.markdown:
             Path(self.markdown).write_text(text, encoding="utf-8")
         if self.html:
             Path(self.html).write_text(to_html(records, changes, profile), encoding="utf-8")
-        if self.readme:
-            write_readme(Path(self.readme), self.results)
         written = [path for path in (self.markdown, self.html, self.readme) if path]
         print(f"written: {', '.join(written)}" if written else text)
         if worse := throughput.regressions(changes):
