@@ -216,6 +216,11 @@ def run(
     for name in variants:
         if name not in known:
             raise ValueError(f"variant {name!r} is unknown; there are: {', '.join(sorted(known))}")
+    chosen_sizes = {
+        case.name: [case.size(label, device) for label in sizes] or list(case.sizes["quick" if quick else device])
+        for case in cases
+        if isinstance(case, Case)
+    }
     ceilings = ceilings_.measure(device)
     log(ceilings_.describe(ceilings))
     records: list[Record] = []
@@ -234,8 +239,7 @@ def run(
                 if show and found:
                     show(found)
             continue
-        wanted = [case.size(label, device) for label in sizes] or list(case.sizes["quick" if quick else device])
-        for size in wanted:
+        for size in chosen_sizes[case.name]:
             found = run_case(
                 case, size, device, dtype or case.dtypes[device], ceilings=ceilings, variants=variants, quick=quick,
                 repeats=repeats, memory=memory, log=log,

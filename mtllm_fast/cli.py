@@ -50,7 +50,8 @@ USAGE = """usage: mtllm COMMAND [options]
 {commands}
 
 `mtllm COMMAND --help` shows the options of one command. Every command takes --config FILE.yaml, whose keys are its
-options (nested where the option has a dot); options on the command line override it."""
+options (nested where the option has a dot); options on the command line override it.
+`mtllm help suite` and `mtllm help task` show the keys of those files."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -79,6 +80,9 @@ def enough() -> typing.NoReturn:
 def dispatch(arguments: list[str] | None) -> None:
     """Run the command, or say in one line why not."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if len(arguments) > 1 and arguments[0] == "help":
+        explain(arguments[1])
+        return
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         width = max(map(len, COMMANDS))
         print(USAGE.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())))
@@ -111,29 +115,32 @@ def dispatch(arguments: list[str] | None) -> None:
         fail(name, str(error), code=1)
 
 
+def explain(topic: str) -> None:
+    """What `mtllm help TOPIC` prints: the keys of a file, or the options of a command."""
+    if topic in COMMANDS:
+        run(topic, ["--help"])
+    from .commands.help import page
+
+    try:
+        print(page(topic))
+    except ValueError as error:
+        fail("help", str(error))
+
+
 def run(name: str, arguments: list[str]) -> None:
     """Parse the options of command `name` and run it."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler reports on itself
-    import tyro
+    from .commands.help import parse
 
     module, _, settings_name = COMMANDS[name][0].partition(":")
     settings_type = getattr(importlib.import_module(f"mtllm_fast.commands.{module}"), settings_name)
     default, arguments = yaml_default(settings_type, arguments)
-    settings = tyro.cli(
-        settings_type,
-        prog=f"mtllm {name}",
-        description=(settings_type.__doc__ or "").strip(),
-        args=arguments,
-        default=default,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    settings = parse(name, settings_type, arguments, default)
     count = int(os.environ.get("WORLD_SIZE") or 1)
     if count > 1 and name not in SHARED:
         raise ValueError(f"{name} runs in one process, but WORLD_SIZE={count}: start it without torchrun")
     quiet()
-    if name not in ("demo", "doctor", "fetch"):
-        announce_attention()
     settings.run()
 
 
@@ -146,26 +153,6 @@ def quiet() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-def announce_attention() -> None:
-    """One line on stderr for every attention backend that comes to serve, with the reason."""
-    import logging
-
-    seen = set()
-
-    def first(record: logging.LogRecord) -> bool:
-        backend = record.args[0] if isinstance(record.args, tuple) and record.args else record.msg
-        return not (backend in seen or seen.add(backend))  # type: ignore[func-returns-value]
-
-    logger = logging.getLogger("mtllm_fast.models.attention.choice")
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        handler.addFilter(first)
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
 
 
 def yaml_default(settings_type: type, arguments: list[str]) -> tuple[Any, list[str]]:

@@ -29,6 +29,15 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
+def check_folder_above(option: str, path: Path) -> None:
+    """Raise ValueError where `path` lies in what is no folder; folders that are not there can be made."""
+    for folder in path.absolute().parents:
+        if folder.exists():
+            if not folder.is_dir():
+                raise ValueError(f"{option} {path}: {folder.name} is a file, not a folder")
+            return
+
+
 def opened(path: Path) -> int:
     """A descriptor to read and write `path`, made where it is missing."""
     return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

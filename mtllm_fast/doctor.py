@@ -26,6 +26,7 @@ class Check(NamedTuple):
     name: str
     works: bool
     reason: str
+    instead: str = ""  # what runs in its place
 
 
 def installed(name: str) -> str | None:
@@ -86,12 +87,13 @@ def kernels() -> list[Check]:
     elif os.environ.get("TRITON_INTERPRET") == "1":
         why = "TRITON_INTERPRET=1: kernels run in the interpreter, for tests only"
     elif not torch.cuda.is_available():
-        why = "no GPU; the ops run their CPU path"
+        why = "no GPU for Triton"
     else:
         why = ""
     from . import kernels as ops
 
-    return [Check(name, not why, why or "Triton on the GPU") for name in ops.__all__ if name.islower()]
+    instead = "CPU path" if not torch.cuda.is_available() else ""
+    return [Check(name, not why, why or "Triton on the GPU", instead) for name in ops.__all__ if name.islower()]
 
 
 def print_diagnosis() -> None:
@@ -115,7 +117,8 @@ def print_diagnosis() -> None:
     for title, checks in (*sections, ("Optional packages", extras)):
         table = Table("name", "here", "why", title=title, title_justify="left")
         for check in checks:
-            table.add_row(check.name, "[green]yes[/green]" if check.works else "no", check.reason)
+            here = "[green]yes[/green]" if check.works else check.instead or "no"
+            table.add_row(check.name, here, check.reason)
         console.print(table)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import types
+import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -32,3 +34,46 @@ def read_yaml(path: str | Path) -> Any:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         said = " ".join(str(error).split())
         raise ValueError(said if "is given twice" in said else f"not YAML: {said}") from None
+
+
+def converted(kind: Any, value: Any) -> Any:
+    """`value` as a `kind`: a list becomes a tuple, and a number may be a string, as 1e-4 is to YAML.
+
+    Raises:
+        ValueError: it is of another type.
+    """
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        for part in parts:
+            try:
+                return converted(part, value)
+            except ValueError:
+                pass
+    elif origin is tuple and isinstance(value, list):
+        return tuple(converted(parts[0], one) for one in value)
+    elif origin is dict and isinstance(value, dict):
+        return {converted(parts[0], key): converted(parts[1], one) for key, one in value.items()}
+    elif origin is list and isinstance(value, list):
+        return [converted(parts[0], one) for one in value]
+    elif origin is Literal and isinstance(value, str) and value in parts:
+        return value
+    elif kind in (int, float) and isinstance(value, (str, int, kind)) and not isinstance(value, bool):
+        return kind(value)
+    elif origin is None and kind not in (int, float) and isinstance(value, kind):
+        return value
+    raise ValueError(value)
+
+
+def described(kind: Any) -> str:
+    """A type in the words of an error message."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(described(part) for part in parts)
+    if origin is dict:
+        return f"a mapping, each {described(parts[0])} to {described(parts[1])}"
+    if origin in (tuple, list):
+        return f"a list, each {described(parts[0])}"
+    if origin is Literal:
+        return f"one of {', '.join(map(str, parts))}"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    return words.get(kind, kind.__name__)

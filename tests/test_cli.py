@@ -14,9 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mtllm_fast import cli
 from mtllm_fast.commands.from_yaml import read_settings
+from mtllm_fast.commands.help import parse
+from mtllm_fast.inference.progress import progress_bar
 from tests.tiny import LINES
 
 
@@ -68,8 +71,7 @@ def _fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     with pytest.raises(SystemExit) as caught:
         cli.main(list(arguments))
     assert caught.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    message = "\n".join(line for line in lines if not line.startswith("packed attention: "))  # which comes with a model
+    message = capsys.readouterr().err.strip()
     assert "Traceback" not in message
     return message
 
@@ -200,6 +202,20 @@ def test_doctor_names_every_backend_and_kernel(capsys) -> None:
     out = capsys.readouterr().out
     for name in ("torch", "varlen", "sdpa", "linear_kl", "cuda", "flash-attn"):
         assert name in out
+    if not torch.cuda.is_available():
+        assert re.search(r"linear_kl\s+│ CPU path │ no GPU for Triton", out)
+
+
+def test_progress_where_stderr_is_no_terminal(capsys, monkeypatch) -> None:
+    """Whole lines and no bar, and only now and then."""
+    for seconds, lines in ((-1.0, 2), (1000.0, 0)):
+        monkeypatch.setattr("mtllm_fast.inference.progress.SECONDS_BETWEEN_LINES", seconds)
+        with progress_bar("encode", 1000, True, done=2) as advance:
+            advance(3)
+            advance(900)
+        said = capsys.readouterr().err
+        assert len(re.findall(r"^encode: (5|905) of 1,000 rows, [\d,]+ rows/s\n", said, re.MULTILINE)) == lines
+        assert said.count("\n") == lines and "\r" not in said and "\x1b" not in said
 
 
 def test_import_is_lazy() -> None:
@@ -310,20 +326,47 @@ def test_bench_takes_the_gpu_where_there_is_one(monkeypatch, gpu: bool, chosen: 
     assert devices == [chosen, "cpu"]
 
 
-def test_help_of_what_is_switched_off(capsys) -> None:
-    """tyro shows `--no-async-save` with the text of `async_save`, so that text says what is so without it."""
-    found = []
+def _words(capsys, *arguments: str) -> str:
+    """Help in one line, without its boxes."""
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, "--help"])
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+
+
+def test_help_of_every_option(capsys) -> None:
+    """Every option has a text; true or false are shown as both, and what is required is marked and comes first."""
     for name in cli.COMMANDS:
-        with pytest.raises(SystemExit):
-            cli.main([name, "--help"])
-        words = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
-        found += re.findall(r"(--no-(?!repeat)[a-z-]+) (Off:)?", words.partition("options ")[2])
-    assert {
-        "--no-async-save",
-        "--no-scores",
-        "--no-memory",
-        "--no-progress",
-        "--no-quoted",
-        "--no-train-projection",
-    } == dict(found).keys()
-    assert all(text for _, text in found), found
+        words = _words(capsys, name)
+        assert "(default: True)" not in words and "(default: False)" not in words and "(default: '')" not in words
+        for default in ("on", "off"):
+            for text in re.findall(rf"(--\S+(?:, --\S+)?) [^()]*\(default: {default}\)", words):
+                assert re.fullmatch(r"--(\S*\.)?(\S+), --\1no-\2", text), text
+        for flag, text in re.findall(
+            r"(--[a-z.-]+) (?:STR|INT|FLOAT|\{None\}\S+) (\S+)", words.partition(" options ")[2]
+        ):
+            assert text[0] not in "-(", (name, flag)
+    words = _words(capsys, "encode")
+    assert re.search(r"--progress, --no-progress Show a progress bar[^(]*\(default: on\)", words)
+    assert len(re.findall(r"\(required\)", words)) == 3
+    assert re.search(r"--help .*--model .*--input .*--output .*--text-column", words)
+    words = _words(capsys, "adapt")
+    assert re.search(r"1\.0 explains nothing, and a weight", words)  # no line of the source ends there
+
+
+def test_keys_of_files_in_the_help(capsys) -> None:
+    words = _words(capsys, "evaluate")
+    for topic, keys in (("suite", ("translate_test:", "alignment:", "probe_data:")), ("task", ("kind:", "label_base", "header:"))):  # fmt: skip
+        cli.main(["help", topic])
+        page = capsys.readouterr().out
+        assert all(key in page and key in words for key in keys)
+
+
+def test_both_ways_of_a_switch(tmp_path) -> None:
+    """A switch that a YAML file sets can be set back."""
+    (tmp_path / "o.yaml").write_text("bf16: true\nprogress: false\n")
+    settings_type = importlib.import_module("mtllm_fast.commands.train").Adapt
+    default = read_settings(settings_type, str(tmp_path / "o.yaml"))
+    read = parse("adapt", settings_type, ["--no-bf16", "--progress"], default)
+    assert (default.train.bf16, default.train.progress) == (True, False)
+    assert (read.train.bf16, read.train.progress) == (False, True)
+    assert parse("adapt", settings_type, [], default) == default

@@ -37,7 +37,7 @@ class Bench:
     threads: int = 0
     """CPU threads; 0 for all."""
     memory: bool = True
-    """Off: peak memory is not measured, which takes a process per variant on the CPU, some seconds each."""
+    """Also measure peak memory, which takes a process per variant on the CPU, some seconds each."""
     list: bool = False
     """Print the cases with their sizes and variants, run nothing."""
 
@@ -46,6 +46,7 @@ class Bench:
 
         from ..benchmarks import run as benchmark
         from ..benchmarks.registry import Case, chosen
+        from .files import check_least, check_written
 
         device = self.device
         if device == "auto":
@@ -57,10 +58,8 @@ class Bench:
                     print(f"  sizes     {'; '.join(s['label'] for s in case.sizes[device]) or '-'}")
                     print(f"  variants  {'; '.join(case.variants)}")
             return
-        if self.json and not Path(self.json).parent.is_dir():
-            raise ValueError(f"--json {self.json}: its folder does not exist")
-        if self.threads < 0:
-            raise ValueError(f"--threads {self.threads}: must be at least 0")
+        check_written(self, "json")
+        check_least(self, threads=0, repeats=1)
         if self.threads:
             torch.set_num_threads(self.threads)
         records = benchmark.run(

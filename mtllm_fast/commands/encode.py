@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ..data.language import language_read, reads_language
 from ..data.read import read_rows
-from .files import check_device, output_file, ranks
+from .files import check_least, output_file, ranks
 
 
 @dataclass
@@ -19,6 +19,7 @@ class Encode:
     the ranks share the work. Example: mtllm encode --model runs/stack --input corpus.jsonl --output corpus.npy
     """
 
+    REQUIRED: ClassVar = {"model": "required", "input": "required", "output": "required"}
     model: str = ""
     """MTLLM folder."""
     input: str = ""
@@ -26,15 +27,18 @@ class Encode:
     output: str = ""
     """The file to write: .npy or .safetensors with (N, D) float32, or .parquet with id, language and embedding."""
     text_column: str = "text"
+    """Column of the text."""
     pair_column: str | None = None
     """Column of the second text, where rows are pairs."""
     id_column: str | None = None
+    """Column with a name per row, for .parquet."""
     language: str | None = None
     """MT code of the texts' language. An encoder with languages needs it or `language_column`; for this release none
     means English, with a warning. Other encoders ignore it."""
     language_column: str | None = None
+    """Column with a code per row, instead of `language`."""
     quoted: bool = True
-    """Off: quote marks in .csv and .tsv files are text, and not around fields."""
+    """Quote marks in .csv and .tsv files stand around fields; without, they are text."""
     split: str = "train"
     """Split of a hub dataset."""
     limit: int | None = None
@@ -68,17 +72,19 @@ class Encode:
     overwrite: bool = False
     """Begin anew even where there is the output or a stopped run."""
     progress: bool = True
-    """Off: no bar, which there is only where stderr is a terminal."""
+    """Show a progress bar; a line now and then where stderr is no terminal."""
 
     def run(self) -> None:
         import torch
 
+        from ..inference.device import check_device
         from ..inference.engine import Engine
         from ..inference.stream import Interrupted, encode_file
         from ..inference.writers import FORMATS
         from ..models import MTLLM
 
         check_device(self.device)
+        check_least(self, window=1, max_tokens=1, limit=1)
         output = output_file(self, tuple(FORMATS), resumable=True)
         rank, world_size, local = ranks()
         rows = read_rows(
@@ -128,7 +134,7 @@ class Encode:
                 overwrite=self.overwrite,
                 rank=rank,
                 world_size=world_size,
-                progress=self.progress and rank == 0 and sys.stderr.isatty(),
+                progress=self.progress and rank == 0,
             )
         except Interrupted as stopped:
             print(f"mtllm encode: {stopped}", file=sys.stderr)

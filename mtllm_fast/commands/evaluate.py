@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 
 def mapping(pairs: Sequence[str], option: str) -> dict[str, str]:
@@ -30,14 +31,20 @@ class Evaluate:
     --teacher runs/teacher --output runs/sib200-scores
     """
 
+    TOPICS: ClassVar = ("suite", "task")
+    REQUIRED: ClassVar = {
+        "suite": "required, or `model` and `task`",
+        "model": "required without `suite`",
+        "task": "required without `suite`",
+    }
     suite: str = ""
-    """A YAML file of models, seeds, tasks and languages (its keys: evaluation/suite_file.py); of the other options only
-    `output`, `overwrite` and `progress` go with it."""
+    """A YAML file of models, seeds, tasks and languages (its keys: below, or `mtllm help suite`); of the
+    other options only `output`, `overwrite` and `progress` go with it."""
     model: tuple[str, ...] = ()
     """One or more model folders."""
     task: str = ""
-    """A task by name (sib200, nusax, nli, belebele, ...), a .yaml file that describes one, or "folder" for a folder of
-    <language>/<split>.tsv files."""
+    """A task by name (sib200, nusax, nli, belebele, ...), a .yaml file that describes one (its keys: below, or `mtllm
+    help task`), or "folder" for a folder of <language>/<split>.tsv files."""
     data: str = ""
     """The task's folder in its published format, or its hub name; "" for the one that the task names."""
     languages: tuple[str, ...] = ("all",)
@@ -74,7 +81,7 @@ class Evaluate:
     overwrite: bool = False
     """Replace a report that is already there; a suite always does."""
     progress: bool = True
-    """Off: no progress bar."""
+    """Show a progress bar; a line now and then where stderr is no terminal."""
 
     def run(self) -> None:
         if self.suite:
@@ -83,9 +90,11 @@ class Evaluate:
         from ..evaluation import evaluate
         from ..evaluation.cells import CellStore
         from ..reporting import check_output, print_scores, write_report
+        from .files import check_least
 
         if not self.task:
             raise ValueError("--task is missing")
+        check_least(self, limit=1, num_beams=1, resamples=1, max_tokens=1)
         if not self.model and not (self.translator or self.translations):
             raise ValueError("--model is missing: name at least one model folder")
         output = self.output or str(Path((*self.model, self.teacher)[0]) / "evaluation")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -17,6 +17,7 @@ class Fetch:
     Example: mtllm fetch e5-small --output models/e5-small
     """
 
+    REQUIRED: ClassVar = {"output": "required"}
     name: Annotated[str, tyro.conf.Positional] = ""
     """Which model; none to list them."""
     output: str = ""

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..disk import check_folder_above
+
 
 def output_file(command: Any, endings: tuple[str, ...], *, resumable: bool = False) -> Path:
     """The checked output path of a command with `model`, `input` and `output`.
@@ -19,28 +21,32 @@ def output_file(command: Any, endings: tuple[str, ...], *, resumable: bool = Fal
     path = Path(command.output)
     if path.suffix not in endings:
         raise ValueError(f"--output {command.output}: expected a name ending in {' or '.join(endings)}")
+    if path.is_dir():
+        raise ValueError(f"--output {command.output}: is a folder; name a file")
+    check_folder_above("--output", path)
     stopped = resumable and path.with_name(path.name + ".part").exists()
     if path.exists() and not command.overwrite and not stopped:
         raise ValueError(f"--output {command.output}: exists; pass --overwrite to replace it")
     return path
 
 
-def check_device(name: str | None) -> None:
-    """Refuse a device that is not here. Raises ValueError; None is any."""
-    import torch
+def check_least(command: Any, **least: int) -> None:
+    """Refuse a number of `command` that is too small: name of its option -> the least that it may be; None is any."""
+    for name, number in least.items():
+        value = getattr(command, name)
+        if value is not None and value < number:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {number}")
 
-    if name is None:
-        return
-    kind, _, index = name.partition(":")
-    if kind == "cpu" and not index:
-        return
-    if kind != "cuda" or (index and not index.isdecimal()):
-        raise ValueError(f"--device {name}: expected cpu, cuda or cuda:N")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not count:
-        raise ValueError(f"--device {name}: no CUDA device is visible; see `mtllm doctor`")
-    if index and int(index) >= count:
-        raise ValueError(f"--device {name}: the CUDA devices here are 0 to {count - 1}")
+
+def check_written(command: Any, *names: str) -> None:
+    """Refuse, before any work, options of `command` that name a file which cannot be written; "" is none."""
+    for name in names:
+        if value := getattr(command, name):
+            option = f"--{name.replace('_', '-')} {value}"
+            if Path(value).is_dir():
+                raise ValueError(f"{option}: is a folder; name a file")
+            if not Path(value).absolute().parent.is_dir():
+                raise ValueError(f"{option}: its folder does not exist")
 
 
 def check_text(source: str) -> None:

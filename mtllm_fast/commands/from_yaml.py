@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-import types
 import typing
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
-from ..yaml_file import read_yaml
+from ..yaml_file import converted, described, read_yaml
 
 Values = dict[tuple[str, ...], Any]  # the path of a field, through nested dataclasses -> its value
 
@@ -66,9 +65,9 @@ def _values(settings_type: Any, data: dict[Any, Any], where: str) -> Values:
             found = {(*path, *inner): one for inner, one in _values(kind, value, f"{where}: {key}").items()}
         else:
             try:
-                found = {path: _converted(kind, value)}
+                found = {path: converted(kind, value)}
             except ValueError:
-                raise ValueError(f"{where}: {key}: {value!r}: expected {_described(kind)}") from None
+                raise ValueError(f"{where}: {key}: {value!r}: expected {described(kind)}") from None
         if twice := values.keys() & found.keys():
             raise ValueError(f"{where}: {key}: {min(twice)[-1]} is given twice")
         values |= found
@@ -82,40 +81,3 @@ def _replaced(base: Any, values: Values) -> Any:
         inner = {path[1:]: value for path, value in values.items() if path[0] == name}
         changes[name] = inner[()] if () in inner else _replaced(getattr(base, name), inner)
     return dataclasses.replace(base, **changes)
-
-
-def _converted(kind: Any, value: Any) -> Any:
-    """`value` as a `kind`: a list becomes a tuple, and a number may be a string, as 1e-4 is to YAML.
-
-    Raises:
-        ValueError: it is of another type.
-    """
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        for part in parts:
-            try:
-                return _converted(part, value)
-            except ValueError:
-                pass
-    elif origin is tuple and isinstance(value, list):
-        return tuple(_converted(parts[0], one) for one in value)
-    elif origin is Literal and isinstance(value, str) and value in parts:
-        return value
-    elif kind in (int, float) and isinstance(value, (str, int, kind)) and not isinstance(value, bool):
-        return kind(value)
-    elif origin is None and kind not in (int, float) and isinstance(value, kind):
-        return value
-    raise ValueError(value)
-
-
-def _described(kind: Any) -> str:
-    """A type in the words of an error message."""
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_described(part) for part in parts)
-    if origin is tuple:
-        return f"a list, each {_described(parts[0])}"
-    if origin is Literal:
-        return f"one of {', '.join(map(str, parts))}"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-    return words.get(kind, kind.__name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,7 @@ class Plan:
     gpu: str = "H100"
     """A100-80GB, A100-40GB, H100, H200 or B200."""
     gpus: int = 1
+    """How many of them."""
     documents: int = 2_560_000
     """Texts of the whole run; the paper's 10,000 steps of 256."""
     lengths: str = "web"
@@ -58,10 +60,15 @@ class Plan:
 
         from .. import planning
         from ..models.encoders import family_of
+        from .files import check_least, check_written
 
-        for name in ("gpus", "documents", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        check_least(self, gpus=1, documents=1, max_length=1)
+        check_written(self, "json")
+        for name in ("measured_flops", "measured_bandwidth"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0; 0 for the datasheet's"
+                )
         if not 0 <= self.efficiency <= 1:
             raise ValueError(f"--efficiency {self.efficiency}: must be a share, above 0 and up to 1")
         device = planning.gpu(self.gpu)
@@ -70,10 +77,10 @@ class Plan:
         if self.measured_bandwidth:
             device = replace(device, copy=self.measured_bandwidth * 1e12 / device.bandwidth)
         efficiency = self.efficiency or planning.EFFICIENCY
-        encoder = planning.config(self.encoder)
+        encoder = planning.config(self.encoder, "encoder")
         family_of(encoder, self.encoder)
         spec = planning.StepSpec(
-            encoder, planning.config(self.llm), self.loss, self.lora,
+            encoder, planning.config(self.llm, "llm"), self.loss, self.lora,
             base="dense" if self.base_weights == "bf16" else self.base_weights,
             eight_bit_optimizer=self.adam_8bit, offloaded_optimizer=self.offload_optimizer,
         )  # fmt: skip

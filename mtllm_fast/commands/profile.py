@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ..losses import DistillationWeights
 from ..models import LoraSettings
@@ -19,6 +19,12 @@ class Profile:
     Example: mtllm profile --encoder NLLB --llm LLAMA --text F.jsonl --bf16 --trace trace.json
     """
 
+    REQUIRED: ClassVar = {
+        "text": "required",
+        "model": "required, or `encoder` and `llm`",
+        "encoder": "required without `model`",
+        "llm": "required without `model`",
+    }
     model: str = ""
     """A saved stack; or name encoder and llm."""
     encoder: str = ""
@@ -28,6 +34,7 @@ class Profile:
     text: str = ""
     """Text to read: .txt, .jsonl, .csv, .tsv or .parquet (also .gz), a folder or glob of them, or a hub dataset."""
     text_column: str = "text"
+    """Column of the text."""
     language: str | None = None
     """MT code of the text's language; by default the encoder's own code for English."""
     mode: Literal["adapt", "encode"] = "adapt"
@@ -45,6 +52,7 @@ class Profile:
     bf16: bool = False
     """bf16 autocast; on a GPU the weights are bf16, too."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one."""
     trace: str = ""
     """Write a Chrome trace of one more step to this file (chrome://tracing, Perfetto)."""
     json: str = ""
@@ -58,7 +66,7 @@ class Profile:
         from ..data.read import read_rows
         from ..models import MTLLM
         from ..planning.profile import profile_steps
-        from .files import check_text
+        from .files import check_least, check_text, check_written
 
         if bool(self.model) == bool(self.encoder and self.llm):
             raise ValueError("name either --model, or both --encoder and --llm")
@@ -67,6 +75,8 @@ class Profile:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: no CUDA device is visible; see `mtllm doctor`")
         device = "cuda" if torch.cuda.is_available() and self.device != "cpu" else "cpu"
+        check_least(self, tokens=1, max_length=1, steps=1, rows=1)
+        check_written(self, "trace", "json")
         check_text(self.text)
         rows = list(islice(read_rows(self.text, text_column=self.text_column, language=self.language), self.rows))
         if not rows:

@@ -34,9 +34,11 @@ class Report:
         from ..reporting import throughput
         from ..reporting.throughput_html import to_html
         from ..reporting.throughput_readme import write_readme
+        from .files import check_written
 
         if not self.results:
-            raise ValueError("name at least one result file of `mtllm bench --json`")
+            raise ValueError("results: name at least one result file of `mtllm bench --json`")
+        check_written(self, "markdown", "html")
         records = throughput.read_results(self.results)
         changes = throughput.compare(throughput.read_results([self.against]), records) if self.against else []
         profile = None
@@ -47,12 +49,12 @@ class Report:
             except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"--profile {self.profile}: not a file of `mtllm profile --json`: {error}") from None
         text = throughput.to_markdown(records, changes)
+        if self.readme:  # first, since it is refused where it has no place for the table
+            write_readme(Path(self.readme), self.results)
         if self.markdown:
             Path(self.markdown).write_text(text, encoding="utf-8")
         if self.html:
             Path(self.html).write_text(to_html(records, changes, profile), encoding="utf-8")
-        if self.readme:
-            write_readme(Path(self.readme), self.results)
         written = [path for path in (self.markdown, self.html, self.readme) if path]
         print(f"written: {', '.join(written)}" if written else text)
         if worse := throughput.regressions(changes):

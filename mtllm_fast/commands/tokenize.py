@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
 
 
 @dataclass
@@ -14,6 +16,7 @@ class Tokenize:
     Example: mtllm tokenize --encoder NLLB --llm LLAMA --text HuggingFaceFW/fineweb:sample-10BT --output tokens
     """
 
+    REQUIRED: ClassVar = {"encoder": "required", "llm": "required", "text": "required", "output": "required"}
     encoder: str = ""
     """Encoder: folder or hub name, of a family that `adapt` supports (its help names them)."""
     llm: str = ""
@@ -24,12 +27,15 @@ class Tokenize:
     output: str = ""
     """Folder to write."""
     text_column: str = "text"
+    """Column of the text."""
     language: str | None = None
     """MT code of the text's language; by default the encoder's own code for English."""
     language_column: str | None = None
+    """Column with a code per row, instead of `language`."""
     quoted: bool = True
-    """Off: quote marks in .csv and .tsv files are text, and not around fields."""
+    """Quote marks in .csv and .tsv files stand around fields; without, they are text."""
     split: str = "train"
+    """Split of a hub dataset."""
     limit: int | None = None
     """Read at most this many rows."""
     max_length: int = 512
@@ -40,15 +46,18 @@ class Tokenize:
     def run(self) -> None:
         from ..data.read import read_rows
         from ..data.store import write_store
+        from ..disk import check_folder_above
         from ..inference.progress import progress_bar
         from ..models import MTLLMConfig
         from ..models.encoder import check_encoder, fit_tokenizer
         from ..models.storage import base_tokenizer
-        from .files import check_text
+        from .files import check_least, check_text
 
         for name in ("encoder", "llm", "text", "output"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is missing")
+        check_least(self, limit=1, max_length=1, shard_rows=1)
+        check_folder_above("--output", Path(self.output) / "store")
         check_text(self.text)
         config = check_encoder(self.encoder)
         rows = read_rows(

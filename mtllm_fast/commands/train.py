@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
@@ -101,6 +101,11 @@ def run_all(stage: str, config: Any, seeds: tuple[int, ...], hub: str, train: Ca
 class TextSource:
     """Where English task text comes from: a known task's folder, or a file with named columns."""
 
+    REQUIRED: ClassVar = {
+        "task": "required, or `text` and `labels`",
+        "text": "required without `task`",
+        "labels": "required with `text`",
+    }
     task: str = ""
     """A task by name (mnli, nusax, sib200, belebele, ...), a .yaml file that describes one, or "folder"; its English
     train and dev splits are read."""
@@ -109,8 +114,11 @@ class TextSource:
     text: str = ""
     """Instead of task and data: a .csv/.tsv/.jsonl/.parquet file of labelled English text."""
     text_column: str = "text"
+    """Column of the text."""
     pair_column: str | None = None
+    """Column of the second text, where rows are pairs."""
     label_column: str = "label"
+    """Column of the label: a name, or its number in `labels`."""
     labels: tuple[str, ...] = ()
     """Label names in order, for `text`."""
     valid: str = ""
@@ -154,11 +162,13 @@ class Adapt(AdaptConfig):
     --text HuggingFaceFW/fineweb:sample-10BT --output runs/fineweb --max-steps 10000 --bf16
     """
 
+    REQUIRED: ClassVar = {"text": "required", "encoder": "required without `model`", "llm": "required without `model`"}
     text: str = ""
     """English text: .txt, .jsonl, .csv, .tsv or .parquet (also .gz), a folder or glob of them, a hub dataset
     "org/name" or "org/name:config". Or the folder that `mtllm tokenize` wrote: columns, language, split and limit are
     those it was written with, and may not be given again."""
     text_column: str = "text"
+    """Column of the text."""
     language: str | None = None
     """MT code of the text's language; by default the encoder's own code for English."""
     language_column: str | None = None
@@ -213,6 +223,11 @@ class Finetune(FinetuneConfig):
     --seeds 42 43 44
     """
 
+    REQUIRED: ClassVar = {
+        "llm": "required, or `encoder` or `model`",
+        "encoder": "required, or `llm` or `model`",
+        "model": "required, or `llm` or `encoder`",
+    }
     source: Annotated[TextSource, Flat] = field(default_factory=TextSource)
     train: Annotated[OptimSettings, Flat] = field(default_factory=lambda: FinetuneConfig().train)
     watch: WatchSettings = field(default_factory=WatchSettings)
@@ -246,6 +261,7 @@ class Distill(DistillConfig):
     --output runs/sib200 --loss.head-kl 1 --loss.temperature 2 --teacher-cache runs/states --seeds 42 43 44
     """
 
+    REQUIRED: ClassVar = {"model": "required", "teacher": "required"}
     source: Annotated[TextSource, Flat] = field(default_factory=TextSource)
     train: Annotated[OptimSettings, Flat] = field(default_factory=lambda: DistillConfig().train)
     watch: WatchSettings = field(default_factory=WatchSettings)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..data.language import ENGLISH_CODES, language_read
 from ..data.read import read_rows
-from .files import check_device, output_file, ranks
+from .files import check_least, output_file, ranks
 
 if TYPE_CHECKING:
     from ..evaluation import Translator
@@ -27,6 +28,12 @@ class Translate:
     Example: mtllm translate --model facebook/nllb-200-distilled-600M --task americasnli --data DIR --output T.parquet
     """
 
+    REQUIRED: ClassVar = {
+        "model": "required",
+        "output": "required",
+        "input": "required, or `task`",
+        "task": "required, or `input`",
+    }
     model: str = ""
     """MT model: folder or hub name."""
     input: str = ""
@@ -34,12 +41,14 @@ class Translate:
     output: str = ""
     """The .parquet or .jsonl file to write."""
     text_column: str = "text"
+    """Column of the text."""
     id_column: str | None = None
     """Column with a name per row; by default their numbers, rows without text not counted."""
     language: str | None = None
     """With `input`: MT code of the texts' language, another one than `target`, or else `language_column`. Where both
     are missing and the target is not English, for this release they are read as English, with a warning."""
     language_column: str | None = None
+    """Column with a code per row, instead of `language`."""
     task: str = ""
     """Instead of `input`: a task by name or .yaml file; its texts, pairs and choices are translated one by one."""
     data: str = ""
@@ -69,7 +78,7 @@ class Translate:
     window: int = 1024
     """Texts that are sorted by length and saved together."""
     scores: bool = True
-    """Off: translations have no score, which saves a pass of the decoder."""
+    """Give every translation its score, which takes a pass of the decoder more."""
     device: str | None = None
     """"cpu", "cuda", "cuda:1", ...; by default a GPU where there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -77,13 +86,14 @@ class Translate:
     overwrite: bool = False
     """Begin anew even where there is the output or a stopped run."""
     progress: bool = True
-    """Off: no bar, which there is only where stderr is a terminal."""
+    """Show a progress bar; a line now and then where stderr is no terminal."""
 
     def run(self) -> None:
         import torch
 
         from ..evaluation import Translator
         from ..evaluation.fingerprint import of_model
+        from ..inference.device import check_device
         from ..inference.stream import Interrupted
         from ..inference.translate import FORMATS, translate_file
 
@@ -100,6 +110,11 @@ class Translate:
             model=self.model, input=self.input or self.task, output=self.output, overwrite=self.overwrite
         )
         check_device(self.device)
+        check_least(
+            self, window=1, max_tokens=1, limit=1, max_length=1, max_new_tokens=1, num_beams=1, no_repeat_ngram_size=0
+        )
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"--repetition-penalty {self.repetition_penalty}: must be above 0; 1 for none")
         output = output_file(named, FORMATS, resumable=True)
         rank, world_size, local = ranks()
         device = self.device or (f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
@@ -125,7 +140,7 @@ class Translate:
                 rank=rank,
                 world_size=world_size,
                 total=len(sources) if isinstance(sources, list) else None,
-                progress=self.progress and rank == 0 and sys.stderr.isatty(),
+                progress=self.progress and rank == 0,
                 num_beams=self.num_beams,
                 max_tokens=self.max_tokens,
                 max_new_tokens=self.max_new_tokens,

@@ -22,6 +22,7 @@ class WatchSettings:
     data: str = ""
     """Its folder or hub name; by default the one that is trained on."""
     split: str = "dev"
+    """The split that is scored."""
     limit: int | None = 200
     """Rows of each language: a random sample with a fixed seed, by id, the same in every language; null for all."""
     steps: int = 500
@@ -53,6 +54,8 @@ class WatchSettings:
             raise ValueError(f"--watch.data is missing: the folder or hub name of task {name!r}")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"--watch.limit {self.limit}: expected a positive number of rows, or null for all")
+        if self.steps < 1:
+            raise ValueError(f"--watch.steps {self.steps}: must be at least 1")
         available = chosen.languages(source)
         for language in self.languages:
             if language not in available:

@@ -107,8 +107,22 @@ def write_store(
     }  # fmt: skip
     if (folder / STORE_FILE).exists():
         raise ValueError(f"{folder} holds a complete token store: delete it or name another folder")
+    new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     _check_started(folder, made)
+    try:
+        return _written(rows, tokenizer, folder, made, on_progress)
+    except ValueError:
+        if new and not any(folder.glob("shard-*")):  # nothing to go on from
+            shutil.rmtree(folder)
+        raise
+
+
+def _written(
+    rows: Iterable[TextRow], tokenizer: StackTokenizer, folder: Path, made: dict[str, Any], on_progress: Any
+) -> StoreReport:
+    """The shards that are not there yet, and the file that makes a store of them."""
+    sides, shard_rows = made["sides"], made["shard_rows"]
     shards = sorted(path.name for path in folder.glob("shard-*") if path.is_dir())
     done = len(shards) * shard_rows
     stream = islice(iter(rows), done, None)
@@ -144,8 +158,8 @@ def _check_started(folder: Path, made: dict[str, Any]) -> None:
             if before.get(name) != value:
                 raise ValueError(f"{folder} was begun with another {name}: delete it or name another folder")
     else:
-        if any(folder.glob("shard-*")):
-            raise ValueError(f"{folder} holds shards of an unknown store: delete it or name another folder")
+        if any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise ValueError(f"{folder} holds files, but no token store that was begun: name another folder")
         _write_json(begun, made)
     for left in folder.glob(".shard-*"):
         shutil.rmtree(left)

@@ -17,6 +17,17 @@ def languages() -> list[str]:
     return [ENGLISH, *(code for code in codes if code != ENGLISH)]
 
 
+def check_task(codes: Sequence[str], rows: int) -> None:
+    """Raise ValueError for numbers of rows or languages that `write_task` cannot serve."""
+    labels = _lines(ASSETS / "test" / "labels.txt")
+    if rows % len(TOPICS) or not 0 < rows <= len(labels):
+        allowed = ", ".join(str(n) for n in range(len(TOPICS), len(labels) + 1, len(TOPICS)))
+        raise ValueError(f"rows={rows}: expected one of {allowed}, the same number of each topic")
+    unknown = sorted(set(codes) - set(languages()))
+    if unknown:
+        raise ValueError(f"languages: no demo texts in {', '.join(unknown)}; there are {', '.join(languages())}")
+
+
 def write_task(folder: Path, codes: Sequence[str], *, rows: int, train_rows: int) -> None:
     """Write the task into `folder`.
 
@@ -28,13 +39,8 @@ def write_task(folder: Path, codes: Sequence[str], *, rows: int, train_rows: int
     Raises:
         ValueError: more rows than there are, a number that the topics do not divide, or an unknown language.
     """
+    check_task(codes, rows)
     labels = _lines(ASSETS / "test" / "labels.txt")
-    if rows % len(TOPICS) or not 0 < rows <= len(labels):
-        allowed = ", ".join(str(n) for n in range(len(TOPICS), len(labels) + 1, len(TOPICS)))
-        raise ValueError(f"rows={rows}: expected one of {allowed}, the same number of each topic")
-    unknown = sorted(set(codes) - set(languages()))
-    if unknown:
-        raise ValueError(f"languages: no demo texts in {', '.join(unknown)}; there are {', '.join(languages())}")
     train, valid = (_labelled(ASSETS / f"{split}.tsv") for split in ("train", "valid"))
     if not 0 < train_rows <= len(train):
         raise ValueError(f"train_rows={train_rows}: expected 1 to {len(train)}")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ..inference.progress import SECONDS_BETWEEN_LINES
 from .aggregate import ModelCells, summarise
 from .cells import CellStore
 from .languages import describe
@@ -240,9 +243,11 @@ def _named(models: Models) -> dict[str, list[Model]]:
 
 
 class _bar:
-    """A progress bar; entering gives a function that is told what comes next."""
+    """A progress bar on stderr, a line now and then where that is no terminal; entering gives a function that is told
+    what comes next."""
 
     def __init__(self, total: int, title: str, shown: bool) -> None:
+        from rich.console import Console
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -259,7 +264,9 @@ class _bar:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        self.bar = Progress(*columns, transient=True, disable=not shown)
+        terminal = sys.stderr.isatty()
+        self.bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not (shown and terminal))
+        self.plain, self.done, self.total, self.last = shown and not terminal, 0, total, time.monotonic()
         self.title, self.task = title, self.bar.add_task(title, total=total)
         self.started = False
 
@@ -268,6 +275,10 @@ class _bar:
         return self._next
 
     def _next(self, title: str) -> None:
+        if self.plain and time.monotonic() - self.last >= SECONDS_BETWEEN_LINES:
+            self.last = time.monotonic()
+            print(f"{self.title}: {self.done} of {self.total}, now {title}", file=sys.stderr, flush=True)
+        self.done += 1
         self.bar.update(self.task, description=f"{self.title} {title}", advance=1 if self.started else 0)
         self.started = True
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..yaml_file import read_yaml
+from ..yaml_file import converted, described, read_yaml
 from .cells import CellStore
 from .results import Scores
 from .statistics import RESAMPLES
@@ -36,6 +36,17 @@ from .suite import evaluate
 from .tasks import get_task
 
 Folders = str | list[Any] | dict[str, Any]
+# the keys whose values have one plain type; the others are checked where they are read
+_SIMPLE: dict[str, Any] = {
+    **dict.fromkeys(("output", "task", "name", "split", "target"), str),
+    **dict.fromkeys(("data", "probe_data", "device"), str | None),
+    **dict.fromkeys(("limit", "max_tokens"), int | None),
+    **dict.fromkeys(("resamples", "num_beams"), int),
+    "seeds": list[int],
+    "alignment": bool,
+    "languages": str | list[str],
+    "language_map": dict[str, str],
+}
 
 
 @dataclass
@@ -208,4 +219,9 @@ def _made(kind: Any, content: Any, where: str) -> Any:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
             raise ValueError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        if (expected := _SIMPLE.get(key)) is not None:
+            try:
+                values[key] = converted(expected, values[key])
+            except ValueError:
+                raise ValueError(f"{where}: {key}: {values[key]!r}: expected {described(expected)}") from None
     return kind(**values)

@@ -33,6 +33,7 @@ from ..models.adapters import AdaptedModel
 from ..models.modes import evaluating
 from .compile import compile_layers
 from .cpu_linear import fast_linear
+from .device import check_device
 from .progress import progress_bar
 from .quantize import Quantization, check_quantization, quantize_layers
 from .texts import Classified, OnBadText, check_on_bad_text, text_rows
@@ -103,6 +104,7 @@ class Engine:
         for name, value, least in (("max_tokens", max_tokens, 1), ("window", window, 1), ("ahead", ahead, 0)):
             if value is not None and value < least:
                 raise ValueError(f"{name}={value}: must be >= {least}")
+        check_device(device, "device=")
         if quantize:
             check_quantization(quantize)
         if isinstance(model, str | Path):

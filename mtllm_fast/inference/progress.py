@@ -1,9 +1,13 @@
-"""A progress bar on stderr."""
+"""Progress on stderr: a bar on a terminal, elsewhere a line now and then."""
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+SECONDS_BETWEEN_LINES = 30.0
 
 
 @contextmanager
@@ -11,6 +15,9 @@ def progress_bar(description: str, total: int | None, enabled: bool, done: int =
     """A bar that the yielded function advances by rows; without `total` it shows the count and the rate."""
     if not enabled:
         yield lambda _: None
+        return
+    if not sys.stderr.isatty():
+        yield _lines(description, total, done)
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
@@ -26,3 +33,19 @@ def progress_bar(description: str, total: int | None, enabled: bool, done: int =
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(description, total=total, completed=done)
         yield lambda rows: bar.advance(task, rows)
+
+
+def _lines(description: str, total: int | None, done: int) -> Callable[[int], None]:
+    first, of = done, "" if total is None else f" of {total:,}"
+    started = last = time.monotonic()
+
+    def advance(rows: int) -> None:
+        nonlocal done, last
+        done += rows
+        now = time.monotonic()
+        if now - last >= SECONDS_BETWEEN_LINES:
+            last = now
+            rate = (done - first) / (now - started)
+            print(f"{description}: {done:,}{of} rows, {rate:,.0f} rows/s", file=sys.stderr, flush=True)
+
+    return advance

@@ -26,19 +26,18 @@ class LossTerm(NamedTuple):
 
 @dataclass(frozen=True)
 class DistillationWeights:
-    """Weight of every term; 0 leaves the term out.
-
-    pooled_mse: MSE of mean-pooled last hidden states (the paper's loss).
-    paired_mse: MSE of last hidden states at rows that end at the same character.
-    kl: KL of the LM head's distributions at those rows, times temperature^2.
-    head_kl: KL of the task head's distributions, times temperature^2 (stage 3).
-    """
+    """Weight of every term; 0 leaves the term out."""
 
     pooled_mse: float = 1.0
+    """MSE of mean-pooled last hidden states (the paper's loss)."""
     paired_mse: float = 0.0
+    """MSE of last hidden states at rows that end at the same character."""
     kl: float = 0.0
+    """KL of the LM head's distributions at those rows, times temperature^2."""
     head_kl: float = 0.0
+    """KL of the task head's distributions, times temperature^2 (stage 3)."""
     temperature: float = 1.0
+    """Of both KL terms; above 1 it makes the distributions flatter."""
 
     def __post_init__(self) -> None:
         for name in ("pooled_mse", "paired_mse", "kl", "head_kl"):

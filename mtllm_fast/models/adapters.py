@@ -21,8 +21,11 @@ class LoraSettings:
     """Low-rank adapters. Defaults are the paper's: r 16, alpha 32, dropout 0.05, all linear layers, no bias."""
 
     r: int = 16
+    """Rank."""
     alpha: int = 32
+    """The adapter's output is scaled by alpha / r."""
     dropout: float = 0.05
+    """Of the adapter's input, while training."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """"all-linear", a regular expression, or names of linear layers."""
 

@@ -43,7 +43,9 @@ def load_pretrained(role: str, name: str, dtype: torch.dtype | None = None, trus
     config = load_config(role, name, trust_remote_code)
     folder = Path(name)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise ValueError(f"{role}={name!r}: the folder holds no *.safetensors (only safetensors are read)")
+        raise ValueError(
+            f"{role}={name!r}: the folder holds no *.safetensors (of model weights, only safetensors are read)"
+        )
     family = family_of(config, name) if role == "encoder" else None
     options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype, "use_safetensors": True}
     try:

@@ -14,15 +14,14 @@ from ..kernels import packed_projection
 
 @dataclass(frozen=True)
 class ProjectionConfig:
-    """kind "linear": E -> D, as MT-LLM; "mlp": E -> 2E -> ReLU -> D, as MindMerger.
-
-    fuse_layers: project a trained mean, weighted by a softmax, of the states of all encoder layers, not the last ones
-        alone (arXiv 2508.09091); it starts nearly at the last layer.
-    """
+    """The bridge between encoder (states of width E) and LLM (embeddings of width D)."""
 
     kind: Literal["linear", "mlp"] = "linear"
+    """linear: E -> D, as MT-LLM; mlp: E -> 2E -> ReLU -> D, as MindMerger."""
     bias: bool = True
     fuse_layers: bool = False
+    """Project a trained mean, weighted by a softmax, of the states of all encoder layers, not the last ones alone
+    (arXiv 2508.09091); it starts nearly at the last layer."""
 
 
 # The weight of the last layer at the start; at 1 no other layer would get a gradient.

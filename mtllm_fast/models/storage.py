@@ -154,20 +154,23 @@ def config_from_dict(data: dict[str, Any], folder: str) -> MTLLMConfig:
     )
 
 
-def read_config(path: Path) -> MTLLMConfig:
+def read_config(path: Path, role: str = "model") -> MTLLMConfig:
     """The config of a model folder; base models that moved with it are named where they are now.
+
+    Args:
+        role: the argument that `path` is of, for errors.
 
     Raises:
         ValueError: `path` is no MTLLM folder.
     """
     if not path.is_dir():
-        raise ValueError(f"model={str(path)!r}: no such folder")
+        raise ValueError(f"{role}={str(path)!r}: no such folder")
     if not (path / "config.json").is_file():
-        raise ValueError(f"model={str(path)!r}: the folder holds no config.json, so it is not a (complete) model")
+        raise ValueError(f"{role}={str(path)!r}: the folder holds no config.json, so it is not a (complete) model")
     try:
         data = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"model={str(path)!r}: its config.json is damaged ({error})") from error
+        raise ValueError(f"{role}={str(path)!r}: its config.json is damaged ({error})") from error
     config = config_from_dict(data, str(path))
     for role, relative in data.get(BESIDE, {}).items():
         name, moved = getattr(config, role), Path(os.path.normpath(path.resolve() / relative))

@@ -61,6 +61,8 @@ def sample_lengths(kind: str, count: int = 4096, limit: int = 512, seed: int = 0
         try:
             with open(kind, encoding="utf-8") as handle:
                 drawn = [float(line) for line in handle if line.strip()]
+            if wrong := [number for number in drawn if not 0 < number < math.inf]:
+                raise ValueError(f"{wrong[0]} is no number of tokens")
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"--lengths {kind!r}: expected web, nli, fixed:N, or a file of one token count per line; {error}"

@@ -79,24 +79,30 @@ GPUS: dict[str, Gpu] = {
 }
 
 
-def config(name: str) -> Any:
+def config(name: str, role: str = "name") -> Any:
     """The transformers config of `name`: a preset, a folder, or a hub name.
+
+    Args:
+        role: the argument that `name` is of, for the error.
 
     Raises:
         ValueError: it is neither of the three.
     """
     from transformers import AutoConfig
 
+    from ..models.names import check_folder
+
     key = ALIASES.get(name.rsplit("/", 1)[-1], name.rsplit("/", 1)[-1])
     if key in MODELS:
         settings = dict(MODELS[key])
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    check_folder(role, name)
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{name!r} is no preset ({', '.join(MODELS)}), no folder with a config.json, and cannot be had from the "
-            f"hub: {' '.join(str(error).split())[:120]}"
+            f"{role}={name!r}: no preset ({', '.join(MODELS)}), no folder with a config.json, and not to be had from "
+            f"the hub: {' '.join(str(error).split())[:120]}"
         ) from None
 
 

@@ -57,13 +57,14 @@ class AdaptConfig:
     init_rows: int = 2000
     """Texts that `init` is fitted on, the first ones."""
     train_projection: bool = True
-    """Off: the projection stays as it starts, for one that was fitted with `init`."""
+    """Train the projection too; without, it stays as it starts, for one that was fitted with `init`."""
     train: OptimSettings = field(default_factory=OptimSettings)
     resume: bool = False
     """Continue the run in `output` from its newest complete checkpoint."""
     include_base: bool = False
     """Store the base models' weights with the result, so that its folder needs nothing else."""
     trust_remote_code: bool = False
+    """Run the code that a model on the hub brings with it."""
     model: str = ""
     """An adapted MTLLM folder, whose projection and adapter training goes on from (warm start, with a new optimizer and
     schedule); encoder and llm then say where its base models are, if not where they were. To go on with the same run,
@@ -77,6 +78,8 @@ class AdaptConfig:
             for name in ("causal", "projection", "lora", "init"):
                 if getattr(self, name) != getattr(own, name):
                     raise ValueError(f"{name}={getattr(self, name)!r}: model={self.model!r} has its own")
+        if self.loss.head_kl:
+            raise ValueError(f"loss.head_kl={self.loss.head_kl}: compares task heads, which stage 1 has none of")
         if self.init_rows < 1:
             raise ValueError(f"init_rows={self.init_rows}: must be > 0; init='none' fits nothing")
         if self.init != "none" and self.projection.kind != "linear":

@@ -20,6 +20,7 @@ class OptimSettings:
     warmup: float = 0.01
     """Share of the steps over which the learning rate rises linearly; then it falls linearly to 0."""
     weight_decay: float = 0.01
+    """Of AdamW."""
     clip: float = 1.0
     """Largest gradient norm; 0 switches clipping off."""
     tokens: int = 4096
@@ -57,22 +58,25 @@ class OptimSettings:
     offload_optimizer: bool = False
     """AdamW state that leaves the GPU for host memory when room is short (bitsandbytes' paged optimizers)."""
     seed: int = 42
+    """Of starting weights, dropout and the order of texts."""
     workers: int = 0
     """Processes that tokenise and pack."""
     log_steps: int = 10
+    """Steps between two lines of log.jsonl."""
     save_steps: int = 100
     """Steps between checkpoints."""
     keep: int = 2
     """Checkpoints kept on disk (at least 2, so that one is always complete)."""
     async_save: bool = True
-    """Off: training waits for each checkpoint to reach the disk."""
+    """Go on training while a checkpoint is brought to the disk."""
     bad_steps: int = 10
     """A step whose loss or gradient is not finite changes no weight; so many in a row end the run."""
     report_to: Literal["auto", "none"] = "auto"
     """auto: TensorBoard and W&B where installed (W&B only if it is configured)."""
     progress: bool = True
-    """Off: no progress bar."""
+    """Show a progress bar; a line per log where stderr is no terminal."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one."""
 
     def __post_init__(self) -> None:
         if self.max_steps < 0 and not (self.max_steps == -1 and self.epochs >= 1):

@@ -70,6 +70,7 @@ class DistillConfig:
     include_base: bool = False
     """Store the base models' weights with the result, so that its folder needs nothing else."""
     trust_remote_code: bool = False
+    """Run the code that a model on the hub brings with it."""
     encoder: str = ""
     """Where the model's encoder is, if not where it was when the model was saved."""
     llm: str = ""
@@ -150,7 +151,7 @@ def in_teachers_order(
 
 def teacher_config(folder: str, llm: str = "") -> MTLLMConfig:
     """The config of a task teacher; its LLM is `llm` where that is named and the one it was saved with has moved."""
-    config = read_config(Path(folder))
+    config = read_config(Path(folder), "teacher")
     if llm and config.llm and is_path(config.llm) and not Path(config.llm).exists():
         return based_on(config, folder, None, llm)
     return config

@@ -56,6 +56,7 @@ class FinetuneConfig:
     include_base: bool = False
     """Store the base models' weights with the result, so that its folder needs nothing else."""
     trust_remote_code: bool = False
+    """Run the code that a model on the hub brings with it."""
 
 
 class TaskStep(TrainStep):

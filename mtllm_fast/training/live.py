@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -200,6 +201,17 @@ class LiveProgress(ProgressCallback):
         elif "train_runtime" not in logs:
             scores = (f"{name} {value:.4g}" for name, value in logs.items() if name not in ("epoch", "total_flos"))
             self.training_bar.write(f"step {state.global_step}: {', '.join(scores)}")
+
+
+class PlainProgress(TrainerCallback):
+    """A line per log on stderr, for files and pipes, where a bar would be noise."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Scores | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        scores = (f"{name} {value:.4g}" for name, value in logs.items() if name not in ("epoch", "total_flos"))
+        said = bar_text(logs) if "loss" in logs else ", ".join(scores)
+        print(f"step {state.global_step} of {state.max_steps}: {said}", file=sys.stderr, flush=True)
 
 
 def bar_text(logs: Scores) -> str:

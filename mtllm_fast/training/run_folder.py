@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..disk import FolderLock
+from ..disk import FolderLock, check_folder_above
 from ..models.sharded import is_sharded
 from .checkpoint import said_in_bytes
 from .inputs import changed, identity
@@ -85,6 +85,7 @@ class RunFolder:
         self._lock, self._first = FolderLock(self.folder), not int(os.environ.get("RANK", "0"))
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"output={output!r}: is a file, not a folder")
+        check_folder_above("--output", self.folder)
         record = self.folder / RUN_FILE
         # a hidden file is what a run left that was killed while it wrote its first one
         used = self.folder.is_dir() and any(not path.name.startswith(".") for path in self.folder.iterdir())

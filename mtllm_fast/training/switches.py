@@ -80,10 +80,10 @@ def check_switches(optim: OptimSettings, *, include_base: bool = False) -> None:
     if name in ("adamw_torch_8bit", "adamw_torch_4bit"):
         _needs("torchao", "quant", f"optim={name!r}")
     elif name.startswith("paged_") or name.endswith(("_8bit", "bnb")):
-        _needs("bitsandbytes", "quant", f"optim={name!r}")
-    if name.startswith("paged_") and not gpu:
         which = "offload_optimizer" if optim.offload_optimizer else f"optim={name!r}"
-        raise ValueError(f"{which}: on the CPU the optimizer's state is in host memory already")
+        if name.startswith("paged_") and not gpu:
+            raise ValueError(f"{which}: on the CPU the optimizer's state is in host memory already")
+        _needs("bitsandbytes", "quant", which)
     if optim.liger:
         _needs("liger_kernel", "liger", "liger")
         if not gpu:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -25,7 +26,7 @@ from ..models.storage import load_own_state
 from .checkpoint import said_in_bytes
 from .config import OptimSettings
 from .distributed import Engine, ParallelTrainer, choose_engine, engine_arguments, pack_seed, shard
-from .live import Live, LiveProgress, ModelFlops, Throughput, Watch, Watching, bf16_peak, rewind_log
+from .live import Live, LiveProgress, ModelFlops, PlainProgress, Throughput, Watch, Watching, bf16_peak, rewind_log
 from .processes import processes
 from .record import RECORD, RunRecord
 from .run_folder import RunFolder, read_json, write_json
@@ -152,7 +153,7 @@ class PackedTrainer(ParallelTrainer):
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         if optim.progress:
-            self.add_callback(LiveProgress())
+            self.add_callback(LiveProgress() if sys.stderr.isatty() else PlainProgress())
         self.add_callback(Live(folder))
         if watch is not None:
             self.add_callback(Watching(self, watch))
@@ -401,7 +402,7 @@ def training_arguments(
         ignore_data_skip=True,
         remove_unused_columns=False,
         report_to=report,
-        disable_tqdm=not optim.progress,
+        disable_tqdm=not (optim.progress and sys.stderr.isatty()),
         use_cpu=optim.device == "cpu" or not torch.cuda.is_available(),
         average_tokens_across_devices=False,
         ddp_find_unused_parameters=False,

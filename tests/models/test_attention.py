@@ -260,7 +260,7 @@ def test_a_named_backend_is_never_replaced() -> None:
 
 def test_the_choice_is_logged_once(caplog) -> None:
     choose_backend.cache_clear()
-    with caplog.at_level(logging.INFO, logger="mtllm_fast"):
+    with caplog.at_level(logging.DEBUG, logger="mtllm_fast"):
         for _ in range(3):
             choose_backend(call(window=7))
     (record,) = caplog.records

@@ -72,6 +72,8 @@ def get_task(task: str | Path | Task, source: str | Path | None = None) -> Task:
         return TASKS[name]
     if name == "folder" and source is not None:
         return FolderTask.from_folder(source, **_columns(Path(source)))
+    if name == "folder":
+        raise ValueError("task='folder': --data is missing: the folder of <language>/<split> files")
     raise ValueError(
         f"task={name!r}: expected one of {', '.join(TASKS)}, 'folder' with a folder of <language>/<split> files, "
         "or a .yaml file that describes one"

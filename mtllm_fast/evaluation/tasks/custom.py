@@ -66,6 +66,16 @@ def _task(data: Any, path: Path, home: Path) -> FolderTask:
     if kind not in KINDS:
         raise _Fault(f"kind: {kind!r}, expected one of {', '.join(KINDS)}")
     columns = _mapping(data.get("columns", {}), "columns", _COLUMNS)
+    for name in ("pair", "label", "id", "language"):
+        if not isinstance(columns.get(name, ""), str):
+            raise _Fault(f"columns.{name}: {columns[name]!r}, expected the name of a column")
+    if not isinstance(columns.get("text", ""), (str, list)):
+        raise _Fault(f"columns.text: {columns['text']!r}, expected the name of a column, or a list of them")
+    quoted = data.get("quoted", True)
+    if not isinstance(quoted, bool):
+        raise _Fault(f"quoted: {quoted!r}, expected true or false")
+    if not isinstance(data.get("name", ""), str):
+        raise _Fault(f"name: {data['name']!r}, expected text")
     for name, needed in (("pair", "pair"), ("choices", "choice")):
         if (name in columns) != (kind == needed):
             raise _Fault(f"columns.{name}: {'needed' if kind == needed else 'only'} for kind {needed!r}")
@@ -97,7 +107,7 @@ def _task(data: Any, path: Path, home: Path) -> FolderTask:
         label=str(columns.get("label", "label")),
         id=columns.get("id"),
         header=tuple(_strings(header, "header")) if header is not None else None,
-        quoted=bool(data.get("quoted", True)),
+        quoted=quoted,
         base=base,
         language=columns.get("language"),
     )

@@ -56,7 +56,7 @@ def choose_backend(call: Call, name: str | None = None) -> Backend:
         if reason is None:
             why = "named by the caller" if name else "the first that serves it"
             others = f" ({_listed(refusals)})" if refusals else ""
-            logger.info("packed attention: %s for %s, %s%s", candidate, call, why, others)
+            logger.debug("packed attention: %s for %s, %s%s", candidate, call, why, others)
             return BACKENDS[candidate]
         refusals.setdefault(reason, []).append(candidate)
     raise ValueError(f"attention={name!r} cannot serve this call ({call}): {_listed(refusals)}")
