@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, pipeline
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mtllm_fast import MTLLM, Engine, LoraSettings
+from mtllm_fast.auto import register_when_imported
 from mtllm_fast.inference.pipeline import MTLLMModel
 from tests.conftest import assert_matches
 from tests.tiny import LINES
@@ -58,19 +60,24 @@ def test_feature_extraction(folder: str, alone: torch.Tensor, batch_size: int) -
     assert len(extract(LINES[0], tokenize_kwargs={"language": "swh_Latn"})[0][0]) == alone.shape[1]
 
 
-ORDERS = {
-    "first": "import mtllm_fast; from transformers import AutoConfig, AutoModel",
-    "last": "from transformers import AutoConfig, AutoModel; import mtllm_fast",
-    "within": "import mtllm_fast.models; from transformers import AutoConfig, AutoModel",
-}
-
-
-@pytest.mark.parametrize("order", list(ORDERS))
-def test_whatever_is_imported_first(folder: str, order: str) -> None:
-    code = f"{ORDERS[order]}; print(type(AutoModel.from_pretrained({folder!r})).__name__)"
+def test_imported_before_transformers(folder: str) -> None:
+    code = (
+        "import sys, mtllm_fast; assert 'transformers' not in sys.modules; from transformers import AutoModel; "
+        f"print(type(AutoModel.from_pretrained({folder!r})).__name__)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["MTLLMModel"]
+
+
+def test_imported_after_transformers(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(CONFIG_MAPPING._extra_content, "mtllm")
+    monkeypatch.delitem(sys.modules, "mtllm_fast.auto_config")
+    monkeypatch.delattr("mtllm_fast.auto_config")
+    with pytest.raises(ValueError, match="mtllm"):  # control: it was forgotten
+        AutoConfig.from_pretrained(folder)
+    register_when_imported()
+    assert AutoConfig.from_pretrained(folder).model_type == "mtllm"
 
 
 def test_configs_of_others_are_left_alone(encoder_folder: str) -> None:

@@ -32,7 +32,7 @@ def fill(model: torch.nn.Module) -> None:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ".lora_B." in name:
+            if ".lora_" in name:
                 parameter.normal_(0, 0.3, generator=generator)
 
 

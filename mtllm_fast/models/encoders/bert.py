@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ...data.pack import PackedBatch
@@ -45,6 +46,9 @@ class Bert(EncoderFamily):
 
     def load(self, name: str, config: Any, **options: Any) -> Any:
         return super().load(name, config, add_pooling_layer=False, **options)
+
+    def build(self, config: Any, dtype: torch.dtype | None = None) -> Any:
+        return self.encoder_class(config)._from_config(config, dtype=dtype, add_pooling_layer=False)
 
     def max_positions(self, config: Any) -> int:
         return int(config.max_position_embeddings) - self.first_position(config)
