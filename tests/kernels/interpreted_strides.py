@@ -191,3 +191,17 @@ def test_finish_moments(weighted):
     check(value, 4 * torch.where(factor == 0, 0.0, right), 1e-5)
     check(dx[:, :5], (ew.double() * inv_sum[:, None].double() - taken) * 2 * factor[:, None], 1e-5)
     assert dx[:, 5:].isnan().all(), "written beyond its row"
+
+
+def test_cached_moments_with_columns_apart():
+    case = make_case(pairs=6, width=8, vocab=70, bias=True)
+    bias, exact = case.options["bias_s"], case.exact()
+    tiles = LinearKLTiles(4, RowTile(32, 1), RowTile(32, 1), RowTile(4, 1))
+    head = (apart(case.w_s, 3), None, bias, bias)
+    m, *scalars = kl.teacher_moments_triton(apart(case.h_t, 2), *head, None, 1.0, 0.0, tiles=tiles)
+    wide = torch.full((6, 16), torch.nan)
+    wide[:, ::2] = m
+    step = (apart(case.h_s, 1), apart(case.w_s, 3), bias, wide[:, ::2], *scalars, None, None, None, -1, 1.0, 1.0, True)
+    total, _, dh = kl.moment_step_triton(*step, tiles=tiles)
+    check(total, exact["total"], 1e-5)
+    check(dh * 0.5, exact["dh"], 1e-5)

@@ -1,0 +1,85 @@
+"""Runs tests on mutants: imports what is slow to import once, forks for every job, and lets the child read the copy.
+
+A program of its own, so that nothing of the project is in memory when it forks:
+
+    python server.py COPY MODULE...      one job a line on stdin, one result a line on stdout, both JSON
+
+A job: {"file", "text" (None: nothing is changed), "tests", "limit" (seconds)}. A result: {"code", "seconds", "tail"}, the
+exit code of pytest, -1 where it took longer than the limit, -2 where it died.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+
+def run(copy: Path, job: dict, number: int) -> dict:
+    """The result of one job; the file is as it was afterwards."""
+    target = copy / job["file"] if job["text"] is not None else None
+    original = target.read_text(encoding="utf-8") if target else ""
+    if target:
+        _write(target, job["text"], number)
+    try:
+        return _forked(copy, job)
+    finally:
+        if target:
+            _write(target, original, number + 1)
+
+
+def _write(path: Path, text: str, number: int) -> None:
+    """A compiled file holds for a time of change in whole seconds and a size: no two texts of `path` share a time."""
+    path.write_text(text, encoding="utf-8")
+    os.utime(path, (2e9 + number, 2e9 + number))
+
+
+def _forked(copy: Path, job: dict) -> dict:
+    start = time.monotonic()
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        child = os.fork()
+        if child == 0:
+            os.setpgid(0, 0)  # its own children end with it
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+            code = 3
+            try:
+                os.chdir(copy)
+                sys.path[0] = str(copy)
+                code = pytest.main(["-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", *job["tests"]])
+            finally:
+                sys.stdout.flush()
+                os._exit(int(code))
+        code, status, ended = -2, 0, 0
+        while not ended:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if not ended and time.monotonic() - start > job["limit"]:
+                os.killpg(child, signal.SIGKILL)
+                _, status = os.waitpid(child, 0)
+                code = -1
+                break
+            time.sleep(0.02)
+        if os.WIFEXITED(status):
+            code = os.WEXITSTATUS(status)
+        output.seek(0)
+        tail = output.read()[-1500:]
+    return {"code": code, "seconds": round(time.monotonic() - start, 2), "tail": tail}
+
+
+def main() -> None:
+    copy, modules = Path(sys.argv[1]), sys.argv[2:]
+    for module in modules:
+        importlib.import_module(module)
+    for number, line in enumerate(sys.stdin):
+        print(json.dumps(run(copy, json.loads(line), 2 * number)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
