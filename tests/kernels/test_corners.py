@@ -13,6 +13,7 @@ from mtllm_fast.kernels import (
     pooled_mse,
     segment_mean,
     teacher_moments,
+    tiles,
 )
 from mtllm_fast.kernels import hidden_mse_ops as hidden
 from mtllm_fast.kernels import linear_kl_ops as kl
@@ -171,13 +172,18 @@ def test_one_gradient_alone(trained, divergence):
 
 @pytest.mark.parametrize("divergence", ["forward", "jsd"])
 @pytest.mark.parametrize("gone", [[3, 200], list(range(120))])
-def test_minus_inf_in_the_teachers_bias_alone(gone, divergence):
+@pytest.mark.parametrize("student_bias", [True, False])
+def test_minus_inf_in_the_teachers_bias_alone(gone, divergence, student_bias, monkeypatch):
     """Entries that the teacher never says and the student may: by hand, over the entries that it does say."""
+    monkeypatch.setattr(tiles, "LINEAR_KL_CPU", tiles.CpuChunks(chunk_rows=8, block_v=100, max_buffer_mib=64))
     case = make_case(separate=True, bias=True, divergence=divergence, beta=0.3)
+    if not student_bias:
+        case.options["bias_s"] = None
+    own_bias = torch.zeros(333) if case.options["bias_s"] is None else case.options["bias_s"]
     case.options["bias_t"][gone] = -torch.inf
     kept = torch.ones(333, dtype=torch.bool)
     kept[gone] = False
-    h, w, b = (x.double().requires_grad_() for x in (case.h_s, case.w_s, case.options["bias_s"]))
+    h, w, b = (x.double().requires_grad_() for x in (case.h_s, case.w_s, own_bias))
     log_s = (h @ w.T + b).log_softmax(-1)
     log_t = (case.h_t @ case.w_t.T + case.options["bias_t"]).double()[:, kept].log_softmax(-1)
     if divergence == "forward":
@@ -187,9 +193,14 @@ def test_minus_inf_in_the_teachers_bias_alone(gone, divergence):
         total = 0.3 * (log_t.exp() * (log_t - mixture.log()[:, kept])).sum()
         total = total + 0.7 * (log_s.exp() * (log_s - mixture.log())).sum()
     (total * 0.5).backward()
-    got = case.run(linear_kl)
-    for key, value in {"total": total, "dh": h.grad, "dw": w.grad, "db": b.grad}.items():
-        check(got[key], value, 1e-5)
+    (x, head, h_t, w_t), options = case.arguments()
+    got, _ = linear_kl(x, head, h_t, w_t, **options)
+    (got * 0.5).backward()
+    check(got, total, 1e-5)
+    check(x.grad, h.grad, 1e-5)
+    check(head.grad, w.grad, 1e-5)
+    if student_bias:
+        check(options["bias_s"].grad, b.grad, 1e-5)
     if divergence == "forward":
         cached = teacher_moments(
             case.h_t, case.w_t, w_s=case.w_s, bias_t=case.options["bias_t"], bias_s=case.options["bias_s"]
@@ -220,6 +231,8 @@ def test_heads_of_unequal_size_in_the_moment_form(v_s, v_t):
         (total * 0.5).backward()
         check(total, exact["total"], 1e-5)
         check(x.grad, exact["dh"], 1e-5)
+    with pytest.raises(ValueError, match=f"vocab_size is {max(v_s, v_t)}, but must be between 1 and {min(v_s, v_t)}"):
+        linear_kl(case.h_s, case.w_s, case.h_t, case.w_t, vocab_size=max(v_s, v_t))
     with pytest.raises(ValueError, match="vocab_size is 329, but teacher was computed over 330 entries"):
         linear_kl(case.h_s, case.w_s, teacher=cached, **{**options, "vocab_size": 329})
 
@@ -246,6 +259,13 @@ def test_a_cache_keeps_its_temperature(tmp_path):
             linear_kl(case.h_s, case.w_s, teacher=cached)
 
 
+def test_a_shared_head_shares_its_bias_in_the_cache():
+    case = make_case(bias=True)
+    bias, exact = case.options["bias_s"], case.exact()
+    cached = teacher_moments(case.h_t, case.w_s, bias_t=bias)
+    check(linear_kl(case.h_s, case.w_s, teacher=cached, bias_s=bias)[0], exact["total"], 1e-5)
+
+
 def test_caches_that_do_not_belong_together():
     case = make_case()
     cached = teacher_moments(case.h_t, case.w_s)
@@ -253,6 +273,15 @@ def test_caches_that_do_not_belong_together():
         TeacherMoments.cat([cached, teacher_moments(case.h_t, case.w_s, vocab_size=330)])
     with pytest.raises(ValueError, match=r"differ in temperature: \[1.0, 1.5\]"):
         TeacherMoments.cat([cached, teacher_moments(case.h_t, case.w_s, 1.5)])
+
+
+# ---- packed_projection
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_scale_without_boundary_rows(norm):
+    case = make(norm=norm, scale=1.7, padded=False)
+    got, right = run(packed_projection, case), exact_projection(case)
+    for name, value in right.items():
+        check(got[name], value, 1e-5)
 
 
 # ---- all ops

@@ -184,6 +184,7 @@ def test_the_heads_soft_cap_is_part_of_the_kl(pack) -> None:
         z = states.double() @ head.weight.double().T + head.bias.double()
         return (3.0 * torch.tanh(z / 3.0) / 2.0).log_softmax(-1)
 
+    assert set(term) == {"kl"}
     s, t = log_probabilities(student[batch.mt_rows]), log_probabilities(teacher[batch.llm_rows])
     expected = 4.0 * (t.exp() * (t - s)).sum()
     assert_matches(term["kl"].sum, expected.float(), 1e-5)

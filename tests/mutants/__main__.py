@@ -1,6 +1,6 @@
 """Plant every fault of the lists in a copy of the project, one after another, and see whether the tests fail.
 
-    python -m tests.mutants [--only AREA ...] [--limit N] [--json FILE]
+    python -m tests.mutants [--only AREA ...] [--match TEXT] [--limit N] [--json FILE]
 
 A result is written as soon as it is there; one that holds still (neither the mutated file nor the tests have changed) is
 not made again. Exit code 1 where a fault that changes behaviour is not found, or a list is out of step with its file.
@@ -26,7 +26,12 @@ from .planted import REPO, Mutant, all_mutants
 
 COPIED = ("mtllm_fast", "kernels", "tests", "benchmarks", "pyproject.toml")
 MAPPED = ("kernels", "benchmarks")  # folders that are subpackages of mtllm_fast
-MODULES = ("torch", "numpy", "transformers", "peft", "datasets", "hypothesis", "safetensors.torch", "triton")
+# What is imported before forking. The tests of the kernels use no fixture of the suite, and so need nothing but torch.
+MODULES = {
+    "plain": ("torch", "numpy", "hypothesis", "transformers", "peft", "datasets", "safetensors.torch"),
+    "kernels": ("torch", "numpy"),
+    "interpreted": ("torch", "numpy", "triton"),
+}
 BASE_LIMIT, FACTOR = (
     60.0,
     8.0,
@@ -53,13 +58,15 @@ def copied(root: Path, names: Iterable[str] = COPIED, mapped: Iterable[str] = MA
 class Server:
     """A process of `server.py` on a copy of the project."""
 
-    def __init__(self, copy: Path, interpreted: bool, modules: Sequence[str] = MODULES) -> None:
+    def __init__(self, copy: Path, kind: str, modules: Sequence[str] | None = None) -> None:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         environment.pop("TRITON_INTERPRET", None)
-        if interpreted:
+        if kind == "interpreted":
             environment["TRITON_INTERPRET"] = "1"
         self.copy = copy
+        self.options = [] if kind == "plain" else ["--noconftest"]
         self.without: dict[tuple[str, ...], dict[str, Any]] = {}
+        modules = MODULES[kind] if modules is None else modules
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("server.py")), str(copy), *modules],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
@@ -75,14 +82,15 @@ class Server:
 
     def result(self, mutant: Mutant) -> dict[str, Any]:
         """{"state", "seconds", "note"} of one mutant."""
+        tests = [*self.options, *mutant.tests]
         if mutant.tests not in self.without:
-            self.without[mutant.tests] = self.ask(file="", text=None, tests=mutant.tests, limit=600.0)
+            self.without[mutant.tests] = self.ask(file="", text=None, tests=tests, limit=1800.0)
         plain = self.without[mutant.tests]
         if plain["code"] != 0:
             note = f"the tests fail without the fault too (exit code {plain['code']}): {_last(plain['tail'])}"
             return {"state": "invalid", "seconds": 0.0, "note": note}
         limit = BASE_LIMIT + FACTOR * plain["seconds"]
-        found = self.ask(file=mutant.file, text=mutant.mutated(self.copy), tests=mutant.tests, limit=limit)
+        found = self.ask(file=mutant.file, text=mutant.mutated(self.copy), tests=tests, limit=limit)
         if found["code"] == 0:
             state = "equivalent" if mutant.equivalent else "survived"
         else:
@@ -156,6 +164,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     areas = sorted({one.area for one in all_mutants()})
     parser.add_argument("--only", nargs="+", choices=areas, default=areas, help="areas to run")
+    parser.add_argument("--match", default="", help="only mutants whose file or new text holds this")
     parser.add_argument("--limit", type=int, help="mutants to run now, at most")
     parser.add_argument("--json", type=Path, default=REPO / "benchmarks" / "results" / "cpu" / "mutants.json")
     parser.add_argument("--again", action="store_true", help="run those again that were not found")
@@ -166,13 +175,14 @@ def main() -> int:
     results = Results.read(options.json)
     if options.again:
         results.known = {key: row for key, row in results.known.items() if row["state"] == "found"}
-    waiting = [one for one in mutants if one.area in options.only and one.key() not in results.known][: options.limit]
-    for interpreted in (False, True):
-        own = [one for one in waiting if one.interpreted == interpreted]
+    wanted = [one for one in mutants if one.area in options.only and options.match in f"{one.file}: {one.new}"]
+    waiting = [one for one in wanted if one.key() not in results.known][: options.limit]
+    for kind in MODULES:
+        own = [one for one in waiting if one.kind == kind]
         if not own:
             continue
         with copied(REPO) as copy:
-            server = Server(copy, interpreted)
+            server = Server(copy, kind)
             for number, one in enumerate(own, 1):
                 row = {"key": one.key(), "area": one.area, "file": one.file, "old": one.old, "new": one.new}
                 row |= server.result(one)

@@ -38,7 +38,7 @@ MUTANTS: list[Mutant] = [
     ),
     *planted(
         "losses", "mtllm_fast/models/heads.py", LOSSES,
-        ("return logits.squeeze(-1) if self.config.kind == \"choice\" else logits", "return logits.flatten(-2) if self.config.kind == \"choice\" else logits.flip(-1)"),
+        ("return logits.squeeze(-1) if self.config.kind == \"choice\" else logits", "return logits"),
         ("return hidden_mse.segment_mean(states, spans=spans)", "return hidden_mse.segment_mean(states, spans=spans).flip(-2)"),
     ),
 ]  # fmt: skip

@@ -29,6 +29,13 @@ class Mutant:
     interpreted: bool = False
     equivalent: str = ""
 
+    @property
+    def kind(self) -> str:
+        """Of the process that its tests need: interpreted, kernels (no fixtures of the suite) or plain."""
+        if self.interpreted:
+            return "interpreted"
+        return "kernels" if all(test.startswith("tests/kernels/") for test in self.tests) else "plain"
+
     def mutated(self, root: Path = REPO) -> str:
         """The text of the file with the fault in it. Raises ValueError where `old` does not occur exactly once."""
         text = (root / self.file).read_text(encoding="utf-8")

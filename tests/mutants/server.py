@@ -4,12 +4,14 @@ A program of its own, so that nothing of the project is in memory when it forks:
 
     python server.py COPY MODULE...      one job a line on stdin, one result a line on stdout, both JSON
 
-A job: {"file", "text" (None: nothing is changed), "tests", "limit" (seconds)}. A result: {"code", "seconds", "tail"}, the
+A job: {"file", "text" (None: nothing is changed), "tests" (and other arguments of pytest), "limit" (seconds)}. A result: {"code", "seconds", "tail"}, the
 exit code of pytest, -1 where it took longer than the limit, -2 where it died.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib
 import json
 import os
@@ -35,6 +37,12 @@ def run(copy: Path, job: dict, number: int) -> dict:
             _write(target, original, number + 1)
 
 
+def _end_with_the_parent() -> None:
+    """A test that hangs must not outlive the run that it belongs to."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def _write(path: Path, text: str, number: int) -> None:
     """A compiled file holds for a time of change in whole seconds and a size: no two texts of `path` share a time."""
     path.write_text(text, encoding="utf-8")
@@ -47,12 +55,13 @@ def _forked(copy: Path, job: dict) -> dict:
         child = os.fork()
         if child == 0:
             os.setpgid(0, 0)  # its own children end with it
+            _end_with_the_parent()
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
             code = 3
             try:
                 os.chdir(copy)
-                sys.path[0] = str(copy)
+                sys.path.insert(0, str(copy))
                 code = pytest.main(["-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", *job["tests"]])
             finally:
                 sys.stdout.flush()
@@ -74,9 +83,13 @@ def _forked(copy: Path, job: dict) -> dict:
 
 
 def main() -> None:
+    _end_with_the_parent()
     copy, modules = Path(sys.argv[1]), sys.argv[2:]
+    sys.path.pop(0)  # the lists beside this file have names of packages
     for module in modules:
         importlib.import_module(module)
+    with contextlib.redirect_stdout(sys.stderr):
+        pytest.main(["--version"])  # imports pytest's plugins
     for number, line in enumerate(sys.stdin):
         print(json.dumps(run(copy, json.loads(line), 2 * number)), flush=True)
 

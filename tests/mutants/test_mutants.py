@@ -57,7 +57,7 @@ def test_found_survived_and_invalid(tmp_path):
     mutants = {name: Mutant("sums", file, *change) for name, change in changes.items()}
     before = (source / file).read_text()
     with copied(source, ("mtllm_fast", "tests"), ()) as copy:
-        server = Server(copy, False, ())
+        server = Server(copy, "plain", ())
         found = {name: server.result(one)["state"] for name, one in mutants.items()}
         hanging = server.ask(file=file, text=before.replace("n - 1", "n + 0"), tests=good, limit=2.0)
         server.close()
