@@ -84,7 +84,7 @@ class Server:
         """{"state", "seconds", "note"} of one mutant."""
         tests = [*self.options, *mutant.tests]
         if mutant.tests not in self.without:
-            self.without[mutant.tests] = self.ask(file="", text=None, tests=tests, limit=1800.0)
+            self.without[mutant.tests] = self.ask(file="", text=None, tests=tests, limit=600.0)
         plain = self.without[mutant.tests]
         if plain["code"] != 0:
             note = f"the tests fail without the fault too (exit code {plain['code']}): {_last(plain['tail'])}"
