@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 OUT ?= runs/gpu
 
-.PHONY: help venv demo test test-quant lint aot gpu clean
+.PHONY: help venv demo test test-quant mutants lint aot gpu clean
 
 help:
 	@echo "make demo   a real multilingual encoder stacked into a real LLM, read in 54 languages (about 10 minutes on 2 cores)"
 	@echo "make test   the test suite"
 	@echo "make test-quant   the tests that need bitsandbytes or torchao, with both"
+	@echo "make mutants   plant single-line faults in a copy, one after another, and see which the tests find (hours; resumable)"
 	@echo "make lint   ruff and mypy"
 	@echo "make aot    compile every kernel for sm_80, sm_90, sm_100 and gfx942, no GPU needed"
 	@echo "make gpu    every GPU test and benchmark with this machine's own Python and torch, unattended (OUT=folder)"
@@ -54,6 +55,10 @@ test-quant: export OMP_NUM_THREADS := 1
 test-quant: venv
 	@test -d $(QUANT) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement constraints/quant.txt --target $(QUANT)
 	@PYTHONPATH=$(QUANT) $(BIN)/python -m pytest --numprocesses 2 tests/training/test_frozen.py tests/training/test_switches.py tests/inference/test_engine.py tests/models/test_fingerprint.py
+
+# Not part of `make test`. MUTANTS='--only kernels --limit 20' runs some of them; results that still hold are not made again.
+mutants: venv
+	@$(BIN)/python -m tests.mutants $(MUTANTS)
 
 lint: venv
 	@$(BIN)/ruff check .

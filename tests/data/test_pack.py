@@ -167,3 +167,17 @@ def test_impossible_packs_are_refused(arguments, message):
 
 def test_a_row_goes_where_it_leaves_the_least_room():
     assert token_budget_packs([(7,), (5,), (3,)], 10) == [[0, 2], [1]]
+
+
+def test_packs_that_are_filled_to_the_last_token():
+    assert token_budget_packs([(5,), (5,)], 10) == [[0, 1]]
+    assert token_budget_packs([(4,), (3,), (3,)], 10) == [[0, 1, 2]]
+    assert token_budget_packs([(4, 1), (3, 8), (3, 1)], 10) == [[0, 1, 2]]
+
+
+def test_padding_and_masks_of_any_kind():
+    batch = PackedBatch.from_sequences([[5, 6, 7], [], [8]])
+    ids, _ = batch.to_padded(pad_id=9)
+    assert ids.tolist() == [[5, 6, 7], [9, 9, 9], [8, 9, 9]]
+    for mask in (torch.tensor([[2, 0, 3]]), torch.tensor([[True, False, True]]), torch.tensor([[0.5, 0.0, -1.0]])):
+        assert PackedBatch.from_padded(torch.tensor([[5, 6, 7]]), mask).input_ids.tolist() == [5, 7]

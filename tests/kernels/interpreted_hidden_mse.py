@@ -1,7 +1,7 @@
 """The Triton path of hidden_mse against fp64, on CPU tensors in the interpreter.
 
 `test_triton_interpreter.py` runs this file in a process of its own. The interpreter truncates fp32 to bf16 where
-hardware rounds, which doubles that error: bf16 limits are twice as wide.
+hardware rounds: up to 0.38 % were seen where rounding gives 0.17 %.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.kernels.linear_kl_cases import check
 
 # Pieces far shorter than the dominant sequence, so that segments are split.
 TILES = HiddenMSETiles(piece=64, gradient_piece=64, finish_block=16, values_per_thread=8)
-WIDE = {torch.bfloat16: 2.0}
+WIDE = {torch.bfloat16: 1.25}
 ONE = torch.tensor([1.0, 0.0, 0.0])
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

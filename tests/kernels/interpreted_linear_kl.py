@@ -1,7 +1,7 @@
 """The Triton path of linear_kl against fp64, on CPU tensors in the interpreter.
 
 Triton decides at import whether it interprets, so `test_triton_interpreter.py` runs this file in a process of its own.
-The interpreter truncates fp32 to bf16 where hardware rounds, which doubles that error: bf16 limits are twice as wide.
+The interpreter truncates fp32 to bf16 where hardware rounds: 0.3 to 0.44 % were seen where rounding gives 0.17 %.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mtllm_fast.kernels.tiles import LinearKLTiles, RowTile
 from tests.kernels.linear_kl_cases import LIMITS, check, large_case, make_case
 
 TILES = LinearKLTiles(4, RowTile(64, 1), RowTile(128, 1), RowTile(16, 1))
-WIDE = {torch.bfloat16: 2.0}
+WIDE = {torch.bfloat16: 1.25}
 FLAGS = ("separate", "bias", "rows", "weights")
 NAMES = ("total", "values", "dh", "dw", "db")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -154,7 +154,8 @@ def test_gradients_not_needed_are_not_made():
 def test_moments(dtype, on):
     case = small(dtype, **dict.fromkeys(on, True), temperature=1.6)
     o, exact = case.options, case.exact()
-    limit = LIMITS[dtype] * WIDE.get(dtype, 1.0) * (1.0 if dtype == torch.float32 else 2.0)
+    limit = LIMITS[dtype] * {torch.bfloat16: 1.25, torch.float16: 2.0}.get(dtype, 1.0)
+    of_values = min(limit, 2e-3)
     head = (case.w_s, None, o.get("bias_s")) if case.w_t is None else (case.w_t, case.w_s, o.get("bias_t"))
     for cached_rows in (False, True):
         rows = o.get("rows_t") if cached_rows else None
@@ -165,8 +166,8 @@ def test_moments(dtype, on):
         total, values, dh = launch.moment_step_triton(
             case.h_s, case.w_s, o.get("bias_s"), *m, *selection, 1.6, 1.6**2, True, tiles=TILES
         )
-        check(total, exact["total"], limit)
-        check(values, exact["values"], limit)
+        check(total, exact["total"], of_values)
+        check(values, exact["values"], of_values)
         check(dh * 0.5, exact["dh"], limit)
         without = launch.moment_step_triton(
             case.h_s, case.w_s, o.get("bias_s"), *m, *selection, 1.6, 1.6**2, False, tiles=TILES

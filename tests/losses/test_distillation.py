@@ -171,3 +171,66 @@ def test_bad_calls(pack) -> None:
         DistillationLoss(DistillationWeights(kl=1.0))(student, teacher, Batch(batch.mt, batch.llm))
     with pytest.raises(ValueError, match="temperature"):
         kl(student, student, 0.0)
+
+
+def test_the_heads_soft_cap_is_part_of_the_kl(pack) -> None:
+    """Gemma 2 caps its logits: KL of the capped ones, by hand, in value and gradient."""
+    student, teacher, batch = pack
+    torch.manual_seed(0)
+    head = LMHead(torch.randn(V, D), torch.randn(V), 3.0)
+    term = DistillationLoss(DistillationWeights(0.0, 0.0, 1.0, temperature=2.0))(student, teacher, batch, lm_head=head)
+
+    def log_probabilities(states: torch.Tensor) -> torch.Tensor:
+        z = states.double() @ head.weight.double().T + head.bias.double()
+        return (3.0 * torch.tanh(z / 3.0) / 2.0).log_softmax(-1)
+
+    assert set(term) == {"kl"}
+    s, t = log_probabilities(student[batch.mt_rows]), log_probabilities(teacher[batch.llm_rows])
+    expected = 4.0 * (t.exp() * (t - s)).sum()
+    assert_matches(term["kl"].sum, expected.float(), 1e-5)
+    (mine,) = torch.autograd.grad(term["kl"].sum, student)
+    (theirs,) = torch.autograd.grad(expected, student)
+    assert_matches(mine, theirs, 1e-5)
+
+
+def test_choices_count_as_texts(pack) -> None:
+    """Four texts of two choices: the pooled MSE is a mean over a text's choices, the KL is over its choices' scores."""
+    student, teacher, batch = pack
+    mt_spans = torch.tensor([[[0, 2], [3, 5]], [[5, 6], [6, 8]], [[10, 40], [41, 60]], [[69, 70], [71, 72]]])
+    llm_spans = torch.tensor([[[0, 1], [2, 4]], [[4, 5], [5, 6]], [[10, 20], [50, 70]], [[71, 72], [73, 74]]])
+    batch = Batch(batch.mt, batch.llm, mt_spans=mt_spans, llm_spans=llm_spans, ids=batch.ids)
+    head = TaskHead(D, HeadConfig("choice"))
+    weights = DistillationWeights(1.0, 0.0, 0.0, 1.0, temperature=2.0)
+    terms = DistillationLoss(weights)(student, teacher, batch, task_head=head)
+    assert (
+        {name: float(term.count) for name, term in terms.items()}
+        == weights.counts(batch)
+        == {"pooled_mse": 4, "head_kl": 4}
+    )
+    s, t = (
+        torch.stack([torch.stack([states[a:b].double().mean(0) for a, b in row]) for row in spans.tolist()])
+        for states, spans in ((student, mt_spans), (teacher, llm_spans))
+    )
+    p, q = ((x @ head.linear.weight.double()[0] / 2.0).softmax(-1) for x in (t, s))
+    expected = {"pooled_mse": (s - t).square().mean(-1).mean(-1).sum(), "head_kl": 4.0 * (p * (p / q).log()).sum()}
+    for name, value in expected.items():
+        assert_matches(terms[name].sum, value.float(), 1e-5)
+        (mine,) = torch.autograd.grad(terms[name].sum, student, retain_graph=True)
+        (theirs,) = torch.autograd.grad(value, student, retain_graph=True)
+        assert_matches(mine, theirs, 1e-5)
+
+
+def test_variance_and_total(pack) -> None:
+    """A term over its variance keeps its count; the total is the weighted sum of the terms over the counts of the step."""
+    student, teacher, batch = pack
+    loss = DistillationLoss(DistillationWeights(2.0, 0.5))
+    plain = loss(student, teacher, batch)
+    loss.variance = {"pooled_mse": 4.0}
+    scaled = loss(student, teacher, batch)
+    assert_matches(scaled["pooled_mse"].sum * 4.0, plain["pooled_mse"].sum, 1e-6)
+    assert torch.equal(scaled["paired_mse"].sum, plain["paired_mse"].sum)
+    assert float(scaled["pooled_mse"].count) == 4
+    total = loss.total(plain, {"pooled_mse": 8.0, "paired_mse": 10.0})
+    assert_matches(total, 2.0 * plain["pooled_mse"].sum / 8.0 + 0.5 * plain["paired_mse"].sum / 10.0, 1e-6)
+    batch = Batch(batch.mt, batch.llm, batch.mt_rows, batch.llm_rows, ids=batch.ids, weight=0.0)
+    assert loss.weights.counts(batch) == {"pooled_mse": 0.0, "paired_mse": 0.0}

@@ -164,6 +164,30 @@ def test_exclusive_windows_count_the_row_itself_both_ways(backend, causal) -> No
         assert_matches(out, torch.cat(pieces), 1e-5)
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+def test_another_scale(backend, softcap) -> None:
+    batch = packed((12, 5, 1))
+    q, k, v = (x.float() for x in inputs(batch, Features())[0])
+    out = attention(q, k, v, AttentionPlan(batch, True, backend), scale=0.1, softcap=softcap)
+    expected = reference(*(x.double() for x in (q, k, v)), batch.lengths, causal=True, scale=0.1, softcap=softcap)
+    assert_matches(out.double(), expected, 1e-5)
+
+
+def test_what_is_not_finite_stays_in_its_sequence(layout) -> None:
+    """Padding must not read another sequence: 0 times NaN is NaN."""
+    batch = packed((9, 8, 3, 9))
+    q, k, v = (x.float() for x in inputs(batch, Features())[0])
+    for x in (q, k, v):
+        x[17:20] = torch.nan
+    out = attention(q, k, v, AttentionPlan(batch, False, "sdpa"))
+    kept = torch.ones(29, dtype=torch.bool)
+    kept[17:20] = False
+    assert out[17:20].isnan().all()
+    expected = reference(*(x[kept] for x in (q, k, v)), (9, 8, 9), causal=False, scale=0.25)
+    assert_matches(out[kept], expected, 1e-5)
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "flex"])
 def test_layers_of_one_plan_keep_their_own_caps_and_windows(backend) -> None:
     """What one layer leaves in the plan is not taken for a layer with another soft-cap or window."""

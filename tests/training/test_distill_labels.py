@@ -9,6 +9,7 @@ from mtllm_fast.losses import DistillationWeights
 from mtllm_fast.models import LoraSettings
 from mtllm_fast.models.heads import HeadConfig
 from mtllm_fast.training import DistillConfig, OptimSettings, distill
+from mtllm_fast.training.distill import in_teachers_order
 from tests.tiny import LINES
 
 ROWS = [TextRow(line, label=i % 2) for i, line in enumerate(LINES)]
@@ -45,6 +46,15 @@ def test_mapped_by_name(folders, tmp_path):
     assert metrics["best_eval_accuracy"] == pytest.approx(right)
     assert right != 1 - right
     assert student.config.labels == ["neg", "pos"]
+
+
+def test_three_labels_in_another_order():
+    """An order that is not its own inverse."""
+    rows = [TextRow("a", label=0), TextRow("b", label=1), TextRow("c"), TextRow("d", label=2)]
+    head = HeadConfig(labels=("neg", "neutral", "pos"))
+    found = in_teachers_order(head, ("pos", "neg", "neutral"), rows, "teacher")
+    assert [row.label for row in found] == [2, 0, None, 1]
+    assert [row.label for row in rows] == [0, 1, None, 2]
 
 
 @pytest.mark.parametrize(
