@@ -123,7 +123,7 @@ COMMANDS = [
     ("finetune --llm llm --task folder --output run", "--data is missing"),
     ("finetune --llm llm --task folder --data void --output run", "void"),
     (DISTILL + "--labels bad good --model ./nosuch", "model='nosuch'"),
-    (DISTILL + "--labels yes no", "labels"),
+    (DISTILL + "--labels yes no", "label_column"),
     (DISTILL + "--teacher stack", "teacher='stack'"),
     (DISTILL + "--teacher ./nosuch", "teacher='nosuch'"),
     (DISTILL + "--model llm", "model='llm'"),

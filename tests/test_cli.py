@@ -339,7 +339,7 @@ def test_help_of_every_option(capsys) -> None:
         words = _words(capsys, name)
         assert "(default: True)" not in words and "(default: False)" not in words and "(default: '')" not in words
         for default in ("on", "off"):
-            for text in re.findall(rf"(--\S+(?:, --\S+)?) [^()]*\(default: {default}\)", words):
+            for text in re.findall(rf"(--[^\s,]+(?:, --\S+)?) [^()]*\(default: {default}\)", words):
                 assert re.fullmatch(r"--(\S*\.)?(\S+), --\1no-\2", text), text
         for flag, text in re.findall(
             r"(--[a-z.-]+) (?:STR|INT|FLOAT|\{None\}\S+) (\S+)", words.partition(" options ")[2]

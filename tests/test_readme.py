@@ -52,13 +52,21 @@ def test_training_loop(encoder_folder: str, llm_folder: str, tmp_path: Path, mon
 
 
 def test_engine(encoder_folder: str, llm_folder: str, tmp_path: Path) -> None:
-    code = next(block for block in _blocks() if "engine.encode" in block)
+    first, second = (block for block in _blocks() if "engine.encode" in block)
     MTLLM.stack(encoder_folder, llm_folder).save_pretrained(tmp_path / "run")
-    assert "runs/adapted" in code
-    scope: dict = {}
-    exec(compile(code.replace("runs/adapted", str(tmp_path / "run")), "README.md", "exec"), scope)
-    assert scope["embeddings"].shape == (2, scope["engine"].model.hidden_size)
-    assert bool(torch.as_tensor(scope["embeddings"]).isfinite().all())
+    folders = {
+        "models/e5-small": encoder_folder,
+        "models/smollm2-135m": llm_folder,
+        "runs/adapted": str(tmp_path / "run"),
+    }
+    assert "models/e5-small" in first and "runs/adapted" in second
+    for code in (first, second):
+        for name, folder in folders.items():
+            code = code.replace(name, folder)
+        scope: dict = {}
+        exec(compile(code, "README.md", "exec"), scope)
+        assert scope["embeddings"].shape == (2, scope["engine"].model.hidden_size)
+        assert bool(torch.as_tensor(scope["embeddings"]).isfinite().all())
 
 
 def test_linear_kl_alone() -> None:

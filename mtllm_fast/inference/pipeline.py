@@ -46,7 +46,8 @@ class _Wrapped(PreTrainedModel):
 
     def __init__(self, model: MTLLM) -> None:
         super().__init__(MTLLMPreTrainedConfig(head={"labels": model.config.labels}))
-        self.mtllm = model.eval()
+        self.mtllm = model
+        self.eval()  # as transformers' own from_pretrained gives them
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -176,9 +176,9 @@ def adapt(
         check_start(config.model)
     if config.init != "none" and isinstance(rows, TokenStore):
         raise ValueError(f"init={config.init!r}: the projection is fitted on text, not on a token store")
+    dtype = base_dtype(config.train, include_base=config.include_base)
     if config.encoder:
         check_encoder(config.encoder, config.trust_remote_code)
-    dtype = base_dtype(config.train, include_base=config.include_base)
     set_seed(config.train.seed)
     inputs = {"rows": rows, **model_inputs(config.model, encoder=config.encoder, llm=config.llm)}
     run = RunFolder(config.output, {"stage": "adapt", "source": source or {}, **asdict(config)}, config.resume, inputs)

@@ -135,9 +135,9 @@ def finetune(
         raise ValueError(f"name exactly one of --llm, --encoder and --model, got {', '.join(sources) or 'none'}")
     if config.train.max_steps == 0:
         raise ValueError("max_steps=0: the task head starts at random, so there is nothing to save; train it")
+    dtype = base_dtype(config.train, include_base=config.include_base)
     if config.encoder:
         check_encoder(config.encoder, config.trust_remote_code)
-    dtype = base_dtype(config.train, include_base=config.include_base)
     set_seed(config.train.seed)
     settings = {"stage": "finetune", "source": source or {}, "labels": list(labels), **asdict(config)}
     inputs = {

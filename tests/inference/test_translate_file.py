@@ -168,7 +168,7 @@ def test_command_on_a_task(capsys, encoder_folder, tmp_path):
         (["--task", "nusax", "--languages", "ngaju"], "none to translate (no MT code)"),
         (["--task", "nusax", "--language-map", "ngaju=nij_Latn"], "nij_Latn"),
         (["--task", "nusax", "--output", "t.txt"], "ending in .parquet or .jsonl"),
-        (["--task", "nusax", "--num-beams", "0"], "num_beams=0: expected at least 1"),
+        (["--task", "nusax", "--num-beams", "0"], "--num-beams 0: must be at least 1"),
     ],
 )
 def test_bad_commands(capsys, encoder_folder, tmp_path, options, match):

@@ -122,7 +122,7 @@ MUTANTS: list[Mutant] = [
         ("self.fallback_counts[code] += 1", "self.fallback_counts[code] = 1"),
         ("if _LANGUAGE_CODE.fullmatch(str(token)) and index != tokenizer.unk_token_id", "if _LANGUAGE_CODE.match(str(token)) and index != tokenizer.unk_token_id"),
         ("return min(self.max_mt_tokens, self.mt_positions or self.max_mt_tokens)", "return self.max_mt_tokens"),
-        ("prefixes = [[self.language_id(row.language)] for row in rows]", "prefixes = [[self.language_id(rows[0].language)] for row in rows]"),
+        ("prefixes = [[self.language_id(assumed if row.language is None else row.language)] for row in rows]", "prefixes = [[self.language_id(assumed if row.language is None else rows[0].language)] for row in rows]"),
     ),
     *planted(
         "data", "mtllm_fast/data/characters.py", CHARACTERS,

@@ -125,7 +125,7 @@ def test_packs_keep_every_text_and_the_budget():
 
 
 def test_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("mtllm_fast.planning.config", lambda name: ENCODER if name == "e" else LLM)
+    monkeypatch.setattr("mtllm_fast.planning.config", lambda name, role="": ENCODER if name == "e" else LLM)
     (tmp_path / "lengths.txt").write_text("40\n60\n")
     file = tmp_path / "plan.json"
     main(["plan", "--encoder", "e", "--llm", "l", "--lengths", str(tmp_path / "lengths.txt"), "--json", str(file)])
@@ -140,7 +140,7 @@ def test_command(tmp_path, capsys, monkeypatch):
     [
         (["--gpu", "H101"], "--gpu 'H101': expected one of"),
         (["--lengths", "long"], "--lengths 'long': expected web"),
-        (["--llm", "no/model"], "'no/model' is no preset"),
+        (["--llm", "no/model"], "llm='no/model': no preset"),
         (["--efficiency", "2"], "--efficiency 2.0: must be a share"),
         (["--gpus", "0"], "--gpus 0: must be at least 1"),
     ],
