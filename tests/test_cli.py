@@ -335,16 +335,19 @@ def _words(capsys, *arguments: str) -> str:
 
 def test_help_of_every_option(capsys) -> None:
     """Every option has a text; true or false are shown as both, and what is required is marked and comes first."""
+    switches = 0
     for name in cli.COMMANDS:
         words = _words(capsys, name)
         assert "(default: True)" not in words and "(default: False)" not in words and "(default: '')" not in words
         for default in ("on", "off"):
-            for text in re.findall(rf"(--[^\s,]+(?:, --\S+)?) [^()]*\(default: {default}\)", words):
-                assert re.fullmatch(r"--(\S*\.)?(\S+), --\1no-\2", text), text
+            for text in re.findall(rf"(--[\w.-]+(?:, --[\w.-]+)?) (?:(?! --)[^()])*\(default: {default}\)", words):
+                assert re.fullmatch(r"--(\S*\.|)(\S+), --\1no-\2", text), text
+                switches += 1
         for flag, text in re.findall(
             r"(--[a-z.-]+) (?:STR|INT|FLOAT|\{None\}\S+) (\S+)", words.partition(" options ")[2]
         ):
             assert text[0] not in "-(", (name, flag)
+    assert switches > 40
     words = _words(capsys, "encode")
     assert re.search(r"--progress, --no-progress Show a progress bar[^(]*\(default: on\)", words)
     assert len(re.findall(r"\(required\)", words)) == 3

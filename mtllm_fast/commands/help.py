@@ -85,7 +85,8 @@ def _said(box: str) -> str:
 
 def description(settings_type: Any) -> str:
     """The docstring of a command: its paragraphs in one line each, and its examples in lines that a shell takes."""
-    lines, example = [], False
+    lines: list[str] = []
+    example = False
     for line in inspect.cleandoc(settings_type.__doc__ or "").splitlines():
         if line.startswith("Example: "):
             lines, example = [*lines, *([""] if lines and lines[-1] else []), line], True
