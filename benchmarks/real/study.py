@@ -104,19 +104,19 @@ def train_seed(options: argparse.Namespace, seed: int) -> None:
     for texts in options.texts:
         steps = {"max_steps": texts // COMMON["max_rows"], "text": options.output / "texts.txt"}
         train("adapt", root / f"adapted-{texts}", {**bases, **common, **ADAPT, **steps})
-        for name, start in (("", "teacher"), ("-anew", "adapted")):
-            if start == "adapted" and texts != max(options.texts):
-                continue
+        starts = {"": "teacher", "-anew": "adapted"} if options.anew and texts == options.texts[-1] else {"": "teacher"}
+        for name, start in starts.items():
             models = {"model": root / f"adapted-{texts}", "teacher": root / "teacher", "init_from": start}
             distill = {key: value for key, value in common.items() if not key.startswith("lora.")}
             train("distill", root / f"stack-{texts}{name}", {**models, **task, **distill, **DISTILL})
 
 
-def systems(texts: list[int]) -> dict[str, str]:
-    """Name in the table -> folder of a seed's run."""
+def systems(texts: list[int], anew: bool = False) -> dict[str, str]:
+    """Name in the table -> folder of a seed's run; with `anew` also stage 3 from the adapted model's own adapter."""
     least = {0: "stack without stage 1"}
     stacks = {least.get(count, f"stack, {count:,} texts"): f"stack-{count}" for count in texts[:-1]}
-    return {**FIRST, **stacks, OURS: f"stack-{texts[-1]}", ANEW: f"stack-{texts[-1]}-anew"}
+    found = {**FIRST, **stacks, OURS: f"stack-{texts[-1]}"}
+    return {**found, ANEW: f"stack-{texts[-1]}-anew"} if anew else found
 
 
 def evaluate(options: argparse.Namespace, seeds: list[int]) -> None:
@@ -133,7 +133,7 @@ def evaluate(options: argparse.Namespace, seeds: list[int]) -> None:
     ]
     if options.limit:
         tasks = [{**entry, "limit": options.limit} for entry in tasks]
-    models = {name: str(root / "seed-{seed}" / folder) for name, folder in systems(options.texts).items()}
+    models = {name: str(root / "seed-{seed}" / folder) for name, folder in systems(options.texts, options.anew).items()}
     content = {"output": str(root / "suite"), "seeds": seeds, "models": models, "tasks": tasks}
     path = root / "suite.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
@@ -155,6 +155,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/study"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--texts", type=int, nargs="+", default=[0, 2000], help="texts of stage 1, rising")
+    parser.add_argument("--anew", action="store_true", help="also stage 3 from the adapted model's own adapter")
     parser.add_argument("--languages", nargs="+", help='FLORES-200 codes or "all"; by default 31 of both groups')
     parser.add_argument("--limit", type=int, help="test rows a language, drawn once; by default all 204")
     parser.add_argument("--save", type=Path, help="folder for study.json, study.md and the HTML pages")
@@ -168,7 +169,9 @@ def main() -> None:
     for done, seed in enumerate(options.seeds, 1):
         train_seed(options, seed)
         evaluate(options, options.seeds[:done])
-        write_tables(options.output, options.save or options.output, options.seeds[:done], systems(options.texts))
+        write_tables(
+            options.output, options.save or options.output, options.seeds[:done], systems(options.texts, options.anew)
+        )
 
 
 if __name__ == "__main__":

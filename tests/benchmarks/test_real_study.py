@@ -46,7 +46,7 @@ def test_rows_are_paired_over_languages_and_seeds(tmp_path: Path) -> None:
 
 
 def test_the_systems_of_a_study() -> None:
-    assert list(study.systems([0, 500, 2000]).items())[3:] == [
+    assert list(study.systems([0, 500, 2000], anew=True).items())[3:] == [
         ("stack without stage 1", "stack-0"),
         ("stack, 500 texts", "stack-500"),
         ("MT-LLM", "stack-2000"),
