@@ -145,7 +145,7 @@ def differences(whole: Path, other: Path, steps: int) -> list[str]:
     """Files of the finished models, and tensors of the last checkpoints, that are not the same bit for bit."""
     names = sorted(p.relative_to(whole) for p in whole.rglob("*") if p.is_file())
     ours = [n for n in names if not n.parts[0].startswith("checkpoint-")]
-    ours = [n for n in ours if n.name not in ("run.json", "metrics.json", "log.jsonl", "versions.json")]
+    ours = [n for n in ours if n.name not in ("run.json", "metrics.json", "result.json", "log.jsonl", "versions.json")]
     wrong = [str(n) for n in ours if not (other / n).is_file() or (whole / n).read_bytes() != (other / n).read_bytes()]
     for name, load in (
         ("model.safetensors", load_file),

@@ -34,6 +34,7 @@ class Forked:
     def __exit__(self, *error: object) -> None:
         assert self.server.stdin is not None
         self.server.stdin.close()
+        self.server.terminate()  # what pytest forked meanwhile may hold the other end of the pipe open
         self.server.wait(20)
         self.out.cleanup()
 

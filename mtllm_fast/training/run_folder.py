@@ -184,8 +184,7 @@ class RunFolder:
     def finished(self) -> dict[str, Any] | None:
         """The metrics of the finished run that is to be resumed, None where there is something left to do."""
         path = self.folder / RESULT
-        there = path.is_file() and any(self.folder.glob("model*.safetensors"))
-        if not self.resume or self.extended or not there:
+        if not self.resume or self.extended or not path.is_file():
             return None
         self.release()
         return read_json(path)

@@ -153,7 +153,7 @@ def test_watching_languages_from_the_command_line(capsys, tmp_path, llm_folder) 
     for wrong, message in (
         (["xho_Latn"], "--watch.languages: 'xho_Latn' is none of the 2 of"),
         (["fra_Latn", "--watch.split", "validation"], "--watch.split 'validation'"),
-        (["fra_Latn", "--watch.steps", "0"], "steps=0: must be >= 1"),
+        (["fra_Latn", "--watch.steps", "0"], "--watch.steps 0: must be at least 1"),
     ):
         with pytest.raises(SystemExit):
             cli.main([*command, *wrong, "--resume"])
