@@ -20,6 +20,7 @@ SYSTEMS = {
     "mt_llm": "MT-LLM",
 }
 HEADER = ("language", "n", *SYSTEMS.values())
+TITLE = "Accuracy in %, trained on English only [95 % interval]"
 CAVEAT = (
     "The test texts were written for this demo by a language model and not proofread by native speakers; intervals are "
     "95 % over the rows, of one run with one seed."
@@ -126,13 +127,16 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def print_demo(results: dict[str, Any]) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    table = Table(title="Accuracy in %, trained on English only [95 % interval]", header_style="bold")
+    # narrow enough for 80 columns
+    table = Table(title=TITLE, header_style="bold", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for index, name in enumerate(HEADER):
-        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+        head = name.replace(", ", ",\n").replace(" directly", "\ndirectly")
+        table.add_column(head, justify="left" if index == 0 else "right", no_wrap=True)
     rows = table_rows(results)
     for index, row in enumerate(rows):
         if index == 1 or (index == len(rows) - 1 and results["mean_of"]):
