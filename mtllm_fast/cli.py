@@ -18,7 +18,7 @@ from .failures import RunFailed
 COMMANDS = {
     "demo": (
         "demo:Demo",
-        "watch the whole method on a real encoder and LLM in 54 languages, no hub (about 10 minutes on 2 cores)",
+        "watch the whole method on a real encoder and LLM in 54 languages, no hub (12 minutes on 2 cores with set-up)",
     ),
     "tokenize": ("tokenize:Tokenize", "tokenise text once into memory-mapped files that `adapt` reads"),
     "adapt": ("train:Adapt", "stage 1: stack an MT encoder into an LLM by self-distillation on English text"),

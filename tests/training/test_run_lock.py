@@ -105,6 +105,10 @@ def test_a_run_is_extended_and_not_cut(tmp_path) -> None:
     output = tmp_path / "run"
     RunFolder(str(output), _settings(), False).start()
     (output / RESULT).write_text('{"train_loss": 1.0}')
+    unmade = RunFolder(str(output), _settings(), True)
+    assert unmade.finished() is None  # its model is not there
+    unmade.release()
+    (output / "model.safetensors").touch()
     assert RunFolder(str(output), _settings(), True).finished() == {"train_loss": 1.0}
     with pytest.raises(ValueError, match=r"max_steps=9, .* started with 10; a run can be extended, not cut"):
         RunFolder(str(output), _settings(max_steps=9), True)

