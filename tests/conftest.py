@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -35,6 +36,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_sort = "min" if config.option.benchmark_sort is None else config.option.benchmark_sort
     if not config.option.benchmark_columns:
         config.option.benchmark_columns = ["min", "median", "max", "iqr", "rounds"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_no_garbage() -> None:
+    """Every training run collects garbage, which looks at all objects: most of them belong to modules."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

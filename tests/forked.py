@@ -1,23 +1,28 @@
 """`mtllm` in child processes of one process that has imported everything: real processes, without seconds of imports.
 
-python -m tests.forked        reads a JSON line per command: {"arguments", "code", "out"}; answers its pid, then its status
+python -m tests.forked        reads a JSON line per command: {"arguments", "code", "out", "environments"}; answers with the
+                              pids, one for each environment, then with their statuses
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
 
 
 class Forked:
-    """Use as a context manager; `start` gives the pid of a running `mtllm ARGUMENTS`, `wait` its status and output.
+    """Use as a context manager; `start` gives the pid of a running `mtllm ARGUMENTS`, `wait` its status and output,
+    `group` runs a process group to its end.
 
     With `code`, that runs as the main module, and the arguments are its sys.argv[1:].
     """
@@ -38,25 +43,45 @@ class Forked:
         self.server.wait(20)
         self.out.cleanup()
 
-    def start(self, *arguments: object, code: str = "") -> int:
-        assert self.server.stdin is not None and self.server.stdout is not None
+    def _ask(self, arguments: Sequence[object], code: str, environments: list[dict[str, str]]) -> list[int]:
+        assert self.server.stdin is not None
         words = [str(argument) for argument in arguments]
-        request = {"arguments": words, "code": code, "out": f"{self.out.name}/out"}
+        request = {"arguments": words, "code": code, "out": f"{self.out.name}/out", "environments": environments}
         self.server.stdin.write(json.dumps(request) + "\n")
         self.server.stdin.flush()
-        return int(self.server.stdout.readline())
+        return self._answer()
+
+    def _answer(self) -> list[int]:
+        assert self.server.stdout is not None
+        return [int(word) for word in self.server.stdout.readline().split()]
+
+    def start(self, *arguments: object, code: str = "") -> int:
+        return self._ask(arguments, code, [{}])[0]
 
     def wait(self) -> tuple[int, str]:
         """Exit code of the command, negative for the signal that ended it; what it wrote to stdout and stderr."""
-        assert self.server.stdout is not None
-        code = os.waitstatus_to_exitcode(int(self.server.stdout.readline()))
-        return code, Path(f"{self.out.name}/out").read_text(encoding="utf-8")
+        (status,) = self._answer()
+        return os.waitstatus_to_exitcode(status), Path(f"{self.out.name}/out0").read_text(encoding="utf-8")
 
     def run(self, *arguments: object, code: str = "") -> str:
         self.start(*arguments, code=code)
-        code, out = self.wait()
-        assert code == 0, out
+        found, out = self.wait()
+        assert found == 0, out
         return out
+
+    def group(self, *arguments: object, code: str = "", joined: bool = True) -> list[str]:
+        """What each of two processes at once wrote, both of which exit with 0; with the variables that torchrun sets on
+        one machine, or not `joined`."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        shared |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        ranks = ["0", "1"]
+        self._ask(arguments, code, [{**shared, "RANK": rank, "LOCAL_RANK": rank} if joined else {} for rank in ranks])
+        statuses = self._answer()
+        outs = [Path(f"{self.out.name}/out{rank}").read_text(encoding="utf-8") for rank in ranks]
+        assert statuses == [0, 0], "\n".join(outs)
+        return outs
 
 
 def child(arguments: list[str], code: str, out: str) -> None:
@@ -75,19 +100,26 @@ def child(arguments: list[str], code: str, out: str) -> None:
 
 def main() -> None:
     import torch
+    import torch.distributed.fsdp  # what the children need
+    import torch.distributed.tensor
 
-    import mtllm_fast.commands.train  # what the children need
+    import mtllm_fast.commands.train
     import mtllm_fast.inference.stream  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.freeze()  # or the children would copy every page that holds an object
     for line in sys.stdin:
         request = json.loads(line)
-        pid = os.fork()
-        if not pid:
-            child(**request)
-            return
-        print(pid, flush=True)
-        print(os.waitpid(pid, 0)[1], flush=True)
+        out, pids = request.pop("out"), []
+        for number, variables in enumerate(request.pop("environments")):
+            pid = os.fork()
+            if not pid:
+                os.environ |= variables
+                child(**request, out=f"{out}{number}")
+                return
+            pids.append(pid)
+        print(*pids, flush=True)
+        print(*(os.waitpid(pid, 0)[1] for pid in pids), flush=True)
 
 
 if __name__ == "__main__":

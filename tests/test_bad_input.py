@@ -226,7 +226,7 @@ def test_calls(call, said: str, model: MTLLM, world: Path, monkeypatch) -> None:
 
 
 def test_a_reader_that_has_enough_is_no_error() -> None:
-    command = [sys.executable, "-m", "mtllm_fast.cli", "doctor"]
+    command = [sys.executable, "-m", "mtllm_fast.cli", "help", "suite"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()  # as `head` does

@@ -5,6 +5,7 @@ python -m tests.evaluation.killed_suite SUITE WHOLE_FOLDER KILLED_FOLDER KILLS S
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -61,4 +62,5 @@ def main(suite: str, whole: Path, killed: Path, kills: int, seed: int) -> dict[s
 
 if __name__ == "__main__":
     assert suite_file and MTLLM and write_report  # imported here so that children need not
+    gc.freeze()
     print(json.dumps(main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))))

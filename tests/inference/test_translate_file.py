@@ -4,8 +4,6 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pyarrow.parquet as pq
@@ -182,7 +180,7 @@ def test_bad_commands(capsys, encoder_folder, tmp_path, options, match):
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-def test_killed_with_signal_9(capsys, encoder_folder, tmp_path):
+def test_killed_with_signal_9(forked, capsys, encoder_folder, tmp_path):
     (tmp_path / "in.txt").write_text("\n".join(one.text for one in SOURCES * 2) + "\n")
 
     def command(output):
@@ -192,14 +190,13 @@ def test_killed_with_signal_9(capsys, encoder_folder, tmp_path):
 
     cli.main(command("whole.parquet"))
     assert "translate: 100 texts" in capsys.readouterr().out
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    run = subprocess.Popen([sys.executable, "-m", "mtllm_fast.cli", *command("t.parquet")], env=environment)
+    pid = forked.start(*command("t.parquet"))
     log = tmp_path / "t.parquet.part" / "0.log"
     deadline = time.monotonic() + 120
-    while not (log.exists() and log.stat().st_size >= 80) and run.poll() is None and time.monotonic() < deadline:
+    while not (log.exists() and log.stat().st_size >= 80) and time.monotonic() < deadline:
         time.sleep(0.005)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+    os.kill(pid, signal.SIGKILL)
+    forked.wait()
     assert not (tmp_path / "t.parquet").exists(), "it was done before it could be killed"
     cli.main(command("t.parquet"))
     assert "by an earlier run" in capsys.readouterr().out

