@@ -269,6 +269,8 @@ class Reader:
         self._form: Form = "NFC"
         if steps and steps[0]["type"] == "Precompiled":
             self.characters = CharacterMap(base64.b64decode(steps[0]["precompiled_charsmap"]))
+            # sentencepiece's remove_extra_whitespaces, of which the library leaves out the end of the text
+            self._one_space = any(step.get("pattern") == {"Regex": " {2,}"} for step in steps)
         elif steps and steps[0]["type"] in ("NFKC", "NFKD"):
             self._form = "NFKC"  # the library's own gives wrong offsets where a ligature has a mark
         self._rest: Any = None
@@ -278,7 +280,11 @@ class Reader:
         if text.isascii() and self.characters is None:
             return Written(text)
         written = composed(text, self._form) if compose or self.canonical else Written(text)
-        return written if self.characters is None else _then(written, self.characters(written.text))
+        if self.characters is None:
+            return written
+        written = _then(written, self.characters(written.text))
+        kept = written.text.rstrip(" ") if self._one_space else written.text
+        return Written(kept, written.ends and written.ends[: len(kept) + 1], written.unread)
 
     def backend(self, mapped: bool) -> Any:
         """The Rust tokenizer for texts that the character map left as they are, or (`mapped`) changed."""

@@ -284,9 +284,9 @@ class StackTokenizer:
             counts.append(len(texts))
         compose = limit_name == "max_mt_tokens"  # the LLM reads text as it is
         if any(row.choices is not None for row in rows):  # of a question the end is kept
-            token_ids, offsets = _encode(tokenizer, segments, with_ends, compose)
+            token_ids, read = _encode(tokenizer, segments, with_ends, compose)
         else:
-            token_ids, offsets = _encode_up_to(limit, tokenizer, segments, with_ends, compose)
+            token_ids, read = _encode_up_to(limit, tokenizer, segments, with_ends, compose)
 
         all_ids: list[NDArray[np.int64]] = []
         all_ends: list[NDArray[np.int32]] = []
@@ -318,7 +318,7 @@ class StackTokenizer:
                 ids += token_ids[first + k][part]
                 if with_ends:
                     # an end of 0 has read no character (a lone `▁` before the text)
-                    ends += [end + base if end > 0 else -1 for _, end in offsets[first + k][part]]
+                    ends += [end + base if end > 0 else -1 for end in read[first + k][part]]
                 base += len(segments[first + k])
                 if row.choices is not None and k > 0 and k % 2 == 0:
                     row_spans.append((begin, len(ids)))
@@ -377,9 +377,9 @@ def _longest_first(lengths: list[int], room: int) -> list[int]:
 
 
 def _encode(
-    tokenizer: Any, texts: list[str], with_offsets: bool = False, compose: bool = False
-) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
-    """Token ids and character offsets without special tokens; special-token strings in the text are plain text.
+    tokenizer: Any, texts: list[str], with_ends: bool = False, compose: bool = False
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids without special tokens, and where in the text each ends; special-token strings in it are plain text.
 
     An end is -1 where the tokens so far have not read exactly the characters before a place of the text. `compose`:
     canonically equal texts give the same tokens.
@@ -389,19 +389,18 @@ def _encode(
     reader = reader_of(tokenizer)
     written = [reader.write(text, compose) if isinstance(text, str) else Written(text) for text in texts]
     ids: list[list[int]] = [[] for _ in texts]
-    offsets: list[list[tuple[int, int]]] = [[] for _ in texts]
+    ends: list[list[int]] = [[] for _ in texts]
     for mapped in (False, True):
         mine = [
             i for i, one in enumerate(written) if (one.ends is not None and reader.characters is not None) == mapped
         ]
         if mine:
-            encoded = _encode_as_it_is(reader.backend(mapped), [written[i].text for i in mine], with_offsets)
+            encoded = _encode_as_it_is(reader.backend(mapped), [written[i].text for i in mine], with_ends)
             for i, one in zip(mine, encoded, strict=True):
                 ids[i] = one.ids
-                if with_offsets:
-                    ends = read_up_to(one.offsets, written[i])
-                    offsets[i] = [(start, end) for (start, _), end in zip(one.offsets, ends, strict=True)]
-    return ids, offsets
+                if with_ends:
+                    ends[i] = read_up_to(one.offsets, written[i])
+    return ids, ends
 
 
 def _encode_as_it_is(backend: Any, texts: list[str], with_offsets: bool) -> list[Any]:
@@ -425,22 +424,22 @@ def _encode_as_it_is(backend: Any, texts: list[str], with_offsets: bool) -> list
 
 
 def _encode_up_to(
-    limit: int, tokenizer: Any, texts: list[str], with_offsets: bool, compose: bool = False
-) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
+    limit: int, tokenizer: Any, texts: list[str], with_ends: bool, compose: bool = False
+) -> tuple[list[list[int]], list[list[int]]]:
     """As `_encode`, but of a text with far more than `limit` tokens only more than `limit` of its first ones."""
     longest = max((len(text) for text in texts if isinstance(text, str)), default=0)
     if longest <= CHARACTERS_PER_TOKEN * limit or not splits_at_spaces(tokenizer):
-        return _encode(tokenizer, texts, with_offsets, compose)
+        return _encode(tokenizer, texts, with_ends, compose)
     ids: list[list[int]] = [[] for _ in texts]
-    offsets: list[list[tuple[int, int]]] = [[] for _ in texts]
+    ends: list[list[int]] = [[] for _ in texts]
     waiting, tokens = list(range(len(texts))), limit
     while waiting:
         read = [beginning(texts[i], tokens) for i in waiting]
-        for i, found, places in zip(waiting, *_encode(tokenizer, read, with_offsets, compose), strict=True):
-            ids[i], offsets[i] = found, places
+        for i, found, places in zip(waiting, *_encode(tokenizer, read, with_ends, compose), strict=True):
+            ids[i], ends[i] = found, places
         unsettled = [len(read[k]) < len(texts[i]) and not settled(ids[i], limit) for k, i in enumerate(waiting)]
         waiting, tokens = [i for i, again in zip(waiting, unsettled) if again], 2 * tokens
-    return ids, offsets
+    return ids, ends
 
 
 def _check_tokenizer(name: str, tokenizer: Any) -> None:

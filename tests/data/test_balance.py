@@ -69,6 +69,7 @@ def test_deal():
     assert [sum(costs[i] for i in share) for share in shares] == [14.0, 16.0]  # in turns it is 24 against 6
     assert deal(costs, 6) == [[i] for i in range(6)]
     assert deal([1.0] * 4, 2) == [[0, 2], [1, 3]]
+    assert deal([1.0, 4.0, 2.0, 3.0], 2) == [[0, 1], [2, 3]]  # the numbers ascend, whatever was dealt first
 
 
 def test_processes_have_about_the_same_to_do():

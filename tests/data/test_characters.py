@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers
 from transformers import NllbTokenizer, PreTrainedTokenizerFast
 
 from mtllm_fast.data import StackTokenizer, TextRow, align_rows
-from mtllm_fast.data.characters import CharacterMap, _clusters, composed
+from mtllm_fast.data.characters import CharacterMap, Written, _clusters, composed, read_up_to
 from mtllm_fast.data.tokenise import _encode
 
 from .charsmap import compile_map, latin_rules
@@ -165,9 +165,9 @@ def test_ends_after_other_normalisers(name, compose):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
     found = 0
     for text in texts:
-        ids, offsets = _encode(tokenizer, [text], True, compose)
+        ids, ends = _encode(tokenizer, [text], True, compose)
         read = ""
-        for piece, (_, end) in zip(pieces(tokenizer, ids[0]), offsets[0], strict=True):
+        for piece, end in zip(pieces(tokenizer, ids[0]), ends[0], strict=True):
             read += "?" if piece == "<unk>" else piece
             if end >= 0:
                 prefix = unicodedata.normalize("NFC", text[:end]) if compose else text[:end]
@@ -176,3 +176,8 @@ def test_ends_after_other_normalisers(name, compose):
                 assert all(b in (a, "?") for a, b in zip(want, got, strict=True))
                 found += 1
     assert found > 500
+
+
+def test_nothing_is_read_after_characters_that_no_token_holds():
+    assert read_up_to([(0, 2), (3, 5)], Written("ab cd")) == [2, 5]  # white space need not be held
+    assert read_up_to([(0, 2), (3, 5)], Written("abXcd")) == [-1, -1]

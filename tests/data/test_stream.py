@@ -7,6 +7,7 @@ import torch
 
 import mtllm_fast.data.collate as collate_module
 from mtllm_fast.data import PackedDataset, PackedLoader, TextRow, read_rows
+from mtllm_fast.data.balance import pack_cost
 from mtllm_fast.data.collate import collate
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "looked", "at", "the", "cat"]
@@ -218,3 +219,37 @@ def test_windows_fill_64_packs_by_default(stack):
 
 def test_max_rows(stack):
     assert max(len(b[0]) for b in epoch(stack, max_rows=3)) == 3
+
+
+def test_packs_and_rows_have_an_order_of_their_own_in_every_epoch(stack):
+    windows = [next(PackedDataset(ROWS, stack, epoch=epoch, **OPTIONS).windows()) for epoch in (0, 1)]
+    assert set(windows[0].rows.ids) != set(windows[1].rows.ids)
+    still = {**OPTIONS, "shuffle_buffer": 0}
+    windows = [next(PackedDataset(ROWS, stack, epoch=epoch, **still).windows()) for epoch in (0, 1)]
+    assert windows[0].rows.ids == windows[1].rows.ids
+    assert windows[0].packs != windows[1].packs and sorted(windows[0].packs) == sorted(windows[1].packs)
+    for window in windows:
+        assert window.costs == tuple(pack_cost(window.rows.costs(), pack) for pack in window.packs)
+        assert len(set(window.costs)) > 1
+
+
+def test_any_row_of_the_buffer_leaves_next():
+    rows = list(range(1000))
+    found = list(collate_module._shuffled(rows, 50, "a"))
+    assert sorted(found) == rows
+    late = [place - row for place, row in enumerate(found[:900])]
+    assert min(late) >= -50  # no row before it entered
+    assert 30 < sum(abs(places) for places in late) / len(late) < 80
+    assert len(set(found[:20]) & set(range(1, 70))) > 15  # the first rows do not wait for the end
+    assert found[-50:] != sorted(found[-50:])
+    assert list(collate_module._shuffled(rows, 50, "b")) != found
+    assert list(collate_module._shuffled(rows[:40], 50, "a")) != rows[:40]
+
+
+def test_rows_that_were_cut_add_up_over_windows(stack):
+    long = "the quick brown fox " * 40
+    rows = [TextRow(long if i % 20 == 0 else "the fox", id=str(i)) for i in range(80)]
+    dataset = PackedDataset(rows, stack, **OPTIONS)
+    assert sum(batch.num_rows for batch in dataset) == 80
+    assert dataset.counters.windows > 1
+    assert dataset.counters.truncated == {"mt": 4, "llm": 4}

@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 from mtllm_fast.data import StackTokenizer, TextRow
 from mtllm_fast.data.tokenise import _longest_first
 
+from .conftest import train_words
+
 
 def tokens(tokenizer, ids):
     return tokenizer.convert_ids_to_tokens(ids.tolist())
@@ -279,3 +281,31 @@ def test_load_from_a_folder_that_is_none(tmp_path):
     (tmp_path / "stack_tokenizer.json").write_text('{"sides": [')
     with pytest.raises(ValueError, match="is damaged"):
         StackTokenizer.from_pretrained(tmp_path)
+
+
+def test_a_row_that_just_fits_is_not_cut(nllb, llama_like):
+    text = "the quick brown fox"
+    whole = StackTokenizer(nllb, llama_like)
+    sizes = [len(getattr(whole, f"{name}_side")([TextRow(text)]).ids[0]) for name in ("mt", "llm")]
+    for change, cut in ((0, 0), (-1, 1)):
+        limits = {f"max_{name}_tokens": size + change for name, size in zip(("mt", "llm"), sizes)}
+        stack = StackTokenizer(nllb, llama_like, **limits)
+        for name, size in zip(("mt", "llm"), sizes):
+            for with_ends in (True, False):
+                side = getattr(stack, f"{name}_side")([TextRow(text)], ends=with_ends)
+                assert (side.truncated, len(side.ids[0])) == (cut, size + change), (name, with_ends)
+        mt = stack.mt_side([TextRow(text)], ends=False)
+        assert mt.ids[0][-1] == nllb.eos_token_id
+
+
+def test_no_more_tokens_than_the_encoder_has_positions(nllb):
+    stack = StackTokenizer(nllb, None, max_mt_tokens=12)
+    text = TextRow("the quick brown fox " * 9)
+    for positions, length in ((None, 12), (7, 7), (99, 12)):
+        stack.mt_positions = positions
+        assert len(stack.mt_side([text]).ids[0]) == length
+
+
+def test_a_token_that_begins_like_a_code_is_none():
+    stack = StackTokenizer(train_words(["eng_Latn", "fra_Latn", "fra_Latn_old"]), None)
+    assert stack.languages == ("eng_Latn", "fra_Latn")

@@ -7,12 +7,16 @@ from .planted import Mutant, planted
 ALIGN = ("tests/data/test_align.py", "tests/data/test_collate.py")
 PACK = ("tests/data/test_pack.py",)
 BALANCE = ("tests/data/test_balance.py",)
-COLLATE = ("tests/data/test_collate.py",)
+COLLATE = ("tests/data/test_collate.py", "tests/data/test_stream.py::test_every_row_once_and_within_the_budget")
 STREAM = (
     "tests/data/test_stream.py::test_every_row_once_and_within_the_budget",
     "tests/data/test_stream.py::test_packs_are_not_sorted_by_length",
     "tests/data/test_stream.py::test_order_depends_on_seed_and_epoch",
     "tests/data/test_stream.py::test_ranks_share_the_batches",
+    "tests/data/test_stream.py::test_packs_and_rows_have_an_order_of_their_own_in_every_epoch",
+    "tests/data/test_stream.py::test_any_row_of_the_buffer_leaves_next",
+    "tests/data/test_stream.py::test_rows_that_were_cut_add_up_over_windows",
+    "tests/data/test_stream.py::test_max_rows",
     "tests/data/test_stream.py::test_counts",
     "tests/data/test_balance.py",
     "tests/training/test_epoch_loader.py",
