@@ -159,15 +159,16 @@ class CharacterMap:
         self._units: list[int] = units.tolist()
         self._strings = data[4 + size :]
         self._root = _points_to(self._units[0])
-        # where a replacement can begin is found by one fast search: most text has no such place
+        # where a replacement can begin is found by one fast search; most text has no such place, and even less to do
         single, first, second = self._beginnings(units)
+        self._needed = frozenset(map(chr, single | second))
         places = [f"(?<=[{_class(single)}])"] if single else []
         places += [f"(?<=[{_class(first)}][{_class(second)}])"] if second else []
         self._places = re.compile(f"[{_class(single | second)}](?:{'|'.join(places)})" if places else "(?!)", re.DOTALL)
 
     def __call__(self, text: str) -> Written:
         """`text` with every key replaced; of several that begin at a character, the longest."""
-        return _rewritten(text, self._edits(text))
+        return Written(text) if self._needed.isdisjoint(text) else _rewritten(text, self._edits(text))
 
     def _edits(self, text: str) -> Iterable[Edit]:
         at = 0
@@ -283,7 +284,9 @@ class Reader:
         if self.characters is None:
             return written
         written = _then(written, self.characters(written.text))
-        kept = written.text.rstrip(" ") if self._one_space else written.text
+        if not self._one_space or not written.text.endswith(" "):
+            return written
+        kept = written.text.rstrip(" ")
         return Written(kept, written.ends and written.ends[: len(kept) + 1], written.unread)
 
     def backend(self, mapped: bool) -> Any:

@@ -208,7 +208,7 @@ def test_rows_that_do_not_fit_are_refused(stack):
 
 
 def test_a_token_that_holds_no_character_has_no_end(stack, monkeypatch):
-    inserted = ([[7, 8]], [[(0, 0), (0, 1)]])  # a normaliser may put a token before the text
+    inserted = ([[7, 8]], [[0, 1]])  # a normaliser may put a token before the text
     monkeypatch.setattr("mtllm_fast.data.tokenise._encode", lambda *_: inserted)
     assert stack.mt_side([TextRow("x")]).ends[0].tolist() == [-1, -1, 1, -1]
 
