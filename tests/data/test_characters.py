@@ -181,3 +181,5 @@ def test_ends_after_other_normalisers(name, compose):
 def test_nothing_is_read_after_characters_that_no_token_holds():
     assert read_up_to([(0, 2), (3, 5)], Written("ab cd")) == [2, 5]  # white space need not be held
     assert read_up_to([(0, 2), (3, 5)], Written("abXcd")) == [-1, -1]
+    assert read_up_to([(0, 2)], Written("ab")) == [2]
+    assert read_up_to([(0, 1), (1, 2)], Written("abX")) == [1, -1]

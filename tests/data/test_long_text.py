@@ -109,8 +109,15 @@ def test_which_tokenizers_split_at_spaces():
     assert not splits_at_spaces(tokenizer)
     backend.normalizer, backend.pre_tokenizer = normalizers.Replace(" ", "▁"), pre_tokenizers.Split(" ", "isolated")
     assert not splits_at_spaces(tokenizer)  # as Gemma's: no space is left to split at
+    backend.normalizer, backend.pre_tokenizer = normalizers.Prepend("x "), pre_tokenizers.Split(Regex("^x "), "isolated")
+    assert not splits_at_spaces(tokenizer)  # it splits, but not at a space between words
     backend.pre_tokenizer = None
     assert not splits_at_spaces(tokenizer)
+
+
+def test_a_space_and_a_character_may_yet_change() -> None:
+    assert not settled(range(LIMIT + 63), LIMIT)
+    assert settled(range(LIMIT + 64), LIMIT)
 
 
 @pytest.mark.parametrize("text", ["x" * 10_000, "the  cat  " * 2000, "a" * 700, ""])

@@ -108,9 +108,8 @@ MUTANTS: list[Mutant] = [
     ),
     *planted(
         "data", "mtllm_fast/data/tokenise.py", TOKENISE,
-        ("ends += [end + base if end > 0 else -1 for _, end in offsets[first + k][part]]", "ends += [end if end > 0 else -1 for _, end in offsets[first + k][part]]"),
-        ("ends += [end + base if end > 0 else -1 for _, end in offsets[first + k][part]]", "ends += [end + base if end >= 0 else -1 for _, end in offsets[first + k][part]]"),
-        ("ends += [end + base if end > 0 else -1 for _, end in offsets[first + k][part]]", "ends += [start + base if end > 0 else -1 for start, end in offsets[first + k][part]]"),
+        ("ends += [end + base if end > 0 else -1 for end in read[first + k][part]]", "ends += [end if end > 0 else -1 for end in read[first + k][part]]"),
+        ("ends += [end + base if end > 0 else -1 for end in read[first + k][part]]", "ends += [end + base if end >= 0 else -1 for end in read[first + k][part]]"),
         ("base += 1  # the \"\\n\" between text and text_pair", "base += 0"),
         ("base += len(segments[first + k])", "base += keep[k]"),
         ("part = slice(lengths[k] - keep[k], None) if row.choices is not None and k == 0 else slice(0, keep[k])", "part = slice(0, keep[k])"),
