@@ -16,6 +16,7 @@ import argparse
 import csv
 import json
 import random
+import resource
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ import yaml
 
 from mtllm_fast.evaluation.pretraining import XLM_R
 
-from .study_table import ENGLISH, NEW, OURS, READ, write_tables
+from .study_table import CPU_SECONDS, ENGLISH, NEW, OURS, READ, write_tables
 
 COMMON = {"tokens": 1024, "max_rows": 16, "warmup": 0.1, "lora.dropout": 0.0, "save_steps": 50, "report_to": "none"}
 TEACHER = {"lr": 4e-4, "epochs": 2, "max_steps": -1}
@@ -73,7 +74,7 @@ def train(stage: str, output: Path, settings: dict[str, object]) -> None:
     """One training command, unless its run is finished; one that was stopped goes on."""
     if (output / "result.json").is_file():
         return
-    began = time.perf_counter()
+    began, used = time.perf_counter(), cpu_seconds()
     settings = {**settings, "output": output}
     if (output / "run.json").is_file():
         settings["resume"] = True
@@ -84,9 +85,16 @@ def train(stage: str, output: Path, settings: dict[str, object]) -> None:
         log.write(" ".join(words) + "\n")
         log.flush()
         done = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT)
+        log.write(f"{CPU_SECONDS} {cpu_seconds() - used:.1f}\n")
     if done.returncode:
         raise SystemExit(f"{stage} ended with {done.returncode}: see {output.with_suffix('.log')}")
     print(f"    {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def cpu_seconds() -> float:
+    """Processor time of all children so far."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def train_seed(options: argparse.Namespace, seed: int) -> None:

@@ -20,6 +20,7 @@ from mtllm_fast.reporting.scores import read_scores
 ENGLISH = "eng_Latn"
 READ, NEW = "read before", "not read before"
 OURS = "MT-LLM"
+CPU_SECONDS = "CPU-seconds:"  # before their number, in the log of a training command
 
 
 def right_by_row(root: Path, group: str, system: str, seeds: int, codes: Sequence[str]) -> NDArray[np.float64]:
@@ -39,15 +40,25 @@ def difference(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> list[f
 
 
 def of_training(root: Path, seeds: Sequence[int], folder: str) -> dict[str, Any]:
-    """Seconds and best English validation accuracy of a system's runs, by seed."""
-    found: dict[str, Any] = {"seconds": [], "english_validation": []}
+    """CPU-seconds (loading included; of a stack, both of its stages) and best English validation accuracy of a system's
+    runs, by seed; the CPU-seconds of a seed None where a log does not hold them all."""
+    found: dict[str, Any] = {"cpu_seconds": [], "english_validation": []}
     for seed in seeds:
         path = root / f"seed-{seed}" / folder / "result.json"
         if path.is_file():
-            result = json.loads(path.read_text(encoding="utf-8"))
-            found["seconds"].append(round(result["train_runtime"], 1))
-            found["english_validation"].append(result.get("best_eval_accuracy"))
+            stages = [folder, *([f"adapted-{folder.split('-')[1]}"] if folder.startswith("stack-") else [])]
+            used = [of_log(root / f"seed-{seed}" / f"{stage}.log") for stage in stages]
+            found["cpu_seconds"].append(None if None in used else round(sum(filter(None, used))))
+            found["english_validation"].append(json.loads(path.read_text(encoding="utf-8")).get("best_eval_accuracy"))
     return found
+
+
+def of_log(path: Path) -> float | None:
+    """CPU-seconds of a training command, of all the times that it was started; None where one did not say."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    used = [float(line.split()[1]) for line in lines if line.startswith(CPU_SECONDS)]
+    started = sum(" -m mtllm_fast.cli " in line for line in lines)
+    return sum(used) if used and len(used) == started else None
 
 
 def summarise(root: Path, seeds: Sequence[int], systems: Mapping[str, str]) -> dict[str, Any]:
@@ -88,11 +99,14 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
     """The table and how to read it."""
     groups = {group: len(codes) for group, codes in found["languages"].items()}
     heads = ["system", "English", *(f"{name} ({count})" for name, count in groups.items()), "seeds, in this order"]
+    heads.append("training, CPU-s")
     lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
     for name, system in found["systems"].items():
         cells = [cell(found["english"][name]), *(cell(system["groups"][group]) for group in groups)]
         seeds = "; ".join(", ".join(f"{100 * s:.1f}" for s in system["groups"][group]["seeds"]) for group in groups)
-        lines.append("| " + " | ".join([name, *cells, seeds]) + " |")
+        used = [seconds for seconds in system["training"]["cpu_seconds"] if seconds is not None]
+        cost = f"{sum(used) / len(used):.0f}" if used else "-"
+        lines.append("| " + " | ".join([name, *cells, seeds, cost]) + " |")
     lines += ["", "MT-LLM against the others, paired on the same rows:", ""]
     for name, system in found["systems"].items():
         if name == OURS:

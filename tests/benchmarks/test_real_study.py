@@ -68,3 +68,23 @@ def test_texts_are_english_lines_in_one_order(tmp_path: Path) -> None:
     assert len(lines) == len(set(lines)) == count
     pairs = json.loads((SHARED / "mnli_sample/en/train.json").read_text(encoding="utf-8"))
     assert " ".join(pairs["0"]["text_a"].split()) in lines
+
+
+def test_cpu_seconds_of_a_run_and_its_resume(tmp_path: Path) -> None:
+    def run(code: str) -> float | None:
+        log = tmp_path / "seed-0/stack-8.log"
+        log.write_text("")
+        for part in code:
+            study_lines = {"s": "python -m mtllm_fast.cli distill --x\n", "c": "CPU-seconds: 12.5\n", "o": "step 3\n"}
+            log.write_text(log.read_text() + study_lines[part])
+        return study_table.of_log(log)
+
+    (tmp_path / "seed-0").mkdir()
+    assert run("sosoc") is None  # stopped, and what it took until then is not known
+    assert run("soc") == 12.5
+    assert run("socsoc") == 25.0
+    (tmp_path / "seed-0/adapted-8.log").write_text("python -m mtllm_fast.cli adapt --x\nCPU-seconds: 30\n")
+    (tmp_path / "seed-0/stack-8").mkdir()
+    (tmp_path / "seed-0/stack-8/result.json").write_text('{"best_eval_accuracy": 0.5}')
+    found = study_table.of_training(tmp_path, [0, 1], "stack-8")
+    assert found == {"cpu_seconds": [55], "english_validation": [0.5]}

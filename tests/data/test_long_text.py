@@ -109,7 +109,10 @@ def test_which_tokenizers_split_at_spaces():
     assert not splits_at_spaces(tokenizer)
     backend.normalizer, backend.pre_tokenizer = normalizers.Replace(" ", "▁"), pre_tokenizers.Split(" ", "isolated")
     assert not splits_at_spaces(tokenizer)  # as Gemma's: no space is left to split at
-    backend.normalizer, backend.pre_tokenizer = normalizers.Prepend("x "), pre_tokenizers.Split(Regex("^x "), "isolated")
+    backend.normalizer, backend.pre_tokenizer = (
+        normalizers.Prepend("x "),
+        pre_tokenizers.Split(Regex("^x "), "isolated"),
+    )
     assert not splits_at_spaces(tokenizer)  # it splits, but not at a space between words
     backend.pre_tokenizer = None
     assert not splits_at_spaces(tokenizer)
