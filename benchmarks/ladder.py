@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,7 +40,7 @@ from .common import (
     peak_incremental_mib,
     percentile,
     relative_error,
-    synchronise,
+    timed_once,
     versions,
     write,
 )
@@ -190,7 +189,7 @@ def climb(
                 }
                 if record.gate == "pass":
                     ready.step()
-                    timed(record, [_milliseconds(ready, device) for _ in range(repeats)])
+                    timed(record, [timed_once(ready.step, device) for _ in range(repeats)])
                     record.static_mib = ready.static_mib()
                     record.peak_incremental_mib = peak_incremental_mib(ready.step, device)
                 else:
@@ -206,14 +205,6 @@ def climb(
         if path:
             write(path, [*before, *records])
     return records, plain
-
-
-def _milliseconds(ready: Prepared, device: str) -> float:
-    synchronise(device)
-    start = time.perf_counter()
-    ready.step()
-    synchronise(device)
-    return 1e3 * (time.perf_counter() - start)
 
 
 def run_cuda(repeats: int, path: Path | None = None) -> list[Record]:
