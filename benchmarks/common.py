@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 import warnings
@@ -99,6 +100,12 @@ def device_name(device: str) -> str:
         )
         return f"{model}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     return torch.cuda.get_device_name()
+
+
+def folder_name(device: str) -> str:
+    """The folder of a device's records in benchmarks/results: "NVIDIA H200" is nvidia-h200, a CPU is cpu."""
+    words = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    return "cpu" if device == device_name("cpu") else words
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
