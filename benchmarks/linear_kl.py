@@ -1,7 +1,7 @@
 """The KL over the LM head, forward + backward, against unfused PyTorch, torch.compile, a chunk loop and Liger.
 
     python -m benchmarks.linear_kl --device cpu --json F.json   (mtllm bench linear_kl)
-    python -m benchmarks.linear_kl --predict FILE         what an H100 should need, by its floors; nothing is measured
+    python -m benchmarks.linear_kl --predict FILE [H200]  what such a GPU should need, by its floors; not measured
 
 `gemms` and `gemms-torch` are the three matrix products alone, by our library calls and by `torch.mm`: on processors
 where `torch.mm` (MKL) is slower than oneDNN, the difference of the two is the library's part of a CPU gain.
@@ -35,7 +35,6 @@ OURS = {"bf16": 5e-3, "fp16": 2e-3}
 MOMENTS = {"bf16": 1e-2, "fp16": 1e-2}
 # (GEMMs, bytes per logit that the row kernels move) of ours on a GPU with a frozen head, for predictions.
 MOVED = {"ours": (3, 18), "ours-moments": (2, 10), "ours-moments-uncached": (4, 20)}
-H100 = {"copy": 3.0e12, "gemm_bf16": 795e12}
 AIMS = (
     ("ours", "unfused", "time", 0.60),
     ("ours", "unfused", "memory", 0.20),
@@ -193,16 +192,20 @@ CASE = Case(
 register(CASE)
 
 
-def predictions() -> list[Record]:
-    """Records of what an H100 should need, for a reader without one: nothing is measured."""
+def predictions(gpu: str) -> list[Record]:
+    """Records of what a GPU of `planning.GPUS` should need, for a reader without one: nothing is measured."""
+    from mtllm_fast.planning import presets
+
+    rates = presets.gpu(gpu).rates
+    ceilings = {"copy": rates.bytes, "gemm_bf16": rates.flops}
     records = []
     for rows, width, vocab in GPU_SHAPES:
         for name, (gemms, moved) in MOVED.items():
-            floor = 2e3 * gemms * rows * width * vocab / H100["gemm_bf16"]
-            expected = floor + 1e3 * moved * rows * vocab / H100["copy"]
+            floor = 2e3 * gemms * rows * width * vocab / rates.flops
+            expected = floor + 1e3 * moved * rows * vocab / rates.bytes
             shape = {"T": rows, "D": width, "V": vocab}
-            record = Record("linear_kl", shape, "bf16", "NVIDIA H100 80GB HBM3", name, "none", floor_ms=floor)
-            record.size, record.versions, record.ceilings = f"{rows}x{width}x{vocab}", versions(), H100
+            record = Record("linear_kl", shape, "bf16", f"NVIDIA {gpu}", name, "none", floor_ms=floor)
+            record.size, record.versions, record.ceilings = f"{rows}x{width}x{vocab}", versions(), ceilings
             record.notes = f"not measured; predicted {expected:.1f} ms"
             records.append(record)
     return records
@@ -210,6 +213,6 @@ def predictions() -> list[Record]:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--predict"]:
-        write(Path(sys.argv[2]), predictions())
+        write(Path(sys.argv[2]), predictions(*sys.argv[3:4] or ["H200"]))
     else:
         sys.exit(main(cases=("linear_kl",), prog="benchmarks.linear_kl"))

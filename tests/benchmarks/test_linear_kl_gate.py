@@ -103,3 +103,16 @@ def test_problems_are_made_where_they_are_used(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(torch, name, lambda *s, make=make, **o: (devices.append(o.get("device")), make(*s, **o))[1])
     variants.make_problem(4, 8, 16, torch.float32, "cpu", masked=0.5)
     assert len(devices) == 5 and set(devices) == {"cpu"}
+
+
+def test_predictions_are_of_the_gpu_that_is_named() -> None:
+    """The audit's own arithmetic: three GEMMs of 8192 x 4096 x 128256, and 18 bytes a logit."""
+    for gpu, flops, copied in (("H200", 791.2e12, 4.32e12), ("H100", 791.2e12, 3.015e12)):
+        by = {(r.size, r.variant): r for r in linear_kl.predictions(gpu)}
+        found = by["8192x4096x128256", "ours"]
+        floor = 1e3 * 3 * 2 * 8192 * 4096 * 128256 / flops
+        assert found.device == f"NVIDIA {gpu}"
+        assert found.floor_ms == pytest.approx(floor)
+        assert found.notes == f"not measured; predicted {floor + 1e3 * 18 * 8192 * 128256 / copied:.1f} ms"
+    with pytest.raises(ValueError, match="'H101'"):
+        linear_kl.predictions("H101")
