@@ -183,12 +183,15 @@ def pack(out: Path, archive: Path | None) -> None:
 
 
 def importable(out: Path) -> dict[str, str]:
-    """Environment in which `mtllm_fast` has its folders `kernels` and `benchmarks`, where it is not installed."""
+    """Environment in which `mtllm_fast` has its folders `kernels` and `benchmarks`, where it is not installed; the same
+    in this process, which writes the report."""
     if importlib.util.find_spec("mtllm_fast.kernels") is not None:
         return {}
     where = out / "path"
     where.mkdir(exist_ok=True)
-    (where / "sitecustomize.py").write_text(FINDER.format(root=str(ROOT)))
+    finder = FINDER.format(root=str(ROOT))
+    (where / "sitecustomize.py").write_text(finder)
+    exec(finder, {})
     return {"PYTHONPATH": os.pathsep.join(filter(None, [str(where), str(ROOT), os.environ.get("PYTHONPATH", "")]))}
 
 

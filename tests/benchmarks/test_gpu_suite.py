@@ -191,7 +191,12 @@ def test_the_folders_are_found_where_nothing_is_installed(tmp_path, monkeypatch:
     assert gpu_suite.importable(tmp_path) == {}
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "mtllm_fast.kernels" else found(n))
+    before = list(sys.meta_path)
+    monkeypatch.setattr(sys, "meta_path", list(before))
     environment = gpu_suite.importable(tmp_path)
+    (own_finder,) = sys.meta_path[len(before) :]
+    assert own_finder.find_spec("mtllm_fast.kernels").origin == str(REPO / "kernels" / "__init__.py")
+    assert own_finder.find_spec("mtllm_fast.models") is None
     monkeypatch.undo()
     # -S: no site-packages, where the package is installed here, and nobody who reads sitecustomize.py
     look = "import importlib.util as u; print([getattr(u.find_spec('mtllm_fast.' + n), 'origin', None) for n in ('kernels', 'benchmarks')])"
