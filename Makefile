@@ -14,7 +14,7 @@ help:
 	@echo "make mutants   plant single-line faults in a copy, one after another, and see which the tests find (hours; resumable)"
 	@echo "make lint   ruff and mypy"
 	@echo "make aot    compile every kernel for sm_80, sm_90, sm_100 and gfx942, no GPU needed"
-	@echo "make gpu    every GPU test and benchmark with this machine's own Python and torch, unattended (OUT=folder)"
+	@echo "make gpu    every GPU test and benchmark with this machine's own Python and torch, unattended (OUT=folder, GPU="--part 1")"
 	@echo "make venv   .venv with pinned versions"
 	@echo "make clean  remove .venv, builds and caches"
 
@@ -68,10 +68,9 @@ lint: venv
 aot: venv
 	@$(BIN)/python -m mtllm_fast.kernels.aot
 
-# On a machine with a GPU, with its own Python and torch and no network: the only install is this package itself.
+# On a machine with a GPU, with its own Python and torch and no network: nothing is fetched, and what is missing is said.
 gpu:
-	@$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
-	@$(PYTHON) -m benchmarks.gpu_suite $(OUT)
+	@$(PYTHON) -m benchmarks.gpu_suite $(OUT) $(GPU)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 import warnings
@@ -101,6 +102,12 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name()
 
 
+def folder_name(device: str) -> str:
+    """The folder of a device's records in benchmarks/results: "NVIDIA H200" is nvidia-h200, a CPU is cpu."""
+    words = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    return "cpu" if device == device_name("cpu") else words
+
+
 def relative_error(got: Tensor, want: Tensor) -> float:
     """||got - want|| / ||want|| in fp64; NaN anywhere gives NaN."""
     want = want.double()
@@ -126,27 +133,35 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def timed_once(run: Callable[[], object], device: str) -> float:
+    """Milliseconds of one run."""
+    synchronise(device)
+    start = time.perf_counter()
+    run()
+    synchronise(device)
+    return (time.perf_counter() - start) * 1e3
+
+
 def interleaved(
     variants: Mapping[str, Callable[[], object]],
     device: str,
     repeats: int,
     progress: Callable[[str], None] = lambda _: None,
+    after_round: Callable[[dict[str, list[float]]], None] = lambda _: None,
 ) -> dict[str, list[float]]:
     """Times in ms by variant, one of each per round, after one warm-up round; cyclic order, so that no variant always
-    follows the same neighbour."""
+    follows the same neighbour. `after_round` is called with the times so far."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     names = list(variants)
     for round_ in range(repeats + 1):
         for k in range(len(names)):
             name = names[(k + round_) % len(names)]
-            synchronise(device)
-            start = time.perf_counter()
-            variants[name]()
-            synchronise(device)
-            elapsed = (time.perf_counter() - start) * 1e3
+            elapsed = timed_once(variants[name], device)
             if round_:
                 times[name].append(elapsed)
             progress(f"round {round_}/{repeats} {name} {elapsed:.0f} ms")
+        if round_:
+            after_round(times)
         gc.collect()
     return times
 
@@ -191,7 +206,9 @@ def peak_incremental_mib(run: Callable[[], object], device: str) -> float:
 
 
 def write(path: Path, records: Sequence[Any]) -> None:
-    """Write records (dataclasses or dicts) as a JSON list."""
+    """Write records (dataclasses or dicts) as a JSON list; who is killed meanwhile leaves the former file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [r if isinstance(r, dict) else asdict(r) for r in records]
-    path.write_text(json.dumps(rows, indent=1) + "\n")
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(rows, indent=1) + "\n")
+    part.replace(path)

@@ -180,9 +180,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--quick", action="store_true", help="a tiny size")
     parser.add_argument("--json", type=Path, help="write the records here")
     options = parser.parse_args(argv)
-    records = run(options.device, rows=options.rows, width=options.width, vocab=options.vocab)
+    sizes = {"rows": options.rows, "width": options.width, "vocab": options.vocab}
+    records = run(options.device, quick=options.quick, **sizes)
     first = records[0]
     print(f"relative gradient error against fp64, bf16 inputs, {first.shape}, {first.device}, {first.commit}")
     print(f"{'':34}" + "".join(f"{size:>12}" for size in dict.fromkeys(r.size for r in records)))

@@ -20,9 +20,9 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from .common import (
     peak_incremental_mib,
     percentile,
     relative_error,
-    synchronise,
+    timed_once,
     versions,
     write,
 )
@@ -55,7 +55,11 @@ SIZES: dict[str, dict[str, Size]] = {
         "NLI": {"lengths": "NLI", "count": 10},
         "web text": {"lengths": "web text", "count": 3},
     },
-    "cuda": {"web text": {"lengths": "web text", "count": 8, **REAL}},
+    # 8,500 tokens: what a step of a real run has and what fills a GPU; then a third of it, which the plain way can hold
+    "cuda": {
+        "web text, 24 texts": {"lengths": "web text", "count": 24, **REAL},
+        "web text": {"lengths": "web text", "count": 8, **REAL},
+    },
     "quick": {"tiny": {**SMALL, "kl": 0.5}},
 }
 
@@ -155,9 +159,9 @@ def run_cpu(size: str, rungs: Sequence[Rung], repeats: int, log: Log, options: S
 
 def climb(
     rungs: Sequence[Rung], options: Size, device: str, repeats: int, before: list[Record],
-    plain: dict[str, NDArray[Any]] | None, path: Path | None,
+    plain: dict[str, NDArray[Any]] | None, path: Path | None, size: str = "",
 ) -> tuple[list[Record], dict[str, NDArray[Any]] | None]:  # fmt: skip
-    """Records of rungs climbed on one model, and the gradients of the plain one on the whole batch.
+    """Records of rungs climbed on one model, and the gradients of the first one that ran on the whole batch.
 
     Those are numpy arrays: a tensor that crosses a pipe needs its sender alive until it is read.
 
@@ -171,7 +175,7 @@ def climb(
     records: list[Record] = []
     done: dict[str, Any] = {}
     for rung in rungs:
-        record = record_of(rung, large, device, str(options["lengths"]), dtype)
+        record = record_of(rung, large, device, size or str(options["lengths"]), dtype)
         records.append(record)
         if why := missing(rung, device):
             record.notes = why
@@ -190,7 +194,7 @@ def climb(
                 }
                 if record.gate == "pass":
                     ready.step()
-                    timed(record, [_milliseconds(ready, device) for _ in range(repeats)])
+                    timed(record, [timed_once(ready.step, device) for _ in range(repeats)])
                     record.static_mib = ready.static_mib()
                     record.peak_incremental_mib = peak_incremental_mib(ready.step, device)
                 else:
@@ -208,21 +212,21 @@ def climb(
     return records, plain
 
 
-def _milliseconds(ready: Prepared, device: str) -> float:
-    synchronise(device)
-    start = time.perf_counter()
-    ready.step()
-    synchronise(device)
-    return 1e3 * (time.perf_counter() - start)
+def run_climbs(
+    device: str, repeats: int, path: Path | None = None, names: Sequence[str] = (), quick: bool = False
+) -> list[Record]:
+    """Records of all climbs. Each has its own process: Liger's layers stay in a process for good.
 
-
-def run_cuda(repeats: int, path: Path | None = None) -> list[Record]:
-    """Records of all climbs. Each has its own process: Liger's layers stay in a process for good."""
+    Args:
+        names: rungs to climb, besides plain; empty for all.
+    """
     records: list[Record] = []
-    plain = None
-    for rungs in CLIMBS:
-        found, plain = apart("spawn", climb, rungs, SIZES["cuda"]["web text"], "cuda", repeats, records, plain, path)
-        records += found
+    climbs = [[rung for rung in rungs if not names or rung.name in ("plain", *names)] for rungs in CLIMBS]
+    for size, options in SIZES["quick" if quick else "cuda"].items():
+        plain = None
+        for rungs in filter(None, climbs):
+            found, plain = apart("spawn", climb, rungs, options, device, repeats, records, plain, path, size)
+            records += found
     return records
 
 
@@ -267,19 +271,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the records here")
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds after a warm-up round")
     parser.add_argument("--threads", type=int, help="CPU threads; default: all")
-    parser.add_argument("--rungs", nargs="+", default=[], help="names; default: all (CPU)")
-    parser.add_argument("--quick", action="store_true", help="a tiny size (CPU)")
+    parser.add_argument("--rungs", nargs="+", default=[], help="names, besides plain; default: all")
+    parser.add_argument("--quick", action="store_true", help="a tiny size")
+    parser.add_argument("--climb", action="store_true", help="climb as on a GPU; on the CPU with --quick")
     options = parser.parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
-    if unknown := sorted(set(options.rungs) - {rung.name for rung in ALONE}):
-        parser.error(f"--rungs {unknown[0]!r}: there are {', '.join(rung.name for rung in ALONE)}")
+    climbs = options.climb or options.device == "cuda"
+    if climbs and options.device == "cpu" and not options.quick:
+        parser.error("--climb: on the CPU only with --quick; the models of the whole climb are a GPU's")
+    known = [rung.name for rungs in (CLIMBS if climbs else (ALONE,)) for rung in rungs]
+    if unknown := sorted(set(options.rungs) - set(known)):
+        parser.error(f"--rungs {unknown[0]!r}: there are {', '.join(known)}")
     records: list[Record] = []
-    if options.device == "cuda":
-        if not torch.cuda.is_available():
-            parser.error("--device cuda, but torch sees no GPU")
-        records = run_cuda(options.repeats, options.json)
-        print_table(records, [rung for rungs in CLIMBS for rung in rungs])
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda, but torch sees no GPU")
+    if climbs:
+        records = run_climbs(options.device, options.repeats, options.json, options.rungs, options.quick)
+        for _, found in groupby(records, key=lambda r: r.size):
+            print_table(list(found), [rung for rungs in CLIMBS for rung in rungs])
     else:
         rungs = [rung for rung in ALONE if not options.rungs or rung.name in ("plain", *options.rungs)]
         for size, what in SIZES["quick" if options.quick else "cpu"].items():

@@ -57,6 +57,7 @@ class Variant:
     prepare: run once before anything is timed.
     applies: problem -> whether the variant can compute it.
     keys: the results that it gives, where it gives only some of them.
+    tolerance: its own, by dtype, where it has to be nearer than the case asks.
     quick: False to leave it out of `pytest --benchmark`; slow: left out unless named (compiling a model on a CPU).
     """
 
@@ -70,6 +71,7 @@ class Variant:
     prepare: Callable[[Any], object] | None = None
     applies: Callable[[Any], bool] | None = None
     keys: tuple[str, ...] = ()
+    tolerance: Mapping[str, float] = field(default_factory=dict)
     quick: bool = True
     slow: bool = False
 
@@ -181,15 +183,26 @@ def chosen(names: tuple[str, ...]) -> list[Case | Study]:
     return [get(name) for name in names]
 
 
-def gate(case: Case, name: str, problem: Any, dtype: str) -> tuple[str, dict[str, float]]:
-    """("pass" | "fail" | "none", relative error by result) of one variant against fp64."""
+def wanted(case: Case, problem: Any) -> dict[str, Tensor]:
+    """What every variant must give on the problem that the gate runs on, in fp64."""
+    return case.reference(case.small(problem) if case.small else problem)
+
+
+def gate(
+    case: Case, name: str, problem: Any, dtype: str, want: dict[str, Tensor] | None = None
+) -> tuple[str, dict[str, float]]:
+    """("pass" | "fail" | "none", relative error by result) of one variant against fp64.
+
+    Args:
+        want: from `wanted`, where it is known already.
+    """
     variant = case.variants[name]
     if not variant.gated:
         return "none", {}
     small = case.small(problem) if case.small else problem
     if variant.prepare:
         variant.prepare(small)
-    want = case.reference(small)
+    want = wanted(case, problem) if want is None else want
     returned = variant.run(small)
     got = variant.result(small, returned) if variant.result else returned
     errors = {}
@@ -198,4 +211,5 @@ def gate(case: Case, name: str, problem: Any, dtype: str) -> tuple[str, dict[str
             continue
         value = got.get(key)
         errors[key] = relative_error(value, right) if value is not None and value.shape == right.shape else float("inf")
-    return ("pass" if all(e <= case.tolerance[dtype] for e in errors.values()) else "fail"), errors
+    limit = variant.tolerance.get(dtype, case.tolerance[dtype])
+    return ("pass" if all(e <= limit for e in errors.values()) else "fail"), errors

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import ceilings as ceilings_
 from .apart import apart
@@ -28,13 +29,15 @@ from .common import (
     peak_incremental_mib,
     percentile,
     synchronise,
+    timed_once,
     versions,
     write,
 )
-from .registry import MODULES, Case, Size, Study, Work, chosen, gate, get
+from .registry import MODULES, Case, Size, Study, Work, chosen, gate, get, wanted
 from .sources import sources_hash
 
 LEAST_MS = 5.0  # a timed round of a CUDA variant lasts at least so long
+PROVISIONAL = "one run, before the rounds"
 
 
 def run_case(
@@ -49,6 +52,7 @@ def run_case(
     repeats: int = 7,
     memory: bool = True,
     log: Callable[[str], None] = lambda _: None,
+    save: Callable[[list[Record]], None] = lambda _: None,
 ) -> list[Record]:
     """Records of every variant at one size. A variant whose gate is not green gets no time and no memory.
 
@@ -56,11 +60,14 @@ def run_case(
         variants: names; empty for all that can run here and are not slow.
         ceilings: from `ceilings.measure`.
         log: called with lines about what is going on.
+        save: called with the records so far after every variant, round and memory: a run that is ended loses no more
+            than what it was at. Until the first round a variant's time is that of one run, and its note says so.
     """
     problem = case.build(size, DTYPES[dtype], device)
     least = case.work(problem) if case.work else None
     records: list[Record] = []
     runs: dict[str, Callable[[], object]] = {}
+    want: dict[str, Tensor] | None = None
     for name in names_of(case, variants, quick):
         variant = case.variants[name]
         if (why := variant.missing(device)) or (variant.applies and not variant.applies(problem)):
@@ -75,23 +82,28 @@ def run_case(
             set_floor(record, work)
         records.append(record)
         try:
-            record.gate, record.gate_detail = gate(case, name, problem, dtype)
+            if want is None and variant.gated:
+                want = wanted(case, problem)
+            record.gate, record.gate_detail = gate(case, name, problem, dtype, want)
             log(f"{case.name} {size['label']} {name}: gate {record.gate} {record.gate_detail}")
             if record.gate == "fail":
                 record.notes = "wrong result: no speed is reported"
+                save(records)
                 continue
             if variant.prepare:
                 variant.prepare(problem)
             variant.run(problem)
+            record.time_ms, record.notes = timed_once(partial(variant.run, problem), device), PROVISIONAL
             runs[name] = partial(variant.run, problem)
         except torch.OutOfMemoryError:
             record.notes = "out of memory"
         except Exception as error:  # one variant that breaks must not hide the others
             record.gate, record.notes = "fail", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             log(f"{case.name} {size['label']} {name}: {traceback.format_exc()}")
+        save(records)
         if name not in runs and device != "cpu":
             torch.cuda.empty_cache()
-    time_records({r.variant: r for r in records}, runs, problem, device, repeats, log)
+    time_records({r.variant: r for r in records}, runs, problem, device, repeats, log, partial(save, records))
     if case.floor_variant in runs:
         floor = next(r.time_ms for r in records if r.variant == case.floor_variant)
         for record in records:
@@ -101,6 +113,7 @@ def run_case(
             if record.gate == "pass" and record.variant in runs:
                 record.peak_incremental_mib = measure_memory(case, size, record.variant, dtype, device, problem)
                 log(f"{case.name} {size['label']} {record.variant}: {record.peak_incremental_mib:.0f} MiB")
+                save(records)
     return records
 
 
@@ -124,6 +137,7 @@ def time_records(
     device: str,
     repeats: int,
     log: Callable[[str], None],
+    save: Callable[[], None] = lambda: None,
 ) -> None:
     """Interleaved times, forward alone where the problem can leave its backward out, host syncs."""
     inner = dict.fromkeys(runs, 1)
@@ -135,15 +149,19 @@ def time_records(
         for _ in range(inner[name]):
             runs[name]()
 
-    times = interleaved({n: partial(many, n) for n in runs}, device, repeats, log)
-    for name, values in times.items():
-        record = records[name]
-        record.round_ms = [t / inner[name] for t in values]
-        record.time_ms, record.time_ms_p20, record.time_ms_p80 = (
-            percentile(record.round_ms, q) for q in (0.5, 0.2, 0.8)
-        )
-        if device != "cpu":
-            record.host_syncs = host_syncs(runs[name])
+    def fill(times: dict[str, list[float]]) -> None:
+        for name, values in times.items():
+            record = records[name]
+            record.round_ms, record.notes = [t / inner[name] for t in values], ""
+            record.time_ms, record.time_ms_p20, record.time_ms_p80 = (
+                percentile(record.round_ms, q) for q in (0.5, 0.2, 0.8)
+            )
+        save()
+
+    interleaved({n: partial(many, n) for n in runs}, device, repeats, log, fill)
+    if device != "cpu":
+        for name, run in runs.items():
+            records[name].host_syncs = host_syncs(run)
     if hasattr(problem, "backward"):
         problem.backward = False
         passed = [name for name in runs if records[name].gate == "pass"]
@@ -151,6 +169,7 @@ def time_records(
         problem.backward = True
         for name, values in forward.items():
             records[name].forward_ms = percentile(values, 0.5) / inner[name]
+    save()
 
 
 def measure_memory(case: Case, size: Size, name: str, dtype: str, device: str, problem: Any) -> float:
@@ -192,7 +211,7 @@ def run(
     log: Callable[[str], None] = lambda _: None,
     show: Callable[[list[Record]], None] | None = None,
 ) -> list[Record]:
-    """Run cases, write the records after each size.
+    """Run cases, write the records after each variant (see `run_case`).
 
     Args:
         names: cases, or "all".
@@ -224,6 +243,11 @@ def run(
     ceilings = ceilings_.measure(device)
     log(ceilings_.describe(ceilings))
     records: list[Record] = []
+
+    def save(found: Sequence[Record] = ()) -> None:
+        if path:
+            write(path, [*records, *found])
+
     for case in cases:
         found: list[Record] = []
         if isinstance(case, Study):
@@ -236,21 +260,20 @@ def run(
                     if record.floor_flops is not None and record.floor_ms is None:
                         set_floor(record, Work(record.floor_bytes or 0.0, record.floor_flops))
                 records += found
+                save()
                 if show and found:
                     show(found)
             continue
         for size in chosen_sizes[case.name]:
             found = run_case(
                 case, size, device, dtype or case.dtypes[device], ceilings=ceilings, variants=variants, quick=quick,
-                repeats=repeats, memory=memory, log=log,
+                repeats=repeats, memory=memory, log=log, save=save,
             )  # fmt: skip
             records += found
-            if path:
-                write(path, records)
+            save()
             if show and found:
                 show(found)
-    if path:
-        write(path, records)
+    save()
     return records
 
 

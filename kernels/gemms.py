@@ -7,21 +7,51 @@ has them (measured on an AMD EPYC: 245 against 107 GFLOP/s per core in fp32, sam
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+log = logging.getLogger(__name__)
+
 
 @cache
 def has_onednn_fp32() -> bool:
-    """Whether fp32 products go to oneDNN: an x86 build with oneDNN on a processor with AVX-512."""
+    """Whether fp32 products go to oneDNN: an x86 build with it, a processor with AVX-512, and torch's op answers."""
     return (
         torch.backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and onednn_agrees()
     )
+
+
+def onednn_agrees() -> bool:
+    """Whether a small product by torch's private op for oneDNN is that of `torch.mm`.
+
+    Another release of torch may lack the op, take other arguments or mean something else by them. Then every product
+    is `torch.mm`'s, which is said once.
+    """
+    generator = torch.Generator().manual_seed(0)
+    a, b, bias = (torch.randn(shape, generator=generator) for shape in ((32, 24), (16, 24), (16,)))
+    cases = ((a, b, bias), (a, b, None), (a.t(), b.new_ones(16, 32), None))  # as `cpu_nt` and `cpu_tn` call it
+    try:
+        with torch.no_grad():
+            got = [_onednn(*case) for case in cases]
+    except (AttributeError, RuntimeError, TypeError) as error:
+        log.warning("torch %s: oneDNN's product is not to be had (%s); torch.mm is taken", torch.__version__, error)
+        return False
+    want = [x @ y.t() if z is None else torch.addmm(z, x, y.t()) for x, y, z in cases]
+    if all(g.shape == w.shape and torch.allclose(g, w, rtol=1e-4, atol=1e-4) for g, w in zip(got, want)):
+        return True
+    log.warning("torch %s: oneDNN's product is another than torch.mm's, which is taken", torch.__version__)
+    return False
+
+
+def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """a (M, K) @ b (N, K)ᵀ + bias (N,) in fp32 by oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
 
 
 @cache
@@ -49,14 +79,14 @@ def cpu_nt(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     M may be another one in every call: oneDNN sees few different ones.
     """
     if a.dtype == torch.float32 and has_onednn_fp32():
-        return torch.ops.mkldnn._linear_pointwise(_padded(a), b, bias, "none", [], "")[: a.shape[0]]
+        return _onednn(_padded(a), b, bias)[: a.shape[0]]
     return a @ b.t() if bias is None else torch.addmm(bias, a, b.t())
 
 
 def cpu_tn(a: Tensor, b: Tensor) -> Tensor:
     """a (K, M)ᵀ @ b (K, N) on the CPU, in one dtype, fp32 or fp64; K may be another one in every call."""
     if a.dtype == torch.float32 and has_onednn_fp32():
-        return torch.ops.mkldnn._linear_pointwise(_padded(a).t(), _padded(b).t(), None, "none", [], "")
+        return _onednn(_padded(a).t(), _padded(b).t(), None)
     return a.t() @ b
 
 

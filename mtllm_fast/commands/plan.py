@@ -25,8 +25,8 @@ class Plan:
     downloaded."""
     llm: str = "Llama-3-8B"
     """LLM: a preset, a folder, or a hub name, of which only the config.json is downloaded."""
-    gpu: str = "H100"
-    """A100-80GB, A100-40GB, H100, H200 or B200."""
+    gpu: str = "auto"
+    """A100-80GB, A100-40GB, H100, H200 or B200; auto: this machine's, an H200 where it has none of them."""
     gpus: int = 1
     """How many of them."""
     documents: int = 2_560_000
@@ -71,7 +71,8 @@ class Plan:
                 )
         if not 0 <= self.efficiency <= 1:
             raise ValueError(f"--efficiency {self.efficiency}: must be a share, above 0 and up to 1")
-        device = planning.gpu(self.gpu)
+        name = planning.this_gpu() if self.gpu == "auto" else self.gpu
+        device = planning.gpu(name)
         if self.measured_flops:
             device = replace(device, gemm=self.measured_flops * 1e12 / device.flops)
         if self.measured_bandwidth:
@@ -92,7 +93,7 @@ class Plan:
             planning.plan_authors(spec, *job),
         ]
         rows = planning.table(columns, device, self.gpus)
-        shown = Table(title=f"{self.encoder} into {self.llm}, {self.gpus} x {self.gpu}", title_justify="left")
+        shown = Table(title=f"{self.encoder} into {self.llm}, {self.gpus} x {name}", title_justify="left")
         for index, name in enumerate(rows[0]):
             shown.add_column(name, justify="right" if index else "left")
         for row in rows[1:]:

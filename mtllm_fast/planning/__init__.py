@@ -2,7 +2,7 @@
 
 from .accounting import Accounting, Rates, measured_peak
 from .plan import EFFICIENCY, Column, plan_authors, plan_ours, sample_lengths, table
-from .presets import GPUS, MODELS, Gpu, config, gpu
+from .presets import GPUS, MODELS, Gpu, config, gpu, this_gpu
 from .simulate import StepCost, StepSpec, authors, ours
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "plan_ours",
     "sample_lengths",
     "table",
+    "this_gpu",
 ]

@@ -109,5 +109,18 @@ def config(name: str, role: str = "name") -> Any:
 def gpu(name: str) -> Gpu:
     """The GPU called `name`. Raises ValueError naming the known ones."""
     if name not in GPUS:
-        raise ValueError(f"--gpu {name!r}: expected one of {', '.join(GPUS)}")
+        raise ValueError(f"--gpu {name!r}: expected one of {', '.join(GPUS)}, or auto")
     return GPUS[name]
+
+
+def this_gpu() -> str:
+    """The name in `GPUS` of this machine's first GPU; an H200 where there is none, or one that is not known."""
+    import torch
+
+    if torch.cuda.is_available():
+        words = torch.cuda.get_device_name(0).replace("-", " ").split()  # "NVIDIA A100-SXM4-80GB"
+        memory = torch.cuda.get_device_properties(0).total_memory
+        alike = [name for name in GPUS if name.split("-")[0] in words]
+        if alike:
+            return min(alike, key=lambda name: abs(GPUS[name].memory - memory))
+    return "H200"

@@ -71,10 +71,18 @@ class EpochLoader:
     Args:
         place: what `place_of` gave for a batch up to `start`, on any number of processes; without it the batches before
             `start` are made and dropped.
+        pin_memory: page-lock the batches, for copies to a GPU that the host does not wait for.
     """
 
-    def __init__(self, dataset: PackedDataset, workers: int, start: int, place: dict[str, Any] | None = None) -> None:
-        self.dataset, self.workers, self.start = dataset, workers, start
+    def __init__(
+        self,
+        dataset: PackedDataset,
+        workers: int,
+        start: int,
+        place: dict[str, Any] | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        self.dataset, self.workers, self.start, self.pin_memory = dataset, workers, start, pin_memory
         self.after = place["stream"] if place else None
         self.epoch_packs: list[int] = list(place["epoch_packs"]) if place else []
 
@@ -90,7 +98,7 @@ class EpochLoader:
         skip, epoch = max(self.start - self._batches_of_epochs(), 0), len(self.epoch_packs)
         while True:
             self.dataset.set_epoch(epoch, skip, self.after)
-            yield from PackedLoader(self.dataset, num_workers=self.workers, pin_memory=torch.cuda.is_available())
+            yield from PackedLoader(self.dataset, num_workers=self.workers, pin_memory=self.pin_memory)
             size = self.dataset.size(self.dataset.counters.packs)
             if size == 0:
                 raise ValueError("the training data holds no usable row")
@@ -167,7 +175,8 @@ class PackedTrainer(ParallelTrainer):
     def get_train_dataloader(self) -> EpochLoader:  # type: ignore[override]
         self.packs.rank, self.packs.world_size = self.args.process_index, self.args.world_size
         self.packs.accumulation = self.args.gradient_accumulation_steps
-        self.loader = EpochLoader(self.packs, self.optim_settings.workers, self.start_batch, self.place)
+        pinned = self.args.device.type == "cuda"
+        self.loader = EpochLoader(self.packs, self.optim_settings.workers, self.start_batch, self.place, pinned)
         return self.loader
 
     def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device) -> Any:
@@ -184,7 +193,7 @@ class PackedTrainer(ParallelTrainer):
         return batches, dict(zip(names, totals))
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:  # type: ignore[override]
-        return inputs.to(self.args.device)
+        return inputs.to(self.args.device, non_blocking=True)
 
     def floating_point_ops(self, inputs: Batch) -> float:  # type: ignore[override]
         return self.flops(inputs) if inputs.weight else 0.0  # the Trainer's estimate is for padded (B, L) inputs

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from mtllm_fast.benchmarks import ladder, ladder_rungs
+from mtllm_fast.benchmarks.common import Record
 from mtllm_fast.benchmarks.ladder import ALONE, CLIMBS, SIZES, climb, run_cpu
 from mtllm_fast.benchmarks.ladder_rungs import Rung, forward_backward, gate, missing, prepare
 from mtllm_fast.benchmarks.steps import exact, make
@@ -15,6 +16,7 @@ from mtllm_fast.benchmarks.steps import exact, make
 TINY = SIZES["quick"]["tiny"]
 # compiling and the quantised rungs have tests of their own
 QUICK = [r for r in ALONE if not r.switches.get("compile") and r.base in ("auto", "bf16") and "optim" not in r.switches]
+RECORD = Record("ladder", {"B": 1}, "bf16", "NVIDIA H200", "plain", "pass", time_ms=1.0)
 
 
 def tiny(**changes):
@@ -83,3 +85,42 @@ def test_unknown_rungs_are_refused(capsys) -> None:
     with pytest.raises(SystemExit):
         ladder.main(["--device", "cpu", "--rungs", "padlocked"])
     assert "'padlocked'" in capsys.readouterr().err
+
+
+def test_rungs_are_chosen_on_a_gpu_too(monkeypatch, tmp_path, capsys) -> None:
+    """--rungs of the climb, with plain, on every size; one that only the CPU has is refused, and the other way round."""
+    asked = []
+
+    def climbed(method, function, rungs, options, device, repeats, before, plain, path, size):
+        asked.append((size, [rung.name for rung in rungs]))
+        return [replace(RECORD, variant=rung.name, size=size) for rung in rungs], plain
+
+    monkeypatch.setattr(ladder, "apart", climbed)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    arguments = ["--device", "cuda", "--json", str(tmp_path / "l.json")]
+    assert ladder.main([*arguments, "--rungs", "fused loss", "compile", "all for memory"]) == 0
+    sizes = list(SIZES["cuda"])
+    assert asked == [
+        (size, names) for size in sizes for names in (["plain", "fused loss", "compile"], ["all for memory"])
+    ]
+    assert all(f"ladder, {size} " in capsys.readouterr().out for size in sizes[:1])
+    asked.clear()
+    assert ladder.main([*arguments, "--rungs", "packed", "--quick"]) == 0
+    assert asked == [("tiny", ["plain", "packed"])]
+    for device, rung in (("cuda", "int8 weights"), ("cpu", "Liger layers")):
+        with pytest.raises(SystemExit):
+            ladder.main(["--device", device, "--rungs", rung])
+        assert repr(rung) in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        ladder.main(["--device", "cpu", "--climb"])
+    assert "--quick" in capsys.readouterr().err
+
+
+def test_a_size_of_the_gpu_has_the_tokens_of_a_real_step() -> None:
+    """The first size of the ladder and of the training steps: 8 to 11 thousand tokens."""
+    from mtllm_fast.benchmarks.lengths import DISTRIBUTIONS
+    from mtllm_fast.benchmarks.registry import get
+
+    for size in (next(iter(SIZES["cuda"].values())), get("adaptation_step").sizes["cuda"][0]):
+        assert 24 <= size["count"] <= 32
+        assert 8000 <= sum(min(512, n) for n in DISTRIBUTIONS[size["lengths"]](size["count"])) <= 11000

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from mtllm_fast.benchmarks import ceilings, registry, run, sources
-from mtllm_fast.benchmarks.common import DTYPES, Record, relative_error
+from mtllm_fast.benchmarks.common import DTYPES, Record, relative_error, write
 from mtllm_fast.benchmarks.registry import Case, Study, Work
 
 from tests.conftest import REPO
@@ -126,6 +126,62 @@ def test_a_variant_that_breaks_does_not_hide_the_others(monkeypatch: pytest.Monk
         assert by["ours"].time_ms > 0
         run.print_table(records)
         assert "ours / padded" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("at", ["a gate", "a round", "a memory"])
+def test_a_run_that_is_ended_loses_no_more_than_what_it_was_at(
+    monkeypatch: pytest.MonkeyPatch, tmp_path, at: str
+) -> None:
+    """As at a time-out: the other variants of the same size are in the file, with times."""
+    case, path = CASES["pooled_mse"], tmp_path / "found.json"
+    last = list(case.variants)[-1]
+    names = ("padded", "ours") if at == "a memory" else ("ours", "padded", last)
+    calls = {"runs": 0}
+
+    def ends(problem):
+        calls["runs"] += 1
+        if at == "a gate" or (at == "a round" and calls["runs"] > 4):  # once before the rounds, warm-up, a round
+            raise KeyboardInterrupt
+        return case.variants[last].run(problem)
+
+    def memory(case, size, name, *rest):
+        if name == "padded":
+            raise KeyboardInterrupt
+        return 7.0
+
+    monkeypatch.setattr(run, "measure_memory", memory)
+    monkeypatch.setattr(ceilings, "measure", lambda device: CEILINGS)
+    changed = {name: case.variants[name] for name in names}
+    if at != "a memory":
+        changed[last] = replace(case.variants[last], run=ends, gated=False)
+    changed_case = replace(case, variants=changed, sizes={**case.sizes, "cpu": ({"label": "warm", **case.warm},)})
+    monkeypatch.setattr(run, "chosen", lambda names: [changed_case])
+    with pytest.raises(KeyboardInterrupt):
+        run.run(("pooled_mse",), repeats=3, path=path)
+    by = {row["variant"]: row for row in json.loads(path.read_text())}
+    assert list(by) == (["padded", "ours"] if at == "a memory" else ["ours", "padded"] + [last] * (at == "a round"))
+    for row in by.values():
+        assert row["time_ms"] > 0
+        assert len(row["round_ms"]) == {"a gate": 0, "a round": 1, "a memory": 3}[at]
+        assert (row["notes"] == run.PROVISIONAL) == (at == "a gate")
+        assert row["variant"] == last or row["gate"] == "pass"
+    assert [row["peak_incremental_mib"] for row in by.values()] == [None] * len(by)
+
+
+def test_results_are_never_half_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    path = tmp_path / "found.json"
+    write(path, [{"variant": "ours"}])
+
+    def ends(self, text):
+        with self.open("w") as file:
+            file.write(text[:3])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pathlib.Path.write_text", ends)
+    with pytest.raises(KeyboardInterrupt):
+        write(path, [{"variant": "ours"}, {"variant": "theirs"}])
+    monkeypatch.undo()
+    assert json.loads(path.read_text()) == [{"variant": "ours"}]
 
 
 def test_a_red_case_has_no_speedup_in_a_report(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,3 +32,58 @@ def test_few_shapes() -> None:
     sizes = {rows: gemms._padded(torch.empty(rows, 1)).shape[0] for rows in range(1, 8193)}
     assert len(set(sizes.values())) <= 100
     assert all(rows <= size <= max(rows * 17 / 16, rows + 31) for rows, size in sizes.items())
+
+
+def test_a_private_op_that_changed_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """oneDNN's op is asked once for a small product: gone, with other arguments or with other results it is left alone."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    a, w = (torch.randn(40, 48, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+
+    class Gone:
+        pass
+
+    class Ops:
+        def __init__(self, product) -> None:
+            self._linear_pointwise = product
+
+    def right(x, w, bias, attribute, scalars, algorithm):
+        return torch.nn.functional.linear(x, w, bias)
+
+    def no_bias(x, w, bias, attribute, scalars, algorithm):
+        return x @ w.t()
+
+    def half_precision(x, w, bias, attribute, scalars, algorithm):
+        return torch.nn.functional.linear(x.half(), w.half(), None if bias is None else bias.half()).float()
+
+    def refuses(*arguments):
+        raise RuntimeError("mkldnn::_linear_pointwise() is missing value for argument 'algorithm'")
+
+    for op, usable in (
+        (Ops(right), True),
+        (Gone(), False),
+        (Ops(lambda x, w: x @ w.t()), False),
+        (Ops(no_bias), False),
+        (Ops(half_precision), False),
+        (Ops(refuses), False),
+    ):
+        monkeypatch.setattr(torch.ops, "mkldnn", op)
+        gemms.has_onednn_fp32.cache_clear()
+        caplog.clear()
+        try:
+            assert gemms.has_onednn_fp32() is usable
+            assert (torch.__version__ in caplog.text) is not usable
+            caplog.clear()
+            assert_matches(gemms.cpu_nt(a, w), a.double() @ w.double().t(), 1e-5)
+            assert_matches(gemms.cpu_tn(a, a), a.double().t() @ a.double(), 1e-5)
+            assert not caplog.records  # asked and said once
+        finally:
+            gemms.has_onednn_fp32.cache_clear()
+
+
+def test_the_op_of_this_torch_answers() -> None:
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("torch without oneDNN")
+    assert gemms.onednn_agrees()

@@ -160,3 +160,21 @@ def test_does_not_fit(capsys):
     column = planning.plan_ours(spec, [(512, 512)] * 64, small, 1000, 1, 1.0)
     assert column.cost is None
     assert ("micro-batch, texts", "does not fit") not in planning.table([column], small, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "planned"),
+    [
+        ("NVIDIA H200", 150e9, "H200"),
+        ("NVIDIA H100 80GB HBM3", 85e9, "H100"),
+        ("NVIDIA A100-SXM4-40GB", 42e9, "A100-40GB"),
+        ("NVIDIA A100-SXM4-80GB", 85e9, "A100-80GB"),
+        ("NVIDIA GeForce RTX 4090", 25e9, "H200"),
+        ("", 0, "H200"),
+    ],
+)
+def test_the_gpu_of_a_plan_is_this_machines(monkeypatch, name: str, memory: float, planned: str) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: bool(name))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: name)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda *_: type("P", (), {"total_memory": memory}))
+    assert planning.this_gpu() == planned
