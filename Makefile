@@ -14,7 +14,7 @@ help:
 	@echo "make mutants   plant single-line faults in a copy, one after another, and see which the tests find (hours; resumable)"
 	@echo "make lint   ruff and mypy"
 	@echo "make aot    compile every kernel for sm_80, sm_90, sm_100 and gfx942, no GPU needed"
-	@echo "make gpu    every GPU test and benchmark with this machine's own Python and torch, unattended (OUT=folder, GPU="--part 1")"
+	@echo "make gpu    every GPU test and benchmark with this machine's own Python and torch, unattended (OUT=folder, GPU='--part 1')"
 	@echo "make venv   .venv with pinned versions"
 	@echo "make clean  remove .venv, builds and caches"
 

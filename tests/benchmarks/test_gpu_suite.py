@@ -217,3 +217,58 @@ def test_make_gpu_installs_and_fetches_nothing() -> None:
     rule = re.search(r"^gpu:\n((?:\t.*\n)+)", (REPO / "Makefile").read_text(), re.MULTILINE)
     assert rule and "benchmarks.gpu_suite" in rule.group(1)
     assert "pip" not in rule.group(1)
+
+
+def run_code(code: str, folder: Path, limit: float = 60.0) -> gpu_suite.Outcome:
+    step = Step("a step", {"log": (sys.executable, "-c", code)}, 1.0, 1)
+    (outcome,) = gpu_suite.run_step(step, folder, limit, dict(os.environ))
+    return outcome
+
+
+def test_a_step_is_ok_fails_or_runs_out_of_time(tmp_path) -> None:
+    ok = run_code("print('first'); print('last')", tmp_path)
+    assert (ok.status, ok.last_line) == ("ok", "last")
+    assert run_code("raise SystemExit(3)", tmp_path).status == "failed (3)"
+    late = run_code("import time; print('began', flush=True); time.sleep(60)", tmp_path, 2)
+    assert (late.status, late.last_line) == ("out of time", "KeyboardInterrupt")
+    assert "began" in (tmp_path / "log.log").read_text()
+    assert late.seconds < 10
+
+
+def test_a_test_step_that_runs_out_of_time_keeps_what_it_found(tmp_path) -> None:
+    """Its whole group is interrupted first, children too."""
+    child = "import time, pathlib; time.sleep(8); pathlib.Path('late').touch()"
+    (tmp_path / "test_it.py").write_text(
+        f"import subprocess, sys, time\ndef test_fails(): assert 1 == 2\n"
+        f"def test_hangs():\n    subprocess.Popen([sys.executable, '-c', {child!r}], cwd={str(tmp_path)!r})\n"
+        "    time.sleep(60)\n"
+    )
+    command = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-c", os.devnull, f"--junitxml={tmp_path}/x.xml",
+               str(tmp_path / "test_it.py"))  # fmt: skip
+    began = time.monotonic()
+    (outcome,) = gpu_suite.run_step(Step("tests", {"log": command}, 1.0, 1), tmp_path, 5, dict(os.environ))
+    assert outcome.status == "out of time"
+    assert "assert 1 == 2" in (tmp_path / "x.xml").read_text()
+    time.sleep(max(0.0, 10 - (time.monotonic() - began)))
+    assert not (tmp_path / "late").exists()
+
+
+def test_report(tmp_path) -> None:
+    assert "hold no records" in gpu_suite.write_report(tmp_path)
+    pytest.importorskip("matplotlib")
+    record = {
+        "case": "c",
+        "shape": {"T": 1},
+        "dtype": "bf16",
+        "device": "d",
+        "variant": "ours",
+        "gate": "pass",
+        "time_ms": 2.0,
+    }
+    rows = [{**record, "ours": True}, {**record, "variant": "other", "time_ms": 3.0}]
+    (tmp_path / "nvidia-h200").mkdir()
+    (tmp_path / "nvidia-h200" / "results.json").write_text(json.dumps(rows))
+    gpu_suite.write_summary(tmp_path, [])
+    assert gpu_suite.write_report(tmp_path) is None
+    assert "1.50" in (tmp_path / "report.md").read_text()
+    assert "1.50" in (tmp_path / "report.html").read_text()
