@@ -18,6 +18,7 @@ from mtllm_fast.kernels import (
 from mtllm_fast.kernels import hidden_mse_ops as hidden
 from mtllm_fast.kernels import linear_kl_ops as kl
 from mtllm_fast.kernels.distillation_loss import _distillation
+from mtllm_fast.kernels.linear_kl import reference as linear_kl_reference
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -106,6 +107,31 @@ def test_pairs_behind_the_first_block_of_rows(kind, with_more):
         (terms.pooled_mse[0] + terms.paired_mse[0]).backward()
     else:
         paired_mse(x, teacher, rows_s, rows_t, kind=kind)[0].backward()
+    check(x.grad, exact, 1e-5)
+
+
+def test_every_term_has_a_weight_of_its_own():
+    g = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(20, 16, generator=g), torch.randn(14, 16, generator=g)
+    rows_s, rows_t, head = torch.tensor([0, 7, 19, 4]), torch.tensor([13, 2, 5, 5]), torch.randn(30, 16, generator=g)
+    bounds = cu([9, 11]), cu([6, 8])
+    x = student.clone().requires_grad_()
+    terms = distillation_loss(
+        x,
+        teacher,
+        cu_seqlens_s=bounds[0],
+        cu_seqlens_t=bounds[1],
+        paired="mse",
+        rows_s=rows_s,
+        rows_t=rows_t,
+        head=head,
+    )
+    (0.3 * terms.pooled_mse[0] + 0.5 * terms.paired_mse[0] + 0.7 * terms.kl[0]).backward()
+    pairs = student[rows_s].double().requires_grad_()
+    linear_kl_reference(pairs, head.double(), teacher[rows_t].double(), head.double())[0].backward()
+    exact = 0.3 * exact_pooled(student, teacher, *bounds)["dx"]
+    exact += 0.5 * exact_paired(student, teacher, rows_s, rows_t, None, "mse")["dx"]
+    exact.index_add_(0, rows_s, 0.7 * pairs.grad)
     check(x.grad, exact, 1e-5)
 
 

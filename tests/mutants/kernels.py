@@ -194,7 +194,7 @@ MUTANTS: list[Mutant] = [
         ("ctx.need_dh, ctx.need_dw, ctx.need_db = inputs[-3:]", "ctx.need_dh, ctx.need_db, ctx.need_dw = inputs[-3:]"),
     ),
     *planted(
-        "kernels", "kernels/linear_kl.py", (CORNERS, *KL[1:6]),
+        "kernels", "kernels/linear_kl.py", (CORNERS, *KL[1:6], "tests/kernels/test_linear_kl.py::test_jsd_ends_are_the_kls"),
         ("return x if x is None or x.shape[0] == vocab else x[:vocab]", "return x"),
         ("tau, scale = float(temperature), float(temperature) ** 2 if scale_by_t2 else 1.0", "tau, scale = float(temperature), float(temperature) if scale_by_t2 else 1.0"),
         ("count = torch.full_like(total, pairs) if weight is None else weight.sum()", "count = torch.full_like(total, pairs)"),

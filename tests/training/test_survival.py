@@ -207,6 +207,10 @@ def test_halves_of_a_batch() -> None:
     for part in halves(dataclasses.replace(batch, **starts)):
         for name in ("mt", "llm"):
             assert getattr(part, f"{name}_rows").tolist() == getattr(part, name).cu_seqlens[:-1].tolist()
+    uneven = collate([*rows[:5], TextRow(" ".join(lines * 2), label=0)], tokenizer)
+    cost = np.add(uneven.mt.lengths, uneven.llm.lengths)
+    apart = [abs(int(cost[:row].sum() - cost[row:].sum())) for row in range(1, 6)]
+    assert halves(uneven)[0].num_rows == 1 + int(np.argmin(apart))
     choices = [TextRow(line, choices=("yes", "or no"), label=0) for line in lines]
     batch = collate(choices, tokenizer, align=False)
     _, second = halves(batch)
