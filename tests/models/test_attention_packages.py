@@ -317,6 +317,13 @@ def test_flex_mask(lengths, features) -> None:
     assert torch.equal(mask.to_dense()[0, 0].bool(), partial | full)
 
 
+@pytest.mark.parametrize(
+    "features", [Features(causal, window) for causal in (False, True) for window in (254, 255, 256)]
+)
+def test_flex_mask_at_windows_that_end_with_a_block(features) -> None:
+    test_flex_mask((512, 300), features)
+
+
 @pytest.mark.parametrize("features", [f for f in MASKS if f.causal or f.window is None])
 @pytest.mark.parametrize("lengths", GRID)
 def test_xformers_mask(lengths, features) -> None:
