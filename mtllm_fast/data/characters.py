@@ -277,14 +277,15 @@ class Reader:
         self._rest: Any = None
 
     def write(self, text: str, compose: bool) -> Written:
-        """`text` as the tokenizer is given it; `compose` says whether to compose it where the tokenizer does not."""
+        """`text` as the tokenizer is given it; `compose`: as sentencepiece does, where the tokenizer does not. An LLM reads
+        text as its own library gives it, a separator of white space too."""
         if text.isascii() and self.characters is None:
             return Written(text)
         written = composed(text, self._form) if compose or self.canonical else Written(text)
         if self.characters is None:
             return written
         written = _then(written, self.characters(written.text))
-        if not self._one_space or not written.text.endswith(" "):
+        if not (compose and self._one_space and written.text.endswith(" ")):
             return written
         kept = written.text.rstrip(" ")
         return Written(kept, written.ends and written.ends[: len(kept) + 1], written.unread)

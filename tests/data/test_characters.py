@@ -72,6 +72,16 @@ def test_an_llm_with_a_character_map_keeps_the_tones_too(mapped, nllb, kind):
     assert (ids[0] == ids[1]) == (kind == "mapped")  # a tokenizer that tells them apart gets the text as it is
 
 
+def test_white_space_at_the_end_is_left_out_on_the_mt_side_alone(mapped):
+    row = TextRow("ab", text_pair="ab ")
+    stack = StackTokenizer(mapped, mapped, pair_separator="\n")
+    space = mapped.convert_tokens_to_ids("▁")
+    assert space not in stack.mt_side([row]).ids[0]
+    alone = [i for text in ("ab", "\n", "ab ") for i in mapped(text, add_special_tokens=False)["input_ids"]]
+    llm = stack.llm_side([row]).ids[0].tolist()
+    assert llm[-len(alone) :] == alone and llm.count(space) == 2
+
+
 def test_a_wide_letter_keeps_its_mark(mapped):
     """A sibling that composing does not mend: the map has the wide letter alone."""
     ids = StackTokenizer(mapped, None).mt_side([TextRow("Ｂ\u0301a")]).ids[0]
