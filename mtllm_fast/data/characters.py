@@ -277,8 +277,10 @@ class Reader:
         self._rest: Any = None
 
     def write(self, text: str, compose: bool) -> Written:
-        """`text` as the tokenizer is given it; `compose`: as sentencepiece does, where the tokenizer does not. An LLM reads
-        text as its own library gives it, a separator of white space too."""
+        """`text` as the tokenizer is given it; `compose`: as sentencepiece does, where the tokenizer does not.
+
+        An LLM reads text as its own library gives it, a separator of white space too.
+        """
         if text.isascii() and self.characters is None:
             return Written(text)
         written = composed(text, self._form) if compose or self.canonical else Written(text)
