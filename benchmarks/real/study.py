@@ -6,8 +6,8 @@
 DIR holds SIB-200 and the English MNLI sample (`sib200/<language>/<split>.tsv`, `mnli_sample/en/train.json`); the task
 is SIB-200, the text of stage 1 its English training sentences and MNLI's. Every training run is one `mtllm` command and
 every score a cell of `mtllm evaluate --suite`, so the same command goes on where it was stopped; seeds are finished
-one after the other, and the table is of those that are. Settings are those of `mtllm demo`, which were chosen on its
-English validation rows, with more steps; none was chosen on SIB-200. Another setting needs another --output.
+one after the other, and the table is of those that are. Settings were chosen on English validation rows alone (benchmarks/LOG.md);
+another setting needs another --output. --bf16 is for processors that multiply it faster than fp32 (AVX-512 BF16, AMX).
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ from mtllm_fast.evaluation.pretraining import XLM_R
 from .study_table import CPU_SECONDS, ENGLISH, NEW, OURS, READ, write_tables
 
 COMMON = {"tokens": 1024, "max_rows": 16, "warmup": 0.1, "lora.dropout": 0.0, "save_steps": 50, "report_to": "none"}
-TEACHER = {"lr": 4e-4, "epochs": 2, "max_steps": -1}
+TEACHER = {"lr": 4e-4, "epochs": 4, "max_steps": -1}
 ENCODER = {"lr": 1e-3, "epochs": 3, "max_steps": -1}
 ADAPT = {"lr": 2e-4, "init": "ridge", "init_rows": 2000, "over_variance": True, "loss.pooled_mse": 1.0}
 ADAPT |= {"loss.paired_mse": 1.0, "causal": True}
 DISTILL = {"lr": 2e-4, "loss.pooled_mse": 1.0, "loss.head_kl": 1.0, "over_variance": True, "max_steps": 44}
+GOLDEN = {"lr": 2e-4, "epochs": 2, "max_steps": -1, "train_projection": True}
 # the name in the table -> the folder of a seed's run; between the last two, stacks after less text
 FIRST = {"LLM directly": "teacher", "encoder, probe": "probe", "encoder, fine-tuned": "encoder"}
 ANEW = "MT-LLM, adapter anew"
+GOLD = "MT-LLM, then gold labels"
 # African, Asian, American, European and Pacific languages of ten scripts, half of them read by the encoder before
 LANGUAGES = """
     eng_Latn arb_Arab ben_Beng deu_Latn ell_Grek hin_Deva ind_Latn jpn_Jpan rus_Cyrl spa_Latn swh_Latn tam_Taml
@@ -101,7 +103,7 @@ def train_seed(options: argparse.Namespace, seed: int) -> None:
     """Every model of one seed: the task teacher, the baselines, and the stacks after 0 and more texts of stage 1."""
     root = options.output / f"seed-{seed}"
     task = {"task": "sib200", "data": options.data / "sib200"}
-    common = {**COMMON, "seed": seed}
+    common = {**COMMON, "seed": seed, **({"bf16": True} if options.bf16 else {})}
     bases = {"encoder": options.encoder, "llm": options.llm}
     probe = root / "probe"
     if not probe.exists():
@@ -109,22 +111,31 @@ def train_seed(options: argparse.Namespace, seed: int) -> None:
         subprocess.run(command("convert", words), check=True, stdout=subprocess.DEVNULL)
     train("finetune", root / "teacher", {"llm": options.llm, "causal": True, **task, **common, **TEACHER})
     train("finetune", root / "encoder", {"encoder": options.encoder, **task, **common, **ENCODER})
+    adapted = {key: value for key, value in common.items() if not key.startswith("lora.")}
     for texts in options.texts:
         steps = {"max_steps": texts // COMMON["max_rows"], "text": options.output / "texts.txt"}
         train("adapt", root / f"adapted-{texts}", {**bases, **common, **ADAPT, **steps})
         starts = {"": "teacher", "-anew": "adapted"} if options.anew and texts == options.texts[-1] else {"": "teacher"}
         for name, start in starts.items():
             models = {"model": root / f"adapted-{texts}", "teacher": root / "teacher", "init_from": start}
-            distill = {key: value for key, value in common.items() if not key.startswith("lora.")}
-            train("distill", root / f"stack-{texts}{name}", {**models, **task, **distill, **DISTILL})
+            train("distill", root / f"stack-{texts}{name}", {**models, **task, **adapted, **DISTILL})
+    if options.gold:
+        stack = f"stack-{options.texts[-1]}"
+        train("finetune", root / f"{stack}-gold", {"model": root / stack, **task, **adapted, **GOLDEN})
 
 
-def systems(texts: list[int], anew: bool = False) -> dict[str, str]:
-    """Name in the table -> folder of a seed's run; with `anew` also stage 3 from the adapted model's own adapter."""
+def systems(texts: list[int], anew: bool = False, gold: bool = False) -> dict[str, str]:
+    """Name in the table -> folder of a seed's run; with `anew` also stage 3 from the adapted model's own adapter, with
+    `gold` also MT-LLM after one more stage, fine-tuning on the English labels."""
     least = {0: "stack without stage 1"}
     stacks = {least.get(count, f"stack, {count:,} texts"): f"stack-{count}" for count in texts[:-1]}
     found = {**FIRST, **stacks, OURS: f"stack-{texts[-1]}"}
-    return {**found, ANEW: f"stack-{texts[-1]}-anew"} if anew else found
+    found |= {ANEW: f"stack-{texts[-1]}-anew"} if anew else {}
+    return found | ({GOLD: f"stack-{texts[-1]}-gold"} if gold else {})
+
+
+def systems_of(options: argparse.Namespace) -> dict[str, str]:
+    return systems(options.texts, options.anew, options.gold)
 
 
 def evaluate(options: argparse.Namespace, seeds: list[int]) -> None:
@@ -141,8 +152,9 @@ def evaluate(options: argparse.Namespace, seeds: list[int]) -> None:
     ]
     if options.limit:
         tasks = [{**entry, "limit": options.limit} for entry in tasks]
-    models = {name: str(root / "seed-{seed}" / folder) for name, folder in systems(options.texts, options.anew).items()}
+    models = {name: str(root / "seed-{seed}" / folder) for name, folder in systems_of(options).items()}
     content = {"output": str(root / "suite"), "seeds": seeds, "models": models, "tasks": tasks}
+    content |= {"dtype": "bfloat16"} if options.bf16 else {}
     path = root / "suite.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     began = time.perf_counter()
@@ -164,6 +176,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--texts", type=int, nargs="+", default=[0, 2000], help="texts of stage 1, rising")
     parser.add_argument("--anew", action="store_true", help="also stage 3 from the adapted model's own adapter")
+    parser.add_argument("--gold", action="store_true", help="also MT-LLM fine-tuned on the task's English labels")
+    parser.add_argument("--bf16", action="store_true", help="train under bf16 autocast, evaluate bf16 weights")
     parser.add_argument("--languages", nargs="+", help='FLORES-200 codes or "all"; by default 31 of both groups')
     parser.add_argument("--limit", type=int, help="test rows a language, drawn once; by default all 204")
     parser.add_argument("--save", type=Path, help="folder for study.json, study.md and the HTML pages")
@@ -177,9 +191,7 @@ def main() -> None:
     for done, seed in enumerate(options.seeds, 1):
         train_seed(options, seed)
         evaluate(options, options.seeds[:done])
-        write_tables(
-            options.output, options.save or options.output, options.seeds[:done], systems(options.texts, options.anew)
-        )
+        write_tables(options.output, options.save or options.output, options.seeds[:done], systems_of(options))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 
 def mapping(pairs: Sequence[str], option: str) -> dict[str, str]:
@@ -73,6 +73,8 @@ class Evaluate:
     max_tokens: int | None = None
     """Token budget of one forward pass; by default 8192 on a GPU, and on a CPU 2**19 over the hidden size, at least 512
     and at most 8192."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the models' weights, except those of `translator`; by default as they are stored."""
     cells: str = ""
     """Folder that keeps each finished language, so that an interrupted run goes on there."""
     output: str = ""
@@ -117,6 +119,7 @@ class Evaluate:
             cells=store,
             resamples=self.resamples,
             max_tokens=self.max_tokens,
+            dtype=self.dtype,
             progress=self.progress,
         )
         paths = write_report(scores, output, overwrite=self.overwrite)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from .scorers import (
 from .tasks import Task
 from .translate_test import Translator
 
+Dtype = Literal["float32", "bfloat16", "float16"]
 Model = Any  # MTLLM, an engine around one, or a folder or hub name of one
 
 TRANSLATE_TEST = "translate-test"
@@ -49,6 +50,7 @@ class Options:
     probe_rows: int
     max_tokens: int | None
     device: str | None
+    dtype: Dtype | None
     alignment: bool
     store: CellStore | None
 
@@ -227,7 +229,7 @@ class Run:
 
     def _load(self) -> Scorer:
         options, one, name = self.options, self.one, self.one.name
-        engine = _engine(one.models[self.index], options.max_tokens, options.device)
+        engine = _engine(one.models[self.index], options)
         reader = scorer(
             engine,
             options.task,
@@ -269,6 +271,7 @@ class Run:
             max_tokens=options.max_tokens,
             device=(options.device or ("cuda" if torch.cuda.is_available() else "cpu")).split(":")[0],
             probe=self._probe_key(model),
+            **({"dtype": options.dtype} if options.dtype else {}),
             target=None if self.one.reads_itself else self.one.target,
             num_beams=self.one.num_beams if self.one.translator is not None else None,
         )
@@ -341,16 +344,23 @@ def check_seeds(one: Contestant) -> None:
         )
 
 
-def _engine(model: Model, max_tokens: int | None, device: str | None) -> Encoder:
+def _engine(model: Model, options: Options) -> Encoder:
     if hasattr(model, "classify") and hasattr(model, "encode_rows"):
         return model
     from ..inference.engine import Engine
 
+    device = options.device
     if isinstance(model, str | Path):
         import torch
 
         from ..models import MTLLM
 
         model = MTLLM.from_pretrained(model)
+        if model.dtype == torch.float32:  # a sum in fewer bits than fp32 would lose a part of the adapter
+            for part in (model.encoder, model.llm):
+                if part is not None:
+                    part.merge_adapter(keep=False)
+        if options.dtype is not None:
+            model = model.to(getattr(torch, options.dtype))
         device = device or ("cuda" if torch.cuda.is_available() else None)
-    return Engine(model, max_tokens=max_tokens, device=device)
+    return Engine(model, max_tokens=options.max_tokens, device=device)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ..inference.progress import SECONDS_BETWEEN_LINES
 from .aggregate import ModelCells, summarise
@@ -15,7 +15,18 @@ from .cells import CellStore
 from .languages import describe
 from .results import Scores
 from .rows import SAMPLE_SEED, TaskRows
-from .runs import NOT_RUN, TRANSLATE_TEST, Contestant, Lazy, Model, Options, Run, check_folder, check_seeds
+from .runs import (
+    NOT_RUN,
+    TRANSLATE_TEST,
+    Contestant,
+    Dtype,
+    Lazy,
+    Model,
+    Options,
+    Run,
+    check_folder,
+    check_seeds,
+)
 from .scorers import check_codes
 from .statistics import RESAMPLES
 from .tasks import Task, canonical_split, get_task, nearest
@@ -45,6 +56,7 @@ def evaluate(
     resamples: int = RESAMPLES,
     max_tokens: int | None = None,
     device: str | None = None,
+    dtype: Dtype | None = None,
     progress: bool = True,
 ) -> Scores:
     """Accuracy and macro-F1 of models in every language of a task, with nothing learned from the foreign languages.
@@ -83,6 +95,7 @@ def evaluate(
         resamples: of the bootstrap.
         max_tokens: token budget of one forward pass; None chooses it by device.
         device: where models given by name run; None: CUDA if there is one.
+        dtype: of the weights of models given by name, except the translator's; None for the one they are stored in.
         progress: show a progress bar over languages.
 
     Raises:
@@ -108,6 +121,8 @@ def evaluate(
         raise ValueError(
             f"max_tokens={max_tokens}, probe_rows={probe_rows}, resamples={resamples}: expected at least 1, 2 and 1"
         )
+    if dtype not in (None, *get_args(Dtype)):
+        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(get_args(Dtype))}")
     data = TaskRows(task, source, split, limit)
     options = Options(
         task=task,
@@ -118,6 +133,7 @@ def evaluate(
         probe_rows=probe_rows,
         max_tokens=max_tokens,
         device=device,
+        dtype=dtype,
         alignment=alignment,
         store=cells if isinstance(cells, CellStore) or cells is None else CellStore(cells),
     )

@@ -16,6 +16,7 @@
     alignment: true                         # compare hidden states with English (tasks whose rows are parallel)
     resamples: 2000                         # of the bootstrap
     max_tokens: 8192                        # token budget of one forward pass
+    dtype: bfloat16                         # of the weights; may be left out: as stored
 
 `{task}` stands for the name of a task's entry. Paths are relative to the working directory, as on the command line.
 """
@@ -31,6 +32,7 @@ from typing import Any
 from ..yaml_file import converted, described, read_yaml
 from .cells import CellStore
 from .results import Scores
+from .runs import Dtype
 from .statistics import RESAMPLES
 from .suite import evaluate
 from .tasks import get_task
@@ -44,6 +46,7 @@ _SIMPLE: dict[str, Any] = {
     **dict.fromkeys(("resamples", "num_beams"), int),
     "seeds": list[int],
     "alignment": bool,
+    "dtype": Dtype | None,
     "languages": str | list[str],
     "language_map": dict[str, str],
 }
@@ -87,6 +90,7 @@ class Suite:
     resamples: int = RESAMPLES
     max_tokens: int | None = None
     device: str | None = None
+    dtype: Dtype | None = None
 
 
 def read_suite(path: str | Path) -> Suite:
@@ -165,6 +169,7 @@ def run_suite(suite: Suite, *, progress: bool = True) -> tuple[list[Scores], Cel
             resamples=suite.resamples,
             max_tokens=suite.max_tokens,
             device=suite.device,
+            dtype=suite.dtype,
             progress=progress,
             **baseline,
         )

@@ -27,7 +27,8 @@ class OneDnnLinear(TorchFunctionMode):
 
 def fast_linear(device: torch.device) -> AbstractContextManager[Any]:
     """The block in which a model on `device` runs its linear layers fastest."""
-    return OneDnnLinear() if device.type == "cpu" and has_onednn_fp32() else nullcontext()
+    plain = device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    return OneDnnLinear() if plain and has_onednn_fp32() else nullcontext()
 
 
 def _plain(x: Any) -> bool:

@@ -123,6 +123,8 @@ class AdaptedModel(nn.Module):
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 
+        from .lora import fuse_lora
+
         targets = settings.target_modules
         resolved = self._linear_names() if targets == "all-linear" else targets
         self._check_targets(resolved)
@@ -139,6 +141,7 @@ class AdaptedModel(nn.Module):
             inject_adapter_in_model(config, self.model, adapter_name=name)
         self.adapters[name] = settings
         self._tuned = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        fuse_lora(self._tuned)
         self.train_adapter(name)
 
     def _check_targets(self, targets: str | Sequence[str]) -> None:

@@ -267,7 +267,7 @@ def distill(
     add_teacher(student, config.teacher, adapter=cache is None, llm=config.llm)
     assert student.llm is not None and student.projection is not None
     student.projection.requires_grad_(config.train_projection)
-    validate = validation(student, valid_rows, config.train.tokens) if valid_rows else None
+    validate = validation(student, valid_rows, config.train.tokens, config.train.bf16) if valid_rows else None
     metrics = run_stage(
         DistillStep(student, config.loss, cache),
         rows,

@@ -77,8 +77,12 @@ class TaskStep(TrainStep):
         return {"task": LossTerm(total, total.new_tensor(batch.num_rows))}
 
 
-def validation(student: MTLLM, rows: Sequence[TextRow], tokens: int) -> Callable[[], dict[str, float]]:
+def validation(
+    student: MTLLM, rows: Sequence[TextRow], tokens: int, bf16: bool = False
+) -> Callable[[], dict[str, float]]:
     """A function that scores the student on labelled English rows: accuracy, and mean cross-entropy to settle ties.
+
+    `bf16`: under autocast, as it trains.
 
     Raises:
         ValueError: a row has no label or is not English: the best checkpoint is chosen in English alone.
@@ -90,7 +94,9 @@ def validation(student: MTLLM, rows: Sequence[TextRow], tokens: int) -> Callable
             raise ValueError(f"valid_rows[{index}] is {row.language}: the best checkpoint is chosen on English alone")
 
     def score() -> dict[str, float]:
-        logits = torch.from_numpy(Engine(student, max_tokens=tokens).classify(rows))
+        engine = Engine(student, max_tokens=tokens)
+        with torch.autocast(engine.device.type, torch.bfloat16, enabled=bf16):
+            logits = torch.from_numpy(engine.classify(rows))
         gold = torch.tensor([row.label for row in rows])
         right = (logits.argmax(-1) == gold).float().mean()
         return {"accuracy": float(right), "loss": float(F.cross_entropy(logits, gold))}
@@ -172,7 +178,7 @@ def finetune(
         )
     if student.projection is not None:
         student.projection.requires_grad_(config.train_projection)
-    validate = validation(student, valid_rows, config.train.tokens) if valid_rows else None
+    validate = validation(student, valid_rows, config.train.tokens, config.train.bf16) if valid_rows else None
     metrics = run_stage(
         TaskStep(student),
         rows,

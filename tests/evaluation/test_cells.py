@@ -175,7 +175,9 @@ TASK = FolderTask("mini", ("a", "b", "c"))
 def settings(model, source, **changes):
     shared = {"language_map": {}, "probe_source": source, "probe_rows": 20_000, **changes}
     data, store = TaskRows(TASK, source, "test", None), CellStore(source.parent / "cells")
-    options = Options(TASK, data, ["fra_Latn"], max_tokens=None, device="cpu", alignment=False, store=store, **shared)
+    options = Options(
+        TASK, data, ["fra_Latn"], max_tokens=None, device="cpu", dtype=None, alignment=False, store=store, **shared
+    )
     return Run(Contestant("one", [model]), 0, options).settings
 
 

@@ -2,11 +2,15 @@
 
 import numpy as np
 import pytest
+import torch
+from safetensors.numpy import load_file
 
 from mtllm_fast.evaluation import FolderTask, Translator, evaluate
+from mtllm_fast.evaluation.cells import CellStore
 from mtllm_fast.evaluation.rows import sample
 from mtllm_fast.inference.engine import Engine
 from mtllm_fast.models import MTLLM
+from mtllm_fast.models.adapters import LoraSettings
 from mtllm_fast.models.heads import HeadConfig
 from tests.evaluation.fakes import write_folder
 
@@ -60,3 +64,49 @@ def test_head_and_translate_test(encoder_folder, llm_folder, source):
     assert test.languages["eng_Latn"].accuracy == np.mean([p == i % 3 for i, p in zip(drawn, guesses)])
     assert test.skipped["xxx_Latn"] == "MT code xxx_Latn unknown to the model"
     assert "unfinished_translations" in test.counts
+
+
+def test_dtype_and_merged_adapters(stack, source, tmp_path):
+    """Models that are read from a folder run merged where that loses nothing, and in the dtype that was asked for."""
+    model = MTLLM.stack(
+        None, stack.config.llm, reader="llm", head=HeadConfig(labels=("a", "b", "c")), lora=LoraSettings(r=4)
+    )
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.2)
+    model.save_pretrained(tmp_path / "model")
+    texts = TASK.rows(source, "eng_Latn")
+    exact, cells = Engine(model).classify(texts), {}
+    for dtype in (None, "float32", "bfloat16"):
+        store = CellStore(tmp_path / str(dtype))
+        evaluate(
+            tmp_path / "model",
+            TASK,
+            source,
+            languages=["eng_Latn"],
+            dtype=dtype,
+            cells=store,
+            progress=False,
+            device="cpu",
+        )
+        (cell,) = (tmp_path / str(dtype)).rglob("eng_Latn.safetensors")
+        cells[dtype] = load_file(cell)["logits"]
+    spread = np.abs(exact).max()
+    assert np.abs(cells[None] - exact).max() < 1e-5 * spread
+    assert np.array_equal(cells[None], cells["float32"])
+    assert 1e-5 * spread < np.abs(cells["bfloat16"] - exact).max() < 0.05 * spread
+    store = CellStore(tmp_path / "None")  # another dtype is another result
+    evaluate(
+        tmp_path / "model",
+        TASK,
+        source,
+        languages=["eng_Latn"],
+        dtype="bfloat16",
+        cells=store,
+        progress=False,
+        device="cpu",
+    )
+    assert store.reused == 0 and store.stale
+    with pytest.raises(ValueError, match="dtype='half'"):
+        evaluate(tmp_path / "model", TASK, source, dtype="half")

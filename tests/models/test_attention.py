@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mtllm_fast.doctor import attention_backends
 from mtllm_fast.models import MTLLM, PackedLLM
 from mtllm_fast.models.attention import BACKENDS, AttentionPlan, Call, attention, choose_backend, reference
-from mtllm_fast.models.attention.sdpa import make_buckets, make_runs
+from mtllm_fast.models.attention.sdpa import ShortHalf, make_buckets, make_runs
 from tests.conftest import assert_matches, relative_error
 from tests.models.attention_cases import FEATURES, LENGTHS, Features, check, inputs, packed
 
@@ -84,6 +84,41 @@ def test_sdpa(lengths, features, layout) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_sdpa_in_other_dtypes(dtype, lengths, features, layout) -> None:
     check(named("sdpa"), packed(lengths), features, dtype)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("masked", [None, "bool", "added"])
+def test_short_half_has_the_gradients_of_its_formula(masked, causal) -> None:
+    """First and second derivatives by differences in float64, and the gradients of torch's own attention."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    q, k, v = normal(2, 4, 5, 3), normal(2, 2, 5, 3), normal(2, 2, 5, 2)
+    mask = None
+    if masked:
+        causal = False  # as torch's attention, it takes one of the two
+        mask = (torch.rand(2, 1, 5, 5, generator=generator) < 0.6) | torch.eye(5, dtype=torch.bool)
+        mask = mask if masked == "bool" else torch.randn(4, 5, 5, generator=generator, dtype=torch.float64)
+
+    def own(q, k, v, scale=0.7):
+        return ShortHalf.apply(q, k, v, mask, causal, scale)
+
+    assert torch.autograd.gradcheck(own, (q, k, v))
+    assert torch.autograd.gradgradcheck(own, (q, k, v))
+    direction = torch.randn(2, 4, 5, 2, generator=generator, dtype=torch.float64)
+    torchs = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=causal, scale=0.7, enable_gqa=True
+    )
+    right = torch.autograd.grad(torchs, (q, k, v), direction)
+    for got, other, want in zip(
+        torch.autograd.grad(own(q, k, v), (q, k, v), direction),
+        torch.autograd.grad(own(q, k, v, 0.7001), (q, k, v), direction),
+        right,
+    ):
+        assert relative_error(got, want) < 1e-12
+        assert relative_error(other, want) > 1e-7  # a scale that is off by a ten-thousandth is seen
 
 
 @pytest.mark.parametrize("features", list(FEATURES.values()), ids=list(FEATURES))

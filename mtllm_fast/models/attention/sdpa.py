@@ -1,13 +1,14 @@
 """Packed attention by `F.scaled_dot_product_attention`: any device, any dtype.
 
 Many short sequences are laid out in padded buckets of similar length, which costs copies of q, k, v and the output.
-On the CPU, where a call costs little, sequences that are worth a call of their own are served where they lie.
+On the CPU, where a call costs little, sequences that are worth a call of their own are served where they lie; and short
+ones in half precision have a backward of their own (`ShortHalf`), because torch's is slower than plain products there.
 """
 
 from __future__ import annotations
 
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ _BUCKET_SHARE = 0.85
 _BUCKET_SLACK = 4
 # Bytes of q rows whose copies into a bucket and back cost about as much as one more call on the CPU.
 _CALL_BYTES = 32768
+_SHORT = 128  # longest sequences of `ShortHalf`; at 200 the fused backward is the faster one (benchmarks/LOG.md)
 _CPU = ("cpu", "meta")  # meta tensors stand for a CPU step that is only planned
 
 
@@ -102,10 +104,61 @@ def _block(q: Tensor, k: Tensor, v: Tensor, shape: tuple[int, int], mask: Tensor
         out = _capped(q, k, v, mask, call)
     else:
         is_causal = call.causal and mask is None
+        if _short_half(q, mask, call):
+            out = ShortHalf.apply(q, k, v, mask, is_causal, call.scale)
+            return out.transpose(1, 2).flatten(0, 1)  # type: ignore[no-any-return]
         out = F.scaled_dot_product_attention(
             q, k, v, mask, call.dropout, is_causal=is_causal, scale=call.scale, enable_gqa=grouped
         )
     return out.transpose(1, 2).flatten(0, 1)
+
+
+def _short_half(q: Tensor, mask: Tensor | None, call: Call) -> bool:
+    """Whether `ShortHalf` is the faster one: short sequences that are differentiated in half precision on the CPU."""
+    half = q.device.type in _CPU and q.dtype in (torch.bfloat16, torch.float16)
+    fixed = call.dropout == 0 and (mask is None or not mask.requires_grad)
+    return half and fixed and q.shape[2] <= _SHORT and torch.is_grad_enabled() and q.requires_grad
+
+
+class ShortHalf(torch.autograd.Function):
+    """Attention whose backward is plain products in float32 over a block's weights, which are computed again.
+
+    q (b, H, L, d), k and v (b, H / g, L, d) of one dtype, mask bool or added, broadcasting to (b, H, L, L) or None ->
+    (b, H, L, d). Keeps q, k and v; `_scaled_dot_product_flash_attention_for_cpu` keeps its output, too.
+    """
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        q, k, v, mask, ctx.is_causal, ctx.scale = inputs
+        ctx.save_for_backward(q, k, v, mask)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, mask = ctx.saved_tensors
+        batch, heads, length, _ = q.shape
+        wide = torch.promote_types(q.dtype, torch.float32)
+
+        def rows(x: Tensor) -> Tensor:
+            """(b * H / g, g * L, d): the query heads of one key head as more rows of it."""
+            return x.to(wide).reshape(batch * k.shape[1], -1, x.shape[-1])
+
+        rows_q, rows_k, rows_v, rows_d = rows(q), rows(k), rows(v), rows(d_out)
+        scores = ((ctx.scale * rows_q) @ rows_k.transpose(1, 2)).view(batch, heads, length, length)
+        if ctx.is_causal:
+            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        weights = torch.softmax(scores, -1).view(rows_q.shape[0], -1, length)
+        d_weights = rows_d @ rows_v.transpose(1, 2)
+        d_scores = ctx.scale * weights * (d_weights - (weights * d_weights).sum(-1, keepdim=True))
+        dq, dk = d_scores @ rows_k, d_scores.transpose(1, 2) @ rows_q
+        dv = weights.transpose(1, 2) @ rows_d
+        return *(d.view(x.shape).to(x.dtype) for d, x in ((dq, q), (dk, k), (dv, v))), None, None, None
 
 
 def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call) -> Tensor:

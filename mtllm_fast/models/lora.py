@@ -1,0 +1,139 @@
+"""A frozen linear layer with LoRA as one product that is added to in place.
+
+    y = x Wᵀ + bias + s (x Aᵀ) Bᵀ          dx = dy W + s (dy B) A
+
+peft's own layer casts x to the adapter's dtype, writes both products, scales one and adds them: about seven passes over
+rows as wide as the layer, forward and backward each, where two products need none. `fuse_lora` gives peft's layers this
+forward and leaves them what they are: names, weights, switching, merging and saving stay peft's, and so does every call
+that is more than plain LoRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import Linear as PeftLinear
+from torch import Tensor, nn
+
+
+class LoraProduct(torch.autograd.Function):
+    """x wᵀ + bias + scale · low bᵀ, of x (T, K), w (N, K), bias (N) or None, low (T, r), b (N, r), all of one dtype.
+
+    With `a` (r, K), low is x aᵀ, and its share of dx is added to dy w in place: low then gets no gradient of its own.
+    Without, low does (it is of a dropped-out x). w and bias get none.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor, w: Tensor, bias: Tensor | None, low: Tensor, a: Tensor | None, b: Tensor, scale: float
+    ) -> Tensor:
+        return F.linear(x, w, bias).addmm_(low, b.t(), alpha=scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, w, _, low, a, b, ctx.scale = inputs
+        ctx.folded = a is not None
+        ctx.save_for_backward(*((x, w, low, b, a) if ctx.folded else (w, low, b)))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, w, low, b, a = ctx.saved_tensors if ctx.folded else (None, *ctx.saved_tensors, None)
+        need_x, _, _, need_low, need_a, need_b, _ = ctx.needs_input_grad
+        d_low = ctx.scale * (dy @ b)
+        dx = dy @ w if need_x else None
+        if dx is not None and a is not None:
+            dx = dx.addmm_(d_low, a)
+        da = d_low.t() @ x if need_a else None
+        db = dy.t() @ (ctx.scale * low) if need_b else None
+        return dx, None, None, d_low if need_low and a is None else None, da, db, None
+
+
+class DroppedProduct(torch.autograd.Function):
+    """(x * keep * scale) aᵀ of x (T, K), keep (T, K) bool and a (r, K): a product after dropout that keeps x, which the
+    layer keeps anyway, and one byte of `keep` for each of its elements, not a dropped-out copy."""
+
+    @staticmethod
+    def forward(x: Tensor, keep: Tensor, a: Tensor, scale: float) -> Tensor:
+        return (x * keep).mul_(scale) @ a.t()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, keep, a, ctx.scale = inputs
+        ctx.save_for_backward(x, keep, a)
+
+    @staticmethod
+    def backward(ctx: Any, d_low: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, keep, a = ctx.saved_tensors
+        scaled = ctx.scale * d_low
+        dx = (scaled @ a) * keep if ctx.needs_input_grad[0] else None
+        return dx, None, scaled.t() @ (x * keep), None
+
+
+class LoraLinear(PeftLinear):  # type: ignore[misc]
+    """peft's LoRA layer over a frozen `nn.Linear`, its plain forward as one op (see `LoraProduct`)."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        name = self._plain_adapter(x) if not (args or kwargs) else None
+        if name is None:
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        base = cast(nn.Linear, self.base_layer)
+        down = cast(Tensor, self.lora_A[name].weight)
+        up = cast(Tensor, self.lora_B[name].weight)
+        dtype = _autocast_dtype(x.device.type)
+        if dtype is not None:
+            x, w, a, b = (t.to(dtype) for t in (x, base.weight, down, up))
+            bias = None if base.bias is None else base.bias.to(dtype)
+        else:
+            w, a, b, bias = base.weight, down, up, base.bias
+        p = getattr(self.lora_dropout[name], "p", 0.0) if self.training else 0.0
+        flat = x.reshape(-1, x.shape[-1])
+        if p > 0:
+            keep = torch.empty_like(flat, dtype=torch.bool).bernoulli_(1 - p)
+            low = DroppedProduct.apply(flat, keep, a, 1 / (1 - p))
+            y = LoraProduct.apply(flat, w, bias, low, None, b, self.scaling[name])
+        else:
+            # `low` keeps its graph, which only a second derivative needs: the first one comes folded into dx
+            y = LoraProduct.apply(flat, w, bias, F.linear(flat, a), a, b, self.scaling[name])
+        return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
+
+    def _plain_adapter(self, x: Tensor) -> str | None:
+        """The one adapter that is on, where the layer is no more than a frozen product and LoRA; None otherwise."""
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or len(active) != 1 or active[0] in self.lora_variant:
+            return None
+        base, down, up = self.base_layer, self.lora_A[active[0]], self.lora_B[active[0]]
+        if type(base) is not nn.Linear or type(down) is not nn.Linear or type(up) is not nn.Linear:
+            return None
+        if down.bias is not None or up.bias is not None or not x.is_floating_point() or x.numel() == 0:
+            return None
+        weights = [base.weight, down.weight, up.weight, *([] if base.bias is None else [base.bias])]
+        if any(type(weight) not in (Tensor, nn.Parameter) for weight in weights):  # spread, quantised
+            return None
+        if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+            return None
+        if any(_has_hooks(module) for module in (base, down, up)):
+            return None
+        same = {x.dtype, *(weight.dtype for weight in weights)}
+        return active[0] if len(same) == 1 or _autocast_dtype(x.device.type) else None
+
+
+def _autocast_dtype(kind: str) -> torch.dtype | None:
+    """What autocast computes in on a device type, None where it is off."""
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def fuse_lora(layers: Iterable[nn.Module]) -> None:
+    """Give peft's plain LoRA layers among `layers` the forward of `LoraLinear`, in place; leave all others."""
+    for layer in layers:
+        if type(layer) is PeftLinear:
+            layer.__class__ = LoraLinear
