@@ -33,12 +33,10 @@ TEACHER = {"lr": 4e-4, "epochs": 4, "max_steps": -1}
 ENCODER = {"lr": 1e-3, "epochs": 3, "max_steps": -1}
 ADAPT = {"lr": 2e-4, "init": "ridge", "init_rows": 2000, "over_variance": True, "loss.pooled_mse": 1.0}
 ADAPT |= {"loss.paired_mse": 1.0, "causal": True}
-DISTILL = {"lr": 2e-4, "loss.pooled_mse": 1.0, "loss.head_kl": 1.0, "over_variance": True, "max_steps": 44}
-GOLDEN = {"lr": 2e-4, "epochs": 2, "max_steps": -1, "train_projection": True}
+DISTILL = {"lr": 5e-4, "loss.pooled_mse": 1.0, "loss.head_kl": 1.0, "over_variance": True, "max_steps": 88}
 # the name in the table -> the folder of a seed's run; between the last two, stacks after less text
 FIRST = {"LLM directly": "teacher", "encoder, probe": "probe", "encoder, fine-tuned": "encoder"}
 ANEW = "MT-LLM, adapter anew"
-GOLD = "MT-LLM, then gold labels"
 # African, Asian, American, European and Pacific languages of ten scripts, half of them read by the encoder before
 LANGUAGES = """
     eng_Latn arb_Arab ben_Beng deu_Latn ell_Grek hin_Deva ind_Latn jpn_Jpan rus_Cyrl spa_Latn swh_Latn tam_Taml
@@ -119,23 +117,14 @@ def train_seed(options: argparse.Namespace, seed: int) -> None:
         for name, start in starts.items():
             models = {"model": root / f"adapted-{texts}", "teacher": root / "teacher", "init_from": start}
             train("distill", root / f"stack-{texts}{name}", {**models, **task, **adapted, **DISTILL})
-    if options.gold:
-        stack = f"stack-{options.texts[-1]}"
-        train("finetune", root / f"{stack}-gold", {"model": root / stack, **task, **adapted, **GOLDEN})
 
 
-def systems(texts: list[int], anew: bool = False, gold: bool = False) -> dict[str, str]:
-    """Name in the table -> folder of a seed's run; with `anew` also stage 3 from the adapted model's own adapter, with
-    `gold` also MT-LLM after one more stage, fine-tuning on the English labels."""
+def systems(texts: list[int], anew: bool = False) -> dict[str, str]:
+    """Name in the table -> folder of a seed's run; with `anew` also stage 3 from the adapted model's own adapter."""
     least = {0: "stack without stage 1"}
     stacks = {least.get(count, f"stack, {count:,} texts"): f"stack-{count}" for count in texts[:-1]}
     found = {**FIRST, **stacks, OURS: f"stack-{texts[-1]}"}
-    found |= {ANEW: f"stack-{texts[-1]}-anew"} if anew else {}
-    return found | ({GOLD: f"stack-{texts[-1]}-gold"} if gold else {})
-
-
-def systems_of(options: argparse.Namespace) -> dict[str, str]:
-    return systems(options.texts, options.anew, options.gold)
+    return {**found, ANEW: f"stack-{texts[-1]}-anew"} if anew else found
 
 
 def evaluate(options: argparse.Namespace, seeds: list[int]) -> None:
@@ -152,7 +141,7 @@ def evaluate(options: argparse.Namespace, seeds: list[int]) -> None:
     ]
     if options.limit:
         tasks = [{**entry, "limit": options.limit} for entry in tasks]
-    models = {name: str(root / "seed-{seed}" / folder) for name, folder in systems_of(options).items()}
+    models = {name: str(root / "seed-{seed}" / folder) for name, folder in systems(options.texts, options.anew).items()}
     content = {"output": str(root / "suite"), "seeds": seeds, "models": models, "tasks": tasks}
     content |= {"dtype": "bfloat16"} if options.bf16 else {}
     path = root / "suite.yaml"
@@ -176,7 +165,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--texts", type=int, nargs="+", default=[0, 2000], help="texts of stage 1, rising")
     parser.add_argument("--anew", action="store_true", help="also stage 3 from the adapted model's own adapter")
-    parser.add_argument("--gold", action="store_true", help="also MT-LLM fine-tuned on the task's English labels")
     parser.add_argument("--bf16", action="store_true", help="train under bf16 autocast, evaluate bf16 weights")
     parser.add_argument("--languages", nargs="+", help='FLORES-200 codes or "all"; by default 31 of both groups')
     parser.add_argument("--limit", type=int, help="test rows a language, drawn once; by default all 204")
@@ -191,7 +179,9 @@ def main() -> None:
     for done, seed in enumerate(options.seeds, 1):
         train_seed(options, seed)
         evaluate(options, options.seeds[:done])
-        write_tables(options.output, options.save or options.output, options.seeds[:done], systems_of(options))
+        write_tables(
+            options.output, options.save or options.output, options.seeds[:done], systems(options.texts, options.anew)
+        )
 
 
 if __name__ == "__main__":
