@@ -6,8 +6,9 @@
 DIR holds SIB-200 and the English MNLI sample (`sib200/<language>/<split>.tsv`, `mnli_sample/en/train.json`); the task
 is SIB-200, the text of stage 1 its English training sentences and MNLI's. Every training run is one `mtllm` command and
 every score a cell of `mtllm evaluate --suite`, so the same command goes on where it was stopped; seeds are finished
-one after the other, and the table is of those that are. Settings were chosen on English validation rows alone (benchmarks/LOG.md);
-another setting needs another --output. --bf16 is for processors that multiply it faster than fp32 (AVX-512 BF16, AMX).
+one after the other, and the table is of those that are. Settings were chosen on English validation rows alone (see
+benchmarks/LOG.md); another setting needs another --output. --bf16 is for processors that multiply it faster than fp32
+(AVX-512 BF16, AMX).
 """
 
 from __future__ import annotations
