@@ -25,7 +25,7 @@ from mtllm_fast.data import PackedBatch
 from mtllm_fast.models.adapters import LoraSettings
 from mtllm_fast.models.llm import PackedLLM
 
-from .lora import LoraLinear
+from .lora import SharedLora
 from .registry import Case, Variant, Work, register
 from .run import main
 
@@ -96,7 +96,7 @@ def joint_masked(p: Problem) -> list[Tensor]:
 def joint_shared(p: Problem) -> list[Tensor]:
     def forward(layer: Any, x: Tensor) -> Tensor:
         a, b = layer.lora_A["student"].weight, layer.lora_B["student"].weight
-        return LoraLinear.apply(x, layer.base_layer.weight, a, b, layer.scaling["student"], p.split)
+        return SharedLora.apply(x, layer.base_layer.weight, a, b, layer.scaling["student"], p.split)
 
     for layer in p.llm._tuned:
         layer.forward = partial(forward, layer)

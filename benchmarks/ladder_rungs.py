@@ -21,7 +21,7 @@ from mtllm_fast.training import OptimSettings
 from mtllm_fast.training.switches import apply_switches, check_switches
 
 from .common import peak_incremental_mib, relative_error
-from .lora import LoraLinear
+from .lora import SharedLora
 from .registry import Size
 from .steps import (
     SMALL,
@@ -78,7 +78,7 @@ def shared_products(p: Problem) -> Iterator[None]:
 
     def forward(layer: Any, x: Tensor) -> Tensor:
         a, b = (m["student"].weight.to(x.dtype) for m in (layer.lora_A, layer.lora_B))
-        return LoraLinear.apply(x, layer.base_layer.weight, a, b, layer.scaling["student"], split)
+        return SharedLora.apply(x, layer.base_layer.weight, a, b, layer.scaling["student"], split)
 
     for layer in llm._tuned:
         layer.forward = partial(forward, layer)

@@ -1,4 +1,4 @@
-"""One frozen linear layer with LoRA, forward + backward: peft's layer (which the models use) against fewer passes.
+"""One frozen linear layer with LoRA, forward + backward: peft's layer against the models' one op (`models.lora`).
 
 python -m benchmarks.lora
 """
@@ -6,13 +6,18 @@ python -m benchmarks.lora
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mtllm_fast.models.lora import LoraLinear, fuse_lora
 
 from .packed_path import fresh_compile
 from .registry import Case, Variant, Work, register
@@ -21,7 +26,7 @@ from .run import main
 SCALE = 2.0
 
 
-class LoraLinear(torch.autograd.Function):
+class SharedLora(torch.autograd.Function):
     """y = x wᵀ, plus scale · (x aᵀ) bᵀ on the first `split` rows, which alone are differentiated.
 
     The base product and the adapter's share one output, so that y is written once and added to in place; nothing but
@@ -59,7 +64,7 @@ class Problem:
     a: Tensor  # (r, K)
     b: Tensor  # (N, r)
     direction: Tensor  # (T, N)
-    layer: Any  # peft's, over the same tensors
+    layer: Any  # peft's, over the same base weight; its adapter is in fp32, as training has it
     backward: bool = True
 
 
@@ -79,20 +84,34 @@ def make(
                 normal(out, rank, scale=0.1), normal(rows, out), None)  # fmt: skip
     base = nn.Linear(width, out, bias=False, device=device, dtype=dtype).requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=int(SCALE * rank), lora_dropout=0.0)
-    layer = Linear(base, "student", config=config, r=rank, lora_alpha=int(SCALE * rank)).to(device, dtype)
+    layer = Linear(base, "student", config=config, r=rank, lora_alpha=int(SCALE * rank)).to(device)
     with torch.no_grad():
         base.weight.copy_(p.w)
         layer.lora_A["student"].weight.copy_(p.a)
         layer.lora_B["student"].weight.copy_(p.b)
+    fuse_lora([layer])
     p.layer = layer
     return p
 
 
+@contextmanager
+def pefts_layers() -> Iterator[None]:
+    """Inside the block every LoRA layer of a model runs peft's own forward."""
+    with patch.object(LoraLinear, "_plain_adapter", lambda *_: None):
+        yield
+
+
 def by_peft(p: Problem) -> dict[str, Any]:
+    with pefts_layers():
+        return by_layer(p)
+
+
+def by_layer(p: Problem) -> dict[str, Any]:
     x = p.x.detach().requires_grad_()
     a, b = (part["student"].weight for part in (p.layer.lora_A, p.layer.lora_B))
     a.grad = b.grad = None
-    y = p.layer(x)
+    with torch.autocast(x.device.type, x.dtype, enabled=x.dtype in (torch.bfloat16, torch.float16)):
+        y = p.layer(x)
     if p.backward:
         y.backward(p.direction)
     return {"y": y.detach(), "x": x.grad, "a": a.grad, "b": b.grad}
@@ -100,10 +119,6 @@ def by_peft(p: Problem) -> dict[str, Any]:
 
 def _formula(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return F.linear(x, w) + SCALE * F.linear(F.linear(x, a), b)
-
-
-def _function(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return LoraLinear.apply(x, w, a, b, SCALE, x.shape[0])  # type: ignore[no-any-return]
 
 
 def _plain(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -147,7 +162,7 @@ register(
         },
         variants={
             "peft": Variant(by_peft),
-            "one function": Variant(partial(by, _function), ours=True),
+            "one op": Variant(by_layer, ours=True),
             "compile": Variant(
                 partial(by, torch.compile(_formula, dynamic=False)),
                 needs=("compiler",),

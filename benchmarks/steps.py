@@ -35,6 +35,7 @@ from mtllm_fast.models.heads import HeadConfig
 
 from .attention import mask_4d
 from .lengths import DISTRIBUTIONS
+from .lora import pefts_layers
 from .registry import Case, Size, Variant, Work, register
 from .run import main
 
@@ -239,13 +240,14 @@ def packed_unfused(p: Problem) -> dict[str, Any]:
 
 @contextmanager
 def huggingface(model: MTLLM) -> Iterator[None]:
-    """Hugging Face's own padded attention inside the block."""
+    """Hugging Face's own padded attention and peft's own LoRA layers inside the block."""
     assert model.encoder is not None and model.llm is not None
     bases = (model.encoder.model, model.llm.model)
     for base in bases:
         base.set_attn_implementation("sdpa")
     try:
-        yield
+        with pefts_layers():
+            yield
     finally:
         for base in bases:
             base.set_attn_implementation(NAME)

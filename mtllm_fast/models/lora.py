@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 class LoraProduct(torch.autograd.Function):
@@ -52,16 +53,18 @@ class LoraProduct(torch.autograd.Function):
 
 
 class DroppedProduct(torch.autograd.Function):
-    """(x * keep * scale) aᵀ of x (T, K), keep (T, K) bool and a (r, K): a product after dropout that keeps x, which the
-    layer keeps anyway, and one byte of `keep` for each of its elements, not a dropped-out copy."""
+    """`dropped` aᵀ, where dropped = x * keep * scale, of x (T, K), keep (T, K) bool and a (r, K).
+
+    Keeps x, which the layer keeps anyway, and one byte of `keep` for each of its elements, not the dropped-out copy.
+    """
 
     @staticmethod
-    def forward(x: Tensor, keep: Tensor, a: Tensor, scale: float) -> Tensor:
-        return (x * keep).mul_(scale) @ a.t()
+    def forward(x: Tensor, dropped: Tensor, keep: Tensor, a: Tensor, scale: float) -> Tensor:
+        return dropped @ a.t()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, keep, a, ctx.scale = inputs
+        x, _, keep, a, ctx.scale = inputs
         ctx.save_for_backward(x, keep, a)
 
     @staticmethod
@@ -69,7 +72,7 @@ class DroppedProduct(torch.autograd.Function):
         x, keep, a = ctx.saved_tensors
         scaled = ctx.scale * d_low
         dx = (scaled @ a) * keep if ctx.needs_input_grad[0] else None
-        return dx, None, scaled.t() @ (x * keep), None
+        return dx, None, None, scaled.t() @ (x * keep), None
 
 
 class LoraLinear(PeftLinear):  # type: ignore[misc]
@@ -91,8 +94,9 @@ class LoraLinear(PeftLinear):  # type: ignore[misc]
         p = getattr(self.lora_dropout[name], "p", 0.0) if self.training else 0.0
         flat = x.reshape(-1, x.shape[-1])
         if p > 0:
-            keep = torch.empty_like(flat, dtype=torch.bool).bernoulli_(1 - p)
-            low = DroppedProduct.apply(flat, keep, a, 1 / (1 - p))
+            with torch.no_grad():
+                dropped, keep = torch.native_dropout(flat, p, True)
+            low = DroppedProduct.apply(flat, dropped, keep, a, 1 / (1 - p))
             y = LoraProduct.apply(flat, w, bias, low, None, b, self.scaling[name])
         else:
             # `low` keeps its graph, which only a second derivative needs: the first one comes folded into dx
@@ -110,7 +114,7 @@ class LoraLinear(PeftLinear):  # type: ignore[misc]
         if down.bias is not None or up.bias is not None or not x.is_floating_point() or x.numel() == 0:
             return None
         weights = [base.weight, down.weight, up.weight, *([] if base.bias is None else [base.bias])]
-        if any(type(weight) not in (Tensor, nn.Parameter) for weight in weights):  # spread, quantised
+        if any(is_traceable_wrapper_subclass(weight) for weight in weights):  # spread over processes, quantised
             return None
         if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
             return None

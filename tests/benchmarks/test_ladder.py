@@ -50,9 +50,9 @@ def test_a_rung_with_other_weights_or_another_loss_is_wrong() -> None:
 
 def test_joint_pass_takes_every_base_layer_once(monkeypatch) -> None:
     problem, calls = tiny(), []
-    apply = ladder_rungs.LoraLinear.apply
+    apply = ladder_rungs.SharedLora.apply
     monkeypatch.setattr(
-        ladder_rungs.LoraLinear, "apply", lambda x, *rest: (calls.append(x.shape[-2]), apply(x, *rest))[1]
+        ladder_rungs.SharedLora, "apply", lambda x, *rest: (calls.append(x.shape[-2]), apply(x, *rest))[1]
     )
     rung = next(r for r in ALONE if r.joint)
     forward_backward(rung, prepare(rung, problem, "cpu").problem)
