@@ -12,7 +12,7 @@ import torch
 from mtllm_fast import MTLLM, Engine, HeadConfig, LoraSettings, TextRow
 from mtllm_fast.inference import engine as module
 from mtllm_fast.inference.compile import compile_layers
-from mtllm_fast.inference.cpu_linear import OneDnnLinear
+from mtllm_fast.inference.cpu_linear import OneDnnLinear, fast_linear
 from tests.conftest import assert_matches, relative_error
 from tests.tiny import LINES
 
@@ -224,6 +224,17 @@ def test_linear_layers_on_the_cpu() -> None:
         assert_matches(got, torch.nn.functional.linear(x, weight, bias), 1e-5)
         assert wide.dtype == torch.float64
         assert_matches(got, wide.float(), 1e-5)
+
+
+def test_autocast_decides_the_precision_of_a_pass(encoder_folder, llm_folder, texts) -> None:
+    """Validation of a run in bf16: oneDNN's fp32 product does not step in, so the layers run in bf16."""
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not isinstance(fast_linear(torch.device("cpu")), OneDnnLinear)
+    engine = Engine(MTLLM.stack(encoder_folder, llm_folder))
+    exact = engine.encode(texts[:4], "eng_Latn")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = engine.encode(texts[:4], "eng_Latn")
+    assert 1e-4 < np.abs(found - exact).max() / np.abs(exact).max() < 5e-2
 
 
 def test_quantize(encoder_folder, llm_folder, texts, monkeypatch) -> None:
