@@ -142,7 +142,9 @@ def evaluate(options: argparse.Namespace, seeds: list[int]) -> None:
     ]
     if options.limit:
         tasks = [{**entry, "limit": options.limit} for entry in tasks]
-    models = {name: str(root / "seed-{seed}" / folder) for name, folder in systems(options.texts, options.anew).items()}
+    # the page's bars are of the first model, which no other order depends on
+    ordered = sorted(systems(options.texts, options.anew).items(), key=lambda system: system[0] != OURS)
+    models = {name: str(root / "seed-{seed}" / folder) for name, folder in ordered}
     content = {"output": str(root / "suite"), "seeds": seeds, "models": models, "tasks": tasks}
     content |= {"dtype": "bfloat16"} if options.bf16 else {}
     path = root / "suite.yaml"

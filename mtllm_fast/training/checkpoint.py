@@ -130,11 +130,16 @@ class Publisher:
         except OSError as error:
             log.warning("a checkpoint older than that of step %d could not be deleted: %s", step, error)
 
+    def wait(self) -> None:
+        """Until the checkpoint in flight is on disk, or has failed."""
+        if self._thread is not None:
+            self._thread.join()
+
     def settle(self) -> tuple[int, OSError] | None:
         """Wait for the checkpoint in flight; (its step, the error) where it could not be completed."""
         if self._thread is None:
             return None
-        self._thread.join()
+        self.wait()
         self._thread, error, self._error = None, self._error, None
         if error is None:
             return None

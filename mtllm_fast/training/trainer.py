@@ -334,7 +334,10 @@ class PackedTrainer(ParallelTrainer):
             rewind_log(folder, steps)
         self._part_start = time.perf_counter()
         with self.stop:
-            output = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            try:
+                output = self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            finally:  # who goes on in this process after an error finds the checkpoint that was begun
+                self.publisher.wait()
             self.conclude()
         history = self.state.log_history
         metrics = {

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,19 @@ def test_save_steps_count_between_validations(llm_folder, tmp_path, monkeypatch)
     assert metrics["best_step"] == 2 * epoch
     equal = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("run", "more")]
     assert equal[0] == equal[1]
+
+
+def test_after_an_error_the_checkpoint_in_flight_is_there(llm_folder, tmp_path, monkeypatch) -> None:
+    """The disk is slow, and whoever caught the error goes on at once."""
+
+    def slow(path: Path, step: int) -> Path:
+        time.sleep(1.0)
+        return publish(path, step)
+
+    monkeypatch.setattr("mtllm_fast.training.checkpoint.publish", slow)
+    with pytest.raises(KeyboardInterrupt):
+        _finetune(llm_folder, tmp_path, [0.9, 0.5], monkeypatch, async_save=True)
+    assert len(_saved(tmp_path)) == 2
 
 
 def test_the_best_one_is_known_in_a_folder_that_moved(llm_folder, tmp_path, monkeypatch) -> None:
