@@ -159,6 +159,20 @@ def test_what_is_more_than_plain_is_pefts() -> None:
     assert dora._plain_adapter(x) is None
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_compiles_into_one_graph(dropout) -> None:
+    ours, _ = both(dropout=dropout, dtype=torch.float32)
+    compiled = torch.compile(lambda x: ours(x), backend="aot_eager", fullgraph=True)
+    found = []
+    for layer in (ours, compiled):
+        x = torch.randn(6, 24, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        torch.manual_seed(0)
+        y = layer(x)
+        y.sum().backward()
+        found.append((y, x.grad))
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_models_have_it(llm_folder) -> None:
     from mtllm_fast.models import MTLLM
     from mtllm_fast.models.adapters import LoraSettings
