@@ -179,7 +179,12 @@ def _distillation_scratch(architecture: str, *args: Any) -> float:
     return float(logits + chunk_rows + pairs * width * head.element_size() * int(need_dx))
 
 
+def _added_product_flops(y: Tensor, a: Tensor, b: Tensor, **_: Any) -> float:
+    return 2.0 * a.numel() * b.shape[1]
+
+
 FLOPS: dict[str, Cost] = {
+    "aten::addmm_": _added_product_flops,  # torch's own table has only the one that is not in place
     "mtllm_fast::packed_linear": _linear_flops,
     "mtllm_fast::packed_linear_backward": _linear_backward_flops,
     "mtllm_fast::distillation_loss": _distillation_flops,

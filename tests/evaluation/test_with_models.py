@@ -71,10 +71,11 @@ def test_dtype_and_merged_adapters(stack, source, tmp_path):
     model = MTLLM.stack(
         None, stack.config.llm, reader="llm", head=HeadConfig(labels=("a", "b", "c")), lora=LoraSettings(r=4)
     )
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_B" in name:
-                weight.normal_(std=0.2)
+                weight.normal_(std=0.2, generator=generator)
     model.save_pretrained(tmp_path / "model")
     texts = TASK.rows(source, "eng_Latn")
     exact, cells = Engine(model).classify(texts), {}
@@ -95,7 +96,7 @@ def test_dtype_and_merged_adapters(stack, source, tmp_path):
     spread = np.abs(exact).max()
     assert np.abs(cells[None] - exact).max() < 1e-5 * spread
     assert np.array_equal(cells[None], cells["float32"])
-    assert 1e-5 * spread < np.abs(cells["bfloat16"] - exact).max() < 0.05 * spread
+    assert 1e-5 * spread < np.abs(cells["bfloat16"] - exact).max() < 0.1 * spread
     store = CellStore(tmp_path / "None")  # another dtype is another result
     evaluate(
         tmp_path / "model",

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, M2M100Config
 from mtllm_fast import planning
 from mtllm_fast.cli import main
 from mtllm_fast.losses import DistillationLoss, DistillationWeights
+from mtllm_fast.planning.accounting import Accounting
 from mtllm_fast.planning.plan import packs
 from mtllm_fast.planning.simulate import build, make_batch
 
@@ -46,6 +47,14 @@ def test_predicted_memory_is_within_a_tenth_of_a_real_step(weights, checkpointin
     assert planning.ours(spec, LENGTHS, architecture="cpu").peak == pytest.approx(real, rel=0.1)
     fewer = planning.ours(spec, LENGTHS[:2], architecture="cpu").peak  # negative control: other texts, other memory
     assert fewer != pytest.approx(real, rel=0.1)
+
+
+def test_products_that_are_added_in_place_count():
+    y, a, b = (torch.empty(*shape, device="meta") for shape in ((6, 5), (6, 4), (4, 5)))
+    with Accounting() as acc:
+        y.addmm_(a, b)
+        torch.addmm(y, a, b)
+    assert acc.flops["other"] == 2 * (2 * 6 * 4 * 5)
 
 
 def test_static_memory_counts_every_weight():
