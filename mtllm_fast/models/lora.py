@@ -85,13 +85,14 @@ class LoraLinear(PeftLinear):  # type: ignore[misc]
         base = cast(nn.Linear, self.base_layer)
         down = cast(Tensor, self.lora_A[name].weight)
         up = cast(Tensor, self.lora_B[name].weight)
-        dtype = _autocast_dtype(x.device.type)
+        dtype = _autocast_dtype(x)
         if dtype is not None:
             x, w, a, b = (t.to(dtype) for t in (x, base.weight, down, up))
             bias = None if base.bias is None else base.bias.to(dtype)
         else:
             w, a, b, bias = base.weight, down, up, base.bias
-        p = getattr(self.lora_dropout[name], "p", 0.0) if self.training else 0.0
+        dropout = self.lora_dropout[name]
+        p = float(getattr(dropout, "p", 0.0)) if dropout.training else 0.0
         flat = x.reshape(-1, x.shape[-1])
         if p > 0:
             with torch.no_grad():
@@ -121,12 +122,14 @@ class LoraLinear(PeftLinear):  # type: ignore[misc]
         if any(_has_hooks(module) for module in (base, down, up)):
             return None
         same = {x.dtype, *(weight.dtype for weight in weights)}
-        return active[0] if len(same) == 1 or _autocast_dtype(x.device.type) else None
+        cast_to_one = _autocast_dtype(x) is not None and torch.float64 not in same
+        return active[0] if len(same) == 1 or cast_to_one else None
 
 
-def _autocast_dtype(kind: str) -> torch.dtype | None:
-    """What autocast computes in on a device type, None where it is off."""
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast casts x to, None where it is off or leaves it, as it does float64."""
+    kind = x.device.type
+    on = x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if on else None
 
 

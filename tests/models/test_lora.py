@@ -101,6 +101,31 @@ def test_autocast_is_as_near_as_peft() -> None:
         assert its[name] > 1e-4  # bf16 was really used
 
 
+def test_autocast_leaves_float64() -> None:
+    """As torch does; a layer in float64 that reads float32 is peft's, which says what does not fit."""
+    ours, theirs = both()
+    x = torch.randn(5, 24, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(x).dtype == torch.float64
+        assert relative(ours(x), theirs(x)) < 1e-12
+        assert ours._plain_adapter(x.float()) is None
+
+
+def test_the_dropout_layer_says_whether_it_drops() -> None:
+    ours, theirs = both(dropout=0.4)
+    x = torch.randn(5, 24, dtype=torch.float64)
+    for layer in (ours, theirs):
+        layer.lora_dropout["student"].eval()  # alone, the layer around it still trains
+    assert ours.training
+    assert relative(ours(x), theirs(x)) < 1e-12
+    ours.lora_dropout["student"].train()
+    assert relative(ours(x), theirs(x)) > 1e-3
+
+
+def relative(got, right) -> float:
+    return float((got - right).detach().norm() / right.detach().norm())
+
+
 def test_second_derivatives_and_torch_func() -> None:
     ours, _ = both()
     a, b = ours.lora_A["student"].weight, ours.lora_B["student"].weight
