@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
@@ -83,6 +84,7 @@ def summarise(root: Path, seeds: Sequence[int], systems: Mapping[str, str]) -> d
     first: Scores = next(iter(parts.values()))
     return {
         "task": "SIB-200", "seeds": list(seeds), "languages": {g: p.foreign() for g, p in parts.items()},
+        "dtype": yaml.safe_load((root / "suite.yaml").read_text(encoding="utf-8")).get("dtype", "float32"),
         "rows": first.limit or next(iter(first.models[0].languages.values())).rows,
         "english": {name: of_english(root, next(iter(parts)), name, len(seeds)) for name in systems},
         "systems": models, "versions": first.versions,
@@ -131,8 +133,8 @@ def head(found: Mapping[str, Any]) -> str:
     known = sorted({seed for used in runs for seed, seconds in zip(found["seeds"], used) if seconds is not None})
     cost = f"seed{'s' * (len(known) > 1)} {', '.join(map(str, known))}" if known else "no seed"
     return (
-        f"SIB-200 test, {found['rows']} rows a language, seeds {seeds}; accuracy in % with 95 % intervals over rows "
-        "(languages and seeds fixed), by whether the encoder's pretraining had the language. CPU-seconds are of both "
+        f"SIB-200 test, {found['rows']} rows a language, {found['dtype']}, seeds {seeds}; accuracy in % with "
+        "95 % intervals over rows (languages and seeds fixed), by whether the encoder's pretraining had the language. CPU-seconds are of both "
         f"stages of a stack, its teacher's not counted, known of {cost}."
     )
 
