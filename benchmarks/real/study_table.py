@@ -134,7 +134,8 @@ def head(found: Mapping[str, Any]) -> str:
     cost = f"seed{'s' * (len(known) > 1)} {', '.join(map(str, known))}" if known else "no seed"
     return (
         f"SIB-200 test, {found['rows']} rows a language, {found['dtype']}, seeds {seeds}; accuracy in % with "
-        "95 % intervals over rows (languages and seeds fixed), by whether the encoder's pretraining had the language. CPU-seconds are of both "
+        "95 % intervals over rows (languages and seeds fixed), by whether the "
+        "encoder's pretraining had the language. CPU-seconds are of both "
         f"stages of a stack, its teacher's not counted, known of {cost}."
     )
 
