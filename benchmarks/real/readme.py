@@ -41,12 +41,16 @@ def demo_block(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def study_block(results: Mapping[str, Any]) -> list[str]:
-    """The study's table, and where every language of it stands."""
-    return [head(results), "", *markdown(results), "", f"Every language: [study.json]({RESULTS}/study.json)."]
+def study_block(name: str) -> Callable[[Mapping[str, Any]], list[str]]:
+    """The table of a study, and where every language of it stands."""
+
+    def block(results: Mapping[str, Any]) -> list[str]:
+        return [head(results), "", *markdown(results), "", f"Every language: [{name}.json]({RESULTS}/{name}.json)."]
+
+    return block
 
 
-BLOCKS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {"demo": demo_block, "study": study_block}
+BLOCKS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {"demo": demo_block, "sib200": study_block("sib200")}
 
 
 def with_blocks(text: str) -> str:

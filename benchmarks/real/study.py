@@ -3,12 +3,12 @@
     mtllm fetch e5-small --output models/e5-small; mtllm fetch smollm2-135m --output models/smollm2-135m
     python -m benchmarks.real.study --data DIR --encoder models/e5-small --llm models/smollm2-135m --output runs/study
 
-DIR holds SIB-200 and the English MNLI sample (`sib200/<language>/<split>.tsv`, `mnli_sample/en/train.json`); the task
-is SIB-200, the text of stage 1 its English training sentences and MNLI's. Every training run is one `mtllm` command and
-every score a cell of `mtllm evaluate --suite`, so the same command goes on where it was stopped; seeds are finished
-one after the other, and the table is of those that are. Settings were chosen on English validation rows alone (see
-benchmarks/LOG.md); another setting needs another --output. --bf16 is for processors that multiply it faster than fp32
-(AVX-512 BF16, AMX).
+DIR holds the task's data and the English MNLI sample (`sib200/<language>/<split>.tsv`, `nusax_senti/...`,
+`mnli_sample/en/train.json`); the text of stage 1 is SIB-200's English training sentences and MNLI's, and its runs
+serve every task of one --output. Every training run is one `mtllm` command and every score a cell of `mtllm evaluate
+--suite`, so the same command goes on where it was stopped; seeds are finished one after the other, and the table is of
+those that are. Settings were chosen on English validation rows of SIB-200 alone (see benchmarks/LOG.md); another
+setting needs another --output. --bf16 is for processors that multiply it faster than fp32 (AVX-512 BF16, AMX).
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ import resource
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
+from mtllm_fast.evaluation import get_task
 from mtllm_fast.evaluation.pretraining import XLM_R
 
-from .study_table import CPU_SECONDS, ENGLISH, NEW, OURS, READ, write_tables
+from .study_table import CPU_SECONDS, NEW, OURS, READ, Study, write_tables
 
 COMMON = {"tokens": 1024, "max_rows": 16, "warmup": 0.1, "lora.dropout": 0.0, "save_steps": 50, "report_to": "none"}
 TEACHER = {"lr": 4e-4, "epochs": 4, "max_steps": -1}
@@ -35,16 +37,33 @@ ENCODER = {"lr": 1e-3, "epochs": 3, "max_steps": -1}
 ADAPT = {"lr": 2e-4, "init": "ridge", "init_rows": 2000, "over_variance": True, "loss.pooled_mse": 1.0}
 ADAPT |= {"loss.paired_mse": 1.0, "causal": True}
 DISTILL = {"lr": 5e-4, "loss.pooled_mse": 1.0, "loss.head_kl": 1.0, "over_variance": True, "max_steps": 88}
+DISTILL |= {"save_steps": 22}
 # the name in the table -> the folder of a seed's run; between the last two, stacks after less text
 FIRST = {"LLM directly": "teacher", "encoder, probe": "probe", "encoder, fine-tuned": "encoder"}
 ANEW = "MT-LLM, adapter anew"
+
+
+@dataclass(frozen=True)
+class StudyTask:
+    """A task of the library and its folder under --data."""
+
+    title: str
+    folder: str
+    english: str  # as the task names it
+    languages: tuple[str, ...] = ()  # by default all that it has
+
+
 # African, Asian, American, European and Pacific languages of ten scripts, half of them read by the encoder before
-LANGUAGES = """
-    eng_Latn arb_Arab ben_Beng deu_Latn ell_Grek hin_Deva ind_Latn jpn_Jpan rus_Cyrl spa_Latn swh_Latn tam_Taml
+SAMPLE = """
+    arb_Arab ben_Beng deu_Latn ell_Grek hin_Deva ind_Latn jpn_Jpan rus_Cyrl spa_Latn swh_Latn tam_Taml
     tha_Thai tur_Latn vie_Latn zho_Hans
     ace_Latn bod_Tibt ewe_Latn fij_Latn ibo_Latn kin_Latn lus_Latn min_Latn mri_Latn quy_Latn sat_Olck tat_Cyrl
     wol_Latn yor_Latn zul_Latn
 """.split()  # noqa: SIM905
+TASKS = {
+    "sib200": StudyTask("SIB-200", "sib200", "eng_Latn", tuple(SAMPLE)),
+    "nusax": StudyTask("NusaX sentiment", "nusax_senti", "english"),
+}
 
 
 def write_texts(data: Path, target: Path) -> int:
@@ -67,7 +86,7 @@ def command(name: str, settings: dict[str, object]) -> list[str]:
     words = [sys.executable, "-m", "mtllm_fast.cli", name]
     for key, value in settings.items():
         option = "--" + key.replace("_", "-")
-        words += [option] if value is True else [option, str(value)]
+        words += [option] if value is True else [option, *map(str, value if isinstance(value, list) else [value])]
     return words
 
 
@@ -99,25 +118,33 @@ def cpu_seconds() -> float:
 
 
 def train_seed(options: argparse.Namespace, seed: int) -> None:
-    """Every model of one seed: the task teacher, the baselines, and the stacks after 0 and more texts of stage 1."""
+    """Every model of one seed: the task teacher, the baselines, and the stacks after 0 and more texts of stage 1.
+
+    Stage 3 of the last stack also looks at other languages whenever it is validated in English; that chooses nothing.
+    """
     root = options.output / f"seed-{seed}"
-    task = {"task": "sib200", "data": options.data / "sib200"}
+    of_task = root / options.task
+    task = {"task": options.task, "data": options.data / TASKS[options.task].folder}
     common = {**COMMON, "seed": seed, **({"bf16": True} if options.bf16 else {})}
     bases = {"encoder": options.encoder, "llm": options.llm}
-    probe = root / "probe"
-    if not probe.exists():
-        words = {"model": options.encoder, "from": "encoder", "output": probe}
+    if not (root / "probe").exists():
+        words = {"model": options.encoder, "from": "encoder", "output": root / "probe"}
         subprocess.run(command("convert", words), check=True, stdout=subprocess.DEVNULL)
-    train("finetune", root / "teacher", {"llm": options.llm, "causal": True, **task, **common, **TEACHER})
-    train("finetune", root / "encoder", {"encoder": options.encoder, **task, **common, **ENCODER})
+    train("finetune", of_task / "teacher", {"llm": options.llm, "causal": True, **task, **common, **TEACHER})
+    train("finetune", of_task / "encoder", {"encoder": options.encoder, **task, **common, **ENCODER})
     adapted = {key: value for key, value in common.items() if not key.startswith("lora.")}
     for texts in options.texts:
         steps = {"max_steps": texts // COMMON["max_rows"], "text": options.output / "texts.txt"}
         train("adapt", root / f"adapted-{texts}", {**bases, **common, **ADAPT, **steps})
         starts = {"": "teacher", "-anew": "adapted"} if options.anew and texts == options.texts[-1] else {"": "teacher"}
         for name, start in starts.items():
-            models = {"model": root / f"adapted-{texts}", "teacher": root / "teacher", "init_from": start}
-            train("distill", root / f"stack-{texts}{name}", {**models, **task, **adapted, **DISTILL})
+            models = {"model": root / f"adapted-{texts}", "teacher": of_task / "teacher", "init_from": start}
+            settings = {**models, **task, **adapted, **DISTILL}
+            if options.watch and texts == options.texts[-1] and not name:
+                seen = [code for code in languages_of(options) if code != TASKS[options.task].english]
+                settings |= {"watch.languages": seen, "watch.split": "test", "watch.steps": 22}
+                settings |= {"watch.limit": options.watch}
+            train("distill", of_task / f"stack-{texts}{name}", settings)
 
 
 def systems(texts: list[int], anew: bool = False) -> dict[str, str]:
@@ -128,23 +155,34 @@ def systems(texts: list[int], anew: bool = False) -> dict[str, str]:
     return {**found, ANEW: f"stack-{texts[-1]}-anew"} if anew else found
 
 
+def languages_of(options: argparse.Namespace) -> list[str]:
+    """The languages of the study, English among them."""
+    plan = TASKS[options.task]
+    every = sorted(get_task(options.task).languages(str(options.data / plan.folder)))
+    chosen = every if options.languages == ["all"] else options.languages or plan.languages or every
+    return [plan.english, *(code for code in chosen if code != plan.english)]
+
+
 def evaluate(options: argparse.Namespace, seeds: list[int]) -> None:
     """Every system in every language, the languages that the encoder has read before apart from the others."""
-    root = options.output
-    languages = sorted(path.name for path in (options.data / "sib200").iterdir() if path.is_dir())
-    languages = languages if options.languages == ["all"] else options.languages or LANGUAGES
-    foreign = [code for code in languages if code != ENGLISH]
-    groups = {READ: [code for code in foreign if code in XLM_R], NEW: [code for code in foreign if code not in XLM_R]}
+    root = options.output / options.task
+    root.mkdir(parents=True, exist_ok=True)
+    plan = TASKS[options.task]
+    source = str(options.data / plan.folder)
+    foreign = languages_of(options)[1:]
+    codes = {name: get_task(options.task).mt_code(name) for name in foreign}
+    groups = {READ: [x for x in foreign if codes[x] in XLM_R], NEW: [x for x in foreign if codes[x] not in XLM_R]}
     tasks = [
-        {"task": "sib200", "name": name, "data": str(options.data / "sib200"), "languages": [ENGLISH, *codes]}
-        for name, codes in groups.items()
-        if codes
+        {"task": options.task, "name": name, "data": source, "languages": [plan.english, *chosen]}
+        for name, chosen in groups.items()
+        if chosen
     ]
     if options.limit:
         tasks = [{**entry, "limit": options.limit} for entry in tasks]
     # the page's bars are of the first model, which no other order depends on
     ordered = sorted(systems(options.texts, options.anew).items(), key=lambda system: system[0] != OURS)
-    models = {name: str(root / "seed-{seed}" / folder) for name, folder in ordered}
+    places = {name: folder if folder == "probe" else f"{options.task}/{folder}" for name, folder in ordered}
+    models = {name: str(options.output / "seed-{seed}" / place) for name, place in places.items()}
     content = {"output": str(root / "suite"), "seeds": seeds, "models": models, "tasks": tasks}
     content |= {"dtype": "bfloat16"} if options.bf16 else {}
     path = root / "suite.yaml"
@@ -161,7 +199,8 @@ def evaluate(options: argparse.Namespace, seeds: list[int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with sib200/ and mnli_sample/")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the task's data and mnli_sample/")
+    parser.add_argument("--task", choices=TASKS, default="sib200")
     parser.add_argument("--encoder", type=Path, required=True, help="model folder")
     parser.add_argument("--llm", type=Path, required=True, help="model folder")
     parser.add_argument("--output", type=Path, default=Path("runs/study"))
@@ -169,9 +208,12 @@ def main() -> None:
     parser.add_argument("--texts", type=int, nargs="+", default=[0, 2000], help="texts of stage 1, rising")
     parser.add_argument("--anew", action="store_true", help="also stage 3 from the adapted model's own adapter")
     parser.add_argument("--bf16", action="store_true", help="train under bf16 autocast, evaluate bf16 weights")
-    parser.add_argument("--languages", nargs="+", help='FLORES-200 codes or "all"; by default 31 of both groups')
-    parser.add_argument("--limit", type=int, help="test rows a language, drawn once; by default all 204")
-    parser.add_argument("--save", type=Path, help="folder for study.json, study.md and the HTML pages")
+    parser.add_argument(
+        "--languages", nargs="+", help='the task\'s codes or "all"; by default of SIB-200 31 of both groups'
+    )
+    parser.add_argument("--limit", type=int, help="test rows a language, drawn once; by default all")
+    parser.add_argument("--watch", type=int, help="test rows a language that stage 3 of the last stack logs scores of")
+    parser.add_argument("--save", type=Path, help="FILE.json for the results, with .md and .html beside it")
     options = parser.parse_args()
     if sorted(set(options.texts)) != options.texts:
         parser.error(f"--texts {options.texts}: expected rising numbers")
@@ -179,12 +221,13 @@ def main() -> None:
     count = len(texts.read_text(encoding="utf-8").splitlines()) if texts.exists() else write_texts(options.data, texts)
     if options.texts[-1] > count:
         parser.error(f"--texts {options.texts[-1]}: {options.data} holds {count} English texts")
+    save = options.save or options.output / f"{options.task}.json"
+    plan = TASKS[options.task]
     for done, seed in enumerate(options.seeds, 1):
         train_seed(options, seed)
         evaluate(options, options.seeds[:done])
-        write_tables(
-            options.output, options.save or options.output, options.seeds[:done], systems(options.texts, options.anew)
-        )
+        study = Study(options.output, options.task, plan.title, plan.english, options.seeds[:done])
+        write_tables(study, save, systems(options.texts, options.anew))
 
 
 if __name__ == "__main__":

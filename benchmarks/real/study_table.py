@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,17 +19,36 @@ from mtllm_fast.evaluation.results import Scores
 from mtllm_fast.evaluation.statistics import interval, mean_samples
 from mtllm_fast.reporting.scores import read_scores
 
-ENGLISH = "eng_Latn"
 READ, NEW = "read before", "not read before"
 OURS = "MT-LLM"
 CPU_SECONDS = "CPU-seconds:"  # before their number, in the log of a training command
 
 
-def right_by_row(root: Path, group: str, system: str, seeds: int, codes: Sequence[str]) -> NDArray[np.float64]:
+@dataclass(frozen=True)
+class Study:
+    """Where the runs and cells of a task are: `output`/seed-S/`task`/ and `output`/`task`/suite/."""
+
+    output: Path
+    task: str
+    title: str
+    english: str
+    seeds: Sequence[int]
+
+    @property
+    def suite(self) -> Path:
+        return self.output / self.task / "suite"
+
+    def run(self, seed: int, folder: str) -> Path:
+        """A training run; stage 1 serves every task."""
+        place = self.output / f"seed-{seed}"
+        return place / folder if folder.startswith("adapted-") else place / self.task / folder
+
+
+def right_by_row(study: Study, group: str, system: str, codes: Sequence[str]) -> NDArray[np.float64]:
     """(N,) share of seeds and languages in which each test row, parallel in all of them, was classified right."""
     found = []
-    for index in range(seeds):
-        folder = root / "suite" / "cells" / quote(group, safe=" ") / quote(system, safe=" ") / f"seed {index + 1}"
+    for index in range(len(study.seeds)):
+        folder = study.suite / "cells" / quote(group, safe=" ") / quote(system, safe=" ") / f"seed {index + 1}"
         for code in codes:
             cell = load_file(folder / f"{code}.safetensors")
             found.append(cell["predictions"] == cell["gold"])
@@ -40,15 +60,15 @@ def difference(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> list[f
     return [float((ours - theirs).mean()), *interval(mean_samples(ours - theirs))]
 
 
-def of_training(root: Path, seeds: Sequence[int], folder: str) -> dict[str, Any]:
+def of_training(study: Study, folder: str) -> dict[str, Any]:
     """CPU-seconds (loading included; of a stack, both of its stages) and best English validation accuracy of a system's
     runs, by seed; the CPU-seconds of a seed None where a log does not hold them all."""
     found: dict[str, Any] = {"cpu_seconds": [], "english_validation": []}
-    for seed in seeds:
-        path = root / f"seed-{seed}" / folder / "result.json"
+    for seed in study.seeds:
+        path = study.run(seed, folder) / "result.json"
         if path.is_file():
             stages = [folder, *([f"adapted-{folder.split('-')[1]}"] if folder.startswith("stack-") else [])]
-            used = [of_log(root / f"seed-{seed}" / f"{stage}.log") for stage in stages]
+            used = [of_log(study.run(seed, stage).with_suffix(".log")) for stage in stages]
             found["cpu_seconds"].append(None if None in used else round(sum(filter(None, used))))
             found["english_validation"].append(json.loads(path.read_text(encoding="utf-8")).get("best_eval_accuracy"))
     return found
@@ -62,18 +82,47 @@ def of_log(path: Path) -> float | None:
     return sum(used) if used and len(used) == started else None
 
 
-def summarise(root: Path, seeds: Sequence[int], systems: Mapping[str, str]) -> dict[str, Any]:
+def of_checkpoints(study: Study, folder: str) -> list[dict[str, Any]]:
+    """Of each seed's run, whenever it looked at other languages: the step, English validation accuracy, and the mean
+    over the watched languages, which chose nothing; empty where no run looked."""
+    found = []
+    for seed in study.seeds:
+        english, watched = {}, {}
+        for line in (study.run(seed, folder) / "log.jsonl").read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            if "eval_accuracy" in entry:
+                english[entry["step"]] = entry["eval_accuracy"]
+            scores = [value for key, value in entry.items() if key.startswith("watch_") and key.endswith("_accuracy")]
+            if scores:
+                watched[entry["step"]] = sum(scores) / len(scores)
+        steps = sorted(english.keys() & watched.keys())
+        if steps:
+            result = json.loads((study.run(seed, folder) / "result.json").read_text(encoding="utf-8"))
+            found.append(
+                {
+                    "seed": seed,
+                    "steps": steps,
+                    "english_validation": [english[step] for step in steps],
+                    "watched": [watched[step] for step in steps],
+                    "chosen": watched[result["best_step"]],
+                    "hindsight": max(watched[step] for step in steps),
+                }
+            )
+    return found
+
+
+def summarise(study: Study, systems: Mapping[str, str]) -> dict[str, Any]:
     """Everything that the table shows, from the suite's report and its cells; shares from 0 to 1."""
-    parts = {part.task: part for part in read_scores(root / "suite" / "scores.json")}
+    parts = {part.task: part for part in read_scores(study.suite / "scores.json")}
     models = {}
     for name, folder in systems.items():
-        models[name] = {"training": of_training(root, seeds, folder), "groups": {}, "languages": {}}
+        models[name] = {"training": of_training(study, folder), "groups": {}, "languages": {}}
         for group, part in parts.items():
             scores = next(model for model in part.models if model.name == name)
             mean = scores.overall("non_english")
             assert mean is not None
-            ours = right_by_row(root, group, OURS, len(seeds), part.foreign())
-            theirs = right_by_row(root, group, name, len(seeds), part.foreign())
+            ours = right_by_row(study, group, OURS, part.foreign())
+            theirs = right_by_row(study, group, name, part.foreign())
             models[name]["groups"][group] = {
                 "accuracy": mean.accuracy,
                 "interval": list(mean.accuracy_interval),
@@ -82,18 +131,19 @@ def summarise(root: Path, seeds: Sequence[int], systems: Mapping[str, str]) -> d
             }
             models[name]["languages"] |= {code: score.accuracy for code, score in scores.languages.items()}
     first: Scores = next(iter(parts.values()))
+    suite = yaml.safe_load((study.suite.parent / "suite.yaml").read_text(encoding="utf-8"))
     return {
-        "task": "SIB-200", "seeds": list(seeds), "languages": {g: p.foreign() for g, p in parts.items()},
-        "dtype": yaml.safe_load((root / "suite.yaml").read_text(encoding="utf-8")).get("dtype", "float32"),
+        "task": study.title, "seeds": list(study.seeds), "languages": {g: p.foreign() for g, p in parts.items()},
+        "dtype": suite.get("dtype", "float32"),
         "rows": first.limit or next(iter(first.models[0].languages.values())).rows,
-        "english": {name: of_english(root, next(iter(parts)), name, len(seeds)) for name in systems},
-        "systems": models, "versions": first.versions,
+        "english": {name: of_english(study, next(iter(parts)), name) for name in systems},
+        "systems": models, "checkpoints": of_checkpoints(study, systems[OURS]), "versions": first.versions,
     }  # fmt: skip
 
 
-def of_english(root: Path, group: str, system: str, seeds: int) -> dict[str, Any]:
+def of_english(study: Study, group: str, system: str) -> dict[str, Any]:
     """English accuracy over the seeds with its interval: the task teacher's is the bound of what reads its states."""
-    rows = right_by_row(root, group, system, seeds, [ENGLISH])
+    rows = right_by_row(study, group, system, [study.english])
     return {"accuracy": float(rows.mean()), "interval": list(interval(mean_samples(rows)))}
 
 
@@ -133,19 +183,19 @@ def head(found: Mapping[str, Any]) -> str:
     known = sorted({seed for used in runs for seed, seconds in zip(found["seeds"], used) if seconds is not None})
     cost = f"seed{'s' * (len(known) > 1)} {', '.join(map(str, known))}" if known else "no seed"
     return (
-        f"SIB-200 test, {found['rows']} rows a language, {found['dtype']}, seeds {seeds}; accuracy in % with "
+        f"{found['task']} test, {found['rows']} rows a language, {found['dtype']}, seeds {seeds}; accuracy in % with "
         "95 % intervals over rows (languages and seeds fixed), by whether the "
         "encoder's pretraining had the language. CPU-seconds are of both "
         f"stages of a stack, its teacher's not counted, known of {cost}."
     )
 
 
-def write_tables(root: Path, save: Path, seeds: Sequence[int], systems: Mapping[str, str]) -> None:
-    """study.json, study.md and study.html into `save`."""
-    found = summarise(root, seeds, systems)
-    save.mkdir(parents=True, exist_ok=True)
-    lines = ["# Real weights, real languages", "", head(found), "", *markdown(found), ""]
-    (save / "study.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    (save / "study.md").write_text("\n".join(lines), encoding="utf-8")
-    shutil.copy(root / "suite" / "scores.html", save / "study.html")
+def write_tables(study: Study, save: Path, systems: Mapping[str, str]) -> None:
+    """The results into `save`, a .json file, with .md and .html beside it."""
+    found = summarise(study, systems)
+    save.parent.mkdir(parents=True, exist_ok=True)
+    lines = [f"# Real weights, real languages: {study.title}", "", head(found), "", *markdown(found), ""]
+    save.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    save.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
+    shutil.copy(study.suite / "scores.html", save.with_suffix(".html"))
     print("\n".join(markdown(found)), flush=True)

@@ -15,6 +15,10 @@ from tests.conftest import REPO
 SHARED = REPO.parent / "shared" / "data"
 
 
+def of(output: Path, seeds: list[int]) -> study_table.Study:
+    return study_table.Study(output, "sib200", "SIB-200", "eng_Latn", seeds)
+
+
 def test_readme_blocks_are_those_of_the_committed_results() -> None:
     text = (REPO / "README.md").read_text(encoding="utf-8")
     assert readme.with_blocks(text) == text
@@ -30,13 +34,13 @@ def test_rows_are_paired_over_languages_and_seeds(tmp_path: Path) -> None:
     }
     for system, cells in right.items():
         for index, cell in enumerate(cells):
-            folder = tmp_path / "suite/cells/read before" / system / f"seed {1 + index // 2}"
+            folder = tmp_path / "sib200/suite/cells/read before" / system / f"seed {1 + index // 2}"
             folder.mkdir(parents=True, exist_ok=True)
             gold = np.array([3, 4, 5])
             content = {"predictions": np.where(np.array(cell) == 1, gold, 0), "gold": gold}
             save_file(content, folder / f"{('deu_Latn', 'swh_Latn')[index % 2]}.safetensors")
     ours, theirs = (
-        study_table.right_by_row(tmp_path, "read before", name, 2, ["deu_Latn", "swh_Latn"]) for name in right
+        study_table.right_by_row(of(tmp_path, [0, 1]), "read before", name, ["deu_Latn", "swh_Latn"]) for name in right
     )
     assert ours.tolist() == [1.0, 0.5, 0.25]
     assert theirs.tolist() == [0.25, 0.5, 0.25]
@@ -57,6 +61,7 @@ def test_the_systems_of_a_study() -> None:
         "0.0",
         "--over-variance",
     ]
+    assert study.command("distill", {"watch.languages": ["a", "b"]})[-3:] == ["--watch.languages", "a", "b"]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no evaluation data beside the project")
@@ -72,19 +77,41 @@ def test_texts_are_english_lines_in_one_order(tmp_path: Path) -> None:
 
 def test_cpu_seconds_of_a_run_and_its_resume(tmp_path: Path) -> None:
     def run(code: str) -> float | None:
-        log = tmp_path / "seed-0/stack-8.log"
+        log = tmp_path / "seed-0/sib200/stack-8.log"
         log.write_text("")
         for part in code:
             study_lines = {"s": "python -m mtllm_fast.cli distill --x\n", "c": "CPU-seconds: 12.5\n", "o": "step 3\n"}
             log.write_text(log.read_text() + study_lines[part])
         return study_table.of_log(log)
 
-    (tmp_path / "seed-0").mkdir()
+    (tmp_path / "seed-0/sib200").mkdir(parents=True)
     assert run("sosoc") is None  # stopped, and what it took until then is not known
     assert run("soc") == 12.5
     assert run("socsoc") == 25.0
     (tmp_path / "seed-0/adapted-8.log").write_text("python -m mtllm_fast.cli adapt --x\nCPU-seconds: 30\n")
-    (tmp_path / "seed-0/stack-8").mkdir()
-    (tmp_path / "seed-0/stack-8/result.json").write_text('{"best_eval_accuracy": 0.5}')
-    found = study_table.of_training(tmp_path, [0, 1], "stack-8")
+    (tmp_path / "seed-0/sib200/stack-8").mkdir()
+    (tmp_path / "seed-0/sib200/stack-8/result.json").write_text('{"best_eval_accuracy": 0.5}')
+    found = study_table.of_training(of(tmp_path, [0, 1]), "stack-8")
     assert found == {"cpu_seconds": [55], "english_validation": [0.5]}
+
+
+def test_the_chosen_checkpoint_and_the_best_in_hindsight(tmp_path: Path) -> None:
+    folder = tmp_path / "seed-4/sib200/stack-8"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text('{"best_step": 44, "best_eval_accuracy": 0.75}')
+    entries: list[dict] = []
+    for step, english, deu, swh in ((22, 0.5, 0.75, 0.5), (44, 0.75, 0.5, 0.25), (66, 0.75, 0.5, 0.5)):
+        entries += [{"step": step, "eval_accuracy": english}, {"step": step, "loss": 1.0}]
+        entries += [{"step": step, "watch_deu_accuracy": deu, "watch_swh_accuracy": swh, "watch_deu_rows": 40}]
+    entries += [{"step": 88, "eval_accuracy": 1.0}]  # nobody looked
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    assert study_table.of_checkpoints(of(tmp_path, [4]), "stack-8") == [
+        {
+            "seed": 4,
+            "steps": [22, 44, 66],
+            "english_validation": [0.5, 0.75, 0.75],
+            "watched": [0.625, 0.375, 0.5],
+            "chosen": 0.375,
+            "hindsight": 0.625,
+        }
+    ]
