@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mtllm_fast.demo.report import HEADER, table_rows, verdict
 
-from .study_table import head, markdown
+from .study_table import OURS, by_seed, cell, cost, gains, head, markdown
 
 REPO = Path(__file__).resolve().parents[2]
 RESULTS = "benchmarks/results/real"
+GENERATED = "benchmarks/results/miniworld/results.json"
 
 
 def demo_block(results: Mapping[str, Any]) -> list[str]:
@@ -50,7 +51,60 @@ def study_block(name: str) -> Callable[[Mapping[str, Any]], list[str]]:
     return block
 
 
-BLOCKS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {"demo": demo_block, "sib200": study_block("sib200")}
+def curve_block(results: Mapping[str, Any]) -> list[str]:
+    """What more text for stage 1 brings, how far seeds lie apart, and what English validation costs as a chooser."""
+    groups = {group: len(codes) for group, codes in results["languages"].items()}
+    stacks = {name: system for name, system in results["systems"].items() if "stack" in name or name == OURS}
+    heads = [
+        "texts of stage 1",
+        "English",
+        *(f"{name} ({count})" for name, count in groups.items()),
+        "seeds, in this order",
+    ]
+    lines = [head(results), "", "| " + " | ".join([*heads, "training, CPU-s"]) + " |"]
+    lines.append("| ---: |" + " ---: |" * len(heads))
+    for name, system in stacks.items():
+        cells = [cell(results["english"][name]), *(cell(system["groups"][group]) for group in groups)]
+        texts = f"{results['texts'][name]:,}"
+        lines.append("| " + " | ".join([texts, *cells, by_seed(system, groups), cost(system)]) + " |")
+    last = f"{results['texts'][OURS]:,}"
+    lines += ["", *(
+        f"- {last} texts against {results['texts'][name]:,}: {gains(system, groups)}"
+        for name, system in stacks.items() if name != OURS
+    )]  # fmt: skip
+    generated = json.loads((REPO / GENERATED).read_text(encoding="utf-8"))["matrix"]["full_kl"]["by_seed"].values()
+    spreads = [spread(system["groups"][group]["seeds"]) for system in stacks.values() for group in groups]
+    lines.append(
+        f"- Three seeds lie {min(spreads):.1f} to {max(spreads):.1f} points apart here, and {spread(generated):.0f} "
+        f"in the generated world ([{GENERATED}]({GENERATED}), MT-LLM + KL)."
+    )
+    looked = results["checkpoints"]
+    if looked:
+        chosen = listed(100 * run["chosen"] for run in looked)
+        best = listed(100 * run["hindsight"] for run in looked)
+        languages = sum(groups.values())
+        lines.append(
+            f"- Stage 3 of {last} texts, looked at {len(looked[0]['steps'])} times in {languages} languages: the "
+            f"checkpoint that English validation chose has {chosen} % there, the best in hindsight {best} %."
+        )
+    return lines
+
+
+def spread(accuracies: Iterable[float]) -> float:
+    values = [100 * value for value in accuracies]
+    return max(values) - min(values)
+
+
+def listed(values: Iterable[float]) -> str:
+    return ", ".join(f"{value:.1f}" for value in values)
+
+
+BLOCKS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
+    "demo": demo_block,
+    "sib200": study_block("sib200"),
+    "curve": curve_block,
+    "nusax": study_block("nusax"),
+}
 
 
 def with_blocks(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,7 @@ def summarise(study: Study, systems: Mapping[str, str]) -> dict[str, Any]:
         "dtype": suite.get("dtype", "float32"),
         "rows": first.limit or next(iter(first.models[0].languages.values())).rows,
         "english": {name: of_english(study, next(iter(parts)), name) for name in systems},
+        "texts": {name: int(f.split("-")[1]) for name, f in systems.items() if f.startswith("stack-")},
         "systems": models, "checkpoints": of_checkpoints(study, systems[OURS]), "versions": first.versions,
     }  # fmt: skip
 
@@ -155,20 +156,29 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
     lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
     for name, system in found["systems"].items():
         cells = [cell(found["english"][name]), *(cell(system["groups"][group]) for group in groups)]
-        seeds = "; ".join(", ".join(f"{100 * s:.1f}" for s in system["groups"][group]["seeds"]) for group in groups)
-        used = [seconds for seconds in system["training"]["cpu_seconds"] if seconds is not None]
-        cost = f"{sum(used) / len(used):.0f}" if used else "-"
-        lines.append("| " + " | ".join([name, *cells, seeds, cost]) + " |")
+        lines.append("| " + " | ".join([name, *cells, by_seed(system, groups), cost(system)]) + " |")
     lines += ["", "MT-LLM against the others, paired on the same rows:", ""]
-    for name, system in found["systems"].items():
-        if name == OURS:
-            continue
-        gains = [
-            f"{100 * middle:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] ({group})"
-            for group, (middle, low, high) in ((g, system["groups"][g]["ours_minus_it"]) for g in groups)
-        ]
-        lines.append(f"- {name}: {'; '.join(gains)}")
+    lines += [f"- {name}: {gains(system, groups)}" for name, system in found["systems"].items() if name != OURS]
     return lines
+
+
+def by_seed(system: Mapping[str, Any], groups: Iterable[str]) -> str:
+    return "; ".join(", ".join(f"{100 * s:.1f}" for s in system["groups"][group]["seeds"]) for group in groups)
+
+
+def cost(system: Mapping[str, Any]) -> str:
+    """Mean CPU-seconds of training over the seeds that know them."""
+    used = [seconds for seconds in system["training"]["cpu_seconds"] if seconds is not None]
+    return f"{sum(used) / len(used):.0f}" if used else "-"
+
+
+def gains(system: Mapping[str, Any], groups: Iterable[str]) -> str:
+    """What MT-LLM has more, by group."""
+    differences = ((group, system["groups"][group]["ours_minus_it"]) for group in groups)
+    return "; ".join(
+        f"{100 * middle:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] ({group})"
+        for group, (middle, low, high) in differences
+    )
 
 
 def cell(value: Mapping[str, Any]) -> str:

@@ -115,3 +115,28 @@ def test_the_chosen_checkpoint_and_the_best_in_hindsight(tmp_path: Path) -> None
             "hindsight": 0.625,
         }
     ]
+
+
+def test_the_block_of_stage_ones_texts() -> None:
+    def system(accuracy: float, seeds: list[float], gain: list[float] | None, used: list[int]) -> dict:
+        group = {"accuracy": accuracy, "interval": [accuracy - 0.1, accuracy + 0.1], "seeds": seeds}
+        return {"groups": {"read before": {**group, "ours_minus_it": gain}}, "training": {"cpu_seconds": used}}
+
+    results = {
+        "task": "SIB-200", "rows": 40, "dtype": "float32", "seeds": [0, 1], "languages": {"read before": ["deu_Latn"]},
+        "texts": {"stack without stage 1": 0, "MT-LLM": 8000},
+        "english": {key: {"accuracy": 0.9, "interval": [0.8, 1.0]} for key in ("stack without stage 1", "MT-LLM")},
+        "systems": {
+            "encoder, probe": system(0.1, [0.1, 0.1], [0.5, 0.5, 0.5], []),
+            "stack without stage 1": system(0.5, [0.48, 0.52], [0.125, 0.05, 0.2], [100, 120]),
+            "MT-LLM": system(0.625, [0.625, 0.625], None, [900, 1100]),
+        },
+        "checkpoints": [{"steps": [22, 44], "chosen": 0.5, "hindsight": 0.625}],
+    }  # fmt: skip
+    lines = readme.curve_block(results)
+    assert "| 0 | 90.0 [80, 100] | 50.0 [40, 60] | 48.0, 52.0 | 110 |" in lines
+    assert "| 8,000 | 90.0 [80, 100] | 62.5 [52, 72] | 62.5, 62.5 | 1000 |" in lines
+    assert "- 8,000 texts against 0: +12.5 [+5.0, +20.0] (read before)" in lines
+    assert not any("probe" in line for line in lines)
+    assert any("lie 0.0 to 4.0 points apart here" in line for line in lines)
+    assert lines[-1].endswith("chose has 50.0 % there, the best in hindsight 62.5 %.")
