@@ -37,6 +37,7 @@ ARCHITECTURES = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 65_536),
 }
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+INSTRUCTION = r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?"  # its address and predicate in nvdisasm's text
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiled code of one case looks like."""
+    """What the compiled code of one case looks like.
+
+    `async_copies` are copies from global to shared memory that a loop has in flight (LDGSTS), `loops` the instructions
+    between the targets of backward branches and these, in order; both only of CUDA.
+    """
 
     kernel: str
     label: str
@@ -77,6 +82,8 @@ class Report:
     wide_loads: int
     row_loads: int
     hgmma: int
+    async_copies: int
+    loops: tuple[int, ...]
     problems: tuple[str, ...]
 
 
@@ -175,23 +182,41 @@ def _row_loads(loads: list[str], wide: str, ir: str) -> dict[str, int]:
     return {"wide_loads": count, "row_loads": count + max(0, len(loads) - count - single)}
 
 
-def _read_cubin(cubin: bytes, ir: str) -> dict[str, int]:
+def _loops(text: str) -> tuple[int, ...]:
+    """Instructions of each loop of a disassembly, its backward branch included."""
+    places: dict[str, int] = {}
+    count, found = 0, []
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            places[label[1]] = count
+        elif re.search(INSTRUCTION, line):
+            count += 1
+            target = re.search(rf"{INSTRUCTION}BRA\S*.*`\((\.L_x_\d+)\)", line)
+            if target and target[1] in places and count - places[target[1]] > 1:  # a kernel ends in a branch to itself
+                found.append(count - places[target[1]])
+    return tuple(found)
+
+
+def _read_cubin(cubin: bytes, ir: str) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
-        code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", _tool("nvdisasm", "-c", file.name))
+        text = _tool("nvdisasm", "-c", file.name)
+    code = re.findall(rf"{INSTRUCTION}([A-Z0-9_.]+)", text)
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", usage)}
     return {
         "registers": numbers["REG"],
         "stack_bytes": numbers["STACK"],
         "spill_instructions": sum(op.startswith(("LDL", "STL")) for op in code),
         "hgmma": sum("HGMMA" in op for op in code),
+        "async_copies": sum(op.startswith("LDGSTS") for op in code),
+        "loops": _loops(text),
         **_row_loads([op for op in code if op.startswith("LDG")], ".128", ir),
     }
 
 
-def _read_amdgcn(code: str, ir: str) -> dict[str, int]:
+def _read_amdgcn(code: str, ir: str) -> dict[str, Any]:
     def number(key: str) -> int:
         found = re.search(rf"\.{key}:?\s+(\d+)", code)
         assert found is not None, f"no .{key} in the amdgcn text"
@@ -203,6 +228,8 @@ def _read_amdgcn(code: str, ir: str) -> dict[str, int]:
         "stack_bytes": number("private_segment_fixed_size"),
         "spill_instructions": number("vgpr_spill_count") + len(re.findall(r"^\s+scratch_(?:load|store)", code, re.M)),
         "hgmma": 0,
+        "async_copies": 0,
+        "loops": (),
         **_row_loads(loads, "dwordx4", ir),
     }
 
@@ -244,8 +271,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", choices=sorted(ARCHITECTURES), default=list(ARCHITECTURES))
     parser.add_argument("--json", type=Path, help="also write the table as JSON")
     options = parser.parse_args(argv)
-    head = ("arch", "kernel", "specialisation", "tile", "regs", "stack", "LDL/STL", "shared", "128-bit", "HGMMA", "")
-    line = "{:7} {:15} {:37} {:11} {:>4} {:>5} {:>7} {:>6} {:>9} {:>5} {}"
+    head = (
+        "arch",
+        "kernel",
+        "specialisation",
+        "tile",
+        "regs",
+        "stack",
+        "LDL/STL",
+        "shared",
+        "128-bit",
+        "HGMMA",
+        "LDGSTS",
+        "loops",
+        "",
+    )
+    line = "{:7} {:15} {:37} {:11} {:>4} {:>5} {:>7} {:>6} {:>9} {:>5} {:>6} {:17} {}"
     print(f"triton {triton.__version__}")
     print(line.format(*head))
     reports = []
@@ -256,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
         print(
             line.format(
                 *(r.arch, r.kernel, r.label, r.tile, r.registers, r.stack_bytes, r.spill_instructions, r.shared_bytes),
-                *(wide, r.hgmma, verdict),
+                *(wide, r.hgmma, r.async_copies, " ".join(map(str, r.loops)), verdict),
             ),
             flush=True,
         )
