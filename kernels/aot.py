@@ -37,6 +37,8 @@ ARCHITECTURES = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 65_536),
 }
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+COLUMNS = ("arch", "kernel", "specialisation", "tile", "regs", "stack", "LDL/STL", "shared", "128-bit", "HGMMA")
+COLUMNS += ("LDGSTS", "loops")
 INSTRUCTION = r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?"  # its address and predicate in nvdisasm's text
 
 
@@ -271,24 +273,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", choices=sorted(ARCHITECTURES), default=list(ARCHITECTURES))
     parser.add_argument("--json", type=Path, help="also write the table as JSON")
     options = parser.parse_args(argv)
-    head = (
-        "arch",
-        "kernel",
-        "specialisation",
-        "tile",
-        "regs",
-        "stack",
-        "LDL/STL",
-        "shared",
-        "128-bit",
-        "HGMMA",
-        "LDGSTS",
-        "loops",
-        "",
-    )
     line = "{:7} {:15} {:37} {:11} {:>4} {:>5} {:>7} {:>6} {:>9} {:>5} {:>6} {:17} {}"
     print(f"triton {triton.__version__}")
-    print(line.format(*head))
+    print(line.format(*COLUMNS, ""))
     reports = []
     for r in run(options.arch):
         reports.append(r)
