@@ -4,8 +4,8 @@
 
 A row fails when the kernel spills (a stack frame, LDL/STL, scratch), asks for more shared memory than a block may have
 (the compiler does not refuse that), is a GEMM without warp-group instructions on sm_90, or is a streaming kernel for
-CUDA with less than 90 % of its row loads 128 bits wide. Row loads are the global loads but for those of single numbers
-(bounds, row numbers, weights of a row), which the kernel's Triton IR counts.
+CUDA with less than 90 % of its row loads 128 bits wide. Row loads are the loads from global memory, asynchronous copies
+included, but for those of single numbers (bounds, row numbers, weights of a row), which the kernel's Triton IR counts.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Case:
         tile: warps and stages.
         divisible: arguments that are multiples of 16 (for pointers: 16-byte aligned), as at run time.
         gemm: the kernel contains `tl.dot`.
+        rows: it reads rows, as wide as can be; a kernel over bounds does not.
     """
 
     kernel: Any
@@ -63,6 +64,7 @@ class Case:
     tile: RowTile
     divisible: tuple[str, ...]
     gemm: bool = False
+    rows: bool = True
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ def _tool(name: str, *arguments: str) -> str:
 
 def _row_loads(loads: list[str], wide: str, ir: str) -> dict[str, int]:
     """128-bit loads, and all loads but as many narrow ones as the IR has loads of single numbers."""
-    single = len(re.findall(r"tt\.load [^\n]*: !tt\.ptr", ir))
+    single = len(re.findall(r"tt\.load [^\n]*: !tt\.ptr|async_copy_global_to_local [^\n]*: tensor<1x", ir))
     count = sum(wide in op for op in loads)
     return {"wide_loads": count, "row_loads": count + max(0, len(loads) - count - single)}
 
@@ -214,7 +216,7 @@ def _read_cubin(cubin: bytes, ir: str) -> dict[str, Any]:
         "hgmma": sum("HGMMA" in op for op in code),
         "async_copies": sum(op.startswith("LDGSTS") for op in code),
         "loops": _loops(text),
-        **_row_loads([op for op in code if op.startswith("LDG")], ".128", ir),
+        **_row_loads([op for op in code if op.startswith(("LDG.", "LDGSTS"))], ".128", ir),
     }
 
 
@@ -250,7 +252,7 @@ def inspect(case: Case, arch: str) -> Report:
         problems.append(f"shared memory above {limit}")
     if case.gemm and arch == "sm_90" and not numbers["hgmma"]:
         problems.append("no HGMMA")
-    if is_cuda and not case.gemm and numbers["wide_loads"] < 0.9 * numbers["row_loads"]:
+    if is_cuda and case.rows and not case.gemm and numbers["wide_loads"] < 0.9 * numbers["row_loads"]:
         problems.append("narrow loads")
     block = next(value for name, value in case.constexprs.items() if name.startswith("BLOCK"))
     tile = f"{block}x{case.tile.num_warps}w{case.tile.num_stages}s"

@@ -1,8 +1,8 @@
 """Triton row kernels of `linear_kl`: one program per row, fp32 logits in, gradient or exponentials out in place.
 
-`kl_rows`   values and gradient of one row pair. Pass 1 (forward KL) keeps of every four neighbours a running maximum, Σ exp
-            and Σ e_t (z_t - z_s), with an exponential and a quarter per entry and side; pass 2 writes p_s - p_t over
-            the student's logits. 18 bytes per vocabulary entry (2 x 8 read, 2 written), no reduction over threads
+`kl_rows`   values and gradient of one row pair. Pass 1 (forward KL) keeps of every four neighbours a running maximum,
+            Σ exp and Σ e_t (z_t - z_s), with an exponential and a quarter per entry and side; pass 2 writes p_s - p_t
+            over the student's logits. 18 bytes per vocabulary entry (2 x 8 read, 2 written), no reduction over threads
             inside the loops.
 `exp_rows`  E = exp(z - max) over the logits, and log-sum-exp, Σ E, the entropy, Σ E bias / Σ E. 10 bytes per entry.
 `finish_moments`  value and gradient of the moment form from E @ W. O(D) per row.

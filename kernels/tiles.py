@@ -71,10 +71,11 @@ LINEAR_KL: dict[str, LinearKLTiles] = {
 
 @dataclass(frozen=True)
 class StateTile:
-    """`rows` rows of states per step of one program, whole rows in registers."""
+    """`rows` rows of states per step of one program, whole rows in registers, `stages - 1` further steps in flight."""
 
     rows: int
     num_warps: int
+    stages: int
 
 
 @dataclass(frozen=True)
@@ -85,19 +86,26 @@ class HiddenMSETiles:
         piece: rows of a segment that one program sums. Fewer rows give more programs and more fp32 partial sums, which
             cost `8 / (piece * itemsize)` of the traffic.
         gradient_piece: rows of a segment whose gradient one program writes.
-        finish_block: states per step when the partial sums are combined.
+        finish_block: states per program when the partial sums of `segment_mean` are combined.
         values_per_thread: fp32 numbers of a tile in one thread's registers.
+        compare_block: states per step when the partial sums of both sides are combined and compared. There is one
+            program per segment, often fewer than SMs, so each must have many loads in flight.
+        ahead: bytes of rows that one program has in flight. A pack of 8k tokens has one or two programs of `pool_rows`
+            per SM, and 35 KiB per SM keep an H200's memory busy (4.3 TB/s, 1 µs, 132 SMs).
     """
 
     piece: int
     gradient_piece: int
     finish_block: int
     values_per_thread: int
+    compare_block: int = 4096
+    ahead: int = 32 << 10
 
     def for_width(self, width: int, itemsize: int = 2) -> StateTile:
         """The tile for rows of `width` states, a power of 2, of `itemsize` bytes."""
         num_warps = min(16, max(4, width * max(itemsize // 2, 1) // (32 * self.values_per_thread)))
-        return StateTile(max(1, num_warps * 32 * self.values_per_thread // max(width, 1) // 2), num_warps)
+        rows = max(1, num_warps * 32 * self.values_per_thread // max(width, 1) // 2)
+        return StateTile(rows, num_warps, min(6, 1 + self.ahead // max(rows * width * itemsize, 1)))
 
 
 HIDDEN_MSE: dict[str, HiddenMSETiles] = {
