@@ -22,6 +22,7 @@ from .common import Record, relative_error
 MODULES = {
     "linear_kl": "linear_kl",
     "packed_projection": "packed_path",
+    "projection_training": "projection_training",
     "pooled_mse": "packed_path",
     "paired_mse": "packed_path",
     "distillation_loss": "packed_path",

@@ -136,9 +136,11 @@ class ProjectionTiles:
     Attributes:
         gemm: tile of the fused GEMM.
         activated: the same for a hidden layer, whose epilogue needs more registers.
-        fused_up_to: encoder widths up to this one take the fused GEMM, wider ones the library's GEMM after a gather and
-            norm pass. A pass over the result costs 51 % of the GEMM at width 1024, 26 % at 2048 and 13 % at 4096
-            (arithmetic on an H100's ceilings, not yet timed), and a Triton GEMM 5 to 15 % more than cuBLAS.
+        fused_up_to: widths of the input up to this one, times the passes over the result that the library's GEMM would
+            need behind it, take the fused GEMM. A pass reads and writes 4 T D bytes, the product is 2 T E D FLOPs: at F
+            FLOP/s and B bytes/s it pays up to E = 2 F / (f B), where f is by how much the Triton GEMM is slower.
+            Arithmetic, not yet timed: f is 0.1 to 0.2 expected on Ampere, and 0.6 for a Triton GEMM of Hopper's
+            (790 TFLOP/s, 4.3 TB/s: 612).
     """
 
     gemm: GemmTile
@@ -153,8 +155,8 @@ _HIP = GemmTile(256, 128, 32, 8, 8, 2)
 PACKED_PROJECTION: dict[str, ProjectionTiles] = {
     "default": ProjectionTiles(_SQUARE, _SQUARE, 2048),
     "sm_80": ProjectionTiles(_SQUARE, _SQUARE, 2048),
-    "sm_90": ProjectionTiles(_WIDE_GEMM, _SQUARE, 2048),
-    "sm_100": ProjectionTiles(_DEEP, _DEEP, 1024),
+    "sm_90": ProjectionTiles(_WIDE_GEMM, _SQUARE, 512),
+    "sm_100": ProjectionTiles(_DEEP, _DEEP, 512),
     "gfx942": ProjectionTiles(_HIP, _HIP, 2048),
 }
 
