@@ -37,8 +37,8 @@ ARCHITECTURES = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 65_536),
 }
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-COLUMNS = ("arch", "kernel", "specialisation", "tile", "regs", "stack", "LDL/STL", "shared", "128-bit", "HGMMA")
-COLUMNS += ("LDGSTS", "loops")
+COLUMNS = ("arch", "kernel", "specialisation", "tile", "regs", "stack", "LDL/STL", "shared", "128-bit", "HGMMA",
+           "LDGSTS", "loops")  # fmt: skip
 INSTRUCTION = r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?"  # its address and predicate in nvdisasm's text
 
 
@@ -128,6 +128,20 @@ def linear_kl_cases(arch: str) -> Iterator[Case]:
                     BARRIER=dtype != "fp32",
                     BLOCK_V=rows.block,
                 )
+    yield case(
+        linear_kl_triton.kl_rows,
+        "forward bf16, trained head",
+        {"grad_ptr": "bf16"},
+        rows,
+        DIVERGENCE="forward",
+        HAS_BIAS_S=False,
+        HAS_BIAS_T=False,
+        HAS_WEIGHT=False,
+        HAS_SOFTCAP=False,
+        NEED_GRAD=True,
+        BARRIER=False,
+        BLOCK_V=rows.block,
+    )
     for dtype in ("bf16", "fp16", "fp32"):
         for teacher in (False, True):
             yield case(

@@ -48,9 +48,9 @@ def _require_bounds(pooling: str, *sides: tuple[Tensor, int]) -> None:
         flat[0], flat[-1], good, flat[0].shape[0], flat[1].shape[0] if len(flat) > 1 else 0, sides[0][1], sides[-1][1],
         SPANS=pooling == SPANS, BLOCK=1024, num_warps=4,
     )  # fmt: skip
-    rows = " and ".join(str(rows) for _, rows in sides)
+    within = " and ".join(str(rows) for _, rows in sides)
     ascend = "spans must be ascending" if pooling == SPANS else "cu_seqlens must start at 0, not descend,"
-    require(good, f"{ascend} and {'be' if pooling == SPANS else 'end'} within the {rows} rows")
+    require(good, f"{ascend} and {'be' if pooling == SPANS else 'end'} within the {within} rows")
 
 
 def _pool(x: Tensor, parts: Partition, norm: str, eps: float, store_stats: bool, tiles: HiddenMSETiles):
