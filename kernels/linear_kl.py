@@ -14,7 +14,8 @@ that trains costs one GEMM more, and on CUDA 2 V min(T, max(2 D, 4096)) bytes in
     KL = lse(w_s x_s / τ) - <m_t, x_s> / τ - <p_t, bias_s> / τ - H_t,      m_t = p_t @ w_s,  H_t = entropy of p_t
     d KL / d x_s = (m_s - m_t) / τ
 
-so the teacher enters through D + 2 numbers per row (`TeacherMoments`) that can be cached: 2 GEMMs, one logits buffer.
+so the teacher enters through D + 2 numbers per row (`TeacherMoments`) that can be cached: 2 GEMMs, one logits buffer;
+public as the "KL cache trick" (jonathanc.net/blog/kl-cache-trick, 2026-05), which is where credit for it goes.
 Its gradient is as exact as the other's; its value is a difference of two numbers as large as the logits, so a small KL
 under logits in the thousands has few digits.
 
