@@ -26,7 +26,7 @@ def options() -> frozenset[str]:
 
 @lru_cache(maxsize=8)
 def takes_groups(device: torch.device) -> bool:
-    """Whether this torch's `varlen_attn` reads key heads that several query heads share as they are, without a copy each.
+    """Whether this torch's `varlen_attn` reads key heads that several query heads share, without a copy for each.
 
     Releases with `enable_gqa` do. Before (2.11) it hands the heads to FlashAttention, which knows groups, but says
     nothing about them: one small call, output and gradients, is compared with that of copied heads.
