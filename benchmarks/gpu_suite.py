@@ -109,7 +109,8 @@ def steps(out: Path, device: str = "cuda", quick: bool = False, folder: str = ""
         benchmark(2, "ladder", "ladder", 0.24, "--climb", "--repeats", "1" if quick else "3"),
         benchmark(2, "training steps", "steps", 0.12, *few),
         Step("other tests", test_commands(out, False), 0.14, 3),
-        benchmark(3, "small kernels", "packed_path", 0.08, *few, "--variants", *packed, sizes=small),
+        benchmark(3, "small kernels", "packed_path", 0.06, *few, "--variants", *packed, sizes=small),
+        benchmark(3, "projection in training", "projection_training", 0.02, *few, sizes=small),
         benchmark(3, "attention and lora", "run", 0.08, "attention", "lora", *few),
     ]
 

@@ -1,4 +1,4 @@
-"""The KL over the LM head, forward + backward, against unfused PyTorch, torch.compile, a chunk loop and Liger.
+"""The KL over the LM head, forward + backward, against unfused PyTorch, torch.compile, chunk loops, Liger, torch.
 
     python -m benchmarks.linear_kl --device cpu --json F.json   (mtllm bench linear_kl)
     python -m benchmarks.linear_kl --predict FILE [H200]  what such a GPU should need, by its floors; not measured
@@ -123,6 +123,11 @@ def frozen(p: Problem) -> bool:
     return not p.w.requires_grad
 
 
+def unmasked(p: Problem) -> bool:
+    """Class probabilities know no ignored rows."""
+    return p.mask is None
+
+
 def parse(text: str) -> Size:
     """ "ROWSxWIDTHxVOCAB"."""
     parts = text.lower().split("x")
@@ -174,6 +179,13 @@ CASE = Case(
         "chunked": _variant(v.chunked),
         "liger-chunked": _variant(v.liger_chunked, needs=("liger_kernel",)),
         "liger-fused": _variant(v.liger_fused_jsd, needs=("liger_kernel",), devices=("cuda",)),
+        "liger-kl": _variant(
+            v.liger_fused_kl, needs=("liger_kernel.transformers:LigerFusedLinearKLDivLoss",), devices=("cuda",)
+        ),
+        "chunked JSD (as TRL)": _variant(v.trl_chunked_jsd),
+        "torch-linear-ce": _variant(
+            v.torch_linear_ce, needs=("torch.nn.functional:linear_cross_entropy",), applies=unmasked
+        ),
         "gemms": Variant(v.gemms_ours, gated=False),
         "gemms-torch": Variant(v.gemms_torch, gated=False),
     },

@@ -161,6 +161,53 @@ def liger_fused_jsd(p: Problem) -> Tensor:
     return p.finish(LigerFusedLinearJSD(jsd_beta=0.0)(p.h_s, p.w, p.h_t, p.w, labels))
 
 
+def liger_fused_kl(p: Problem) -> Tensor:
+    """Liger's fused linear KL against target probabilities (CUDA only), the teacher's (T, V) in the inputs' dtype."""
+    from liger_kernel.transformers import LigerFusedLinearKLDivLoss
+
+    labels = None
+    if p.mask is not None:
+        labels = torch.zeros(p.rows, dtype=torch.long, device=p.w.device).masked_fill_(~p.mask, -100)
+    return p.finish(LigerFusedLinearKLDivLoss()(p.h_s, p.w, teacher_probabilities(p), labels))
+
+
+def teacher_probabilities(p: Problem) -> Tensor:
+    """(T, V) in the inputs' dtype, of logits in fp32."""
+    with torch.no_grad():
+        return F.linear(p.h_t, p.w).float().softmax(-1).to(p.w.dtype)
+
+
+def trl_chunked_jsd(p: Problem, chunk: int = 256) -> Tensor:
+    """The algorithm of TRL's chunked JSD (huggingface/trl#6526) at beta 0, written from its description.
+
+    Rows that count are moved to the front; per chunk of 256 rows both heads are applied and the logits cast to fp32
+    inside a gradient checkpoint, so that backward multiplies with the head twice more and keeps states alone.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    def divergence(student: Tensor, teacher: Tensor, counts: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = F.log_softmax(F.linear(teacher, p.w).float(), -1)
+        return _kl(F.log_softmax(F.linear(student, p.w).float(), -1), target, counts)
+
+    counts = torch.ones(p.rows, dtype=torch.bool, device=p.w.device) if p.mask is None else p.mask
+    order = torch.argsort(counts.logical_not().to(torch.int8), stable=True)[: -(-p.valid // chunk) * chunk]
+    student, teacher, counts = p.h_s[order], p.h_t[order], counts[order]
+    total = torch.zeros((), device=p.w.device)
+    for start in range(0, len(order), chunk):
+        rows = slice(start, start + chunk)
+        total = total + checkpoint(divergence, student[rows], teacher[rows], counts[rows], use_reentrant=False)
+    return p.finish(total / p.valid)
+
+
+def torch_linear_ce(p: Problem) -> Tensor:
+    """torch's own fused head with the teacher's (T, V) probabilities as target, less their entropy."""
+    target = teacher_probabilities(p)
+    with torch.no_grad():
+        entropy = torch.special.entr(target.float()).sum(-1).mean()
+    return p.finish(F.linear_cross_entropy(p.h_s, p.w, target) - entropy)
+
+
 def compiled(p: Problem) -> Tensor:
     """torch.compile of `unfused_upcast`'s forward."""
     with torch.no_grad():

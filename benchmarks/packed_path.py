@@ -12,7 +12,7 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -53,10 +53,14 @@ class Problem:
     inside: Tensor  # (T,) rows of (T + B) that are not the prefix
     compile: bool = False
     backward: bool = True
+    packed_encoder: Tensor = field(init=False)  # (T, E)
+
+    def __post_init__(self) -> None:
+        self.packed_encoder = self.encoder.flatten(0, 1)[self.rows]
 
     def wide(self) -> Problem:
         """The same in fp64."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         floats = {k: x.double() for k, x in values.items() if isinstance(x, Tensor) and x.is_floating_point()}
         return replace(self, **floats)
 
@@ -166,14 +170,9 @@ def triton_forward(library: bool, p: Problem) -> dict[str, Tensor]:
     return {"embeddings": y}
 
 
-_PACKED: list[tuple[Problem, Tensor]] = []
-
-
 def bare_gemm(p: Problem) -> Tensor:
     """The forward's matrix product over rows that are packed already."""
-    if not _PACKED or _PACKED[0][0] is not p:
-        _PACKED[:] = [(p, p.encoder.flatten(0, 1)[p.rows])]
-    return _PACKED[0][1] @ p.weight.t()
+    return p.packed_encoder @ p.weight.t()
 
 
 def project_exact(p: Problem) -> dict[str, Tensor]:

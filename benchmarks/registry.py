@@ -21,7 +21,9 @@ from .common import Record, relative_error
 # case: the module that registers it, in the order in which all are run
 MODULES = {
     "linear_kl": "linear_kl",
+    "linear_ce": "linear_ce",
     "packed_projection": "packed_path",
+    "projection_training": "projection_training",
     "pooled_mse": "packed_path",
     "paired_mse": "packed_path",
     "distillation_loss": "packed_path",
@@ -54,6 +56,7 @@ class Variant:
     ours: a variant of this library; its failing gate fails the run.
     gated: False for something that only bounds the others (a bare GEMM, a copy) and has no result to check.
     work: problem -> Work, where it differs from the case's.
+    needs: modules, "module:attribute" where not every release has it, or "compiler".
     prepare: run once before anything is timed.
     applies: problem -> whether the variant can compute it.
     keys: the results that it gives, where it gives only some of them.
@@ -83,9 +86,24 @@ class Variant:
             if name == "compiler":
                 if device == "cpu" and not (shutil.which("g++") or shutil.which("c++")):
                     return "torch.compile needs a C++ compiler"
-            elif importlib.util.find_spec(name) is None:
-                return f"{name} is not installed"
+            elif reason := _not_installed(name):
+                return reason
         return None
+
+
+def _not_installed(name: str) -> str | None:
+    """Why `name`, a module or "module:attribute" of any release of a package, is not to be had; None if it is."""
+    module, _, attribute = name.partition(":")
+    package = module.partition(".")[0]
+    if importlib.util.find_spec(package) is None:
+        return f"{package} is not installed"
+    if not attribute:
+        return None
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        return f"{module} cannot be imported: {error}"
+    return None if hasattr(found, attribute) else f"this {package} has no {attribute}"
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@
 
 A row fails when the kernel spills (a stack frame, LDL/STL, scratch), asks for more shared memory than a block may have
 (the compiler does not refuse that), is a GEMM without warp-group instructions on sm_90, or is a streaming kernel for
-CUDA with less than 90 % of its row loads 128 bits wide. Row loads are the global loads but for those of single numbers
-(bounds, row numbers, weights of a row), which the kernel's Triton IR counts.
+CUDA with less than 90 % of its row loads 128 bits wide. Row loads are the loads from global memory, asynchronous copies
+included, but for those of single numbers (bounds, row numbers, weights of a row), which the kernel's Triton IR counts.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ ARCHITECTURES = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 65_536),
 }
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+COLUMNS = ("arch", "kernel", "specialisation", "tile", "regs", "stack", "LDL/STL", "shared", "128-bit", "HGMMA",
+           "LDGSTS", "loops")  # fmt: skip
+INSTRUCTION = r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?"  # its address and predicate in nvdisasm's text
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Case:
         tile: warps and stages.
         divisible: arguments that are multiples of 16 (for pointers: 16-byte aligned), as at run time.
         gemm: the kernel contains `tl.dot`.
+        rows: it reads rows, as wide as can be; a kernel over bounds does not.
     """
 
     kernel: Any
@@ -60,11 +64,16 @@ class Case:
     tile: RowTile
     divisible: tuple[str, ...]
     gemm: bool = False
+    rows: bool = True
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiled code of one case looks like."""
+    """What the compiled code of one case looks like.
+
+    `async_copies` are copies from global to shared memory that a loop has in flight (LDGSTS), `loops` the instructions
+    between the targets of backward branches and these, in order; both only of CUDA.
+    """
 
     kernel: str
     label: str
@@ -77,6 +86,8 @@ class Report:
     wide_loads: int
     row_loads: int
     hgmma: int
+    async_copies: int
+    loops: tuple[int, ...]
     problems: tuple[str, ...]
 
 
@@ -117,6 +128,20 @@ def linear_kl_cases(arch: str) -> Iterator[Case]:
                     BARRIER=dtype != "fp32",
                     BLOCK_V=rows.block,
                 )
+    yield case(
+        linear_kl_triton.kl_rows,
+        "forward bf16, trained head",
+        {"grad_ptr": "bf16"},
+        rows,
+        DIVERGENCE="forward",
+        HAS_BIAS_S=False,
+        HAS_BIAS_T=False,
+        HAS_WEIGHT=False,
+        HAS_SOFTCAP=False,
+        NEED_GRAD=True,
+        BARRIER=False,
+        BLOCK_V=rows.block,
+    )
     for dtype in ("bf16", "fp16", "fp32"):
         for teacher in (False, True):
             yield case(
@@ -170,28 +195,46 @@ def _tool(name: str, *arguments: str) -> str:
 
 def _row_loads(loads: list[str], wide: str, ir: str) -> dict[str, int]:
     """128-bit loads, and all loads but as many narrow ones as the IR has loads of single numbers."""
-    single = len(re.findall(r"tt\.load [^\n]*: !tt\.ptr", ir))
+    single = len(re.findall(r"tt\.load [^\n]*: !tt\.ptr|async_copy_global_to_local [^\n]*: tensor<1x", ir))
     count = sum(wide in op for op in loads)
     return {"wide_loads": count, "row_loads": count + max(0, len(loads) - count - single)}
 
 
-def _read_cubin(cubin: bytes, ir: str) -> dict[str, int]:
+def _loops(text: str) -> tuple[int, ...]:
+    """Instructions of each loop of a disassembly, its backward branch included."""
+    places: dict[str, int] = {}
+    count, found = 0, []
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            places[label[1]] = count
+        elif re.search(INSTRUCTION, line):
+            count += 1
+            target = re.search(rf"{INSTRUCTION}BRA\S*.*`\((\.L_x_\d+)\)", line)
+            if target and target[1] in places and count - places[target[1]] > 1:  # a kernel ends in a branch to itself
+                found.append(count - places[target[1]])
+    return tuple(found)
+
+
+def _read_cubin(cubin: bytes, ir: str) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
-        code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", _tool("nvdisasm", "-c", file.name))
+        text = _tool("nvdisasm", "-c", file.name)
+    code = re.findall(rf"{INSTRUCTION}([A-Z0-9_.]+)", text)
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", usage)}
     return {
         "registers": numbers["REG"],
         "stack_bytes": numbers["STACK"],
         "spill_instructions": sum(op.startswith(("LDL", "STL")) for op in code),
         "hgmma": sum("HGMMA" in op for op in code),
-        **_row_loads([op for op in code if op.startswith("LDG")], ".128", ir),
+        "async_copies": sum(op.startswith("LDGSTS") for op in code),
+        "loops": _loops(text),
+        **_row_loads([op for op in code if op.startswith(("LDG.", "LDGSTS"))], ".128", ir),
     }
 
 
-def _read_amdgcn(code: str, ir: str) -> dict[str, int]:
+def _read_amdgcn(code: str, ir: str) -> dict[str, Any]:
     def number(key: str) -> int:
         found = re.search(rf"\.{key}:?\s+(\d+)", code)
         assert found is not None, f"no .{key} in the amdgcn text"
@@ -203,6 +246,8 @@ def _read_amdgcn(code: str, ir: str) -> dict[str, int]:
         "stack_bytes": number("private_segment_fixed_size"),
         "spill_instructions": number("vgpr_spill_count") + len(re.findall(r"^\s+scratch_(?:load|store)", code, re.M)),
         "hgmma": 0,
+        "async_copies": 0,
+        "loops": (),
         **_row_loads(loads, "dwordx4", ir),
     }
 
@@ -221,7 +266,7 @@ def inspect(case: Case, arch: str) -> Report:
         problems.append(f"shared memory above {limit}")
     if case.gemm and arch == "sm_90" and not numbers["hgmma"]:
         problems.append("no HGMMA")
-    if is_cuda and not case.gemm and numbers["wide_loads"] < 0.9 * numbers["row_loads"]:
+    if is_cuda and case.rows and not case.gemm and numbers["wide_loads"] < 0.9 * numbers["row_loads"]:
         problems.append("narrow loads")
     block = next(value for name, value in case.constexprs.items() if name.startswith("BLOCK"))
     tile = f"{block}x{case.tile.num_warps}w{case.tile.num_stages}s"
@@ -244,10 +289,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", choices=sorted(ARCHITECTURES), default=list(ARCHITECTURES))
     parser.add_argument("--json", type=Path, help="also write the table as JSON")
     options = parser.parse_args(argv)
-    head = ("arch", "kernel", "specialisation", "tile", "regs", "stack", "LDL/STL", "shared", "128-bit", "HGMMA", "")
-    line = "{:7} {:15} {:37} {:11} {:>4} {:>5} {:>7} {:>6} {:>9} {:>5} {}"
+    line = "{:7} {:15} {:37} {:11} {:>4} {:>5} {:>7} {:>6} {:>9} {:>5} {:>6} {:17} {}"
     print(f"triton {triton.__version__}")
-    print(line.format(*head))
+    print(line.format(*COLUMNS, ""))
     reports = []
     for r in run(options.arch):
         reports.append(r)
@@ -256,7 +300,7 @@ def main(argv: list[str] | None = None) -> int:
         print(
             line.format(
                 *(r.arch, r.kernel, r.label, r.tile, r.registers, r.stack_bytes, r.spill_instructions, r.shared_bytes),
-                *(wide, r.hgmma, verdict),
+                *(wide, r.hgmma, r.async_copies, " ".join(map(str, r.loops)), verdict),
             ),
             flush=True,
         )

@@ -10,15 +10,15 @@ from .tiles import HIDDEN_MSE, PACKED_PROJECTION, RowTile
 
 WIDTHS = (1024, 4096)
 FLOATS = ("eps", "scale")
-INDICES = {"edges_ptr", "edges_s_ptr", "edges_t_ptr"}
+INDICES = {"bounds_s_ptr", "bounds_t_ptr", "edges_ptr", "edges_s_ptr", "edges_t_ptr"}
 LONG_INDICES = {"order_ptr", "position_ptr", "position_s_ptr", "position_t_ptr", "rows_ptr", "rows_s_ptr", "rows_t_ptr",
                 "pair_edges_ptr", "pair_order_ptr", "out_rows_ptr"}  # fmt: skip
-NOT_DIVISIBLE = ("rows", "intervals", "segments", "pairs", "tokens")
+NOT_DIVISIBLE = ("rows", "intervals", "segments", "pairs", "tokens", "count_s", "count_t", "rows_s", "rows_t")
 
 
 def _case(
     make: Callable[..., Any], kernel: Any, label: str, halves: dict[str, str], tile: RowTile, gemm: bool = False,
-    **constexprs: Any,
+    streams: bool = True, **constexprs: Any,
 ) -> Any:  # fmt: skip
     types = {}
     for name in kernel.arg_names:
@@ -35,7 +35,7 @@ def _case(
     divisible = tuple(
         name for name, kind in types.items() if kind[0] == "*" or (kind == "i32" and name not in NOT_DIVISIBLE)
     )
-    return make(kernel, label, types, constexprs, tile, divisible, gemm)
+    return make(kernel, label, types, constexprs, tile, divisible, gemm, streams)
 
 
 def hidden_mse_cases(make: Callable[..., Any], arch: str) -> Iterator[Any]:
@@ -49,13 +49,13 @@ def hidden_mse_cases(make: Callable[..., Any], arch: str) -> Iterator[Any]:
                 yield _case(
                     make, hidden_mse_triton.pool_rows, f"{dtype} {norm} D={width}", {"x_ptr": dtype}, row,
                     NORM=norm, STORE_STATS=norm != "none", IS_CU=True, PIECE=tiles.piece, ROWS=tile.rows,
-                    BLOCK_D=width,
+                    STAGES=tile.stages, BLOCK_D=width,
                 )  # fmt: skip
                 yield _case(
                     make, hidden_mse_triton.state_gradient, f"pooled {dtype} {norm} D={width}",
                     {"dx_ptr": dtype, "x_ptr": dtype, "t_ptr": dtype, "more_ptr": dtype}, row,
                     NORM=norm, HAS_POOL=True, HAS_PAIRS=False, HAS_WEIGHT=False, COSINE=False, HAS_MORE=False,
-                    IS_CU=True, PIECE=tiles.gradient_piece, BLOCK_D=width,
+                    IS_CU=True, PIECE=tiles.gradient_piece, STAGES=min(tile.stages, 3), BLOCK_D=width,
                 )  # fmt: skip
             for cosine in (False, True):
                 kind = "cosine" if cosine else "mse"
@@ -67,18 +67,23 @@ def hidden_mse_cases(make: Callable[..., Any], arch: str) -> Iterator[Any]:
                     make, hidden_mse_triton.state_gradient, f"pooled {kind} more {dtype} D={width}",
                     {"dx_ptr": dtype, "x_ptr": dtype, "t_ptr": dtype, "more_ptr": dtype}, row,
                     NORM="none", HAS_POOL=True, HAS_PAIRS=True, HAS_WEIGHT=True, COSINE=cosine, HAS_MORE=True,
-                    IS_CU=False, PIECE=tiles.gradient_piece, BLOCK_D=width,
+                    IS_CU=False, PIECE=tiles.gradient_piece, STAGES=min(tile.stages, 3), BLOCK_D=width,
                 )  # fmt: skip
     block = RowTile(tiles.finish_block, 4)
+    compare = RowTile(tiles.compare_block, 8)
     for is_cu in (True, False):
         kind = "cu_seqlens" if is_cu else "spans"
         yield _case(
             make, hidden_mse_triton.pool_finish, kind, {}, block, IS_CU=is_cu, PIECE=tiles.piece, BLOCK_D=block.block
         )
         yield _case(
-            make, hidden_mse_triton.pool_compare, f"{kind} +weight +norm", {}, block,
+            make, hidden_mse_triton.pool_compare, f"{kind} +weight +norm", {}, compare,
             HAS_WEIGHT=True, HAS_NORM_WEIGHT=True, NEED_U=True, NEED_NORM=True, IS_CU_S=is_cu, IS_CU_T=is_cu,
-            PIECE=tiles.piece, BLOCK_D=block.block,
+            PIECE=tiles.piece, BLOCK_D=compare.block,
+        )  # fmt: skip
+        yield _case(
+            make, hidden_mse_triton.check_bounds, kind, {"good_ptr": "i1"}, RowTile(1024, 4), streams=False,
+            SPANS=not is_cu, BLOCK=1024,
         )  # fmt: skip
 
 

@@ -110,11 +110,17 @@ def mm_f32(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return torch.mm(a.float(), b.float(), out=out)
 
 
-def mm_f32_add(total: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
-    """total += alpha * a (M, K) @ b (K, N), with total (M, N) fp32 in place."""
-    if a.dtype == torch.float32:
-        torch.addmm(total, a, b, alpha=alpha, out=total)
+def mm_f32_add(total: Tensor, a: Tensor, b: Tensor, alpha: float, add: bool = True) -> None:
+    """total += alpha * a (M, K) @ b (K, N), with total (M, N) fp32 in place; without `add`, total is not read.
+
+    Without `add` total may also be of the operands' dtype: one product rounds once, a running sum would every time.
+    """
+    beta = 1.0 if add else 0.0
+    if a.dtype == torch.float32 or (a.is_cuda and a.dtype == total.dtype):
+        torch.addmm(total, a, b, beta=beta, alpha=alpha, out=total)
     elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=torch.float32, alpha=alpha, out=total)
+        torch.addmm(total, a, b, out_dtype=torch.float32, beta=beta, alpha=alpha, out=total)
+    elif total.dtype == torch.float32:
+        torch.addmm(total, a.float(), b.float(), beta=beta, alpha=alpha, out=total)
     else:
-        torch.addmm(total, a.float(), b.float(), alpha=alpha, out=total)
+        total.copy_((a.float() @ b.float()).mul_(alpha))

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .device_checks import require, require_rows
-from .hidden_mse_triton import pair_values, pool_compare, pool_finish, pool_rows, state_gradient
-from .segments import Partition, assert_values, partition
+from .device_checks import debugging, require, require_rows
+from .hidden_mse_triton import check_bounds, pair_values, pool_compare, pool_finish, pool_rows, state_gradient
+from .segments import SPANS, Partition, assert_values, partition
 from .tiles import HIDDEN_MSE, HiddenMSETiles, architecture
 
 MAX_WIDTH = 16384  # a row of fp32 in the registers of 16 warps
@@ -33,6 +33,26 @@ def _checked(x: Tensor, name: str) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+def _require_bounds(pooling: str, *sides: tuple[Tensor, int]) -> None:
+    """`assert_values` of the bounds and rows of one or two sides by one kernel, where torch would launch 6 a side.
+
+    With MTLLM_DEBUG=1 by torch, side by side, so that the error says which is wrong.
+    """
+    if debugging():
+        for bounds, rows in sides:
+            assert_values(bounds, pooling, rows)
+        return
+    flat = [bounds.flatten().contiguous() for bounds, _ in sides]
+    good = torch.empty((), dtype=torch.bool, device=flat[0].device)
+    check_bounds[(1,)](
+        flat[0], flat[-1], good, flat[0].shape[0], flat[1].shape[0] if len(flat) > 1 else 0, sides[0][1], sides[-1][1],
+        SPANS=pooling == SPANS, BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+    within = " and ".join(str(rows) for _, rows in sides)
+    ascend = "spans must be ascending" if pooling == SPANS else "cu_seqlens must start at 0, not descend,"
+    require(good, f"{ascend} and {'be' if pooling == SPANS else 'end'} within the {within} rows")
+
+
 def _pool(x: Tensor, parts: Partition, norm: str, eps: float, store_stats: bool, tiles: HiddenMSETiles):
     """(partial sums (slots, D) fp32, statistics (n, T))."""
     width = x.shape[1]
@@ -44,7 +64,7 @@ def _pool(x: Tensor, parts: Partition, norm: str, eps: float, store_stats: bool,
         x, parts.edges, parts.edges if parts.order is None else parts.order, partial, stats,
         x.stride(0), width, parts.rows, parts.intervals, parts.segments, eps,
         NORM=norm, STORE_STATS=store_stats and norm != "none", IS_CU=parts.order is None,
-        PIECE=tiles.piece, ROWS=tile.rows, BLOCK_D=block, num_warps=tile.num_warps,
+        PIECE=tiles.piece, ROWS=tile.rows, STAGES=tile.stages, BLOCK_D=block, num_warps=tile.num_warps,
     )  # fmt: skip
     return partial, stats
 
@@ -59,7 +79,7 @@ def segment_mean_triton(
 ) -> tuple[Tensor, Tensor]:
     """As `hidden_mse_cpu.segment_mean_cpu`."""
     x, tiles = _checked(x, "x"), tiles or _tiles(x.device)
-    assert_values(bounds, pooling, x.shape[0])
+    _require_bounds(pooling, (bounds, x.shape[0]))
     parts = partition(bounds, pooling, x.shape[0], x.device)
     partial, stats = _pool(x, parts, norm, eps, True, tiles)
     mean = x.new_empty(parts.segments, x.shape[1], dtype=torch.float32)
@@ -95,8 +115,8 @@ def pooled_triton(
     )
     width = student.shape[1]
     sides = []
+    _require_bounds(pooling, (bounds_s, student.shape[0]), (bounds_t, teacher.shape[0]))
     for x, bounds in ((student, bounds_s), (teacher, bounds_t)):
-        assert_values(bounds, pooling, x.shape[0])
         parts = partition(bounds, pooling, x.shape[0], x.device)
         sides.append((parts, *_pool(x, parts, norm, eps, x is student and need_dx, tiles)))
     (parts_s, partial_s, stats), (parts_t, partial_t, _) = sides
@@ -114,7 +134,7 @@ def pooled_triton(
             width, parts_s.rows, parts_t.rows, parts_s.intervals, parts_t.intervals,
             HAS_WEIGHT=weight is not None, HAS_NORM_WEIGHT=norm_weight is not None, NEED_U=need_dx, NEED_NORM=need_norm,
             IS_CU_S=parts_s.position is None, IS_CU_T=parts_t.position is None,
-            PIECE=tiles.piece, BLOCK_D=min(power_of_two(width), tiles.finish_block), num_warps=4,
+            PIECE=tiles.piece, BLOCK_D=min(power_of_two(width), tiles.compare_block), num_warps=8,
         )  # fmt: skip
     return values, u, stats, (mean * push).sum(0, keepdim=True)
 
@@ -185,6 +205,7 @@ def state_gradient_triton(
             ascending, pair_order = torch.sort(rows_s, stable=True)
         pair_edges = torch.searchsorted(ascending, torch.arange(rows + 1, device=rows_s.device, dtype=rows_s.dtype))
     block = power_of_two(width)
+    tile = tiles.for_width(block, student.element_size())
     more = None if more is None else _checked(more, "more")
     state_gradient[(parts.slots(tiles.gradient_piece),)](
         dx, student, student if teacher is None else teacher, scales if u is None else u,
@@ -195,7 +216,7 @@ def state_gradient_triton(
         width, rows, parts.intervals, parts.segments, 0 if rows_s is None else rows_s.shape[0],
         NORM="none" if u is None else norm, HAS_POOL=u is not None, HAS_PAIRS=has_pairs,
         HAS_WEIGHT=pair_weight is not None, COSINE=kind == "cosine", HAS_MORE=more is not None,
-        IS_CU=parts.order is None, PIECE=tiles.gradient_piece, BLOCK_D=block,
-        num_warps=tiles.for_width(block, student.element_size()).num_warps,
+        IS_CU=parts.order is None, PIECE=tiles.gradient_piece, STAGES=min(tile.stages, 3), BLOCK_D=block,
+        num_warps=tile.num_warps,
     )  # fmt: skip
     return dx

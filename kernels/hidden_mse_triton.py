@@ -1,5 +1,6 @@
 """Triton kernels of `hidden_mse`. Every one keeps a whole row in registers and reads or writes each row once.
 
+`check_bounds`    whether the segments of student and teacher are what the others rely on: one launch for all of it.
 `pool_rows`       Σ of (normalised) rows over one piece of a segment, into the piece's slot; row statistics.
 `pool_finish`     the slots of a segment, added in order, to its mean.
 `pool_compare`    the same for student and teacher at once: value of the segment and its gradient row u.
@@ -7,7 +8,8 @@
 `state_gradient`  all parts of the gradient of a state, written once: norm backward of u, row pairs, one more tensor.
 
 Slots and intervals: see `segments.py`. Sums are fp32; no atomics. Sizes that change from pack to pack are not
-specialised on: every pack runs the same compiled code.
+specialised on: every pack runs the same compiled code. A program reads one row after another, so loops over rows keep
+STAGES - 1 more of them in flight to shared memory.
 """
 
 from __future__ import annotations
@@ -47,6 +49,39 @@ def _owner(order_ptr, interval, segments, IS_CU: tl.constexpr):
     return owner.to(tl.int64)
 
 
+@triton.jit
+def _wrong(bounds_ptr, count, rows, SPANS: tl.constexpr, BLOCK: tl.constexpr):
+    """How many of `count` bounds are wrong: as `segments.assert_values` says."""
+    wrong = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, count, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        bound = tl.load(bounds_ptr + index, mask=index < count, other=0)
+        after = tl.load(bounds_ptr + index + 1, mask=index + 1 < count, other=rows)
+        if SPANS:
+            # An end needs no look of its own: it lies between its start and the rows.
+            bad = (index % 2 == 0) & ((bound < 0) | (after < bound) | (after > rows))
+        else:
+            bad = (after < bound) | ((index == 0) & (bound != 0))
+        wrong += tl.where((index < count) & bad, 1, 0)
+    return tl.sum(wrong, 0)
+
+
+@triton.jit(do_not_specialize=["count_s", "count_t", "rows_s", "rows_t"])
+def check_bounds(
+    bounds_s_ptr,  # (B + 1,) or (2 S,)
+    bounds_t_ptr,
+    good_ptr,  # () bool
+    count_s,
+    count_t,  # 0 where there is no teacher
+    rows_s,
+    rows_t,
+    SPANS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    wrong = _wrong(bounds_s_ptr, count_s, rows_s, SPANS, BLOCK) + _wrong(bounds_t_ptr, count_t, rows_t, SPANS, BLOCK)
+    tl.store(good_ptr, wrong == 0)
+
+
 @triton.jit(do_not_specialize=["rows", "intervals", "segments"])
 def pool_rows(
     x_ptr,  # (T, D)
@@ -65,6 +100,7 @@ def pool_rows(
     IS_CU: tl.constexpr,
     PIECE: tl.constexpr,
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     slot = tl.program_id(0).to(tl.int64)
@@ -77,7 +113,7 @@ def pool_rows(
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < width
     total = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    for first in range(start, end, ROWS):
+    for first in tl.range(start, end, ROWS, num_stages=STAGES):
         offs_t = first + tl.arange(0, ROWS)
         mask = (offs_t < end)[:, None] & mask_d[None, :]
         x = tl.load(x_ptr + offs_t[:, None] * stride_x + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -108,7 +144,7 @@ def _mean_of(partial_ptr, edges_ptr, position_ptr, segment, intervals, rows, off
     length = tl.maximum(_edge(edges_ptr, interval + 1, intervals, rows) - start, 0)
     slot = interval + start // PIECE
     total = tl.zeros((BLOCK_D,), tl.float32)
-    for k in range(0, (length + PIECE - 1) // PIECE):
+    for k in tl.range(0, (length + PIECE - 1) // PIECE, num_stages=4):
         total += tl.load(partial_ptr + (slot + k) * width + offs_d, mask=mask_d, other=0.0)
     return total / tl.maximum(length, 1).to(tl.float32), length
 
@@ -279,6 +315,7 @@ def state_gradient(
     HAS_MORE: tl.constexpr,
     IS_CU: tl.constexpr,
     PIECE: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     slot = tl.program_id(0).to(tl.int64)
@@ -301,7 +338,7 @@ def state_gradient(
         pair_scale = tl.load(scales_ptr + 1)
     if HAS_MORE:
         more_scale = tl.load(scales_ptr + 2)
-    for row in range(start, end):
+    for row in tl.range(start, end, num_stages=STAGES):
         gradient = u
         if NORM != "none":
             x = tl.load(x_ptr + row * stride_x + offs_d, mask=offs_d < live, other=0.0).to(tl.float32)

@@ -7,13 +7,15 @@
 Gradient of the forward KL: `d values / d h_s = temperature * (p_s - p_t) @ w_s`; the teacher is a constant.
 
 Two forms. The *difference form* takes any divergence and any heads: per chunk of rows, fp32 logits of both rows, one
-row kernel that turns them into `p_s - p_t` in place, one GEMM: 3 GEMMs of 2·T·D·V FLOPs, memory O(chunk · V). The
+row kernel that turns them into `p_s - p_t` in place, one GEMM: 3 GEMMs of 2·T·D·V FLOPs, memory O(chunk · V). A head
+that trains costs one GEMM more, and on CUDA 2 V min(T, max(2 D, 4096)) bytes in which `p_s - p_t` waits for it. The
 *moment form* (forward KL, frozen student head, no soft-capping) rewrites the value as
 
     KL = lse(w_s x_s / τ) - <m_t, x_s> / τ - <p_t, bias_s> / τ - H_t,      m_t = p_t @ w_s,  H_t = entropy of p_t
     d KL / d x_s = (m_s - m_t) / τ
 
-so the teacher enters through D + 2 numbers per row (`TeacherMoments`) that can be cached: 2 GEMMs, one logits buffer.
+so the teacher enters through D + 2 numbers per row (`TeacherMoments`) that can be cached: 2 GEMMs, one logits buffer;
+public as the "KL cache trick" (jonathanc.net/blog/kl-cache-trick, 2026-05), which is where credit for it goes.
 Its gradient is as exact as the other's; its value is a difference of two numbers as large as the logits, so a small KL
 under logits in the thousands has few digits.
 

@@ -27,7 +27,10 @@ def _tiles(device: torch.device) -> LinearKLTiles:
 class _Pairs:
     """Row pairs in the order they are computed: weight 0 last, and cut off there where `num_valid` says so."""
 
-    def __init__(self, total: int, rows_s: Tensor | None, rows_t: Tensor | None, weight: Tensor | None, num_valid: int):
+    def __init__(
+        self, total: int, rows_s: Tensor | None, rows_t: Tensor | None, weight: Tensor | None, num_valid: int,
+        dtype: torch.dtype,
+    ):  # fmt: skip
         self.total, self.count = total, total
         self.rows_s, self.rows_t, self.weight = rows_s, rows_t, weight
         self.order: Tensor | None = None
@@ -39,12 +42,15 @@ class _Pairs:
             self.count = num_valid
         order = torch.argsort((weight == 0).to(torch.int8), stable=True)[: self.count]
         self.order, self.weight = order, weight[order].float()
+        self.relative = self.weight
+        self.rows_s = order if rows_s is None else rows_s[order]
+        self.rows_t = order if rows_t is None else rows_t[order]
+        if dtype != torch.float16:
+            return
         # The largest weight, 1 where there is none: what is left of a weight must fit into 16 bits next to a state.
         peak = torch.nn.functional.pad(self.weight.abs(), (0, 1)).amax()
         self.peak = torch.where(peak == 0, 1.0, peak)
         self.relative = self.weight / self.peak
-        self.rows_s = order if rows_s is None else rows_s[order]
-        self.rows_t = order if rows_t is None else rows_t[order]
 
     def take(self, x: Tensor, rows: Tensor | None, start: int, stop: int) -> Tensor:
         """Rows of x for pairs [start, stop), contiguous; zeros where the weight is 0, so no NaN gets out of there."""
@@ -122,21 +128,29 @@ def difference_triton(
     need_db: bool,
     tiles: LinearKLTiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `linear_kl_cpu.difference_cpu`, 3 GEMMs and one row kernel per chunk."""
+    """As `linear_kl_cpu.difference_cpu`, 3 GEMMs and one row kernel per chunk.
+
+    For a head that trains, the gradients of the logits are kept over many chunks (`tiles.rows_of_dw`) for one GEMM,
+    which writes dW in its own dtype where it is the only one.
+    """
     _require_triton_dtype(h_s)
     tiles = tiles or _tiles(h_s.device)
     require_rows(rows_s, h_s.shape[0], "rows_s")
     require_rows(rows_t, h_t.shape[0], "rows_t")
-    pairs = _Pairs(h_s.shape[0] if rows_s is None else rows_s.shape[0], rows_s, rows_t, row_weight, num_valid)
+    pairs = _Pairs(h_s.shape[0] if rows_s is None else rows_s.shape[0], rows_s, rows_t, row_weight, num_valid,
+                   h_s.dtype)  # fmt: skip
     vocab, width = w_s.shape
     store = need_dh or need_dw or need_db
     values = h_s.new_empty(pairs.count, dtype=torch.float32)
     dh = pairs.gradient(h_s, need_dh)
-    dw = h_s.new_zeros((vocab if need_dw else 0, width), dtype=torch.float32)
     db = h_s.new_zeros(vocab if need_db else 0, dtype=torch.float32)
     chunk = max(1, min(tiles.chunk_rows, pairs.count))
     buffer = h_s.new_empty(2 * chunk, _padded(vocab), dtype=torch.float32)
     dx = h_s.new_empty(chunk if need_dh else 0, width, dtype=torch.float32)
+    kept = tiles.rows_of_dw(pairs.count, width, h_s.dtype) if need_dw else 0
+    once = kept >= pairs.count
+    dw = h_s.new_empty((vocab if need_dw else 0, width), dtype=kept_dtype(w_s.dtype) if once else torch.float32)
+    gradients, x_kept = h_s.new_empty(kept, buffer.shape[1]), h_s.new_empty(kept, width)
     bias_t = bias_s if w_t is None else bias_t
     bias_s_ptr, bias_t_ptr = _padded_bias(bias_s, values), _padded_bias(bias_t, values)
 
@@ -151,6 +165,9 @@ def difference_triton(
             mm_f32(x_s, w_s.t(), out=z_s[:, :vocab])
             mm_f32(x_t, w_t.t(), out=z_t[:, :vocab])
         grad, grad_scale = _half_view(z_s, vocab, h_s.dtype)
+        if need_dw:
+            first = start % kept
+            grad = gradients[first : first + n, :vocab]
         weights = pairs.weights(start, stop)
         kl_rows[(n,)](
             z_s, z_t, grad, bias_s_ptr, bias_t_ptr, values if weights is None else weights, values[start:stop],
@@ -158,7 +175,7 @@ def difference_triton(
             1.0 / temperature, softcap, scale, beta, grad_scale,
             DIVERGENCE=divergence, HAS_BIAS_S=bias_s is not None, HAS_BIAS_T=bias_t is not None,
             HAS_WEIGHT=weights is not None, HAS_SOFTCAP=softcap > 0, NEED_GRAD=store,
-            BARRIER=grad.dtype != torch.float32, BLOCK_V=tiles.kl_rows.block,
+            BARRIER=grad.dtype != torch.float32 and not need_dw, BLOCK_V=tiles.kl_rows.block,
             num_warps=tiles.kl_rows.num_warps, num_stages=tiles.kl_rows.num_stages,
         )  # fmt: skip
         if not store:
@@ -173,13 +190,17 @@ def difference_triton(
                 pairs.add(dh, dx[:n].mul_(row_factor), start, stop)
         relative = None if pairs.relative is None else pairs.relative[start:stop]
         if need_dw:
-            x_weighted = x_s if relative is None else (x_s * relative.unsqueeze(1)).to(x_s.dtype)
-            mm_f32_add(dw, grad.t(), x_weighted, alpha=factor)
+            x_kept[first : first + n] = x_s if relative is None else x_s * relative.unsqueeze(1)
+            if first + n == kept or stop == pairs.count:
+                rows = slice(0, first + n)
+                mm_f32_add(dw, gradients[rows, :vocab].t(), x_kept[rows], alpha=factor, add=start >= kept)
         if need_db:
             row = x_s.new_ones(1, n) if relative is None else relative.to(x_s.dtype).unsqueeze(0)
             mm_f32_add(db.unsqueeze(0), row, grad, alpha=factor)
 
-    if pairs.relative is not None:
+    if need_dw and not pairs.count:
+        dw.zero_()
+    if pairs.relative is not None and h_s.dtype == torch.float16:
         dw, db = dw.mul_(pairs.peak), db.mul_(pairs.peak)
     return *pairs.reduce(values), dh.to(kept_dtype(h_s.dtype)), dw.to(kept_dtype(w_s.dtype)), db
 
@@ -247,7 +268,8 @@ def moment_step_triton(
     tiles = tiles or _tiles(h_s.device)
     require_rows(rows_s, h_s.shape[0], "rows_s")
     require_rows(rows_t, m.shape[0], "rows_t")
-    pairs = _Pairs(h_s.shape[0] if rows_s is None else rows_s.shape[0], rows_s, rows_t, row_weight, num_valid)
+    pairs = _Pairs(h_s.shape[0] if rows_s is None else rows_s.shape[0], rows_s, rows_t, row_weight, num_valid,
+                   h_s.dtype)  # fmt: skip
     vocab, width = w_s.shape
     values, lse, inv_sum = (h_s.new_empty(pairs.count, dtype=torch.float32) for _ in range(3))
     dh = pairs.gradient(h_s, need_dh)

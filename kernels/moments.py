@@ -7,6 +7,8 @@
 
 With them `KL(p || softmax((w_s x + bias_s) / τ)) = lse - (<m, x> + bias_mean) / τ - entropy` for any student state x,
 so they can be computed once and reused over epochs, over gradient steps and over every language of a sentence.
+
+The rewriting is public as the "KL cache trick" (jonathanc.net/blog/kl-cache-trick, 2026-05); nothing of it is new here.
 """
 
 from __future__ import annotations

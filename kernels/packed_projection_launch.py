@@ -1,6 +1,9 @@
 """Launches the CUDA paths of `packed_projection`: the fused Triton GEMM, or `norm_rows` and cuBLAS.
 
-Which one runs is data: `tiles.PACKED_PROJECTION`. Tests run these functions on CPU tensors in the Triton interpreter.
+The library's product is the faster of the two, so it is taken wherever it needs no pass over the result behind it: that
+is all the fused GEMM saves. Gather, norm and the places of boundary rows are made on the narrow input; bias and scale
+are the product's own. An activation or a cast is a pass, and `tiles.PACKED_PROJECTION` says up to which width of the
+input it decides. Tests run these functions on CPU tensors in the Triton interpreter.
 """
 
 from __future__ import annotations
@@ -78,27 +81,47 @@ def packed_linear_triton(
         total += (cu_seqlens.shape[0] - 1) * (before + after)
     if fused is None:
         # fp32 operands would lose their precision (TF32) or the tensor cores (IEEE): left to the library's setting.
-        fused = x.dtype == w.dtype != torch.float32 and width <= tiles.fused_up_to
-    pre = w.new_empty(tokens if need_pre else 0, width_out)
-    if fused:
+        passes = int(activation != "none") + int(dtype != w.dtype)
+        fused = x.dtype == w.dtype != torch.float32 and width <= tiles.fused_up_to * passes
+    if fused or tokens == 0:
+        pre = w.new_empty(tokens if need_pre else 0, width_out)
         y = w.new_empty(total, width_out, dtype=dtype)
         _fused(x, rows, w, bias, norm, norm_weight, norm_bias, eps, scale, activation, out_rows, y, pre, tokens, tiles)
     else:
+        source = rows
+        if out_rows is not None:  # boundary rows are projected from row 0 and overwritten: a few more rows, no pass
+            own_rows = torch.arange(tokens, device=x.device) if rows is None else rows.long()
+            source = own_rows.new_zeros(total).index_copy_(0, out_rows, own_rows)
         if norm == "none":
-            own = gathered_rows(x, rows, 0, tokens).to(w.dtype)
+            own = gathered_rows(x, source, 0, total).to(w.dtype)
         else:
-            own, _, _ = _norm(x, rows, tokens, norm, norm_weight, norm_bias, eps, w.dtype, True)
-        z = torch.nn.functional.linear(own, w, None if bias is None else bias.to(w.dtype))
-        if need_pre:
-            pre.copy_(z)
-        z = ACTIVATIONS[activation](z)
-        z = (z if scale == 1.0 else z * scale).to(dtype)
-        y = z if out_rows is None else w.new_empty(total, width_out, dtype=dtype).index_copy_(0, out_rows, z)
+            own, _, _ = _norm(x, source, total, norm, norm_weight, norm_bias, eps, w.dtype, True)
+        y, pre = _library(own, w, bias, scale, activation, dtype, out_rows, need_pre)
     if before + after:
         for embeddings, at in zip((prefix, suffix), placed):
             if embeddings is not None:
                 place_boundaries(y, at, embeddings)
     return y, pre
+
+
+def _library(
+    own: Tensor, w: Tensor, bias: Tensor | None, scale: float, activation: str, dtype: torch.dtype,
+    out_rows: Tensor | None, need_pre: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """scale · act(own wᵀ + bias) (T_out, D) in `dtype`, and the argument of act (T or 0, D)."""
+    bias = None if bias is None else bias.to(w.dtype)
+    if activation == "none" and scale != 1.0 and not need_pre:
+        # alpha scales the fp32 accumulators; a bias with beta = 1 is added by the GEMM itself.
+        added = w.new_empty(w.shape[0]) if bias is None else bias * scale
+        z = torch.addmm(added, own, w.t(), beta=0 if bias is None else 1, alpha=scale)
+        return z.to(dtype), z.new_empty(0, w.shape[0])
+    z = torch.nn.functional.linear(own, w, bias)
+    y = ACTIVATIONS[activation](z)
+    y = (y if scale == 1.0 else y * scale).to(dtype)
+    if not need_pre:
+        return y, z.new_empty(0, w.shape[0])
+    pre = z if out_rows is None else z[out_rows]
+    return y, pre.clone() if pre is y else pre
 
 
 def _fused(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class CpuChunks:
@@ -48,15 +50,26 @@ class LinearKLTiles:
 
     Attributes:
         chunk_rows: row pairs per GEMM. 1024 rows of a 4096-wide dX give a GEMM 128 tiles of 256x128, one per SM.
-        kl_rows, exp_rows: tiles over the vocabulary; 8 fp32 entries per thread keep the loads at 128 bits and the five
-            running statistics of `kl_rows` in registers.
+        kl_rows, exp_rows: tiles over the vocabulary. 8 fp32 entries per thread and row are two 128-bit loads, and
+            `kl_rows` (forward, 40 registers on sm_90) has six programs of 256 threads on an SM: 96 KiB in flight.
         finish_moments: tile over the LLM width.
+        head_rows: rows whose logit gradients are kept for one GEMM of dW, where all rows are too many. Adding to dW in
+            fp32 reads and writes 8 V D bytes, whatever the rows, next to 2 V D FLOPs each: at F FLOP/s and B bytes/s it
+            costs the GEMM 4 F / (B rows) more, on an H200 72 % with 1,024 rows and 18 % with 4,096 (1 GB at V=128k).
     """
 
     chunk_rows: int
     kl_rows: RowTile
     exp_rows: RowTile
     finish_moments: RowTile
+    head_rows: int = 4096
+
+    def rows_of_dw(self, pairs: int, width: int, dtype: torch.dtype) -> int:
+        """Rows per GEMM of dW: all, where their gradients need no more memory than the sum of dW in fp32 (4 V D)."""
+        all_fit = dtype == torch.bfloat16 and 2 * pairs <= 4 * width
+        if all_fit or pairs <= self.head_rows:
+            return pairs
+        return max(1, self.head_rows // self.chunk_rows) * self.chunk_rows
 
 
 _WIDE = LinearKLTiles(1024, RowTile(2048, 8), RowTile(4096, 8), RowTile(1024, 4))
@@ -71,10 +84,11 @@ LINEAR_KL: dict[str, LinearKLTiles] = {
 
 @dataclass(frozen=True)
 class StateTile:
-    """`rows` rows of states per step of one program, whole rows in registers."""
+    """`rows` rows of states per step of one program, whole rows in registers, `stages - 1` further steps in flight."""
 
     rows: int
     num_warps: int
+    stages: int
 
 
 @dataclass(frozen=True)
@@ -85,19 +99,26 @@ class HiddenMSETiles:
         piece: rows of a segment that one program sums. Fewer rows give more programs and more fp32 partial sums, which
             cost `8 / (piece * itemsize)` of the traffic.
         gradient_piece: rows of a segment whose gradient one program writes.
-        finish_block: states per step when the partial sums are combined.
+        finish_block: states per program when the partial sums of `segment_mean` are combined.
         values_per_thread: fp32 numbers of a tile in one thread's registers.
+        compare_block: states per step when the partial sums of both sides are combined and compared. There is one
+            program per segment, often fewer than SMs, so each must have many loads in flight.
+        ahead: bytes of rows that one program has in flight. A pack of 8k tokens has one or two programs of `pool_rows`
+            per SM, and 35 KiB per SM keep an H200's memory busy (4.3 TB/s, 1 µs, 132 SMs).
     """
 
     piece: int
     gradient_piece: int
     finish_block: int
     values_per_thread: int
+    compare_block: int = 4096
+    ahead: int = 32 << 10
 
     def for_width(self, width: int, itemsize: int = 2) -> StateTile:
         """The tile for rows of `width` states, a power of 2, of `itemsize` bytes."""
         num_warps = min(16, max(4, width * max(itemsize // 2, 1) // (32 * self.values_per_thread)))
-        return StateTile(max(1, num_warps * 32 * self.values_per_thread // max(width, 1) // 2), num_warps)
+        rows = max(1, num_warps * 32 * self.values_per_thread // max(width, 1) // 2)
+        return StateTile(rows, num_warps, min(6, 1 + self.ahead // max(rows * width * itemsize, 1)))
 
 
 HIDDEN_MSE: dict[str, HiddenMSETiles] = {
@@ -128,9 +149,11 @@ class ProjectionTiles:
     Attributes:
         gemm: tile of the fused GEMM.
         activated: the same for a hidden layer, whose epilogue needs more registers.
-        fused_up_to: encoder widths up to this one take the fused GEMM, wider ones the library's GEMM after a gather and
-            norm pass. A pass over the result costs 51 % of the GEMM at width 1024, 26 % at 2048 and 13 % at 4096
-            (arithmetic on an H100's ceilings, not yet timed), and a Triton GEMM 5 to 15 % more than cuBLAS.
+        fused_up_to: widths of the input up to this one, times the passes over the result that the library's GEMM would
+            need behind it, take the fused GEMM. A pass reads and writes 4 T D bytes, the product is 2 T E D FLOPs: at F
+            FLOP/s and B bytes/s it pays up to E = 2 F / (f B), where f is by how much the Triton GEMM is slower.
+            Arithmetic, not yet timed: f is 0.1 to 0.2 expected on Ampere, and 0.6 for a Triton GEMM of Hopper's
+            (790 TFLOP/s, 4.3 TB/s: 612).
     """
 
     gemm: GemmTile
@@ -145,16 +168,14 @@ _HIP = GemmTile(256, 128, 32, 8, 8, 2)
 PACKED_PROJECTION: dict[str, ProjectionTiles] = {
     "default": ProjectionTiles(_SQUARE, _SQUARE, 2048),
     "sm_80": ProjectionTiles(_SQUARE, _SQUARE, 2048),
-    "sm_90": ProjectionTiles(_WIDE_GEMM, _SQUARE, 2048),
-    "sm_100": ProjectionTiles(_DEEP, _DEEP, 1024),
+    "sm_90": ProjectionTiles(_WIDE_GEMM, _SQUARE, 512),
+    "sm_100": ProjectionTiles(_DEEP, _DEEP, 512),
     "gfx942": ProjectionTiles(_HIP, _HIP, 2048),
 }
 
 
 def architecture() -> str:
     """Key of the current device in the tables: "sm_90", "gfx942", ..., "default" without one."""
-    import torch
-
     if not torch.cuda.is_available():
         return "default"
     if torch.version.hip is not None:

@@ -296,5 +296,7 @@ def test_two_processes(forked, model_folder, source, tmp_path) -> None:
     parts.Parts(two, {"settings": "old"}).close()
     two.write_bytes(b"old")
     outs = forked.group(*command(model_folder, source, two, "--overwrite"))
-    assert sorted("40 x 48" in out for out in outs) == [False, True], "the rank that finishes last, whichever it is, joins"
+    assert sorted("40 x 48" in out for out in outs) == [False, True], (
+        "the rank that finishes last, whichever it is, joins"
+    )
     assert two.read_bytes() == one.read_bytes()

@@ -15,6 +15,7 @@ from mtllm_fast.kernels import hidden_mse_ops as ops
 from mtllm_fast.kernels.hidden_mse import reference_mean
 from mtllm_fast.kernels.tiles import HiddenMSETiles
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.hidden_cases import (
     check_all,
@@ -29,7 +30,7 @@ from tests.kernels.hidden_cases import (
 from tests.kernels.linear_kl_cases import check
 
 # Pieces far shorter than the dominant sequence, so that segments are split.
-TILES = HiddenMSETiles(piece=64, gradient_piece=64, finish_block=16, values_per_thread=8)
+TILES = HiddenMSETiles(piece=64, gradient_piece=64, finish_block=16, values_per_thread=8, compare_block=16)
 WIDE = {torch.bfloat16: 1.25}
 ONE = torch.tensor([1.0, 0.0, 0.0])
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -189,11 +190,43 @@ def test_bad_values_are_asserted_on_the_device():
     for bad in ([1, 4, 8], [0, 6, 4], [0, 6, 9]):
         with pytest.raises(RuntimeError, match="cu_seqlens must start at 0"):
             launch.segment_mean_triton(x, torch.tensor(bad), "mean", "none", 1e-6, TILES)
+    for bad in ([[3, 2]], [[0, 2], [-1, 3]], [[0, 2], [5, 9]]):
+        with pytest.raises(RuntimeError, match="spans must be ascending and be within the 8 rows"):
+            launch.segment_mean_triton(x, torch.tensor(bad), "spans", "none", 1e-6, TILES)
+    good, many = torch.tensor([0, 8]), torch.arange(1501) // 200  # more bounds than one block of the check
+    launch.segment_mean_triton(x, many, "mean", "none", 1e-6, TILES)
+    many[1400] = 3
+    with pytest.raises(RuntimeError, match="cu_seqlens must start at 0"):
+        launch.segment_mean_triton(x, many, "mean", "none", 1e-6, TILES)
+    for bounds in ((good, good + 1), (good, torch.tensor([0, 9])), (torch.tensor([0, 9]), good)):
+        with pytest.raises(RuntimeError, match="end within the 8 and 8 rows"):
+            launch.pooled_triton(x, x, *bounds, "mean", None, "none", None, 1e-6, True, False, TILES)
     rows = torch.tensor([0, 8])
     with pytest.raises(RuntimeError, match="rows_t holds a row number outside 0 to 7"):
         launch.pairs_triton(x, x, torch.tensor([0, 1]), rows, None, "mse", TILES)
     with pytest.raises(TypeError, match="student is"):
         launch.pairs_triton(x.double(), x.double(), rows[:1], rows[:1], None, "mse", TILES)
+
+
+def test_bounds_of_both_sides_take_one_kernel_and_one_assertion(monkeypatch):
+    class Ops(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    def launched():
+        seen.clear()
+        with Ops():
+            launch._require_bounds("mean", (torch.tensor([0, 3]), 3), (torch.tensor([0, 4]), 4))
+        quiet = ("view", "empty", "alias", "detach", "lift", "_to_copy")  # what launches nothing, or makes the bounds
+        return [f for f in seen if not any(word in str(f) for word in quiet)]
+
+    seen: list = []
+    monkeypatch.setattr(launch, "check_bounds", {(1,): lambda *_, **__: None})
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: torch.tensor(True))
+    assert launched() == [torch.ops.aten._assert_async.msg]
+    monkeypatch.setenv("MTLLM_DEBUG", "1")  # negative control: torch's own way
+    assert len(launched()) > 10
 
 
 def test_cuda_kernels_of_the_ops_return_what_their_fakes_say(monkeypatch):

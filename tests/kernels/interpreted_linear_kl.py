@@ -6,6 +6,8 @@ The interpreter truncates fp32 to bf16 where hardware rounds: 0.3 to 0.44 % were
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from mtllm_fast.kernels import linear_kl_launch as launch
@@ -72,6 +74,25 @@ def test_vocabularies(vocab):
     else:
         compare(small(torch.bfloat16, vocab=vocab))
         compare(small(vocab=vocab))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights", [False, True])
+def test_head_gradient_over_many_chunks(dtype, weights, monkeypatch):
+    """23 rows in chunks of 4: one GEMM where all rows may wait for it, three where 8 may; never one per chunk."""
+    products = []
+    real = launch.mm_f32_add
+    monkeypatch.setattr(
+        launch, "mm_f32_add", lambda *a, **k: (products.extend(v for n, v in k.items() if n == "add"), real(*a, **k))
+    )
+    case = small(dtype, pairs=23, rows=True, weights=weights, width=8)
+    few = replace(TILES, head_rows=8)
+    assert [few.rows_of_dw(n, 8, dtype) for n in (8, 16, 17)] == [8, 16 if dtype == torch.bfloat16 else 8, 8]
+    compare(case, tiles=few)
+    assert products == [False, True, True]
+    products.clear()
+    compare(case)
+    assert products == [False]
 
 
 def test_num_valid_cuts_the_masked_pairs_off():

@@ -61,6 +61,42 @@ def test_activation_and_its_argument(activation, fused):
     check(y, getattr(torch.nn.functional, activation)(right), 1e-5)
 
 
+@pytest.mark.parametrize("changes", [{}, {"bias": None}, {"scale": 1.0}, {"norm": "rms"}, {"need_pre": True}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_library_needs_no_pass_over_the_result(changes, dtype):
+    """Scale and boundary rows by the product itself: no larger result is read or written again."""
+    case = make(dtype=dtype, norm="layer", boundaries=True, scale=1.7)
+    need_pre = changes.pop("need_pre", False)
+    case |= changes
+    if case["norm"] == "rms":
+        del case["norm_bias"]
+    case["x"][0, 0] = torch.nan  # the row that boundary rows are made from, of no sequence
+    case["x"] = torch.cat([case["x"][:, :1], case["x"]], 1)
+    length = case["x"].shape[1]
+    case["rows"] = case["rows"] + case["rows"] // (length - 1) + 1
+    case["x"][0, 1] = 0.25
+    y, pre = run(case, False, need_pre=need_pre)
+    check(y, exact(case), 1e-5 if dtype == torch.float32 else 8e-3)
+    assert pre.shape[0] == (case["rows"].shape[0] if need_pre else 0)
+
+
+def test_which_product_is_chosen(monkeypatch):
+    """The library's unless it needs a pass over a result of a narrow input."""
+    taken = []
+    monkeypatch.setattr(launch, "_fused", lambda *_: taken.append("fused"))
+    real = launch._library
+    monkeypatch.setattr(launch, "_library", lambda *a: taken.append("library") or real(*a))
+    case = make(dtype=torch.bfloat16, norm="layer", boundaries=True, scale=2.0)
+    plain = make(dtype=torch.bfloat16)
+    run(case, None)
+    run(plain, None)
+    run(plain, None, activation="gelu")
+    wide = ProjectionTiles(TILE, TILE, 23)
+    monkeypatch.setitem(run.__globals__, "TILES", wide)
+    run(plain, None, activation="gelu")
+    assert taken == ["library", "library", "fused", "library"]
+
+
 def test_large_means_cancel_exactly():
     """|mean| 100 times the deviation: the sums are taken over the W' that the GEMM reads."""
     case = make(dtype=torch.float16, norm="layer", mean=100.0)
@@ -81,9 +117,15 @@ def test_cuda_kernel_of_the_op_returns_what_its_fake_says(boundaries, need_pre, 
     assert [(x.shape, x.dtype) for x in got] == [(x.shape, x.dtype) for x in said]
 
 
-def test_empty_and_bad_rows():
-    case = make(padded=False, rows=torch.zeros(0, dtype=torch.long))
-    assert run(case, True)[0].shape == (0, 40)
+@pytest.mark.parametrize("fused", [True, False])
+def test_no_rows(fused):
+    case = make(padded=False, rows=torch.zeros(0, dtype=torch.long), norm="rms")
+    assert run(case, fused)[0].shape == (0, 40)
+    case |= {"cu_seqlens": torch.zeros(3, dtype=torch.int32), "prefix": torch.ones(1, 40), "x": case["x"][:0]}
+    assert torch.equal(run(case, fused)[0], torch.ones(2, 40))
+
+
+def test_bad_rows():
     case = make(padded=False, rows=torch.tensor([0, 10_000]))
     with pytest.raises(RuntimeError, match="rows holds a row number outside"):
         run(case, True)

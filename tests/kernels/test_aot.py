@@ -37,12 +37,37 @@ def test_main_kernels_pass_everywhere(arch, label):
 
 
 def test_a_tile_that_spills_fails():
-    """Negative control: 64 entries per thread and five running statistics of each do not fit in registers."""
+    """Negative control: 128 logits of either side per thread do not fit in its registers."""
     case = named("forward bf16")
-    wide = replace(case, tile=tiles.RowTile(8192, 4), constexprs={**case.constexprs, "BLOCK_V": 8192})
+    wide = replace(case, tile=tiles.RowTile(16384, 4), constexprs={**case.constexprs, "BLOCK_V": 16384})
     report = aot.inspect(wide, "sm_90")
     assert report.spill_instructions > 0
     assert "spills" in report.problems
+
+
+@pytest.mark.parametrize("label", ["forward bf16", "forward fp16"])
+def test_row_kernel_leaves_room_for_four_programs_on_an_sm(label):
+    """64 registers of 256 threads are a quarter of an SM's; before, two exponentials a side took 358 and 206."""
+    report = aot.inspect(named(label), "sm_90")
+    assert report.registers <= 64
+    statistics, gradient = report.loops
+    assert statistics <= 240
+    assert gradient <= 130
+
+
+def test_loops_are_counted():
+    text = """.text.kernel:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/                   FADD R1, R1, R2 ;
+        /*0020*/              @!P0 BRA `(.L_x_1) ;
+        /*0030*/              @!P1 BRA.U `(.L_x_0) ;
+.L_x_1:
+        /*0040*/                   EXIT ;
+.L_x_2:
+        /*0050*/                   BRA `(.L_x_2);
+"""
+    assert aot._loops(text) == (3,)
 
 
 def test_narrow_loads_fail():
@@ -73,7 +98,7 @@ def test_in_place_gradient_is_stored_behind_a_barrier_and_rounded():
 
 def test_gate_exits_1_on_a_failure(monkeypatch, capsys):
     case = named("forward bf16")
-    bad = replace(case, tile=tiles.RowTile(8192, 4), constexprs={**case.constexprs, "BLOCK_V": 8192})
+    bad = replace(case, tile=tiles.RowTile(16384, 4), constexprs={**case.constexprs, "BLOCK_V": 16384})
     monkeypatch.setattr(aot, "CASES", (lambda arch: [bad],))
     assert aot.main(["--arch", "sm_90"]) == 1
     assert "1 compiled, 1 failed" in capsys.readouterr().out

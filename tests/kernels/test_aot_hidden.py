@@ -49,14 +49,9 @@ def test_main_kernels_pass_everywhere(arch, kernel, label):
 
 def wide_share(case: aot.Case) -> float:
     """Share of 128-bit loads among the loads of row data: all loads but those of one number (an edge, a weight)."""
-    compiled = aot.compile_case(case, "sm_90")
-    loads = re.findall(r"ld\.global(?:\.[a-z:0-9_]+)*?(\.v[24])?\.b(\d+)", compiled.asm["ptx"])
-    single = len(re.findall(r"tt\.load [^\n]*: !tt\.ptr<", compiled.asm["ttgir"]))
-    widths = sorted(int(bits) * int(vector[2:] or 1) if vector else int(bits) for vector, bits in loads)
-    assert all(bits <= 64 for bits in widths[:single])
-    rows = widths[single:]
-    assert rows
-    return sum(bits == 128 for bits in rows) / len(rows)
+    report = aot.inspect(case, "sm_90")
+    assert report.row_loads
+    return report.wide_loads / report.row_loads
 
 
 STREAMS = [c for c in cases("sm_90") if c.kernel.__name__ in STREAMING and "fp16" not in c.label]
@@ -65,6 +60,21 @@ STREAMS = [c for c in cases("sm_90") if c.kernel.__name__ in STREAMING and "fp16
 @pytest.mark.parametrize("case", STREAMS, ids=lambda c: f"{c.kernel.__name__} {c.label}")
 def test_streaming_kernels_load_128_bits(case):
     assert wide_share(case) >= 0.9
+
+
+@pytest.mark.parametrize(
+    ("kernel", "label"),
+    [("pool_rows", "bf16 none"), ("pool_rows", "bf16 rms D=4096"), ("state_gradient", "pooled bf16 rms D=4096")],
+)
+def test_loops_over_rows_have_rows_in_flight(kernel, label):
+    """Copies before the loop and in it; as many rows as the tile says, and not one with a single stage."""
+    case = named(kernel, label)
+    assert case.constexprs["STAGES"] > 2
+    report = aot.inspect(case, "sm_90")
+    assert report.async_copies > 2
+    assert report.shared_bytes >= (case.constexprs["STAGES"] - 1) * case.constexprs["BLOCK_D"] * 2
+    alone = aot.inspect(replace(case, constexprs={**case.constexprs, "STAGES": 1}), "sm_90")
+    assert alone.async_copies == 0
 
 
 def test_wide_share_has_a_negative_control():

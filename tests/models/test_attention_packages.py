@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtllm_fast.models.attention import BACKENDS, AttentionPlan, Call, choose_backend
+from mtllm_fast.models.attention import BACKENDS, AttentionPlan, Call, choose_backend, varlen
 from mtllm_fast.models.attention.flex import BLOCK, block_table, make_block_mask
 from tests.models.attention_cases import FEATURES, LENGTHS, Features, check, packed
 
@@ -90,7 +90,8 @@ def torch_varlen(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
     enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
 ):  # fmt: skip
-    assert enable_gqa or query.shape[1] == key.shape[1]
+    if not enable_gqa and query.shape[1] != key.shape[1]:
+        raise ValueError("key has other heads than query")
     return flash_2(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, softmax_scale=scale, window_size=window_size)
 
 
@@ -179,6 +180,31 @@ def test_flash_packages_get_what_they_document(backend, lengths, features, fake,
         return BACKENDS[backend].attend(q, k, v, plan, asked)
 
     check(attend, packed(lengths), features)
+
+
+@pytest.mark.parametrize(
+    ("release", "right"),
+    [("refuses groups", False), ("takes groups", True), ("means others", False), ("knows enable_gqa", True)],
+)
+def test_grouped_heads_of_a_torch_without_the_flag_are_tried_once(release, right, monkeypatch) -> None:
+    calls = []
+
+    def silent(query, key, value, *arguments, **options):
+        calls.append(key.shape[1])
+        if release == "refuses groups":
+            return torch_varlen(query, key, value, *arguments, **options)
+        if release == "means others" and key.shape[1] < query.shape[1]:
+            key, value = (x.repeat(1, query.shape[1] // x.shape[1], 1) for x in (key, value))
+        return torch_varlen(query, key, value, *arguments, enable_gqa=True, **options)
+
+    known = {"scale", "window_size"} | ({"enable_gqa"} if release == "knows enable_gqa" else set())
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", silent)
+    monkeypatch.setattr(varlen, "options", lambda: frozenset(known))
+    varlen.takes_groups.cache_clear()
+    with torch.no_grad():
+        assert [varlen.takes_groups(torch.device("cpu")) for _ in range(2)] == [right, right]
+    varlen.takes_groups.cache_clear()
+    assert len(calls) == {"refuses groups": 1, "knows enable_gqa": 0}.get(release, 2)
 
 
 def test_flash_2_passes_dropout_on(fake, monkeypatch) -> None:
