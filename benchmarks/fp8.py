@@ -1,7 +1,7 @@
 """What the fp8 base costs in accuracy, on real weights and real text: rounding, loss, gradients, a training curve.
 
-    python -m benchmarks.fp8 --encoder E5 --llm SMOLLM2 --text english.tsv --valid held_out.tsv \
-        [--json benchmarks/results/cpu/fp8.json]
+    python -m benchmarks.fp8 --encoder E5 --llm SMOLLM2 --text english.tsv --valid held_out.tsv --folder runs/fp8 \
+        [--json benchmarks/results/cpu/fp8.json] [--parts "curve fp8"]
 
 Models are folders as `mtllm fetch` makes them. On the CPU the products are emulated: the same roundings, sums in fp32.
 Three parts: the rounding of weights, activations and gradients with the scales that are used (powers of two) and with
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -33,27 +32,40 @@ from mtllm_fast.data.batch import Batch
 from mtllm_fast.data.collate import collate
 from mtllm_fast.losses import DistillationWeights
 from mtllm_fast.models import LoraSettings
-from mtllm_fast.models.frozen import dequantised, quantize_frozen
+from mtllm_fast.models.frozen import Fp8Linear, dequantised, quantize_frozen
 from mtllm_fast.training import AdaptConfig, OptimSettings, adapt, trainer
 from mtllm_fast.training.adapt import AdaptStep, starting_model
 
 from .common import commit, device_name, relative_error, versions, write
 
 WEIGHTS = DistillationWeights(pooled_mse=1.0, paired_mse=1.0, kl=1.0)
+BASES = ("bf16", "fp8")
+PARTS = ("rounding", "gradients at start", "curve bf16", "curve fp8", "validation", "gradients when trained")
 GROUPS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @contextmanager
 def training_over(base: str) -> Iterator[None]:
-    """Inside the block, a training run has the linear layers of its LLM in `base`."""
-    switches = trainer.apply_switches
+    """Inside the block, a training run has the linear layers of its LLM in `base`; `mtllm adapt` refuses fp8 on a CPU.
+
+    The emulation keeps the weights that it has widened to bf16: the same numbers, sooner.
+    """
+    switches, widened = trainer.apply_switches, fp8_linear._widened
+    kept: dict[int, Tensor] = {}  # by address, which belongs to the weights as long as the model lives
 
     def apply(student: MTLLM, optim: OptimSettings, device: torch.device, *rest: Any) -> None:
         if base == "fp8":
-            quantize_frozen(student.backbone.layers_root, "fp8", device)
+            fp8_base(student)
+            for layer in student.backbone.layers_root.modules():
+                if isinstance(layer, Fp8Linear):
+                    kept.update({q.data_ptr(): widened(q) for q in (layer.weights.w, layer.weights.wt)})
         switches(student, optim, device, *rest)
 
-    with patch.object(trainer, "apply_switches", apply):
+    def once(q: Tensor) -> Tensor:
+        found = kept.get(q.data_ptr())
+        return widened(q) if found is None else found
+
+    with patch.object(trainer, "apply_switches", apply), patch.object(fp8_linear, "_widened", once):
         yield
 
 
@@ -259,6 +271,16 @@ def train(options: Any, start: Path, output: Path, base: str) -> list[dict[str, 
     return [{"step": entry["step"], "loss": entry["loss"]} for entry in log if "loss" in entry]
 
 
+def begin(options: Any, folder: Path) -> None:
+    """Put the model as training starts into `folder`: the projection fitted, fresh adapters."""
+    untrained = OptimSettings(max_steps=0, device="cpu", progress=False, report_to="none", tokens=512)
+    config = AdaptConfig(
+        encoder=options.encoder, llm=options.llm, output=str(folder), causal=True, lora=LoraSettings(dropout=0.0),
+        init="ridge", init_rows=options.init_rows, loss=WEIGHTS, train=untrained,
+    )  # fmt: skip
+    adapt(config, read_rows(options.text, language="eng_Latn"))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="benchmarks.fp8", description=(__doc__ or "").split("\n")[0])
@@ -269,7 +291,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=256, help="of a step")
     parser.add_argument("--batches", type=int, default=2, help="of 16 texts, for gradients and for validation")
     parser.add_argument("--init-rows", type=int, default=400)
-    parser.add_argument("--folder", type=Path, help="where the runs go; default: a temporary folder")
+    parser.add_argument("--folder", type=Path, required=True, help="where the runs go, and what later parts read")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all, in this order")
     options = parser.parse_args(argv)
     rows = list(read_rows(options.valid, language="eng_Latn", limit=16 * options.batches))
     about = {"device": device_name("cpu"), "versions": versions(), "commit": commit(), "steps": options.steps,
@@ -282,31 +305,27 @@ def main(argv: list[str] | None = None) -> int:
         if options.json:
             write(options.json, records)
 
-    with tempfile.TemporaryDirectory() as made:
-        root = options.folder or Path(made)
-        untrained = OptimSettings(max_steps=0, device="cpu", progress=False, report_to="none", tokens=512)
-        adapt(
-            AdaptConfig(
-                encoder=options.encoder, llm=options.llm, output=str(root / "start"), causal=True,
-                lora=LoraSettings(dropout=0.0), init="ridge", init_rows=options.init_rows, loss=WEIGHTS,
-                train=untrained,
-            ),
-            read_rows(options.text, language="eng_Latn"),
-        )  # fmt: skip
-        student = loaded(options, root / "start", torch.float32, None)
-        assert student.tokenizer is not None
-        batches = [collate(rows[i : i + 16], student.tokenizer) for i in range(0, len(rows), 16)]
-        variance = variances(student, collate(rows, student.tokenizer))
+    root = options.folder
+    if not (root / "start" / "config.json").exists():
+        begin(options, root / "start")
+    student = loaded(options, root / "start", torch.float32, None)
+    assert student.tokenizer is not None
+    batches = [collate(rows[i : i + 16], student.tokenizer) for i in range(0, len(rows), 16)]
+    variance = variances(student, collate(rows, student.tokenizer))
+    if "rounding" in options.parts:
         add(rounding(student, batches[0]))
-        del student
+    del student
+    if "gradients at start" in options.parts:
         add(*gradient_table(options, "start", root / "start", batches, variance))
-        for base in ("bf16", "fp8"):
-            curve = train(options, root / "start", root / base, base)
-            add({"part": "curve", "base": base, "curve": curve})
-        for trained in ("start", "bf16", "fp8"):
-            for base in ("fp32", "bf16", "fp8"):
+    for base in BASES:
+        if f"curve {base}" in options.parts:
+            add({"part": "curve", "base": base, "curve": train(options, root / "start", root / base, base)})
+    if "validation" in options.parts:
+        for trained in ("start", *BASES):
+            for base in BASES:
                 found = validated(options, root / trained, base, batches, variance)
                 add({"part": "validation", "trained over": trained, "read over": base, "losses": found})
+    if "gradients when trained" in options.parts:
         add(*gradient_table(options, "trained", root / "bf16", batches, variance))
     return 0
 
