@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from mtllm_fast.models.frozen import PACKAGES
+from mtllm_fast.models.frozen import KINDS
 
 from .apart import apart
 from .common import (
@@ -137,7 +137,7 @@ def run_cpu(size: str, rungs: Sequence[Rung], repeats: int, log: Log, options: S
         one = prepare(rung, make(**options, dtype=torch.float32, device="cpu"), "cpu")
         record = records[rung.name] = record_of(rung, plain, "cpu", size, "fp32")
         mine = small(one.problem)
-        right = reference(rung, small(plain), mine) if rung.base in PACKAGES else want
+        right = reference(rung, small(plain), mine) if rung.base in KINDS else want
         record.gate, record.gate_detail = gate(rung, mine, right)
         log(f"{size} {rung.name}: gate {record.gate} {record.gate_detail}")
         if record.gate == "pass":
@@ -183,7 +183,7 @@ def climb(
             try:
                 torch.compiler.reset()
                 mine = prepare(rung, tried, device, done)
-                right = reference(rung, base, mine.problem) if rung.base in PACKAGES else want
+                right = reference(rung, base, mine.problem) if rung.base in KINDS else want
                 record.gate, record.gate_detail = gate(rung, mine.problem, right)
                 ready = prepare(rung, large, device, done)
                 done = rung.switches

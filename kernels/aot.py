@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import linear_kl_triton
-from .aot_cases import hidden_mse_cases, packed_projection_cases
+from .aot_cases import fp8_linear_cases, hidden_mse_cases, packed_projection_cases
 from .tiles import LINEAR_KL, RowTile
 
 ARCHITECTURES = {
@@ -173,6 +173,7 @@ CASES: tuple[Callable[[str], Iterator[Case]], ...] = (
     linear_kl_cases,
     partial(hidden_mse_cases, Case),
     partial(packed_projection_cases, Case),
+    partial(fp8_linear_cases, Case),
 )
 
 

@@ -1,11 +1,11 @@
-"""Specialisations of the kernels of `hidden_mse` and `packed_projection` for the ahead-of-time gate in `aot.py`."""
+"""Specialisations of the kernels of `hidden_mse`, `packed_projection` and `fp8_linear` for the gate in `aot.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from . import hidden_mse_triton, packed_projection_triton
+from . import fp8_linear_triton, hidden_mse_triton, packed_projection_triton
 from .tiles import HIDDEN_MSE, PACKED_PROJECTION, RowTile
 
 WIDTHS = (1024, 4096)
@@ -113,3 +113,17 @@ def packed_projection_cases(make: Callable[..., Any], arch: str) -> Iterator[Any
                 halves, RowTile(1024, 2),
                 NORM="layer", HAS_ROWS=True, HAS_WEIGHT=store, HAS_BIAS=store, STORE_ROWS=store, BLOCK_E=1024,
             )  # fmt: skip
+
+
+def fp8_linear_cases(make: Callable[..., Any], arch: str) -> Iterator[Any]:
+    """Rows to e4m3, whole and in blocks, where the hardware has that format."""
+    if arch not in ("sm_90", "sm_100"):
+        return
+    for width in (*WIDTHS, 16384):
+        for dtype in ("bf16", "fp16", "fp32") if width == WIDTHS[-1] else ("bf16",):
+            for whole in (True, False) if width == 16384 else (True,):
+                yield _case(
+                    make, fp8_linear_triton.fp8_rows, f"{dtype} {'row' if whole else 'block'} of {width}",
+                    {"x_ptr": dtype, "q_ptr": "fp8e4nv"}, RowTile(width, fp8_linear_triton.warps(width)),
+                    WHOLE=whole, BLOCK_K=width,
+                )  # fmt: skip

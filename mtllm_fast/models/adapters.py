@@ -127,7 +127,7 @@ class AdaptedModel(nn.Module):
 
         targets = settings.target_modules
         resolved = self._linear_names() if targets == "all-linear" else targets
-        self._check_targets(resolved)
+        self.check_targets(targets)
         config = LoraConfig(
             r=settings.r,
             lora_alpha=settings.alpha,
@@ -144,11 +144,14 @@ class AdaptedModel(nn.Module):
         fuse_lora(self._tuned)
         self.train_adapter(name)
 
-    def _check_targets(self, targets: str | Sequence[str]) -> None:
-        """Raise ValueError where `targets` (a regular expression, or names) miss every linear layer, or one does."""
+    def check_targets(self, targets: str | Sequence[str]) -> None:
+        """Raise ValueError where `targets` ("all-linear", a regular expression, or names) miss every linear layer, or
+        one does."""
         linear = [n.removesuffix(".base_layer") for n, m in self.model.named_modules() if isinstance(m, nn.Linear)]
         linear = [n for n in linear if ".lora_" not in n]
         known = ", ".join(self._linear_names())
+        if targets == "all-linear":
+            targets = self._linear_names()
         if isinstance(targets, str):
             try:
                 hits = [n for n in linear if re.fullmatch(targets, n)]
@@ -271,11 +274,16 @@ class AdaptedModel(nn.Module):
 
         Args:
             keep: hold the base weights in host memory, for `unmerge_adapter` to put back bit for bit.
+
+        Raises:
+            ValueError: the base weights are quantised.
         """
+        from .frozen import dense_weight
+
         for layer in self._tuned:
             if layer.merged or layer._disable_adapters:
                 continue
-            weight = layer.get_base_layer().weight
+            weight = dense_weight(layer.get_base_layer())
             self._unmerged.append((layer, weight.detach().to("cpu", copy=True) if keep else None))
             layer.merge()
             (self._merged,) = layer.merged_adapters

@@ -53,7 +53,7 @@ def kept_bytes_per_token(model: AdaptedModel, tokens: int = 128) -> tuple[float,
     hidden = args[0].detach().requires_grad_()
     # what all layers share is not counted: weights, position tables, the plan
     inputs = [hidden, *args[1:], *kwargs.values(), *(kwargs.get("position_embeddings") or ())]
-    shared = {x.untyped_storage().data_ptr() for x in [*model.parameters(), *inputs] if _plain(x)}
+    shared = {x.untyped_storage().data_ptr() for x in [*model.parameters(), *model.buffers(), *inputs] if _plain(x)}
     found: dict[int, int] = {}
 
     def count(x: Tensor) -> Tensor:

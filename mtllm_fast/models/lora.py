@@ -19,37 +19,44 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .frozen import Fp8Linear, autocast_dtype, fp8_backward, fp8_forward
+
 
 class LoraProduct(torch.autograd.Function):
     """x wᵀ + bias + scale · low bᵀ, of x (T, K), w (N, K), bias (N) or None, low (T, r), b (N, r), all of one dtype.
 
     With `a` (r, K), low is x aᵀ, and its share of dx is added to dy w in place: low then gets no gradient of its own.
-    Without, low does (it is of a dropped-out x). w and bias get none.
+    Without, low does (it is of a dropped-out x). w and bias get none. With a w in fp8, w, w_scale, wt and scale_t are
+    its `Fp8Weights`; the three are None otherwise.
     """
 
     @staticmethod
     def forward(
-        x: Tensor, w: Tensor, bias: Tensor | None, low: Tensor, a: Tensor | None, b: Tensor, scale: float
-    ) -> Tensor:
-        return F.linear(x, w, bias).addmm_(low, b.t(), alpha=scale)
+        x: Tensor, w: Tensor, bias: Tensor | None, low: Tensor, a: Tensor | None, b: Tensor, scale: float,
+        w_scale: Tensor | None, wt: Tensor | None, scale_t: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        y = F.linear(x, w, bias) if w_scale is None else fp8_forward(x, w, w_scale, bias)
+        return y.addmm_(low, b.t(), alpha=scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, w, _, low, a, b, ctx.scale = inputs
+        x, w, _, low, a, b, ctx.scale, _, wt, scale_t = inputs
         ctx.folded = a is not None
-        ctx.save_for_backward(*((x, w, low, b, a) if ctx.folded else (w, low, b)))
+        ctx.save_for_backward(*((x, a) if ctx.folded else (None, None)), w if wt is None else wt, scale_t, low, b)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, w, low, b, a = ctx.saved_tensors if ctx.folded else (None, *ctx.saved_tensors, None)
-        need_x, _, _, need_low, need_a, need_b, _ = ctx.needs_input_grad
+        x, a, w, scale_t, low, b = ctx.saved_tensors
+        need_x, _, _, need_low, need_a, need_b, *_ = ctx.needs_input_grad
         d_low = ctx.scale * (dy @ b)
-        dx = dy @ w if need_x else None
+        dx = None
+        if need_x:
+            dx = dy @ w if scale_t is None else fp8_backward(dy, w, scale_t)
         if dx is not None and a is not None:
             dx = dx.addmm_(d_low, a)
         da = d_low.t() @ x if need_a else None
         db = dy.t() @ (ctx.scale * low) if need_b else None
-        return dx, None, None, d_low if need_low and a is None else None, da, db, None
+        return dx, None, None, d_low if need_low and a is None else None, da, db, None, None, None, None
 
 
 class DroppedProduct(torch.autograd.Function):
@@ -76,21 +83,22 @@ class DroppedProduct(torch.autograd.Function):
 
 
 class LoraLinear(PeftLinear):  # type: ignore[misc]
-    """peft's LoRA layer over a frozen `nn.Linear`, its plain forward as one op (see `LoraProduct`)."""
+    """peft's LoRA layer over a frozen `nn.Linear` or `Fp8Linear`, its plain forward as one op (see `LoraProduct`)."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = self._plain_adapter(x) if not (args or kwargs) else None
         if name is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         base = cast(nn.Linear, self.base_layer)
-        down = cast(Tensor, self.lora_A[name].weight)
-        up = cast(Tensor, self.lora_B[name].weight)
-        dtype = _autocast_dtype(x)
+        fp8 = base.weights if isinstance(base, Fp8Linear) else None
+        w, bias = base.weight if fp8 is None else fp8.w, cast(Tensor | None, base.bias)
+        a, b = (cast(Tensor, lora[name].weight) for lora in (self.lora_A, self.lora_B))
+        dtype = autocast_dtype(x)
         if dtype is not None:
-            x, w, a, b = (t.to(dtype) for t in (x, base.weight, down, up))
-            bias = None if base.bias is None else base.bias.to(dtype)
-        else:
-            w, a, b, bias = base.weight, down, up, base.bias
+            x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
+            w = w.to(dtype) if fp8 is None else w
+            bias = None if bias is None else bias.to(dtype)
+        more = (None, None, None) if fp8 is None else (fp8.scale, fp8.wt, fp8.scale_t)
         dropout = self.lora_dropout[name]
         p = float(getattr(dropout, "p", 0.0)) if dropout.training else 0.0
         flat = x.reshape(-1, x.shape[-1])
@@ -98,10 +106,10 @@ class LoraLinear(PeftLinear):  # type: ignore[misc]
             with torch.no_grad():
                 dropped, keep = torch.native_dropout(flat, p, True)
             low = DroppedProduct.apply(flat, dropped, keep, a, 1 / (1 - p))
-            y = LoraProduct.apply(flat, w, bias, low, None, b, self.scaling[name])
+            y = LoraProduct.apply(flat, w, bias, low, None, b, self.scaling[name], *more)
         else:
             # `low` keeps its graph, which only a second derivative needs: the first one comes folded into dx
-            y = LoraProduct.apply(flat, w, bias, F.linear(flat, a), a, b, self.scaling[name])
+            y = LoraProduct.apply(flat, w, bias, F.linear(flat, a), a, b, self.scaling[name], *more)
         return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
     def _plain_adapter(self, x: Tensor) -> str | None:
@@ -110,27 +118,21 @@ class LoraLinear(PeftLinear):  # type: ignore[misc]
         if self.disable_adapters or self.merged or len(active) != 1 or active[0] in self.lora_variant:
             return None
         base, down, up = self.base_layer, self.lora_A[active[0]], self.lora_B[active[0]]
-        if type(base) is not nn.Linear or type(down) is not nn.Linear or type(up) is not nn.Linear:
+        if type(base) not in (nn.Linear, Fp8Linear) or type(down) is not nn.Linear or type(up) is not nn.Linear:
             return None
         if down.bias is not None or up.bias is not None or not x.is_floating_point() or x.numel() == 0:
             return None
-        weights = [base.weight, down.weight, up.weight, *([] if base.bias is None else [base.bias])]
+        frozen = [weight for weight in (base.weight, base.bias) if weight is not None]  # of fp8 the bias alone
+        weights = [*frozen, down.weight, up.weight]
         if any(is_traceable_wrapper_subclass(weight) for weight in weights):  # spread over processes, quantised
             return None
-        if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+        if any(weight.requires_grad for weight in frozen):
             return None
         if any(_has_hooks(module) for module in (base, down, up)):
             return None
         same = {x.dtype, *(weight.dtype for weight in weights)}
-        cast_to_one = _autocast_dtype(x) is not None and torch.float64 not in same
+        cast_to_one = autocast_dtype(x) is not None and torch.float64 not in same
         return active[0] if len(same) == 1 or cast_to_one else None
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast casts x to, None where it is off or leaves it, as it does float64."""
-    kind = x.device.type
-    on = x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if on else None
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from .frozen import dense_weight
 from .mtllm import MTLLM
 
 
@@ -16,7 +17,7 @@ def merge(model: MTLLM) -> MTLLM:
     The sum is formed in float32 and rounded once to the dtype of the weights.
 
     Raises:
-        ValueError: there is no adapter, or several.
+        ValueError: there is no adapter, or several; the base weights are quantised.
     """
     if len(model.config.adapters) != 1:
         found = ", ".join(model.config.adapters) or "none"
@@ -26,7 +27,7 @@ def merge(model: MTLLM) -> MTLLM:
     backbone.unmerge_adapter()
     for layer in backbone.model.modules():
         if name in getattr(layer, "lora_A", ()):
-            weight = layer.get_base_layer().weight
+            weight = dense_weight(layer.get_base_layer())
             weight.copy_((weight.float() + layer.get_delta_weight(name).float()).to(weight.dtype))
     backbone.remove_adapter(name)
     model.config.adapters = {}

@@ -47,8 +47,8 @@ class Accounting(TorchDispatchMode):
         peak_parts: bytes per part at the peak.
         flops, seconds: per part.
         attention_pairs: sum over sequences of length squared; set it before a model runs, for packed attention.
-        fp8: storages of weights whose products are fp8: twice the FLOPs per second, and the other operand is read
-            twice and written as fp8 before.
+        fp8: storages of weights whose products are fp8: twice the FLOPs per second, a byte for every number of both
+            operands, and the other one is read and written as fp8 before.
     """
 
     def __init__(self, rates: Rates | None = None, architecture: str = "sm_90") -> None:
@@ -116,8 +116,9 @@ class Accounting(TorchDispatchMode):
             rate = self.rates.flops
             if flops and self.fp8 and (weights := known & self.fp8):
                 rate *= 2
+                touched += sum(x.numel() - _bytes(x) for x in inputs)
                 others = [x for x in inputs if x.untyped_storage() not in weights]
-                cast = sum(_bytes(x) * (2 + 1 / x.element_size()) for x in others)
+                cast = sum(_bytes(x) + x.numel() for x in others)
                 self.seconds[self._part] += cast / self.rates.bytes
             self.seconds[self._part] += max(flops / rate, touched / self.rates.bytes)
         return out

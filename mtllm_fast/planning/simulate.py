@@ -26,8 +26,9 @@ from .accounting import Accounting, Rates
 from .parts import forward_parts
 
 PACKED, PADDED = "mtllm_plan_packed", "mtllm_plan_padded"
-# bytes per weight of a frozen linear layer; nf4 with double quantisation has 4.127 bits, int8 a scale per output row
-WEIGHT_BYTES = {"int8": 1.0, "nf4": 0.5 + 0.127 / 8}
+# bytes per weight of a frozen linear layer; nf4 with double quantisation has 4.127 bits, int8 a scale per output row,
+# fp8 holds each weight twice, transposed too
+WEIGHT_BYTES = {"int8": 1.0, "nf4": 0.5 + 0.127 / 8, "fp8": 2.0}
 PAGING = 20e9  # bytes/s between the GPU and host memory that paged optimizer state moves at, an assumption
 
 
@@ -36,8 +37,8 @@ class StepSpec:
     """What is trained, and how.
 
     Attributes:
-        base: LLM linear layers "dense" in `dtype`; "int8" or "nf4", dequantised at every use; or "fp8", held in
-            `dtype` and multiplied in fp8 at twice the rate.
+        base: LLM linear layers "dense" in `dtype`; "int8" or "nf4", dequantised at every use; or "fp8", held
+            and multiplied in fp8, at twice the rate.
         checkpointing: True, or how many of the student's layers are run again in backward instead of being kept.
         dtype: of frozen weights and activations. Trained weights, gradients and optimizer state are float32.
         eight_bit_optimizer: AdamW state in 8 bits. offloaded_optimizer: it is in host memory between steps.
@@ -191,12 +192,10 @@ def static_memory(spec: StepSpec, model: nn.Module, encoder: nn.Module, llm: Any
 
 
 def _dequantise(acc: Accounting, spec: StepSpec, llm: Any, rates: Rates | None, uses: dict[str, int]) -> None:
-    """Weights change their form before every GEMM that reads them: int8 and nf4 are read and written in `dtype`; for
-    fp8 those in `dtype` are read twice (the largest value, then all) and written."""
-    if spec.base == "dense" or rates is None:
+    """Weights in int8 and nf4 are read, and written in `dtype`, before every GEMM that reads them."""
+    if spec.base not in ("int8", "nf4") or rates is None:
         return
-    item = spec.dtype.itemsize
-    touched = 2 * item + 1 if spec.base == "fp8" else WEIGHT_BYTES[spec.base] + item
+    touched = WEIGHT_BYTES[spec.base] + spec.dtype.itemsize
     weights = sum(m.weight.numel() for m in llm.get_decoder().modules() if isinstance(m, nn.Linear))
     for part, count in uses.items():
         acc.seconds[part] += count * weights * touched / rates.bytes

@@ -23,11 +23,11 @@ from ..models import MTLLM, LoraSettings, ProjectionConfig
 from ..models.encoder import check_encoder
 from ..models.storage import local_folder, read_config
 from .config import OptimSettings
-from .inputs import model_inputs
+from .inputs import adapted_base, model_inputs
 from .live import Watch
 from .projection_fit import InitKind, fit_projection
 from .run_folder import RunFolder
-from .switches import base_dtype
+from .switches import base_dtype, check_layers
 from .trainer import TrainStep, run_stage
 
 
@@ -179,8 +179,11 @@ def adapt(
     dtype = base_dtype(config.train, include_base=config.include_base)
     if config.encoder:
         check_encoder(config.encoder, config.trust_remote_code)
+    named = model_inputs(config.model, encoder=config.encoder, llm=config.llm)
+    lora = None if config.model else config.lora
+    check_layers(config.train, *adapted_base(config.model, named), lora, config.trust_remote_code)
     set_seed(config.train.seed)
-    inputs = {"rows": rows, **model_inputs(config.model, encoder=config.encoder, llm=config.llm)}
+    inputs = {"rows": rows, **named}
     run = RunFolder(config.output, {"stage": "adapt", "source": source or {}, **asdict(config)}, config.resume, inputs)
     if (done := run.finished()) is not None:
         return done

@@ -43,8 +43,8 @@ class OptimSettings:
     """Mixed precision: bf16 autocast over fp32 trainable weights."""
     base_weights: Literal["auto", "fp32", "bf16", "int8", "nf4", "fp8"] = "auto"
     """Frozen base weights. auto: bf16 with `bf16` on a GPU, otherwise fp32. int8 (torchao), nf4 (bitsandbytes): linear
-    layers of the LLM held so and multiplied in the activations' dtype. fp8 (torchao, with `compile`): held in bf16 and
-    multiplied in fp8. The LM head and embeddings stay bf16 or fp32."""
+    layers of the LLM held so and multiplied in the activations' dtype. fp8 (a GPU of NVIDIA's of compute capability 8.9
+    or newer): held and multiplied in fp8, 2 bytes a weight. The LM head and embeddings stay bf16 or fp32."""
     checkpointing: Literal["none", "full", "budget"] = "none"
     """Layers run again in backward instead of keeping activations: none, all, or as few as the budget allows."""
     activation_memory_gib: float = 0.0

@@ -29,10 +29,10 @@ from ..models.names import is_path, same_model
 from ..models.storage import based_on, read_config, read_safetensors
 from .config import OptimSettings
 from .finetune import validation
-from .inputs import model_inputs
+from .inputs import adapted_base, model_inputs
 from .live import Watch
 from .run_folder import RunFolder
-from .switches import base_dtype
+from .switches import base_dtype, check_layers
 from .teacher_cache import CacheReport, KeyedRows, TeacherCache, open_or_build
 from .trainer import TASK_ROWS, TrainStep, run_stage
 
@@ -225,13 +225,15 @@ def distill(
             "use pooled_mse and head_kl, or leave the cache out"
         )
     dtype = base_dtype(config.train, include_base=config.include_base)
+    named = model_inputs(config.model, encoder=config.encoder, llm=config.llm)
+    check_layers(config.train, *adapted_base(config.model, named), None, config.trust_remote_code)
     set_seed(config.train.seed)
     settings = {"stage": "distill", "source": source or {}, **asdict(config)}
     inputs = {
         "rows": rows,
         "valid_rows": valid_rows or [],
         "teacher": config.teacher,
-        **model_inputs(config.model, encoder=config.encoder, llm=config.llm),
+        **named,
     }
     run = RunFolder(config.output, settings, config.resume, inputs)
     if (done := run.finished()) is not None:

@@ -23,10 +23,10 @@ from ..models import MTLLM, HeadConfig, LoraSettings
 from ..models.encoder import check_encoder
 from ..models.mtllm import Reader
 from .config import OptimSettings
-from .inputs import model_inputs
+from .inputs import adapted_base, model_inputs
 from .live import Watch
 from .run_folder import RunFolder
-from .switches import base_dtype
+from .switches import base_dtype, check_layers
 from .trainer import TASK_ROWS, TrainStep, run_stage
 
 
@@ -144,12 +144,15 @@ def finetune(
     dtype = base_dtype(config.train, include_base=config.include_base)
     if config.encoder:
         check_encoder(config.encoder, config.trust_remote_code)
+    named = model_inputs(config.model, encoder=config.encoder, llm=config.llm)
+    lora = None if config.model else config.lora
+    check_layers(config.train, *adapted_base(config.model, named), lora, config.trust_remote_code)
     set_seed(config.train.seed)
     settings = {"stage": "finetune", "source": source or {}, "labels": list(labels), **asdict(config)}
     inputs = {
         "rows": rows,
         "valid_rows": valid_rows or [],
-        **model_inputs(config.model, encoder=config.encoder, llm=config.llm),
+        **named,
     }
     run = RunFolder(config.output, settings, config.resume, inputs)
     if (done := run.finished()) is not None:

@@ -79,6 +79,17 @@ def model_inputs(model: str, *, encoder: str = "", llm: str = "") -> dict[str, s
     return {role: name for role, name in named.items() if name}
 
 
+def adapted_base(model: str, named: Mapping[str, str]) -> tuple[str, str]:
+    """Role and place of the base model that carries the adapters, which is the LLM where there is one.
+
+    Args:
+        named: from `model_inputs`; a base model that it does not have lies in the folder of `model`.
+    """
+    own = Path(model)
+    role = "llm" if "llm" in named or (model and (own / "llm").is_dir()) else "encoder"
+    return role, named.get(role) or str(own / role)
+
+
 def changed(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
     """The first difference in words, None where there is none."""
     for name in sorted({*before, *now}):

@@ -12,9 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..inference.compile import compile_layers
-from ..models import MTLLM
+from ..models import MTLLM, LoraSettings, PackedEncoder, PackedLLM
+from ..models.adapters import check_settings
 from ..models.checkpointing import kept_bytes_per_token, layers_within, recompute_layers
-from ..models.frozen import PACKAGES, quantize_frozen
+from ..models.encoder import check_encoder
+from ..models.encoders import family_of
+from ..models.frozen import KINDS, PACKAGES, Fp8Linear, check_fp8_width, frozen_linears, quantize_frozen
+from ..models.llm import empty_llm
 from .config import OptimSettings
 
 log = logging.getLogger(__name__)
@@ -66,17 +70,17 @@ def check_switches(optim: OptimSettings, *, include_base: bool = False) -> None:
         raise ValueError(f"optim={optim.optim!r}: expected a name that transformers knows, such as adamw_8bit")
     if kind in PACKAGES:
         _needs(PACKAGES[kind], "quant", f"base_weights={kind!r}")
-        if include_base:
-            raise ValueError(f"include_base with base_weights={kind!r}: the base weights would be saved quantised")
+    if kind in KINDS and include_base:
+        raise ValueError(f"include_base with base_weights={kind!r}: the base weights would be saved quantised")
     if kind == "fp8":
-        if not gpu:
-            raise ValueError("base_weights='fp8': needs a GPU of compute capability 8.9 or newer; int8 and nf4 do not")
+        if not gpu or torch.version.hip:  # on a CPU it would only be slower; AMD's fp8 is another format
+            raise ValueError(
+                "base_weights='fp8': needs a GPU of NVIDIA's, of compute capability 8.9 or newer; int8 and nf4 do not"
+            )
         if torch.cuda.get_device_capability() < (8, 9):
             raise ValueError(
                 f"base_weights='fp8': needs compute capability 8.9, {torch.cuda.get_device_name()} has less"
             )
-        if not optim.compile:
-            raise ValueError("base_weights='fp8': needs compile, or gradients of the frozen weights are computed too")
     if name in ("adamw_torch_8bit", "adamw_torch_4bit"):
         _needs("torchao", "quant", f"optim={name!r}")
     elif name.startswith("paged_") or name.endswith(("_8bit", "bnb")):
@@ -102,6 +106,36 @@ def base_dtype(optim: OptimSettings, *, include_base: bool = False) -> torch.dty
     return torch.bfloat16 if optim.bf16 else torch.float32
 
 
+def check_layers(
+    optim: OptimSettings, role: str, name: str, lora: LoraSettings | None, trust_remote_code: bool = False
+) -> None:
+    """Refuse, before weights are read, adapters or base weights that the linear layers of a base model cannot have.
+
+    Args:
+        role: "llm" or "encoder", whichever carries the adapters; `name` is its folder or hub name.
+        lora: of new adapters; None for those that a model has already.
+
+    Raises:
+        ValueError: a setting of `lora` is out of range, its targets match no linear layer, `base_weights` cannot hold
+            one, or `name` is no model.
+    """
+    if lora is None and optim.base_weights != "fp8":
+        return
+    model: PackedLLM | PackedEncoder
+    if role == "llm":
+        model = PackedLLM(empty_llm(name, trust_remote_code))
+    else:
+        config = check_encoder(name, trust_remote_code)
+        with torch.device("meta"):
+            model = PackedEncoder(family_of(config, name).build(config))
+    if lora is not None:
+        check_settings(lora)
+        model.check_targets(lora.target_modules)
+    if optim.base_weights == "fp8":
+        for path, _, _, layer in frozen_linears(model.requires_grad_(False).layers_root):
+            check_fp8_width(path, layer)
+
+
 def apply_switches(
     student: MTLLM, optim: OptimSettings, device: torch.device, wrapped: nn.Module | None = None
 ) -> None:
@@ -114,12 +148,16 @@ def apply_switches(
         ValueError: a switch that this student cannot have, or an activation budget that is too small.
     """
     backbone = student.backbone
-    if optim.base_weights in PACKAGES:
-        count = quantize_frozen(backbone.layers_root, optim.base_weights, device)  # type: ignore[arg-type]
+    if optim.base_weights in KINDS:
+        count = quantize_frozen(backbone.layers_root, optim.base_weights, device)
         log.info("base weights: %d linear layers in %s", count, optim.base_weights)
         if wrapped is not None:
-            # it would send them to the other processes, which torchao's tensors do not allow; all have read the same
+            # it would send them to the other processes, which torchao's tensors do not allow, and buffers at every
+            # step; all have read the same
             frozen = [name for name, p in wrapped.named_parameters() if is_traceable_wrapper_subclass(p)]
+            for path, layer in wrapped.named_modules():
+                if isinstance(layer, Fp8Linear):
+                    frozen += [f"{path}.{name}" for name, _ in layer.named_buffers()]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(wrapped, frozen)
     if optim.liger:
         apply_liger(student)
@@ -127,7 +165,7 @@ def apply_switches(
         recompute_layers(backbone)
     elif optim.checkpointing == "budget":
         # else it is measured where it was loaded: a model that FSDP will spread may be too large for one device
-        if optim.liger or optim.base_weights in PACKAGES:
+        if optim.liger or optim.base_weights in KINDS:
             student.to(device)
         where = next(backbone.parameters()).device.type
         with torch.autocast(where, torch.bfloat16, enabled=optim.bf16):

@@ -10,8 +10,10 @@ import torch
 from mtllm_fast.benchmarks import ladder, ladder_rungs
 from mtllm_fast.benchmarks.common import Record
 from mtllm_fast.benchmarks.ladder import ALONE, CLIMBS, SIZES, climb, run_cpu
-from mtllm_fast.benchmarks.ladder_rungs import Rung, forward_backward, gate, missing, prepare
+from mtllm_fast.benchmarks.ladder_rungs import Rung, forward_backward, gate, missing, prepare, reference
 from mtllm_fast.benchmarks.steps import exact, make
+
+from mtllm_fast.models.frozen import Fp8Linear, quantize_frozen
 
 TINY = SIZES["quick"]["tiny"]
 # compiling and the quantised rungs have tests of their own
@@ -46,6 +48,21 @@ def test_a_rung_with_other_weights_or_another_loss_is_wrong() -> None:
             if ".lora_B." in name:
                 parameter.mul_(1.4)
     assert gate(replace(QUICK[0], switches={"base_weights": "fp8"}), scaled, want)[0] == "fail"
+
+
+def test_fp8_is_held_against_its_own_weights() -> None:
+    """The emulation on the CPU passes by its own weights; those of another scale do not."""
+    plain, mine = tiny(), tiny()
+    rung = Rung("fp8", packed=True, fused=True, switches={"base_weights": "fp8"})
+    quantize_frozen(mine.model.llm.layers_root, "fp8", "cpu")
+    want = reference(rung, plain, mine)
+    verdict, errors = gate(rung, mine, want)
+    assert verdict == "pass" and 0.005 < errors["adapters"] < 0.06
+    assert gate(rung, mine, exact(plain))[1]["adapters"] > errors["adapters"]
+    for layer in mine.model.llm.layers_root.modules():
+        if isinstance(layer, Fp8Linear):
+            layer.scale_t.mul_(1.1)
+    assert gate(rung, mine, want)[0] == "fail"
 
 
 def test_joint_pass_takes_every_base_layer_once(monkeypatch) -> None:

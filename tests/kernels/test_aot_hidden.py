@@ -1,4 +1,4 @@
-"""The ahead-of-time gate over hidden_mse and packed_projection: no spills, tensor cores, wide loads, 64-bit rows."""
+"""The ahead-of-time gate over hidden_mse, packed_projection and fp8_linear: no spills, tensor cores, wide loads, 64-bit rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
 from mtllm_fast.kernels import aot, tiles
-from mtllm_fast.kernels.aot_cases import hidden_mse_cases, packed_projection_cases
+from mtllm_fast.kernels.aot_cases import fp8_linear_cases, hidden_mse_cases, packed_projection_cases
 
 STREAMING = {"pool_rows", "state_gradient", "pair_values", "norm_rows"}
 
@@ -97,3 +97,14 @@ def test_rows_are_addressed_in_64_bits():
         products = re.findall(r"arith\.muli %\w+, %(stride_\w+|width)\w* : (i\d+)", code)
         assert all(kind == "i64" for _, kind in products), products
         assert "i64" in code
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_rows_to_fp8_round_to_nearest_and_saturate(arch):
+    for case in fp8_linear_cases(aot.Case, arch):
+        assert aot.inspect(case, arch).problems == ()
+        if "16384" in case.label:
+            code = aot.compile_case(case, arch).asm
+            assert "cvt.rn.satfinite.e4m3x2.f32" in code["ptx"]
+            assert "arith.extsi" in code["ttir"]  # rows are addressed in 64 bits
+    assert not list(fp8_linear_cases(aot.Case, "sm_80"))

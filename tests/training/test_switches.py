@@ -303,6 +303,26 @@ def test_other_refusals(monkeypatch) -> None:
         check_switches(_optim(compile=True))
 
 
+def test_fp8_needs_the_hardware_and_nothing_else(monkeypatch) -> None:
+    """No package, no `compile`; an older GPU or another maker's is refused."""
+    monkeypatch.setattr("mtllm_fast.training.switches.find_spec", lambda name: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a card")
+    fp8 = _optim(base_weights="fp8", device="cuda", bf16=True)
+    for capability, fits in (((8, 0), False), ((8, 9), True), ((9, 0), True)):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda found=capability: found)
+        if fits:
+            assert base_dtype(fp8) == torch.bfloat16
+        else:
+            with pytest.raises(ValueError, match=r"base_weights='fp8': needs compute capability 8\.9, a card has less"):
+                check_switches(fp8)
+    with pytest.raises(ValueError, match="include_base with base_weights='fp8'"):
+        check_switches(fp8, include_base=True)
+    monkeypatch.setattr("torch.version.hip", "6.4")
+    with pytest.raises(ValueError, match="base_weights='fp8': needs a GPU of NVIDIA's"):
+        check_switches(fp8)
+
+
 def test_names_and_dtypes() -> None:
     assert optimizer_name(_optim(offload_optimizer=True)) == "paged_adamw_32bit"
     assert optimizer_name(_optim(offload_optimizer=True, optim="adamw_8bit")) == "paged_adamw_8bit"
