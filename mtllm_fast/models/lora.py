@@ -10,7 +10,7 @@ that is more than plain LoRA.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -20,59 +20,64 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
-class LoraProduct(torch.autograd.Function):
-    """x wᵀ + bias + scale · low bᵀ, of x (T, K), w (N, K), bias (N) or None, low (T, r), b (N, r), all of one dtype.
+def _products(x: Tensor, w: Tensor, bias: Tensor | None, low: Tensor, b: Tensor, scale: float) -> Tensor:
+    """x wᵀ + bias + scale · low bᵀ, the second product added to the first in place."""
+    return F.linear(x, w, bias).addmm_(low, b.t(), alpha=scale)
 
-    With `a` (r, K), low is x aᵀ, and its share of dx is added to dy w in place: low then gets no gradient of its own.
-    Without, low does (it is of a dropped-out x). w and bias get none.
+
+@torch.library.custom_op("mtllm_fast::lora_products", mutates_args=())
+def lora_products(x: Tensor, w: Tensor, bias: Tensor | None, low: Tensor, b: Tensor, scale: float) -> Tensor:
+    """`_products` as an operator that a compiler leaves whole: Inductor adds out of place, which is one more copy."""
+    return _products(x, w, bias, low, b, scale)
+
+
+@lora_products.register_fake
+def _(x: Tensor, w: Tensor, bias: Tensor | None, low: Tensor, b: Tensor, scale: float) -> Tensor:
+    return x.new_empty(x.shape[0], w.shape[0])
+
+
+class LoraProduct(torch.autograd.Function):
+    """(y, low): y = x wᵀ + bias + scale · low bᵀ and low = x aᵀ, of x (T, K), w (N, K), bias (N) or None, a (r, K),
+    b (N, r), all of one dtype; w and bias get no gradient.
+
+    With `dropped` = x * keep / (1 - p), low is dropped aᵀ. Kept for backward are x, which the layer keeps anyway, low,
+    and one byte of `keep` for each element of x. `low` is an output for second derivatives alone.
     """
 
     @staticmethod
     def forward(
-        x: Tensor, w: Tensor, bias: Tensor | None, low: Tensor, a: Tensor | None, b: Tensor, scale: float
-    ) -> Tensor:
-        return F.linear(x, w, bias).addmm_(low, b.t(), alpha=scale)
+        x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float,
+        dropped: Tensor | None, keep: Tensor | None, p: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        low = F.linear(x if dropped is None else dropped, a)
+        return _products_here()(x, w, bias, low, b, scale), low
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, w, _, low, a, b, ctx.scale = inputs
-        ctx.folded = a is not None
-        ctx.save_for_backward(*((x, w, low, b, a) if ctx.folded else (w, low, b)))
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, w, _, a, b, ctx.scale, _, keep, ctx.p = inputs
+        ctx.save_for_backward(x, w, a, b, keep, output[1])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, w, low, b, a = ctx.saved_tensors if ctx.folded else (None, *ctx.saved_tensors, None)
-        need_x, _, _, need_low, need_a, need_b, _ = ctx.needs_input_grad
+    def backward(ctx: Any, dy: Tensor | None, d_more: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, w, a, b, keep, low = ctx.saved_tensors
+        need_x, _, _, need_a, need_b, *_ = ctx.needs_input_grad
+        if dy is None:  # of a second derivative, through low alone
+            dy = x.new_zeros(x.shape[0], w.shape[0])
         d_low = ctx.scale * (dy @ b)
-        dx = dy @ w if need_x else None
-        if dx is not None and a is not None:
-            dx = dx.addmm_(d_low, a)
-        da = d_low.t() @ x if need_a else None
+        if d_more is not None:
+            d_low = d_low + d_more
         db = dy.t() @ (ctx.scale * low) if need_b else None
-        return dx, None, None, d_low if need_low and a is None else None, da, db, None
+        if keep is None:
+            dx = _products_here()(dy, w.t(), None, d_low, a.t(), 1.0) if need_x else None
+            return dx, None, None, d_low.t() @ x if need_a else None, db, None, None, None, None
+        d_low = d_low / (1 - ctx.p)
+        dx = (dy @ w).addcmul_(d_low @ a, keep) if need_x else None
+        return dx, None, None, d_low.t() @ (x * keep) if need_a else None, db, None, None, None, None
 
 
-class DroppedProduct(torch.autograd.Function):
-    """`dropped` aᵀ, where dropped = x * keep * scale, of x (T, K), keep (T, K) bool and a (r, K).
-
-    Keeps x, which the layer keeps anyway, and one byte of `keep` for each of its elements, not the dropped-out copy.
-    """
-
-    @staticmethod
-    def forward(x: Tensor, dropped: Tensor, keep: Tensor, a: Tensor, scale: float) -> Tensor:
-        return dropped @ a.t()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, _, keep, a, ctx.scale = inputs
-        ctx.save_for_backward(x, keep, a)
-
-    @staticmethod
-    def backward(ctx: Any, d_low: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, keep, a = ctx.saved_tensors
-        scaled = ctx.scale * d_low
-        dx = (scaled @ a) * keep if ctx.needs_input_grad[0] else None
-        return dx, None, None, scaled.t() @ (x * keep), None
+def _products_here() -> Callable[..., Tensor]:
+    return lora_products if torch.compiler.is_compiling() else _products
 
 
 class LoraLinear(PeftLinear):  # type: ignore[misc]
@@ -94,14 +99,11 @@ class LoraLinear(PeftLinear):  # type: ignore[misc]
         dropout = self.lora_dropout[name]
         p = float(getattr(dropout, "p", 0.0)) if dropout.training else 0.0
         flat = x.reshape(-1, x.shape[-1])
+        dropped = keep = None
         if p > 0:
             with torch.no_grad():
                 dropped, keep = torch.native_dropout(flat, p, True)
-            low = DroppedProduct.apply(flat, dropped, keep, a, 1 / (1 - p))
-            y = LoraProduct.apply(flat, w, bias, low, None, b, self.scaling[name])
-        else:
-            # `low` keeps its graph, which only a second derivative needs: the first one comes folded into dx
-            y = LoraProduct.apply(flat, w, bias, F.linear(flat, a), a, b, self.scaling[name])
+        y, _ = LoraProduct.apply(flat, w, bias, a, b, self.scaling[name], dropped, keep, p)
         return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
     def _plain_adapter(self, x: Tensor) -> str | None:
