@@ -15,6 +15,7 @@ from ..inference.compile import compile_layers
 from ..models import MTLLM
 from ..models.checkpointing import kept_bytes_per_token, layers_within, recompute_layers
 from ..models.frozen import PACKAGES, quantize_frozen
+from .automatic import on_gpu, settled
 from .config import OptimSettings
 
 log = logging.getLogger(__name__)
@@ -31,11 +32,6 @@ PAGED = {
 def _needs(package: str, extra: str, what: str) -> None:
     if find_spec(package) is None:
         raise ValueError(f"{what} needs {package}: pip install 'mtllm-fast[{extra}]'")
-
-
-def on_gpu(optim: OptimSettings) -> bool:
-    """Whether the run that `optim` describes trains on a GPU."""
-    return optim.device != "cpu" and torch.cuda.is_available()
 
 
 def optimizer_name(optim: OptimSettings) -> str:
@@ -113,7 +109,7 @@ def apply_switches(
     Raises:
         ValueError: a switch that this student cannot have, or an activation budget that is too small.
     """
-    backbone = student.backbone
+    backbone, optim = student.backbone, settled(optim)
     if optim.base_weights in PACKAGES:
         count = quantize_frozen(backbone.layers_root, optim.base_weights, device)  # type: ignore[arg-type]
         log.info("base weights: %d linear layers in %s", count, optim.base_weights)
@@ -130,7 +126,7 @@ def apply_switches(
         if optim.liger or optim.base_weights in PACKAGES:
             student.to(device)
         where = next(backbone.parameters()).device.type
-        with torch.autocast(where, torch.bfloat16, enabled=optim.bf16):
+        with torch.autocast(where, torch.bfloat16, enabled=bool(optim.bf16)):
             kept, recomputed = kept_bytes_per_token(backbone)
         layers = len(backbone.layers)
         count = layers_within(optim.activation_memory_gib * 2**30, optim.tokens, layers, kept, recomputed)
