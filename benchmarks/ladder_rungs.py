@@ -145,7 +145,7 @@ def _fused(p: Problem, student: Tensor, teacher: Tensor) -> dict[str, Any]:
 
 def settings(rung: Rung, p: Problem, device: str) -> OptimSettings:
     """The rung's switches as a training run would have them."""
-    switches = dict(rung.switches)
+    switches = {"bf16": False, "compile": False, "liger": False, **rung.switches}
     if rung.budget:
         assert p.model.llm is not None and p.batch.mt is not None
         tokens = p.batch.mt.num_tokens

@@ -120,6 +120,8 @@ def _documented(info: StructTypeInfo) -> StructConstructorSpec | None:
     own = info.default if dataclasses.is_dataclass(info.default) else info.type()  # type: ignore[misc]
     for field in dataclasses.fields(info.type):
         kind, value = hints[field.name], getattr(own, field.name)
+        if kind == bool | None:  # a pair of flags, and None where neither is given
+            kind = Annotated[kind, tyro.conf.DisallowNone]
         if not dataclasses.is_dataclass(value):
             kind = Annotated[kind, tyro.conf.arg(help_behavior_hint=_hint(value, required.get(field.name)))]
         fields.append(StructFieldSpec(field.name, kind, value, partial(_text, info.type, field.name)))

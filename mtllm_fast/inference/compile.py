@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,11 +11,21 @@ from transformers import AttentionInterface
 from ..models.attention import NAME, packed_attention
 
 
-def compile_layers(layers: Any, backend: str = "inductor") -> None:
-    """Compile each layer of a model, in place.
+def compile_layers(layers: Any, backend: Any = "inductor") -> None:
+    """Compile each layer of a model, in place; those that are run again in backward, inside of what runs them again.
 
     Attention stays out of the graphs: it depends on the lengths of the batch, and every batch would be compiled anew.
     """
     AttentionInterface.register(NAME, torch.compiler.disable(packed_attention))
     for layer in layers:
-        layer.compile(dynamic=True, backend=backend)
+        forward = getattr(type(layer).forward, "__wrapped__", None)
+        if getattr(layer, "gradient_checkpointing", False) and forward is not None:
+            # checkpointing is in the forward that transformers wraps, and what it calls would not be compiled
+            compiled = torch.compile(forward, dynamic=True, backend=backend)
+            layer._gradient_checkpointing_func = partial(_again, layer._gradient_checkpointing_func, compiled)
+        else:
+            layer.compile(dynamic=True, backend=backend)
+
+
+def _again(run_again: Any, compiled: Any, function: Any, *args: Any) -> Any:
+    return run_again(partial(compiled, *function.args, **function.keywords), *args)

@@ -10,7 +10,7 @@ that is more than plain LoRA.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -22,64 +22,73 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .frozen import Fp8Linear, autocast_dtype, fp8_backward, fp8_forward
 
 
-class LoraProduct(torch.autograd.Function):
-    """x wᵀ + bias + scale · low bᵀ, of x (T, K), w (N, K), bias (N) or None, low (T, r), b (N, r), all of one dtype.
+def _products(x: Tensor, w: Tensor, bias: Tensor | None, low: Tensor, b: Tensor, scale: float) -> Tensor:
+    """x wᵀ + bias + scale · low bᵀ, the second product added to the first in place."""
+    return F.linear(x, w, bias).addmm_(low, b.t(), alpha=scale)
 
-    With `a` (r, K), low is x aᵀ, and its share of dx is added to dy w in place: low then gets no gradient of its own.
-    Without, low does (it is of a dropped-out x). w and bias get none. With a w in fp8, w, w_scale, wt and scale_t are
-    its `Fp8Weights`; the three are None otherwise.
+
+@torch.library.custom_op("mtllm_fast::lora_products", mutates_args=())
+def lora_products(x: Tensor, w: Tensor, bias: Tensor | None, low: Tensor, b: Tensor, scale: float) -> Tensor:
+    """`_products` as an operator that a compiler leaves whole: Inductor adds out of place, which is one more copy."""
+    return _products(x, w, bias, low, b, scale)
+
+
+@lora_products.register_fake
+def _(x: Tensor, w: Tensor, bias: Tensor | None, low: Tensor, b: Tensor, scale: float) -> Tensor:
+    return x.new_empty(x.shape[0], w.shape[0])
+
+
+class LoraProduct(torch.autograd.Function):
+    """(y, low): y = x wᵀ + bias + scale · low bᵀ and low = x aᵀ, of x (T, K), w (N, K), bias (N) or None, a (r, K),
+    b (N, r), all of one dtype; w and bias get no gradient.
+
+    With `dropped` = x * keep / (1 - p), low is dropped aᵀ. Kept for backward are x, which the layer keeps anyway, low,
+    and one byte of `keep` for each element of x. `low` is an output for second derivatives alone. With a w in fp8, w,
+    w_scale, wt and scale_t are its `Fp8Weights`; the three are None otherwise.
     """
 
     @staticmethod
     def forward(
-        x: Tensor, w: Tensor, bias: Tensor | None, low: Tensor, a: Tensor | None, b: Tensor, scale: float,
+        x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float,
+        dropped: Tensor | None, keep: Tensor | None, p: float,
         w_scale: Tensor | None, wt: Tensor | None, scale_t: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        y = F.linear(x, w, bias) if w_scale is None else fp8_forward(x, w, w_scale, bias)
-        return y.addmm_(low, b.t(), alpha=scale)
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        low = F.linear(x if dropped is None else dropped, a)
+        if w_scale is not None:
+            return fp8_forward(x, w, w_scale, bias).addmm_(low, b.t(), alpha=scale), low
+        return _products_here()(x, w, bias, low, b, scale), low
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, w, _, low, a, b, ctx.scale, _, wt, scale_t = inputs
-        ctx.folded = a is not None
-        ctx.save_for_backward(*((x, a) if ctx.folded else (None, None)), w if wt is None else wt, scale_t, low, b)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, w, _, a, b, ctx.scale, _, keep, ctx.p, _, wt, scale_t = inputs
+        ctx.save_for_backward(x, w if wt is None else wt, a, b, keep, output[1], scale_t)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, a, w, scale_t, low, b = ctx.saved_tensors
-        need_x, _, _, need_low, need_a, need_b, *_ = ctx.needs_input_grad
+    def backward(ctx: Any, dy: Tensor | None, d_more: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, w, a, b, keep, low, scale_t = ctx.saved_tensors
+        need_x, _, _, need_a, need_b, *_ = ctx.needs_input_grad
+        if dy is None:  # of a second derivative, through low alone
+            dy = x.new_zeros(x.shape[0], b.shape[0])
         d_low = ctx.scale * (dy @ b)
-        dx = None
-        if need_x:
-            dx = dy @ w if scale_t is None else fp8_backward(dy, w, scale_t)
-        if dx is not None and a is not None:
-            dx = dx.addmm_(d_low, a)
-        da = d_low.t() @ x if need_a else None
+        if d_more is not None:
+            d_low = d_low + d_more
         db = dy.t() @ (ctx.scale * low) if need_b else None
-        return dx, None, None, d_low if need_low and a is None else None, da, db, None, None, None, None
+        dx, rest = None, (None,) * 7
+        if keep is None:
+            if need_x and scale_t is None:
+                dx = _products_here()(dy, w.t(), None, d_low, a.t(), 1.0)
+            elif need_x:
+                dx = fp8_backward(dy, w, scale_t).addmm_(d_low, a)
+            return dx, None, None, d_low.t() @ x if need_a else None, db, *rest
+        d_low = d_low / (1 - ctx.p)
+        if need_x:
+            dx = (dy @ w if scale_t is None else fp8_backward(dy, w, scale_t)).addcmul_(d_low @ a, keep)
+        return dx, None, None, d_low.t() @ (x * keep) if need_a else None, db, *rest
 
 
-class DroppedProduct(torch.autograd.Function):
-    """`dropped` aᵀ, where dropped = x * keep * scale, of x (T, K), keep (T, K) bool and a (r, K).
-
-    Keeps x, which the layer keeps anyway, and one byte of `keep` for each of its elements, not the dropped-out copy.
-    """
-
-    @staticmethod
-    def forward(x: Tensor, dropped: Tensor, keep: Tensor, a: Tensor, scale: float) -> Tensor:
-        return dropped @ a.t()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, _, keep, a, ctx.scale = inputs
-        ctx.save_for_backward(x, keep, a)
-
-    @staticmethod
-    def backward(ctx: Any, d_low: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, keep, a = ctx.saved_tensors
-        scaled = ctx.scale * d_low
-        dx = (scaled @ a) * keep if ctx.needs_input_grad[0] else None
-        return dx, None, None, scaled.t() @ (x * keep), None
+def _products_here() -> Callable[..., Tensor]:
+    return lora_products if torch.compiler.is_compiling() else _products
 
 
 class LoraLinear(PeftLinear):  # type: ignore[misc]
@@ -102,14 +111,11 @@ class LoraLinear(PeftLinear):  # type: ignore[misc]
         dropout = self.lora_dropout[name]
         p = float(getattr(dropout, "p", 0.0)) if dropout.training else 0.0
         flat = x.reshape(-1, x.shape[-1])
+        dropped = keep = None
         if p > 0:
             with torch.no_grad():
                 dropped, keep = torch.native_dropout(flat, p, True)
-            low = DroppedProduct.apply(flat, dropped, keep, a, 1 / (1 - p))
-            y = LoraProduct.apply(flat, w, bias, low, None, b, self.scaling[name], *more)
-        else:
-            # `low` keeps its graph, which only a second derivative needs: the first one comes folded into dx
-            y = LoraProduct.apply(flat, w, bias, F.linear(flat, a), a, b, self.scaling[name], *more)
+        y, _ = LoraProduct.apply(flat, w, bias, a, b, self.scaling[name], dropped, keep, p, *more)
         return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
     def _plain_adapter(self, x: Tensor) -> str | None:

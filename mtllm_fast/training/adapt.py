@@ -7,7 +7,7 @@ Source: arXiv 2406.12739.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_args
 
 import torch
@@ -22,6 +22,7 @@ from ..losses import DistillationLoss, DistillationWeights, LossTerm
 from ..models import MTLLM, LoraSettings, ProjectionConfig
 from ..models.encoder import check_encoder
 from ..models.storage import local_folder, read_config
+from .automatic import settled
 from .config import OptimSettings
 from .inputs import adapted_base, model_inputs
 from .live import Watch
@@ -176,14 +177,16 @@ def adapt(
         check_start(config.model)
     if config.init != "none" and isinstance(rows, TokenStore):
         raise ValueError(f"init={config.init!r}: the projection is fitted on text, not on a token store")
-    dtype = base_dtype(config.train, include_base=config.include_base)
+    models = model_inputs(config.model, encoder=config.encoder, llm=config.llm)
+    optim = settled(config.train, config.output, config.resume, models.get("llm", ""), config.trust_remote_code)
+    config = replace(config, train=optim)
+    dtype = base_dtype(optim, include_base=config.include_base)
     if config.encoder:
         check_encoder(config.encoder, config.trust_remote_code)
-    named = model_inputs(config.model, encoder=config.encoder, llm=config.llm)
     lora = None if config.model else config.lora
-    check_layers(config.train, *adapted_base(config.model, named), lora, config.trust_remote_code)
+    check_layers(optim, *adapted_base(config.model, models), lora, config.trust_remote_code)
     set_seed(config.train.seed)
-    inputs = {"rows": rows, **named}
+    inputs = {"rows": rows, **models}
     run = RunFolder(config.output, {"stage": "adapt", "source": source or {}, **asdict(config)}, config.resume, inputs)
     if (done := run.finished()) is not None:
         return done

@@ -27,6 +27,7 @@ from ..models.heads import HeadConfig
 from ..models.mtllm import MTLLMConfig
 from ..models.names import is_path, same_model
 from ..models.storage import based_on, read_config, read_safetensors
+from .automatic import settled
 from .config import OptimSettings
 from .finetune import validation
 from .inputs import adapted_base, model_inputs
@@ -187,7 +188,7 @@ def cached_teacher(
     config: DistillConfig, rows: Iterable[TextRow], dtype: torch.dtype
 ) -> tuple[TeacherCache, CacheReport]:
     """The teacher's states of `rows` from `config.teacher_cache`, computed there where they are missing."""
-    optim = config.train
+    optim = settled(config.train)
     teacher = MTLLM.from_pretrained(
         config.teacher, dtype=dtype, trust_remote_code=config.trust_remote_code, llm=config.llm
     )
@@ -224,16 +225,18 @@ def distill(
             f"teacher_cache={config.teacher_cache!r}: holds pooled states; paired_mse and kl compare single tokens: "
             "use pooled_mse and head_kl, or leave the cache out"
         )
-    dtype = base_dtype(config.train, include_base=config.include_base)
-    named = model_inputs(config.model, encoder=config.encoder, llm=config.llm)
-    check_layers(config.train, *adapted_base(config.model, named), None, config.trust_remote_code)
+    models = model_inputs(config.model, encoder=config.encoder, llm=config.llm)
+    optim = settled(config.train, config.output, config.resume, models.get("llm", ""), config.trust_remote_code)
+    config = replace(config, train=optim)
+    dtype = base_dtype(optim, include_base=config.include_base)
+    check_layers(optim, *adapted_base(config.model, models), None, config.trust_remote_code)
     set_seed(config.train.seed)
     settings = {"stage": "distill", "source": source or {}, **asdict(config)}
     inputs = {
         "rows": rows,
         "valid_rows": valid_rows or [],
         "teacher": config.teacher,
-        **named,
+        **models,
     }
     run = RunFolder(config.output, settings, config.resume, inputs)
     if (done := run.finished()) is not None:
@@ -269,7 +272,7 @@ def distill(
     add_teacher(student, config.teacher, adapter=cache is None, llm=config.llm)
     assert student.llm is not None and student.projection is not None
     student.projection.requires_grad_(config.train_projection)
-    validate = validation(student, valid_rows, config.train.tokens, config.train.bf16) if valid_rows else None
+    validate = validation(student, valid_rows, optim.tokens, optim.bf16) if valid_rows else None
     metrics = run_stage(
         DistillStep(student, config.loss, cache),
         rows,

@@ -7,7 +7,7 @@ per label, or, for rows with choices, one score per choice. Source of the settin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from ..losses import LossTerm
 from ..models import MTLLM, HeadConfig, LoraSettings
 from ..models.encoder import check_encoder
 from ..models.mtllm import Reader
+from .automatic import settled
 from .config import OptimSettings
 from .inputs import adapted_base, model_inputs
 from .live import Watch
@@ -141,18 +142,20 @@ def finetune(
         raise ValueError(f"name exactly one of --llm, --encoder and --model, got {', '.join(sources) or 'none'}")
     if config.train.max_steps == 0:
         raise ValueError("max_steps=0: the task head starts at random, so there is nothing to save; train it")
-    dtype = base_dtype(config.train, include_base=config.include_base)
+    models = model_inputs(config.model, encoder=config.encoder, llm=config.llm)
+    optim = settled(config.train, config.output, config.resume, models.get("llm", ""), config.trust_remote_code)
+    config = replace(config, train=optim)
+    dtype = base_dtype(optim, include_base=config.include_base)
     if config.encoder:
         check_encoder(config.encoder, config.trust_remote_code)
-    named = model_inputs(config.model, encoder=config.encoder, llm=config.llm)
     lora = None if config.model else config.lora
-    check_layers(config.train, *adapted_base(config.model, named), lora, config.trust_remote_code)
+    check_layers(optim, *adapted_base(config.model, models), lora, config.trust_remote_code)
     set_seed(config.train.seed)
     settings = {"stage": "finetune", "source": source or {}, "labels": list(labels), **asdict(config)}
     inputs = {
         "rows": rows,
         "valid_rows": valid_rows or [],
-        **named,
+        **models,
     }
     run = RunFolder(config.output, settings, config.resume, inputs)
     if (done := run.finished()) is not None:
@@ -181,7 +184,7 @@ def finetune(
         )
     if student.projection is not None:
         student.projection.requires_grad_(config.train_projection)
-    validate = validation(student, valid_rows, config.train.tokens, config.train.bf16) if valid_rows else None
+    validate = validation(student, valid_rows, optim.tokens, optim.bf16) if valid_rows else None
     metrics = run_stage(
         TaskStep(student),
         rows,

@@ -24,7 +24,7 @@ RESULT = "result.json"
 
 # Settings that may differ between a run and its continuation without changing what it computes.
 _FREE = {"resume", "output", "save_steps", "log_steps", "keep", "workers", "progress", "report_to", "device"}
-_FREE |= {"checkpointing", "activation_memory_gib"}
+_FREE |= {"checkpointing", "activation_memory_gib", "compile", "liger"}
 _FREE |= {"async_save", "bad_steps", "parallel"}
 # Settings whose product is what may not differ.
 _STEP = ("train.gradient_accumulation", "processes")

@@ -19,6 +19,7 @@ from ..models.encoder import check_encoder
 from ..models.encoders import family_of
 from ..models.frozen import KINDS, PACKAGES, Fp8Linear, check_fp8_width, frozen_linears, quantize_frozen
 from ..models.llm import empty_llm
+from .automatic import on_gpu, settled
 from .config import OptimSettings
 
 log = logging.getLogger(__name__)
@@ -35,11 +36,6 @@ PAGED = {
 def _needs(package: str, extra: str, what: str) -> None:
     if find_spec(package) is None:
         raise ValueError(f"{what} needs {package}: pip install 'mtllm-fast[{extra}]'")
-
-
-def on_gpu(optim: OptimSettings) -> bool:
-    """Whether the run that `optim` describes trains on a GPU."""
-    return optim.device != "cpu" and torch.cuda.is_available()
 
 
 def optimizer_name(optim: OptimSettings) -> str:
@@ -147,7 +143,7 @@ def apply_switches(
     Raises:
         ValueError: a switch that this student cannot have, or an activation budget that is too small.
     """
-    backbone = student.backbone
+    backbone, optim = student.backbone, settled(optim)
     if optim.base_weights in KINDS:
         count = quantize_frozen(backbone.layers_root, optim.base_weights, device)
         log.info("base weights: %d linear layers in %s", count, optim.base_weights)
@@ -168,7 +164,7 @@ def apply_switches(
         if optim.liger or optim.base_weights in KINDS:
             student.to(device)
         where = next(backbone.parameters()).device.type
-        with torch.autocast(where, torch.bfloat16, enabled=optim.bf16):
+        with torch.autocast(where, torch.bfloat16, enabled=bool(optim.bf16)):
             kept, recomputed = kept_bytes_per_token(backbone)
         layers = len(backbone.layers)
         count = layers_within(optim.activation_memory_gib * 2**30, optim.tokens, layers, kept, recomputed)

@@ -23,6 +23,7 @@ from ..data.store import TokenStore
 from ..losses import DistillationLoss, LossTerm
 from ..models import MTLLM
 from ..models.storage import load_own_state
+from .automatic import on_gpu, settled
 from .checkpoint import said_in_bytes
 from .config import OptimSettings
 from .distributed import Engine, ParallelTrainer, choose_engine, engine_arguments, pack_seed, shard
@@ -31,7 +32,7 @@ from .processes import processes
 from .record import RECORD, RunRecord
 from .run_folder import RunFolder, read_json, write_json
 from .survival import STATE_FILE
-from .switches import apply_switches, on_gpu, optimizer_name
+from .switches import apply_switches, optimizer_name
 from .teacher_variance import VARIANCE_FILE, measure_variance, recorded_variance
 
 PLACE_FILE = "data.json"  # in a checkpoint: where the data is read on
@@ -135,6 +136,7 @@ class PackedTrainer(ParallelTrainer):
         rows_per_epoch: int | None = None,
         watch: Watch | None = None,
     ) -> None:
+        optim = settled(optim)
         engine = choose_engine(optim)
         arguments = training_arguments(optim, folder, steps, validate_steps if validate else None, engine)
         if arguments.n_gpu > 1:
@@ -404,7 +406,7 @@ def training_arguments(
         per_device_train_batch_size=1,
         gradient_accumulation_steps=optim.gradient_accumulation,
         optim=optimizer_name(optim),
-        bf16=optim.bf16,
+        bf16=bool(optim.bf16),
         seed=optim.seed,
         logging_steps=optim.log_steps,
         logging_nan_inf_filter=False,
@@ -459,6 +461,7 @@ def run_stage(
     if tokenizer is None:
         raise ValueError("the student has no tokenizer: pass tokenizer=StackTokenizer(...) when stacking it")
     tokenizer.max_mt_tokens = tokenizer.max_llm_tokens = optim.max_length
+    optim = settled(optim)
     if run.packs_per_process is not None:
         optim = replace(optim, gradient_accumulation=run.packs_per_process)
     dataset = PackedDataset(

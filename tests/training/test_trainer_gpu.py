@@ -36,6 +36,7 @@ def train(models: tuple[str, str], output: Path, resume: bool = False, **changes
         "warmup": 0.0,
     }
     settings |= {"progress": False, "report_to": "none", "device": DEVICE, "bf16": True}
+    settings |= {"compile": False, "liger": False}
     config = AdaptConfig(
         encoder=models[0], llm=models[1], output=str(output), lora=LoraSettings(dropout=0.1), resume=resume,
         loss=DistillationWeights(pooled_mse=1.0, paired_mse=1.0, kl=0.5),
