@@ -179,11 +179,11 @@ def adapt(
     dtype = base_dtype(config.train, include_base=config.include_base)
     if config.encoder:
         check_encoder(config.encoder, config.trust_remote_code)
-    named = model_inputs(config.model, encoder=config.encoder, llm=config.llm)
+    bases = model_inputs(config.model, encoder=config.encoder, llm=config.llm)
     lora = None if config.model else config.lora
-    check_layers(config.train, *adapted_base(config.model, named), lora, config.trust_remote_code)
+    check_layers(config.train, *adapted_base(config.model, bases), lora, config.trust_remote_code)
     set_seed(config.train.seed)
-    inputs = {"rows": rows, **named}
+    inputs = {"rows": rows, **bases}
     run = RunFolder(config.output, {"stage": "adapt", "source": source or {}, **asdict(config)}, config.resume, inputs)
     if (done := run.finished()) is not None:
         return done

@@ -225,15 +225,15 @@ def distill(
             "use pooled_mse and head_kl, or leave the cache out"
         )
     dtype = base_dtype(config.train, include_base=config.include_base)
-    named = model_inputs(config.model, encoder=config.encoder, llm=config.llm)
-    check_layers(config.train, *adapted_base(config.model, named), None, config.trust_remote_code)
+    bases = model_inputs(config.model, encoder=config.encoder, llm=config.llm)
+    check_layers(config.train, *adapted_base(config.model, bases), None, config.trust_remote_code)
     set_seed(config.train.seed)
     settings = {"stage": "distill", "source": source or {}, **asdict(config)}
     inputs = {
         "rows": rows,
         "valid_rows": valid_rows or [],
         "teacher": config.teacher,
-        **named,
+        **bases,
     }
     run = RunFolder(config.output, settings, config.resume, inputs)
     if (done := run.finished()) is not None:

@@ -144,15 +144,15 @@ def finetune(
     dtype = base_dtype(config.train, include_base=config.include_base)
     if config.encoder:
         check_encoder(config.encoder, config.trust_remote_code)
-    named = model_inputs(config.model, encoder=config.encoder, llm=config.llm)
+    bases = model_inputs(config.model, encoder=config.encoder, llm=config.llm)
     lora = None if config.model else config.lora
-    check_layers(config.train, *adapted_base(config.model, named), lora, config.trust_remote_code)
+    check_layers(config.train, *adapted_base(config.model, bases), lora, config.trust_remote_code)
     set_seed(config.train.seed)
     settings = {"stage": "finetune", "source": source or {}, "labels": list(labels), **asdict(config)}
     inputs = {
         "rows": rows,
         "valid_rows": valid_rows or [],
-        **named,
+        **bases,
     }
     run = RunFolder(config.output, settings, config.resume, inputs)
     if (done := run.finished()) is not None:
