@@ -100,7 +100,7 @@ class Fp8Linear(nn.Linear):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.register_parameter("weight", None)
         self.bias = layer.bias if layer.bias is None else nn.Parameter(layer.bias.data.to(device), requires_grad=False)
-        weight = layer.weight.detach().to(device)
+        weight: Tensor = layer.weight.detach().to(device)
         for suffix, rows in (("", weight), ("_t", weight.t().contiguous())):
             q, scale = quantise_rows(rows)
             self.register_buffer(f"w{suffix[1:]}", q)
@@ -111,7 +111,8 @@ class Fp8Linear(nn.Linear):
         return Fp8Weights(self.w, self.scale, self.wt, self.scale_t)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        flat, bias, dtype = x.reshape(-1, x.shape[-1]), self.bias, autocast_dtype(x)
+        flat, dtype = x.reshape(-1, x.shape[-1]), autocast_dtype(x)
+        bias: Tensor | None = self.bias
         if dtype is not None:
             flat, bias = flat.to(dtype), None if bias is None else bias.to(dtype)
         y = _Fp8Product.apply(flat, *self.weights, bias)
