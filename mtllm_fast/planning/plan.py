@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .presets import Gpu
-from .simulate import StepCost, StepSpec, authors, ours
+from .simulate import StepCost, StepSpec, authors, build, ours
 
 USABLE = 0.94  # of the memory: the rest goes to the CUDA context, the allocator's rounding and NCCL
 AUTHORS_BATCH = 32  # texts per GPU and step in the paper's code
@@ -125,9 +125,10 @@ def plan_ours(
     """Packed micro-steps of the largest token budget that fits."""
     longest = max(max(pair) for pair in lengths)
     name = "ours, checkpointing" if spec.checkpointing else "ours"
+    model = build(spec)
 
     def cost_of(budget: int) -> StepCost:
-        return ours(spec, _typical(lengths, budget), gpu.rates, gpu.architecture)
+        return ours(spec, _typical(lengths, budget), gpu.rates, gpu.architecture, model)
 
     found = largest_fitting(cost_of, USABLE * gpu.memory, longest, most_tokens)
     return _column(name, found, documents, gpus, efficiency)

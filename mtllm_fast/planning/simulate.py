@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from ..data.batch import Batch
 from ..data.pack import PackedBatch
 from ..losses import DistillationLoss, DistillationWeights
-from ..models import MTLLM, LoraSettings, PackedEncoder, PackedLLM, ProjectionConfig
+from ..models import MTLLM, LoraSettings, PackedEncoder, PackedLLM, ProjectionConfig, lora
 from ..models.adapters import AdaptedModel
 from ..models.attention import AttentionPlan
 from ..models.attention.varlen import options
@@ -236,10 +236,24 @@ def _cost(
 
 
 def ours(
-    spec: StepSpec, lengths: Sequence[tuple[int, int]], rates: Rates | None = None, architecture: str = "sm_90"
+    spec: StepSpec,
+    lengths: Sequence[tuple[int, int]],
+    rates: Rates | None = None,
+    architecture: str = "sm_90",
+    model: MTLLM | None = None,
 ) -> StepCost:
-    """One packed micro-step of this library; `architecture` "cpu" takes the CPU's attention and chunk sizes."""
-    model = build(spec)
+    """One packed micro-step of this library, in bf16 as autocast runs it: adapters in fp32, cast at every use.
+
+    Args:
+        architecture: "cpu" takes the CPU's attention and chunk sizes.
+        model: `build(spec)`, where several steps of one model are asked for.
+    """
+    model = build(spec) if model is None else model
+    autocast = None if spec.dtype in (torch.float32, torch.float64) else spec.dtype
+    if autocast is not None:
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.data = parameter.data.float()
     assert model.encoder is not None and model.llm is not None and model.projection is not None
     if architecture != "cpu":
         model.encoder.model.set_attn_implementation(PACKED)
@@ -261,6 +275,7 @@ def ours(
 
     with ExitStack() as parts:
         parts.enter_context(forward_parts(model, book))
+        parts.enter_context(patch.object(lora, "_autocast_dtype", lambda _: autocast))  # meta tensors have no autocast
         if architecture == "cpu":
             parts.enter_context(patch.object(torch.nn.functional, "scaled_dot_product_attention", _cpu_attention))
         with acc:
