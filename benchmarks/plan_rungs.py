@@ -3,11 +3,11 @@
 python -m benchmarks.plan_rungs [--json FILE]
 
 NLLB-600M and Llama-3-8B, 355 tokens a document on each side, pooled loss. A token pair takes its products at the rate
-of a large one (790 TFLOP/s, the LLM's frozen products at twice that in fp8) and, apart from them, the elementwise bytes of
-student and teacher that `benchmarks.traffic` has traced (`results/cpu/traffic.json`) at the rate of a copy (4.3 TB/s).
-The teacher moves what the student's forward does without its adapter's operators. Not in it: launches, the optimizer,
-the encoder's elementwise operators, casts to fp8, products too thin for the rate, as LoRA's: so these are ceilings, and
-`share` is how much of them the audit (design/KERNELS.md §9) expects. Nothing here has run on a GPU.
+of a large one (790 TFLOP/s, the LLM's frozen products at twice that in fp8) and, apart from them, the elementwise bytes
+of student and teacher that `benchmarks.traffic` has traced (`results/cpu/traffic.json`) at the rate of a copy (4.3
+TB/s). The teacher moves what the student's forward does without its adapter's operators. Not in it: launches, the
+optimizer, the encoder's elementwise operators, casts to fp8, products too thin for the rate, as LoRA's: so these are
+ceilings, and `share` is how much of them the audit (design/KERNELS.md §9) expects. Nothing here has run on a GPU.
 """
 
 from __future__ import annotations
