@@ -256,14 +256,14 @@ def validated(
 
 
 def train(options: Any, start: Path, output: Path, base: str) -> list[dict[str, float]]:
-    """Steps and losses of a run of `mtllm adapt` from `start` over `base`."""
+    """Steps and losses of a run of `mtllm adapt` from `start` over `base`; one that was stopped goes on."""
     optim = OptimSettings(
         max_steps=options.steps, tokens=options.tokens, max_length=min(128, options.tokens), lr=2e-4, bf16=True,
         base_weights="bf16", log_steps=10, save_steps=10**6, progress=False, report_to="none", device="cpu",
     )  # fmt: skip
     config = AdaptConfig(
         model=str(start), encoder=options.encoder, llm=options.llm, output=str(output), loss=WEIGHTS,
-        over_variance=True, train=optim,
+        over_variance=True, train=optim, resume=(output / "run.json").exists(),
     )  # fmt: skip
     with training_over(base):
         adapt(config, read_rows(options.text, language="eng_Latn"))
