@@ -131,7 +131,8 @@ def train_seed(options: argparse.Namespace, seed: int) -> None:
         words = {"model": options.encoder, "from": "encoder", "output": root / "probe"}
         subprocess.run(command("convert", words), check=True, stdout=subprocess.DEVNULL)
     train("finetune", of_task / "teacher", {"llm": options.llm, "causal": True, **task, **common, **TEACHER})
-    train("finetune", of_task / "encoder", {"encoder": options.encoder, **task, **common, **ENCODER})
+    if not options.stacks:
+        train("finetune", of_task / "encoder", {"encoder": options.encoder, **task, **common, **ENCODER})
     adapted = {key: value for key, value in common.items() if not key.startswith("lora.")}
     for texts in options.texts:
         steps = {"max_steps": texts // COMMON["max_rows"], "text": options.output / "texts.txt"}
@@ -147,11 +148,12 @@ def train_seed(options: argparse.Namespace, seed: int) -> None:
             train("distill", of_task / f"stack-{texts}{name}", settings)
 
 
-def systems(texts: list[int], anew: bool = False) -> dict[str, str]:
-    """Name in the table -> folder of a seed's run; with `anew` also stage 3 from the adapted model's own adapter."""
+def systems(texts: list[int], anew: bool = False, stacks: bool = False) -> dict[str, str]:
+    """Name in the table -> folder of a seed's run; with `anew` also stage 3 from the adapted model's own adapter, with
+    `stacks` without the baselines."""
     least = {0: "stack without stage 1"}
-    stacks = {least.get(count, f"stack, {count:,} texts"): f"stack-{count}" for count in texts[:-1]}
-    found = {**FIRST, **stacks, OURS: f"stack-{texts[-1]}"}
+    counted = {least.get(count, f"stack, {count:,} texts"): f"stack-{count}" for count in texts[:-1]}
+    found = {**({} if stacks else FIRST), **counted, OURS: f"stack-{texts[-1]}"}
     return {**found, ANEW: f"stack-{texts[-1]}-anew"} if anew else found
 
 
@@ -180,7 +182,7 @@ def evaluate(options: argparse.Namespace, seeds: list[int]) -> None:
     if options.limit:
         tasks = [{**entry, "limit": options.limit} for entry in tasks]
     # the page's bars are of the first model, which no other order depends on
-    ordered = sorted(systems(options.texts, options.anew).items(), key=lambda system: system[0] != OURS)
+    ordered = sorted(systems(options.texts, options.anew, options.stacks).items(), key=lambda system: system[0] != OURS)
     places = {name: folder if folder == "probe" else f"{options.task}/{folder}" for name, folder in ordered}
     models = {name: str(options.output / "seed-{seed}" / place) for name, place in places.items()}
     content = {"output": str(root / "suite"), "seeds": seeds, "models": models, "tasks": tasks}
@@ -207,6 +209,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--texts", type=int, nargs="+", default=[0, 2000], help="texts of stage 1, rising")
     parser.add_argument("--anew", action="store_true", help="also stage 3 from the adapted model's own adapter")
+    parser.add_argument("--stacks", action="store_true", help="only the stacks: what text for stage 1 brings")
     parser.add_argument("--bf16", action="store_true", help="train under bf16 autocast, evaluate bf16 weights")
     parser.add_argument(
         "--languages", nargs="+", help='the task\'s codes or "all"; by default of SIB-200 31 of both groups'
@@ -227,7 +230,7 @@ def main() -> None:
         train_seed(options, seed)
         evaluate(options, options.seeds[:done])
         study = Study(options.output, options.task, plan.title, plan.english, options.seeds[:done])
-        write_tables(study, save, systems(options.texts, options.anew))
+        write_tables(study, save, systems(options.texts, options.anew, options.stacks))
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ def test_the_systems_of_a_study() -> None:
         ("MT-LLM", "stack-2000"),
         ("MT-LLM, adapter anew", "stack-2000-anew"),
     ]
+    assert list(study.systems([0, 500], stacks=True)) == ["stack without stage 1", "MT-LLM"]
     assert study.command("adapt", {"lora.dropout": 0.0, "over_variance": True})[-3:] == [
         "--lora.dropout",
         "0.0",
