@@ -2,8 +2,8 @@
 
 python -m benchmarks.plan_rungs [--json FILE]
 
-NLLB-600M and Llama-3-8B, 355 tokens a document on each side, pooled loss. A token pair takes its products at the rate of
-a large one (790 TFLOP/s, the LLM's frozen products at twice that in fp8) and, apart from them, the elementwise bytes of
+NLLB-600M and Llama-3-8B, 355 tokens a document on each side, pooled loss. A token pair takes its products at the rate
+of a large one (790 TFLOP/s, the LLM's frozen ones at twice that in fp8) and, apart from them, the elementwise bytes of
 student and teacher that `benchmarks.traffic` has traced (`results/cpu/traffic.json`) at the rate of a copy (4.3 TB/s).
 The teacher moves what the student's forward does without its adapter's operators. Not in it: launches, the optimizer,
 the encoder's elementwise operators, casts to fp8, products too thin for the rate, as LoRA's: so these are ceilings, and
@@ -45,7 +45,9 @@ def flops() -> tuple[float, float]:
     shapes = [(width, width)] * 2 + [(width, kv)] * 2 + [(width, mlp)] * 2 + [(mlp, width)]
     frozen = layers * sum(a * b for a, b in shapes)
     lora = layers * RANK * sum(a + b for a, b in shapes)
-    own = encoder["encoder_layers"] * (4 * encoder["d_model"] ** 2 + 2 * encoder["d_model"] * encoder["encoder_ffn_dim"])
+    own = encoder["encoder_layers"] * (
+        4 * encoder["d_model"] ** 2 + 2 * encoder["d_model"] * encoder["encoder_ffn_dim"]
+    )
     scores = 4 * TOKENS * width * layers  # forward; backward takes two and a half times that
     return 6.0 * frozen, 2.0 * own + 6.0 * lora + 4.5 * scores
 
