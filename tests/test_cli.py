@@ -272,7 +272,7 @@ def test_yaml_values_have_the_type_of_their_option(tmp_path) -> None:
         "lr: fast": "lr: 'fast': expected a number",
         "lr: true": "lr: True: expected a number",
         "max_steps: 1.5": "max_steps: 1.5: expected a whole number",
-        "bf16: 1": "bf16: 1: expected true or false",
+        "bf16: 1": "bf16: 1: expected true or false or null",
         "text: 3": "text: 3: expected text",
         "limit: many": "limit: 'many': expected a whole number or null",
         "parallel: off": "parallel: False: expected one of auto, ddp, fsdp2, deepspeed",
