@@ -29,7 +29,7 @@ import yaml
 from mtllm_fast.evaluation import get_task
 from mtllm_fast.evaluation.pretraining import XLM_R
 
-from .study_table import CPU_SECONDS, NEW, OURS, READ, Study, write_tables
+from .study_table import CENTRED, CPU_SECONDS, NEW, OURS, READ, Study, write_tables
 
 COMMON = {"tokens": 1024, "max_rows": 16, "warmup": 0.1, "lora.dropout": 0.0, "save_steps": 50, "report_to": "none"}
 TEACHER = {"lr": 4e-4, "epochs": 4, "max_steps": -1}
@@ -179,6 +179,8 @@ def evaluate(options: argparse.Namespace, seeds: list[int]) -> None:
         for name, chosen in groups.items()
         if chosen
     ]
+    if options.centre:
+        tasks += [{**entry, "name": entry["name"] + CENTRED, "centre": options.centre} for entry in tasks]
     if options.limit:
         tasks = [{**entry, "limit": options.limit} for entry in tasks]
     # the page's bars are of the first model, which no other order depends on
@@ -215,6 +217,9 @@ def main() -> None:
         "--languages", nargs="+", help='the task\'s codes or "all"; by default of SIB-200 31 of both groups'
     )
     parser.add_argument("--limit", type=int, help="test rows a language, drawn once; by default all")
+    parser.add_argument(
+        "--centre", type=int, help="also score with encoder states centred by so many unlabelled texts a language"
+    )
     parser.add_argument("--watch", type=int, help="test rows a language that stage 3 of the last stack logs scores of")
     parser.add_argument("--save", type=Path, help="FILE.json for the results, with .md and .html beside it")
     options = parser.parse_args()

@@ -20,6 +20,7 @@ from mtllm_fast.evaluation.statistics import interval, mean_samples
 from mtllm_fast.reporting.scores import read_scores
 
 READ, NEW = "read before", "not read before"
+CENTRED = ", centred"
 OURS = "MT-LLM"
 CPU_SECONDS = "CPU-seconds:"  # before their number, in the log of a training command
 
@@ -123,18 +124,21 @@ def summarise(study: Study, systems: Mapping[str, str]) -> dict[str, Any]:
             assert mean is not None
             ours = right_by_row(study, group, OURS, part.foreign())
             theirs = right_by_row(study, group, name, part.foreign())
+            apart = right_by_row(study, group.removesuffix(CENTRED), name, part.foreign())
             models[name]["groups"][group] = {
                 "accuracy": mean.accuracy,
                 "interval": list(mean.accuracy_interval),
                 "seeds": scores.seed_means,
                 "ours_minus_it": None if name == OURS else difference(ours, theirs),
+                "gain_of_centring": difference(theirs, apart) if group.endswith(CENTRED) else None,
             }
-            models[name]["languages"] |= {code: score.accuracy for code, score in scores.languages.items()}
+            if not group.endswith(CENTRED):
+                models[name]["languages"] |= {code: score.accuracy for code, score in scores.languages.items()}
     first: Scores = next(iter(parts.values()))
     suite = yaml.safe_load((study.suite.parent / "suite.yaml").read_text(encoding="utf-8"))
     return {
         "task": study.title, "seeds": list(study.seeds), "languages": {g: p.foreign() for g, p in parts.items()},
-        "dtype": suite.get("dtype", "float32"),
+        "dtype": suite.get("dtype", "float32"), "centre": max(task.get("centre", 0) for task in suite["tasks"]),
         "rows": first.limit or next(iter(first.models[0].languages.values())).rows,
         "english": {name: of_english(study, next(iter(parts)), name) for name in systems},
         "texts": {name: int(f.split("-")[1]) for name, f in systems.items() if f.startswith("stack-")},
@@ -159,6 +163,16 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
         lines.append("| " + " | ".join([name, *cells, by_seed(system, groups), cost(system)]) + " |")
     lines += ["", "MT-LLM against the others, paired on the same rows:", ""]
     lines += [f"- {name}: {gains(system, groups)}" for name, system in found["systems"].items() if name != OURS]
+    centred = [group for group in groups if group.endswith(CENTRED)]
+    if centred:
+        lines += [
+            "",
+            f"Centring by {found['centre']} unlabelled texts a language, each system against itself without:",
+            "",
+        ]
+        lines += [
+            f"- {name}: {gains(system, centred, 'gain_of_centring')}" for name, system in found["systems"].items()
+        ]
     return lines
 
 
@@ -172,9 +186,9 @@ def cost(system: Mapping[str, Any]) -> str:
     return f"{sum(used) / len(used):.0f}" if used else "-"
 
 
-def gains(system: Mapping[str, Any], groups: Iterable[str]) -> str:
-    """What MT-LLM has more, by group."""
-    differences = ((group, system["groups"][group]["ours_minus_it"]) for group in groups)
+def gains(system: Mapping[str, Any], groups: Iterable[str], what: str = "ours_minus_it") -> str:
+    """By group, by default what MT-LLM has more than the system."""
+    differences = ((group, system["groups"][group][what]) for group in groups)
     return "; ".join(
         f"{100 * middle:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] ({group})"
         for group, (middle, low, high) in differences

@@ -68,6 +68,9 @@ class Evaluate:
     """Where a probe's English rows come from, if not from `data`."""
     alignment: bool = False
     """Also compare hidden states with those of the English rows of the same id (for sets with parallel rows)."""
+    centre: int = 0
+    """So many unlabelled texts of each language's training split, and of English's, say by how much its encoder states
+    are moved, so that their means agree; 0: not."""
     resamples: int = 2000
     """Of the bootstrap behind the intervals."""
     max_tokens: int | None = None
@@ -116,6 +119,7 @@ class Evaluate:
             num_beams=self.num_beams,
             probe_source=self.probe_data or None,
             alignment=self.alignment,
+            centre=self.centre,
             cells=store,
             resamples=self.resamples,
             max_tokens=self.max_tokens,

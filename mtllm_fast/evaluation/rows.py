@@ -45,6 +45,7 @@ class TaskRows:
         self._sampled: dict[str, list[int]] = {}
         self._rows: dict[str, list[TextRow]] = {}
         self._problems: dict[str, str] = {}
+        self._unlabelled: dict[str, list[TextRow]] = {}
         self._translated: dict[str, tuple[list[TextRow], dict[str, int]] | str] = {}
 
     def problem(self, language: str) -> str:
@@ -67,6 +68,28 @@ class TaskRows:
         if problem := self.problem(language):
             raise ValueError(problem)
         return self._rows[language]
+
+    def unlabelled(self, language: str, count: int) -> list[TextRow]:
+        """`count` rows of its training split, their labels unread.
+
+        English rows are drawn from one end of a random order by id, those of other languages from the other end: with
+        twice as many rows in the split, no English row is the translation of one of theirs.
+
+        Raises:
+            ValueError: the split is not there, is damaged, or has fewer rows.
+        """
+        if language not in self._unlabelled:
+            if "train" not in self.task.splits(self.source, language):
+                raise ValueError(f"centre={count}: {language!r} has no train split to take unlabelled text from")
+            found = self.task.rows(self.source, language, "train", labelled=False)
+            if (others := len(found) - count) < 0:
+                raise ValueError(f"centre={count}: the train split of {language!r} has {len(found)} rows")
+            if language == self.task.english:
+                taken = set(sample(found, others)) if others else set()
+                self._unlabelled[language] = [row for index, row in enumerate(found) if index not in taken]
+            else:
+                self._unlabelled[language] = [found[index] for index in sample(found, count)]
+        return self._unlabelled[language]
 
     def available_rows(self, language: str) -> int:
         """How many rows it has, those outside of `limit` included; 0 where there is a problem."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -52,6 +53,7 @@ class Options:
     device: str | None
     dtype: Dtype | None
     alignment: bool
+    centre: int
     store: CellStore | None
 
 
@@ -98,6 +100,7 @@ class Run:
     notes: list[str] = field(default_factory=list)
     _scorer: Scorer | None = None
     _english: tuple[list[TextRow], Any] | None = None
+    _english_mean: Any = None
 
     def __post_init__(self) -> None:
         self.place = (self.one.name, f"seed {self.index + 1}")
@@ -136,38 +139,53 @@ class Run:
                 self.cells[language] = Cell.without_rows(joined)
                 return
             rows, counts = joined
+        try:
+            unlabelled = self._unlabelled(language)
+        except ValueError as error:
+            self.cells[language] = Cell.without_rows(str(error))
+            return
         key = {}
         if store is not None:
+            centre = {name: fingerprint.of_rows(texts) for name, texts in unlabelled.items()}
             key = {
                 "model": self.model_key,
                 "data": fingerprint.of_rows(rows, self.options.task.labels),
-                "settings": fingerprint.of_settings(run=self.settings, code=self._wanted(language)),
+                "settings": fingerprint.of_settings(
+                    run=self.settings, code=self._wanted(language), **({"centre": centre} if centre else {})
+                ),
             }
             found = store.read_cell((*self.place, language), key)
             if found is not None:
                 self.cells[language] = found
         if language not in self.cells:
-            self.cells[language] = self._cell(language, rows, counts)
+            self.cells[language] = self._cell(language, rows, counts, unlabelled)
             if store is not None:
                 store.write_cell((*self.place, language), key, self.cells[language])
         if self.options.alignment and self.one.reads_itself and not self.cells[language].skipped:
-            self._align(language, rows, key)
+            self._align(language, rows, key, unlabelled)
 
     def finish(self) -> None:
         """Let go of the model; a run whose cells were all there still has to say how it was read."""
         if not self.method and any(not cell.skipped for cell in self.cells.values()):
             self.scorer  # noqa: B018
         self.method = self.method or (TRANSLATE_TEST if not self.one.reads_itself else NOT_RUN)
-        self._scorer, self._english = None, None
+        self._scorer, self._english, self._english_mean = None, None, None
         gc.collect()
 
-    def _cell(self, language: str, rows: Sequence[TextRow], counts: dict[str, int]) -> Cell:
+    def _cell(
+        self,
+        language: str,
+        rows: Sequence[TextRow],
+        counts: dict[str, int],
+        unlabelled: Mapping[str, Sequence[TextRow]],
+    ) -> Cell:
         code, mapped, reason = self._code(language)
         if reason:
             return Cell.without_rows(reason)
         rows = _read_as(rows, code)
         before, start = self.scorer.counts(), time.perf_counter()
-        logits = np.ascontiguousarray(self.scorer.logits(rows), np.float32)
+        with self._centred(unlabelled):
+            logits = np.ascontiguousarray(self.scorer.logits(rows), np.float32)
         time_s = time.perf_counter() - start
         return Cell(
             logits=logits,
@@ -180,6 +198,37 @@ class Run:
             counts={**counts, **{name: n - before.get(name, 0) for name, n in self.scorer.counts().items()}},
             time_s=time_s,
         )
+
+    def _unlabelled(self, language: str) -> dict[str, list[TextRow]]:
+        """The texts, its own and English ones, by which a language is centred; empty where it is not.
+
+        Raises:
+            ValueError: there are none.
+        """
+        english, count = self.options.task.english, self.options.centre
+        if not count or language == english or not self.one.reads_itself:
+            return {}
+        return {name: self.options.data.unlabelled(name, count) for name in (language, english)}
+
+    @contextmanager
+    def _centred(self, unlabelled: Mapping[str, Sequence[TextRow]]) -> Iterator[None]:
+        """Inside, encoder states of a language are moved so that its texts' mean is that of English ones."""
+        engine = getattr(self.scorer, "engine", None)
+        if not unlabelled or engine is None or engine.model.side != "mt":
+            yield
+            return
+        language, english = unlabelled
+
+        def mean(name: str) -> Any:
+            return engine.encoder_mean(_read_as(unlabelled[name], self._code(name)[0]))
+
+        if self._english_mean is None:
+            self._english_mean = mean(english)
+        engine.model.shift = self._english_mean - mean(language)
+        try:
+            yield
+        finally:
+            engine.model.shift = None
 
     def _wanted(self, language: str) -> str | None:
         return self.options.language_map.get(language, self.options.task.mt_code(language))
@@ -198,7 +247,13 @@ class Run:
             return None, False, f"MT code {code} unknown to the model"
         return known[code], mapped or known[code] != code, ""
 
-    def _align(self, language: str, rows: Sequence[TextRow], key: dict[str, str]) -> None:
+    def _align(
+        self,
+        language: str,
+        rows: Sequence[TextRow],
+        key: dict[str, str],
+        unlabelled: Mapping[str, Sequence[TextRow]],
+    ) -> None:
         task, data, store = self.options.task, self.options.data, self.options.store
         if language == task.english or task.english not in data.available or data.problem(task.english):
             return
@@ -221,7 +276,8 @@ class Run:
         states = self._english[1]
         if states is None:
             return
-        mine = self.scorer.states(_read_as([rows[i] for i, _ in pairs], self._code(language)[0]))
+        with self._centred(unlabelled):
+            mine = self.scorer.states(_read_as([rows[i] for i, _ in pairs], self._code(language)[0]))
         assert mine is not None
         self.alignment[language] = alignment(mine, states[[j for _, j in pairs]])
         if store is not None:

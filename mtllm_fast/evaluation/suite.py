@@ -32,6 +32,11 @@ from .statistics import RESAMPLES
 from .tasks import Task, canonical_split, get_task, nearest
 from .translate_test import Translator
 
+CENTRED = (
+    "centred: encoder states of every language but English were moved by the difference of two means, that of {count} "
+    "unlabelled English texts and that of {count} of its own, from the training splits"
+)
+
 Models = Model | Sequence[Model] | Mapping[str, Model | Sequence[Model]]
 
 
@@ -52,6 +57,7 @@ def evaluate(
     probe_source: str | Path | None = None,
     probe_rows: int = 20_000,
     alignment: bool = False,
+    centre: int = 0,
     cells: str | Path | CellStore | None = None,
     resamples: int = RESAMPLES,
     max_tokens: int | None = None,
@@ -89,6 +95,8 @@ def evaluate(
         probe_rows: at most this many training rows for a probe, spread over the file.
         alignment: also compare the pooled states of every language with those of the English rows of the same id (for
             sets whose rows with one id are translations of each other).
+        centre: so many unlabelled texts of every language's training split, and of English's, say by how much the
+            encoder states of the language are moved, so that their means agree (`Engine.encoder_mean`); 0: not.
         cells: folder for finished cells (or a CellStore). A run that is killed goes on there: each language of each
             model is kept as soon as it is done, and computed again only where model, data or settings have changed.
             Models must then be given by folder or hub name.
@@ -123,7 +131,11 @@ def evaluate(
         )
     if dtype not in (None, *get_args(Dtype)):
         raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(get_args(Dtype))}")
+    if centre < 0:
+        raise ValueError(f"centre={centre}: expected a number of texts, 0 for none")
     data = TaskRows(task, source, split, limit)
+    if centre:
+        data.unlabelled(task.english, centre)
     options = Options(
         task=task,
         data=data,
@@ -135,6 +147,7 @@ def evaluate(
         device=device,
         dtype=dtype,
         alignment=alignment,
+        centre=centre,
         store=cells if isinstance(cells, CellStore) or cells is None else CellStore(cells),
     )
     contestants = [Contestant(name, seeds) for name, seeds in _named(models).items()]
@@ -188,7 +201,7 @@ def evaluate(
         versions={package: version(package) for package in ("mtllm-fast", "torch", "transformers")},
         reference=reference,
         resamples=resamples,
-        issues=data.issues(chosen),
+        issues=[*data.issues(chosen), *([CENTRED.format(count=centre)] if centre else [])],
         described={
             code: {"name": one.name, "family": one.family, "script": one.script, "resource": one.resource}
             for code, one in described.items()

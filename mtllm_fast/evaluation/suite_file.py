@@ -8,7 +8,7 @@
     tasks:                                  # a name, or a mapping with any of the options below
       - sib200
       - {task: nusax, data: DIR, name: sentiment, split: test, languages: [acehnese], language_map: {ngaju: ind_Latn},
-         limit: 100, probe_data: DIR}
+         limit: 100, centre: 200, probe_data: DIR}
     translate_test:                         # may be left out
       teacher: runs/{task}/teacher/seed-{seed}
       translations: runs/{task}/translations.parquet         # or translator: an MT model, with num_beams: 1
@@ -43,7 +43,7 @@ _SIMPLE: dict[str, Any] = {
     **dict.fromkeys(("output", "task", "name", "split", "target"), str),
     **dict.fromkeys(("data", "probe_data", "device"), str | None),
     **dict.fromkeys(("limit", "max_tokens"), int | None),
-    **dict.fromkeys(("resamples", "num_beams"), int),
+    **dict.fromkeys(("resamples", "num_beams", "centre"), int),
     "seeds": list[int],
     "alignment": bool,
     "dtype": Dtype | None,
@@ -63,6 +63,7 @@ class TaskEntry:
     languages: str | list[str] = "all"
     language_map: dict[str, str] = field(default_factory=dict)
     limit: int | None = None
+    centre: int = 0
     probe_data: str | None = None
 
 
@@ -163,6 +164,7 @@ def run_suite(suite: Suite, *, progress: bool = True) -> tuple[list[Scores], Cel
             language_map=entry.language_map,
             split=entry.split,
             limit=entry.limit,
+            centre=entry.centre,
             probe_source=entry.probe_data,
             alignment=suite.alignment,
             cells=store,

@@ -130,6 +130,33 @@ class Engine:
     def _parts(self) -> list[AdaptedModel]:
         return [part for part in (self.model.encoder, self.model.llm) if part is not None]
 
+    def encoder_mean(self, rows: Iterable[TextRow]) -> Tensor:
+        """Mean (E,), float32, over texts of their mean encoder states, without `model.shift`.
+
+        The mean of English texts less that of a language's own is the `model.shift` that takes out what all texts of
+        the language share; no text needs a label or a translation (per-language centring, arXiv 2004.05160).
+
+        Raises:
+            ValueError: the model reads through no encoder, or there are no texts.
+        """
+        encoder = self.model.encoder
+        if self.model.side != "mt" or encoder is None:
+            raise ValueError("encoder_mean: reader='llm' reads through no encoder")
+
+        def run(batch: Batch) -> Tensor:
+            assert batch.mt is not None
+            alone = self.model.config.reader == "encoder"
+            return self.model.pool(encoder(batch.mt) if alone else self.model.encoder_states(batch.mt), batch.mt)
+
+        before, self.model.shift = (self.model.shift, self.truncated), None
+        try:
+            parts = [window.values for window in self._windows(rows, run, encoder.hidden_size, "fail")]
+        finally:
+            self.model.shift, self.truncated = before
+        if not parts:
+            raise ValueError("rows: no texts")
+        return torch.from_numpy(np.concatenate(parts).mean(0, dtype=np.float64)).float().to(self.device)
+
     def unmerge_adapters(self) -> None:
         """Undo `merge_adapters`: the base weights are bit for bit what they were."""
         for part in self._parts():

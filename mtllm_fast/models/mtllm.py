@@ -73,6 +73,8 @@ class MTLLM(nn.Module):
         head: task head or None.
         tokenizer: the two tokenizers, language per row.
         changed: names of frozen base weights that are not the base models' own: they are saved with the model.
+        shift: (E,) added to every encoder state that is read on, None for none; see `Engine.encoder_mean`. It is of
+            the language that is read, so it is not saved.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class MTLLM(nn.Module):
         if encoder is not None and tokenizer is not None:
             encoder.take_tokenizer(tokenizer)
         self.changed: set[str] = set()
+        self.shift: Tensor | None = None
         self.projection: Projection | None = None
         if config.reader == "stack":
             assert encoder is not None and llm is not None
@@ -298,7 +301,7 @@ class MTLLM(nn.Module):
             return self.llm(batch)
         assert self.encoder is not None
         if self.config.reader == "encoder":
-            return self.encoder(batch)
+            return self._shifted(self.encoder(batch))
         assert self.llm is not None
         return self.llm(batch, embeds=self.projected(batch))
 
@@ -309,9 +312,12 @@ class MTLLM(nn.Module):
         trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.encoder.parameters())
         with torch.set_grad_enabled(trained):
             if fusion is None:
-                return self.encoder(batch, final_norm=False)
+                return self._shifted(self.encoder(batch, final_norm=False))
             states = self.encoder.all_states(batch)
-        return self.projection.fuse(states)  # type: ignore[union-attr]
+        return self._shifted(self.projection.fuse(states))  # type: ignore[union-attr]
+
+    def _shifted(self, states: Tensor) -> Tensor:
+        return states if self.shift is None else states + self.shift.to(states)
 
     def projected(self, batch: PackedBatch) -> Tensor:
         """What the LLM reads in place of embeddings, (T, D) of its dtype: the projected encoder states of `batch`."""
