@@ -275,7 +275,7 @@ def ours(
 
     with ExitStack() as parts:
         parts.enter_context(forward_parts(model, book))
-        parts.enter_context(patch.object(lora, "_autocast_dtype", lambda _: autocast))  # meta tensors have no autocast
+        parts.enter_context(patch.object(lora, "autocast_dtype", lambda _: autocast))  # meta tensors have no autocast
         if architecture == "cpu":
             parts.enter_context(patch.object(torch.nn.functional, "scaled_dot_product_attention", _cpu_attention))
         with acc:
