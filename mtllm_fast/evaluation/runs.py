@@ -53,8 +53,8 @@ class Options:
     device: str | None
     dtype: Dtype | None
     alignment: bool
-    centre: int
     store: CellStore | None
+    centre: int = 0
 
 
 @dataclass
