@@ -31,7 +31,8 @@ def measured(spec, lengths):
     model, batch, loss = build(spec, "cpu"), make_batch(lengths, "cpu"), DistillationLoss(spec.loss)
 
     def step():
-        terms = loss(model.states(batch.mt), model.teacher_states(batch.llm), batch, lm_head=model.llm.lm_head)
+        teacher = model.teacher_states(batch.llm)  # first, as in training: nothing of the student is held meanwhile
+        terms = loss(model.states(batch.mt), teacher, batch, lm_head=model.llm.lm_head)
         loss.total(terms, spec.loss.counts(batch)).backward()
 
     step()
@@ -41,10 +42,7 @@ def measured(spec, lengths):
 @pytest.mark.parametrize("checkpointing", [False, 2, True])
 @pytest.mark.parametrize("weights", [DistillationWeights(), DistillationWeights(kl=1.0, paired_mse=1.0)])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_predicted_memory_is_within_a_tenth_of_a_real_step(weights, checkpointing, request):
-    if checkpointing == 2 and not weights.kl:
-        # a fault of the plan: 2.8 MB of the real step are not in it (22.2 and 25.0 MB; without dropout 20.3 and 23.2)
-        request.applymarker(pytest.mark.xfail(reason="11 % too low where two of four layers are run again"))
+def test_predicted_memory_is_within_a_tenth_of_a_real_step(weights, checkpointing):
     spec = planning.StepSpec(ENCODER, LLM, weights, dtype=torch.float32, checkpointing=checkpointing)
     real = measured(spec, LENGTHS)
     assert planning.ours(spec, LENGTHS, architecture="cpu").peak == pytest.approx(real, rel=0.1)
