@@ -242,7 +242,7 @@ def test_only_attention_is_outside_of_the_graphs(encoder_folder, llm_folder, aga
         recompute_layers(student.llm)
     torch.compiler.reset()
     counters.clear()
-    compile_layers(student.llm.layers, backend="aot_eager")
+    compile_layers(student.llm.layers, backend="eager")
     compiled = gradient()
     assert counters["stats"]["unique_graphs"] > 4
     assert all("packed_attention" in reason for reason in counters["graph_break"]), counters["graph_break"]
