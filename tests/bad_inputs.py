@@ -35,6 +35,8 @@ COMMANDS = [
     ("finetune --config seeds.yaml", "seeds: ['a']: expected a list"),
     ("adapt --config task", "--config task: no such file"),
     # training settings
+    (ADAPT + "--teacher-cache text.txt", "teacher_cache='text.txt'"),
+    (ADAPT + "--teacher-cache states --loss.kl 1", "teacher_cache"),
     (ADAPT + "--epochs 0 --max-steps -1", "max_steps=-1"),
     (ADAPT + "--warmup 1.5", "warmup=1.5"),
     (ADAPT + "--weight-decay -0.1", "weight_decay=-0.1"),

@@ -29,6 +29,7 @@ from .live import Watch
 from .projection_fit import InitKind, fit_projection
 from .run_folder import RunFolder
 from .switches import base_dtype, check_layers
+from .teacher_cache import KeyedRows, TeacherCache, cached_states, check_cache
 from .trainer import TrainStep, run_stage
 
 
@@ -57,6 +58,9 @@ class AdaptConfig:
     regression onto the LLM's input embeddings; softmax: to pick out the LLM's own embedding among others."""
     init_rows: int = 2000
     """Texts that `init` is fitted on, the first ones."""
+    teacher_cache: str = ""
+    """Folder for the teacher's pooled states, 4 bytes per text and dimension, computed once per LLM, data and settings
+    and shared by all runs, as in sweeps; without it the teacher runs in every step. For pooled_mse alone."""
     train_projection: bool = True
     """Train the projection too; without, it stays as it starts, for one that was fitted with `init`."""
     train: OptimSettings = field(default_factory=OptimSettings)
@@ -128,11 +132,12 @@ def check_start(folder: str) -> None:
 
 
 class AdaptStep(TrainStep):
-    """Self-distillation terms of one pack: the student reads the MT side, the bare LLM the LLM side."""
+    """Self-distillation terms of one pack: the student reads the MT side, the bare LLM the LLM side, or did into
+    `cache`."""
 
-    def __init__(self, student: MTLLM, weights: DistillationWeights) -> None:
+    def __init__(self, student: MTLLM, weights: DistillationWeights, cache: TeacherCache | None = None) -> None:
         super().__init__()
-        self.student = student
+        self.student, self.cache = student, cache
         self.loss = DistillationLoss(weights)
         self.weights = asdict(weights)
 
@@ -140,6 +145,8 @@ class AdaptStep(TrainStep):
         return self.loss.weights.counts(batch)
 
     def taught(self, batch: Batch) -> tuple[Batch, Tensor]:
+        if self.cache is not None:
+            return self.cache.teach(batch)
         assert batch.llm is not None
         return batch, self.student.teacher_states(batch.llm)
 
@@ -175,8 +182,12 @@ def adapt(
             raise ValueError(f"--{name} is missing: name a folder or a hub model, or --model to go on from")
     if config.model:
         check_start(config.model)
-    if config.init != "none" and isinstance(rows, TokenStore):
-        raise ValueError(f"init={config.init!r}: the projection is fitted on text, not on a token store")
+    if isinstance(rows, TokenStore):
+        if config.init != "none":
+            raise ValueError(f"init={config.init!r}: the projection is fitted on text, not on a token store")
+        if config.teacher_cache:
+            raise ValueError(f"teacher_cache={config.teacher_cache!r}: finds states by text, which a token store lacks")
+    check_cache(config.teacher_cache, config.loss.needs_pairs)
     models = model_inputs(config.model, encoder=config.encoder, llm=config.llm)
     optim = settled(config.train, config.output, config.resume, models.get("llm", ""), config.trust_remote_code)
     config = replace(config, train=optim)
@@ -198,20 +209,27 @@ def adapt(
     if config.init != "none":
         assert not isinstance(rows, TokenStore)
         fit = fit_projection(student, rows, config.init, config.init_rows)
+    cache, report = None, None
+    if config.teacher_cache:
+        assert not isinstance(rows, TokenStore)
+        cache, report = cached_states(config.teacher_cache, rows, student, optim)
+        rows = KeyedRows(rows)
     assert student.projection is not None
     student.projection.requires_grad_(config.train_projection)
-    step = AdaptStep(student, config.loss)
+    step = AdaptStep(student, config.loss, cache)
     metrics = run_stage(
         step,
         rows,
         config.train,
         run,
-        sides=("mt", "llm"),
+        sides=("mt",) if cache else ("mt", "llm"),
         align=config.loss.needs_pairs,
         over_variance=config.over_variance,
         watch=watch,
     )
     if fit is not None:
         metrics["init"] = asdict(fit)
+    if report is not None:
+        metrics["teacher_cache"] = asdict(report)
     run.finish(student, metrics, include_base=config.include_base)
     return metrics

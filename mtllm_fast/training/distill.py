@@ -8,13 +8,11 @@ Source: arXiv 2406.12739.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 from transformers import set_seed
 
@@ -34,7 +32,7 @@ from .inputs import adapted_base, model_inputs
 from .live import Watch
 from .run_folder import RunFolder
 from .switches import base_dtype, check_layers
-from .teacher_cache import CacheReport, KeyedRows, TeacherCache, open_or_build
+from .teacher_cache import KeyedRows, TeacherCache, cached_states, check_cache
 from .trainer import TASK_ROWS, TrainStep, run_stage
 
 TEACHER = "teacher"
@@ -184,22 +182,6 @@ def add_teacher(student: MTLLM, folder: str, *, adapter: bool = True, llm: str =
     student.head.requires_grad_(False)
 
 
-def cached_teacher(
-    config: DistillConfig, rows: Iterable[TextRow], dtype: torch.dtype
-) -> tuple[TeacherCache, CacheReport]:
-    """The teacher's states of `rows` from `config.teacher_cache`, computed there where they are missing."""
-    optim = settled(config.train)
-    teacher = MTLLM.from_pretrained(
-        config.teacher, dtype=dtype, trust_remote_code=config.trust_remote_code, llm=config.llm
-    )
-    if optim.device != "cpu" and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        teacher.to("cuda")
-    return open_or_build(
-        config.teacher_cache, rows, teacher, max_tokens=optim.tokens, max_length=optim.max_length, bf16=optim.bf16
-    )
-
-
 def distill(
     config: DistillConfig,
     rows: Iterable[TextRow],
@@ -220,11 +202,7 @@ def distill(
     for name in ("model", "teacher"):
         if not getattr(config, name):
             raise ValueError(f"--{name} is missing: name a folder")
-    if config.teacher_cache and config.loss.needs_pairs:
-        raise ValueError(
-            f"teacher_cache={config.teacher_cache!r}: holds pooled states; paired_mse and kl compare single tokens: "
-            "use pooled_mse and head_kl, or leave the cache out"
-        )
+    check_cache(config.teacher_cache, config.loss.needs_pairs)
     models = model_inputs(config.model, encoder=config.encoder, llm=config.llm)
     optim = settled(config.train, config.output, config.resume, models.get("llm", ""), config.trust_remote_code)
     config = replace(config, train=optim)
@@ -256,7 +234,11 @@ def distill(
     valid_rows = in_teachers_order(taught.head, labels, valid_rows or (), config.teacher)
     cache, report = None, None
     if config.teacher_cache:
-        cache, report = cached_teacher(config, rows, dtype)
+        teacher = MTLLM.from_pretrained(
+            config.teacher, dtype=dtype, trust_remote_code=config.trust_remote_code, llm=config.llm
+        )
+        cache, report = cached_states(config.teacher_cache, rows, teacher, optim)
+        del teacher
         rows = KeyedRows(rows)
         set_seed(config.train.seed)  # the same run, whether the states were there or not
     student = MTLLM.from_pretrained(

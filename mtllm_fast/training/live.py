@@ -241,7 +241,8 @@ class Watching(TrainerCallback):
         training = step.training
         step.eval()
         devices = [args.device] if args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), self.trainer.outside_of_forward():
+        as_trained = torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16)
+        with torch.random.fork_rng(devices), self.trainer.outside_of_forward(), as_trained:
             scores = self.watch.score(step.student)
         step.train(training)
         wanted = control.should_log  # the Trainer takes any log for the one that it asked for

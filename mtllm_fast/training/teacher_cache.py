@@ -1,4 +1,6 @@
-"""The task teacher's pooled state of every training text, computed once, kept on disk and read through memory maps.
+"""The teacher's pooled state of every training text, computed once, kept on disk and read through memory maps.
+
+The teacher is stage 1's bare LLM or stage 3's task teacher; a sweep over seeds, losses or adapters shares its states.
 
     FOLDER/<key>/            a complete cache; the key is the digest of all that it was made from
       meta.json              what it was made from, its shape, the digest of each file
@@ -35,6 +37,10 @@ from ..data.pack import PackedBatch, token_budget_packs
 from ..data.read import TextRow
 from ..models import MTLLM
 from ..models.fingerprint import weights_digest
+from ..models.frozen import KINDS, quantize_frozen
+from ..models.modes import evaluating
+from .automatic import settled
+from .config import OptimSettings
 from .run_folder import write_json
 
 log = logging.getLogger(__name__)
@@ -72,7 +78,7 @@ class KeyedRows:
 
 
 class TeacherCache:
-    """A complete cache. `open_or_build` gives one.
+    """A complete cache. `open_or_build` and `cached_states` give one.
 
     Raises:
         ValueError: the folder is no cache, was made from something else than `made_from`, or a file is damaged.
@@ -142,30 +148,71 @@ class CacheReport:
     truncated: int
 
 
+def cached_states(
+    folder: str | Path, rows: Iterable[TextRow], teacher: MTLLM, optim: OptimSettings
+) -> tuple[TeacherCache, CacheReport]:
+    """`open_or_build` of the teacher as a run with these settings has it: its device, precision and base weights."""
+    optim = settled(optim)
+    assert optim.tokens is not None and optim.bf16 is not None
+    if optim.device != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        teacher.to("cuda")
+    return open_or_build(
+        folder,
+        rows,
+        teacher,
+        max_tokens=optim.tokens,
+        max_length=optim.max_length,
+        bf16=optim.bf16,
+        base_weights=optim.base_weights,
+    )
+
+
+def check_cache(folder: str, needs_pairs: bool) -> None:
+    """Refuse, before anything is loaded, a folder that is a file and losses that compare single tokens.
+
+    Raises:
+        ValueError: naming the folder.
+    """
+    if folder and needs_pairs:
+        raise ValueError(
+            f"teacher_cache={folder!r}: holds pooled states; paired_mse and kl compare single tokens: "
+            "use pooled_mse and head_kl, or leave the cache out"
+        )
+    if folder and Path(folder).exists() and not Path(folder).is_dir():
+        raise ValueError(f"teacher_cache={folder!r}: is a file, name a folder")
+
+
 def open_or_build(
-    folder: str | Path, rows: Iterable[TextRow], teacher: MTLLM, *, max_tokens: int, max_length: int, bf16: bool
+    folder: str | Path,
+    rows: Iterable[TextRow],
+    teacher: MTLLM,
+    *,
+    max_tokens: int,
+    max_length: int,
+    bf16: bool,
+    base_weights: str = "auto",
 ) -> tuple[TeacherCache, CacheReport]:
     """The cache of `teacher` on `rows` under `folder`: opened where it is complete, else finished or built.
 
     Args:
         rows: re-iterable; equal texts are stored once.
-        teacher: a task teacher, on the device it is to run on.
+        teacher: on the device it is to run on: a task teacher, or a stack without a head, whose bare LLM teaches.
         max_tokens: budget of one pass. max_length: limit of a text in the teacher's tokens.
         bf16: run it under bf16 autocast, as the training does.
+        base_weights: of `OptimSettings`; int8, nf4 and fp8 are put into the teacher before it runs.
 
     Raises:
         ValueError: the cache is stale or damaged, or rows with and without choices are mixed.
         OSError: it cannot be written; what was finished stays and is used by the next run.
     """
     root = Path(folder)
-    if root.exists() and not root.is_dir():
-        raise ValueError(f"teacher_cache={str(folder)!r}: is a file, name a folder")
-    assert teacher.tokenizer is not None and teacher.head is not None
+    assert teacher.tokenizer is not None
     teacher.tokenizer.max_llm_tokens = max_length
     keys = list(dict.fromkeys(text_key(row) for row in rows))
     if not keys:
         raise ValueError("the training data holds no usable row")
-    made_from = _fingerprint(teacher, keys, bf16)
+    made_from = _fingerprint(teacher, keys, bf16, base_weights)
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:24]
     entry = root / key
     computed = truncated = 0
@@ -174,6 +221,8 @@ def open_or_build(
         with exclusive(root / f"{key}.lock"):
             if not entry.exists():  # another process may have built it while this one waited
                 _say_why(root, made_from)
+                if base_weights in KINDS:
+                    quantize_frozen(teacher.backbone.layers_root, base_weights, next(teacher.parameters()).device)
                 computed, truncated = _build(entry, rows, teacher, keys, made_from, max_tokens, bf16)
     return TeacherCache(entry, made_from), CacheReport(str(entry), len(keys), computed, truncated)
 
@@ -250,17 +299,17 @@ def _distinct(rows: Iterable[TextRow]) -> Iterator[TextRow]:
 @torch.no_grad()
 def _pooled(teacher: MTLLM, rows: list[TextRow], max_tokens: int, bf16: bool) -> tuple[NDArray[np.float32], int]:
     """Pooled states (n, D) or (n, C, D) of rows in their order, and how many of them were truncated."""
-    assert teacher.tokenizer is not None and teacher.head is not None
-    teacher.eval()
+    assert teacher.tokenizer is not None
     device = next(teacher.parameters()).device
-    choice = teacher.head.config.kind == "choice"
+    read = teacher.teacher_states if teacher.head is None else teacher.states
+    choice = teacher.head is not None and teacher.head.config.kind == "choice"
     tokenised = tokenise_rows(rows, teacher.tokenizer, ("llm",))
     out: NDArray[np.float32] | None = None
     for members in token_budget_packs(tokenised.costs(), max_tokens):
         batch = tokenised.batch(members, align=False).to(device)
         assert batch.llm is not None
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            states = teacher.states(batch.llm)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16), evaluating(teacher):
+            states = read(batch.llm)
         pooled = teacher.pool(states, batch.llm, batch.llm_spans if choice else None).float().cpu().numpy()
         if out is None:
             out = np.empty((len(rows), *pooled.shape[1:]), np.float32)
@@ -269,13 +318,14 @@ def _pooled(teacher: MTLLM, rows: list[TextRow], max_tokens: int, bf16: bool) ->
     return out, tokenised.sides["llm"].truncated
 
 
-def _fingerprint(teacher: MTLLM, keys: list[bytes], bf16: bool) -> dict[str, Any]:
+def _fingerprint(teacher: MTLLM, keys: list[bytes], bf16: bool, base_weights: str) -> dict[str, Any]:
     """Digests of all that the states depend on, by the name that a message gives them."""
-    assert teacher.llm is not None and teacher.tokenizer is not None and teacher.head is not None
-    state: dict[str, Tensor] = teacher.llm.state_dict()
+    assert teacher.llm is not None and teacher.tokenizer is not None
+    bare = teacher.head is None
+    state: dict[str, Tensor] = teacher.llm.bare_state() if bare else teacher.llm.state_dict()
     # what is in no tensor but changes what they compute
     config = teacher.llm.model.config.to_dict()
-    adapters = {name: dataclasses.asdict(settings) for name, settings in teacher.config.adapters.items()}
+    adapters = {} if bare else {name: dataclasses.asdict(lora) for name, lora in teacher.config.adapters.items()}
     tokenizer = json.loads(teacher.tokenizer.llm.backend_tokenizer.to_str())
     for passing in ("truncation", "padding"):
         tokenizer.pop(passing, None)
@@ -288,9 +338,10 @@ def _fingerprint(teacher: MTLLM, keys: list[bytes], bf16: bool) -> dict[str, Any
         "data": hashlib.sha256(b"".join(keys)).hexdigest(),
         "settings": {
             "format": FORMAT,
-            "pooling": teacher.head.config.kind,
+            "pooling": teacher.head.config.kind if teacher.head is not None else "mean",
             "max_length": teacher.tokenizer.max_llm_tokens,
             "bf16": bf16,
+            **({"base_weights": base_weights} if base_weights in KINDS else {}),
         },
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,9 +91,9 @@ def _attention(flops: ModelFlops, batch) -> float:
     return 4 * (flops.encoder[2] * mt + flops.llm[2] * (3 * mt + llm))
 
 
-def _adapt(output: Path, encoder: str, llm: str, watch: Watch | None) -> None:
+def _adapt(output: Path, encoder: str, llm: str, watch: Watch | None, **settings: Any) -> None:
     train = OptimSettings(
-        max_steps=6, tokens=96, max_length=48, progress=False, report_to="none", device="cpu", log_steps=2
+        max_steps=6, tokens=96, max_length=48, progress=False, report_to="none", device="cpu", log_steps=2, **settings
     )
     adapt(AdaptConfig(encoder=encoder, llm=llm, output=str(output), train=train), ROWS, watch=watch)
 
@@ -117,6 +118,18 @@ def test_a_run_logs_rates_and_watched_scores_which_change_nothing(tmp_path, enco
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "watched"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_watched_scores_are_of_the_precision_that_it_trains_in(tmp_path, encoder_folder, llm_folder, bf16) -> None:
+    seen = []
+
+    def score(student: MTLLM) -> dict[str, float]:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return {"swh_Latn_accuracy": 0.5}
+
+    _adapt(tmp_path / "run", encoder_folder, llm_folder, Watch(3, score), bf16=bf16)
+    assert seen == [bf16, bf16]
 
 
 def test_the_log_goes_back_to_the_step_that_a_run_goes_on_from(tmp_path) -> None:

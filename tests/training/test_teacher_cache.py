@@ -16,10 +16,11 @@ from mtllm_fast import MTLLM, TextRow
 from mtllm_fast.data.collate import collate
 from mtllm_fast.losses import DistillationWeights
 from mtllm_fast.models import HeadConfig, LoraSettings
-from mtllm_fast.training import DistillConfig, OptimSettings, distill, teacher_cache
+from mtllm_fast.models.frozen import quantize_frozen
+from mtllm_fast.training import AdaptConfig, DistillConfig, OptimSettings, adapt, distill, teacher_cache
 from mtllm_fast.training.distill import DistillStep, add_teacher
 from mtllm_fast.training.teacher_cache import KeyedRows, open_or_build
-from tests.tiny import LINES
+from tests.tiny import LINES, build_llm_folder
 
 ROWS = [TextRow(line) for line in (*LINES, LINES[0])]
 CHOICES = [TextRow(line, choices=("yes it is", "no", "nobody can know"), label=i % 3) for i, line in enumerate(LINES)]
@@ -226,4 +227,80 @@ def test_token_losses_need_the_teacher_itself(models, tmp_path) -> None:
     config = _config(models, tmp_path / "run", teacher_cache="x", loss=DistillationWeights(paired_mse=1.0))
     with pytest.raises(ValueError, match="paired_mse and kl compare single tokens"):
         distill(config, ROWS)
+    assert not (tmp_path / "run").exists()
+
+
+def _adapt(models: tuple[str, str], output: Path, seed: int = 0, r: int = 4, **changes) -> dict[str, torch.Tensor]:
+    """Weights of a short stage 1."""
+    encoder, llm = models
+    train = OptimSettings(
+        max_steps=6, tokens=96, max_length=48, progress=False, report_to="none", device="cpu", lr=1e-3, seed=seed
+    )
+    config = AdaptConfig(
+        encoder=encoder, llm=llm, output=str(output), lora=LoraSettings(r=r), over_variance=True, train=train, **changes
+    )
+    adapt(config, ROWS)
+    return load_file(output / "model.safetensors")
+
+
+def test_adapt_from_a_cache_is_the_run_without_it(encoder_folder, llm_folder, tmp_path, monkeypatch) -> None:
+    models, cache = (encoder_folder, llm_folder), str(tmp_path / "cache")
+    plain = _adapt(models, tmp_path / "plain")
+    first = _adapt(models, tmp_path / "first", teacher_cache=cache)
+    for name, value in plain.items():
+        assert torch.allclose(first[name], value, rtol=1e-3, atol=1e-5), name
+    with monkeypatch.context() as changed:  # control: what the cache holds is what is learned
+        pooled = teacher_cache._pooled
+        changed.setattr(teacher_cache, "_pooled", lambda *a: (lambda states, cut: (-states, cut))(*pooled(*a)))
+        other = _adapt(models, tmp_path / "other", teacher_cache=str(tmp_path / "negated"))
+    assert not torch.allclose(other["projection.layers.weight"], plain["projection.layers.weight"], rtol=1e-3)
+    again = _adapt(models, tmp_path / "again", teacher_cache=cache)
+    assert all(torch.equal(again[name], first[name]) for name in first)
+    _adapt(models, tmp_path / "seed", seed=1, r=8, teacher_cache=cache)  # what a sweep varies shares the states
+    computed = [
+        json.loads((tmp_path / name / "result.json").read_text())["teacher_cache"]["computed"]
+        for name in ("first", "again", "seed")
+    ]
+    assert computed == [len(LINES), 0, 0]
+
+
+def test_an_adapter_does_not_change_what_the_bare_llm_teaches(models, tmp_path) -> None:
+    student = MTLLM.from_pretrained(models[0])
+    cache, _ = open_or_build(tmp_path, ROWS, student, **SETTINGS)
+    batch = collate(list(KeyedRows(ROWS)), student.tokenizer, sides=("llm",), align=False)
+    taught = student.pool(student.teacher_states(batch.llm), batch.llm)
+    assert torch.allclose(cache.lookup(batch.ids), taught, atol=1e-5)
+    adapted = student.pool(student.llm(batch.llm), batch.llm)
+    assert not torch.allclose(cache.lookup(batch.ids), adapted, atol=1e-2)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "lora_" in name:
+                parameter.add_(1.0)
+    assert open_or_build(tmp_path, ROWS, student, **SETTINGS)[1].computed == 0
+    with torch.no_grad():
+        next(iter(student.llm.decoder.layers[0].self_attn.q_proj.parameters())).add_(1e-3)
+    assert open_or_build(tmp_path, ROWS, student, **SETTINGS)[1].computed == len(LINES)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_states_over_a_quantised_base_are_those_of_the_quantised_teacher(encoder_folder, tmp_path, which) -> None:
+    llm = build_llm_folder(tmp_path / "llm", hidden_size=64)  # fp8 takes multiples of 16
+    models = _models(tmp_path, encoder_folder, llm, HeadConfig("classification", ("good", "bad")))
+    folder = tmp_path / "cache"
+    plain, _ = _built(folder, models[which])
+    cache, report = _built(folder, models[which], base_weights="fp8")
+    assert report.computed == len(LINES) and cache.folder != plain.folder
+    teacher = MTLLM.from_pretrained(models[which])
+    assert quantize_frozen(teacher.backbone.layers_root, "fp8", "cpu")
+    states = open_or_build(tmp_path / "own", ROWS, teacher, **SETTINGS)[0].states
+    assert np.allclose(cache.states, states, atol=1e-5)
+    assert not np.allclose(cache.states, plain.states, atol=1e-3)
+    assert _built(folder, models[which], base_weights="fp8")[1].computed == 0
+
+
+def test_adapt_refuses_a_cache_for_token_losses(encoder_folder, llm_folder, tmp_path) -> None:
+    with pytest.raises(ValueError, match="paired_mse and kl compare single tokens"):
+        _adapt(
+            (encoder_folder, llm_folder), tmp_path / "run", teacher_cache="x", loss=DistillationWeights(paired_mse=1.0)
+        )
     assert not (tmp_path / "run").exists()
