@@ -64,6 +64,16 @@ def converted(kind: Any, value: Any) -> Any:
     raise ValueError(value)
 
 
+QUOTES = "put `no`, `yes`, `on` and `off` in quotes"  # which YAML 1.1 reads as true and false
+
+
+def wrong_type(value: Any, kind: Any) -> str:
+    """What a value is that `converted` refuses, and what was expected."""
+    parts = value if isinstance(value, list) else [value]
+    quotes = f"; {QUOTES}" if any(part is True or part is False for part in parts) and "text" in described(kind) else ""
+    return f"{value!r}: expected {described(kind)}{quotes}"
+
+
 def described(kind: Any) -> str:
     """A type in the words of an error message."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)

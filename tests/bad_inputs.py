@@ -151,6 +151,8 @@ COMMANDS = [
     (ENCODE + "--device tpu9", "--device tpu9: expected cpu, cuda or cuda:N"),
     (ENCODE + "--device cuda:x", "--device cuda:x: expected"),
     (TRANSLATE + "--device tpu9", "--device tpu9"),
+    (TRANSLATE + "--device cuda", "--device cuda: no CUDA device"),
+    (ENCODE + "--device cuda", "--device cuda: no CUDA device"),
     (TRANSLATE + "--task folder", "--input FILE or --task TASK"),
     (TRANSLATE + "--target zzz", "'zzz'"),
     (TRANSLATE + "--num-beams 0", "--num-beams 0"),

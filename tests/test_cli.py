@@ -260,6 +260,16 @@ def test_yaml_keys_are_the_options(tmp_path) -> None:
     budget = _read(tmp_path, "adapt", "checkpointing: budget\nwatch: {languages: [swh_Latn], limit: null}\ntrain: {activation_memory_gib: 2}\n")  # fmt: skip
     assert (budget.train.checkpointing, budget.train.activation_memory_gib) == ("budget", 2.0)
     assert (budget.watch.languages, budget.watch.limit) == (("swh_Latn",), None)
+    assert _read(tmp_path, "finetune", 'labels: ["no", "yes"]\n').source.labels == ("no", "yes")
+    for names, read in (
+        ("[no, yes]", r"\[False, True\]"),
+        ("[on, b]", r"\[True, 'b'\]"),
+        ("[a, off]", r"\['a', False\]"),
+    ):
+        with pytest.raises(ValueError, match=f"labels: {read}: expected a list, each text; put `no`.* in quotes"):
+            _read(tmp_path, "finetune", f"labels: {names}\n")
+    with pytest.raises(ValueError, match=r"max-rows: True: expected a whole number or null$"):
+        _read(tmp_path, "finetune", "max-rows: yes\n")
 
 
 def test_yaml_values_have_the_type_of_their_option(tmp_path) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from ..yaml_file import converted, described, read_yaml
+from ..yaml_file import converted, read_yaml, wrong_type
 
 Values = dict[tuple[str, ...], Any]  # the path of a field, through nested dataclasses -> its value
 
@@ -67,7 +67,7 @@ def _values(settings_type: Any, data: dict[Any, Any], where: str) -> Values:
             try:
                 found = {path: converted(kind, value)}
             except ValueError:
-                raise ValueError(f"{where}: {key}: {value!r}: expected {described(kind)}") from None
+                raise ValueError(f"{where}: {key}: {wrong_type(value, kind)}") from None
         if twice := values.keys() & found.keys():
             raise ValueError(f"{where}: {key}: {min(twice)[-1]} is given twice")
         values |= found

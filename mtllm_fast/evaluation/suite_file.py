@@ -29,7 +29,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..yaml_file import converted, described, read_yaml
+from ..yaml_file import converted, read_yaml, wrong_type
 from .cells import CellStore
 from .results import Scores
 from .runs import Dtype
@@ -230,5 +230,5 @@ def _made(kind: Any, content: Any, where: str) -> Any:
             try:
                 values[key] = converted(expected, values[key])
             except ValueError:
-                raise ValueError(f"{where}: {key}: {values[key]!r}: expected {described(expected)}") from None
+                raise ValueError(f"{where}: {key}: {wrong_type(values[key], expected)}") from None
     return kind(**values)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.gemms import has_fast_bf16
 from .config import OptimSettings
 from .processes import processes
 
@@ -48,7 +49,7 @@ def on_gpu(optim: OptimSettings) -> bool:
 def settled(
     optim: OptimSettings, output: str = "", resume: bool = False, llm: str = "", trust_remote_code: bool = False
 ) -> Settled:
-    """`optim` with a value for each setting that is None; says on a GPU which ones it chose.
+    """`optim` with a value for each setting that is None; says on a GPU which ones it chose, and where bf16 is slow.
 
     Args:
         output, resume: the run's folder, and whether what it records is to be kept.
@@ -66,6 +67,8 @@ def settled(
         if on_gpu(optim) and not int(os.environ.get("RANK", "0")):
             # a warning is seen without any logging set up
             log.warning("auto: %s (%s)", _said(given, open_settings), torch.cuda.get_device_name())
+    if given["bf16"] and not on_gpu(optim) and not has_fast_bf16() and not int(os.environ.get("RANK", "0")):
+        log.warning("bf16: this processor has no bf16 instructions and multiplies it slower than fp32, the default")
     return Settled(**given)
 
 

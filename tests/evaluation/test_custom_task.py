@@ -108,6 +108,9 @@ files: {train: train.tsv, test: "{language}.test.tsv"}
         (("text: title", "txt: title"), "columns: unknown key 'txt'; nearest: text"),
         (("labels:", "label:"), "the file: unknown key 'label'; nearest: label"),
         (("[bad, good]", "[bad]"), "labels: expected at least two different names"),
+        (("[bad, good]", "[no, yes]"), "labels: False is not text; put `no`, `yes`, `on` and `off` in quotes"),
+        (("[bad, good]", "[good, off]"), "labels: False is not text"),
+        (("[bad, good]", "[on, bad]"), "labels: True is not text"),
         (("label_base: 1", "label_base: one"), "label_base: 'one', expected an integer"),
         (("english: en", "english: eng"), "english: 'eng' is not among the languages; nearest: en"),
         (("{en: eng_Latn, fr: fra_Latn, tlh: null}", "{en: eng_Latn, no: nob_Latn}"), "languages: False is not text"),
@@ -131,3 +134,12 @@ def test_faults_are_named(tmp_path, change, match):
 def test_absent_file():
     with pytest.raises(ValueError, match=r"task='no/such\.yaml': no such file"):
         get_task("no/such.yaml")
+
+
+def test_quoted_names_are_the_labels(tmp_path):
+    """Only the names that YAML takes for text by quotes."""
+    path = put(tmp_path / "my.yaml", PAIR.replace("[bad, good]", '["no", "yes"]'))
+    put(tmp_path / "data/en/train.csv", "number,title,body,stars\n1,a,b,yes\n2,c,d,no\n3,e,f,2\n")
+    task = get_task(path)
+    assert task.labels == ("no", "yes")
+    assert [row.label for row in task.rows(tmp_path, "en", "train")] == [1, 0, 1]

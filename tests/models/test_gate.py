@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from benchmarks import llm_families
 from mtllm_fast import MTLLM, PackedBatch, cli
 from mtllm_fast.models import PackedLLM, gate
 from tests.conftest import assert_matches
@@ -58,26 +62,55 @@ def test_refused_in_one_sentence(family: str, causal: bool) -> None:
     assert not any(module.training for module in model.modules())
 
 
-def test_unknown_family_is_judged_by_what_it_does() -> None:
-    """A Llama with a token shift between its layers, under Llama's own name and config: only running it can tell."""
+class Shifting(transformers.LlamaModel):
+    """A Llama with a token shift between its layers: each row gets a share of the one before it."""
 
-    def shifted(hidden):  # (B, L, D), each row gets the one before it
-        return torch.nn.functional.pad(hidden, (0, 0, 1, 0))[:, :-1]
+    share = 1.0
 
-    class Shifting(transformers.LlamaModel):
-        shift = True
+    def __init__(self, config):
+        super().__init__(config)
+        self.layers[0].register_forward_pre_hook(lambda _, args: (self._shifted(args[0]), *args[1:]))
 
-        def __init__(self, config):
-            super().__init__(config)
-            if self.shift:
-                self.layers[0].register_forward_pre_hook(lambda _, args: (args[0] + shifted(args[0]), *args[1:]))
+    def _shifted(self, hidden):  # (B, L, D)
+        return hidden + self.share * torch.nn.functional.pad(hidden, (0, 0, 1, 0))[:, :-1]
 
-    class Plain(Shifting):
-        shift = False
 
+@pytest.mark.parametrize(("share", "refused"), [(1.0, True), (3e-5, True), (2e-7, False), (0.0, False)])
+def test_unknown_family_is_judged_by_what_it_does(share: float, refused: bool) -> None:
+    """Under Llama's own name and config only running it can tell, down to 1e-5 of the largest element."""
+    decoder = type("Decoder", (Shifting,), {"share": share})
     config = transformers.LlamaConfig(**COMMON)
-    assert "only attention knows" in (gate.judge(Shifting, config, True).refusal or "")
-    assert gate.judge(Plain, config, True).refusal is None
+    found = gate.judge(decoder, config, True).refusal
+    assert ("only attention knows" in (found or "")) is refused
+    if share != 3e-5:
+        return
+    torch.manual_seed(0)  # what transformers itself says of such a share: a text alone against behind another
+    model = decoder(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+        first, text = torch.arange(5, 10)[None], torch.arange(20, 26)[None]
+        mask = torch.full((11, 11), float("-inf")).triu(1)
+        mask[5:, :5] = float("-inf")
+        positions = torch.cat([torch.arange(5), torch.arange(6)])[None]
+        behind = model(torch.cat([first, text], 1), attention_mask=mask[None, None], position_ids=positions)
+        alone = model(text).last_hidden_state[0]
+        apart = (behind.last_hidden_state[0, 5:] - alone).abs().max() / alone.abs().max()
+    assert 1e-5 < apart < 1e-4
+
+
+def test_the_committed_table_of_families() -> None:
+    """Nothing accepted is different, nothing is left out, and what the gate says today is what the table says."""
+    record = json.loads((Path(__file__).parents[2] / "benchmarks/results/cpu/llm_families.json").read_text())
+    rows = {(row["family"], row.get("reading")): row for row in record["rows"]}
+    assert {row["verdict"] for row in rows.values()} == {"equal", "refused", "not built"}
+    assert all(row["difference"] <= max(1e-5, 10 * row["rounding"]) for row in rows.values() if "difference" in row)
+    if record["versions"]["transformers"] == transformers.__version__:
+        assert {family for family, _ in rows} == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    for family in ("llama", "gemma4_text", "falcon", "stablelm", "bamba", "qwen3_next", "bloom", "lfm2"):
+        for row in llm_families.judged(family):
+            assert row["verdict"] == rows[family, row["reading"]]["verdict"], family
 
 
 def test_asked_for_what_the_model_is_not() -> None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mtllm_fast.kernels.gemms import has_fast_bf16
 from transformers import LlamaConfig
 
 from mtllm_fast import planning
@@ -77,6 +78,20 @@ def test_a_gpu_chooses_and_says_so_once(gpu, caplog) -> None:
     assert values(settled(OptimSettings(device="cpu"))) == (False, 4096, 0, False, False)
     gpu.bf16 = False
     assert settled(OptimSettings()).bf16 is False
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_bf16_on_a_processor_that_is_slower_by_it_is_said_once(monkeypatch, caplog, fast) -> None:
+    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, probe, lambda: fast)
+    has_fast_bf16.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        got = settled(OptimSettings(device="cpu", bf16=True))
+        assert settled(got).bf16
+        assert not settled(OptimSettings(device="cpu")).bf16
+    has_fast_bf16.cache_clear()
+    slower = "bf16: this processor has no bf16 instructions and multiplies it slower than fp32, the default"
+    assert [record.getMessage() for record in caplog.records] == [slower] * (not fast)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mtllm_fast import MTLLM, Engine, TextRow, cli
@@ -78,9 +80,16 @@ def test_refused_before_loading(folders, tmp_path, monkeypatch, teacher, labels,
 
 
 def test_a_choice_teacher_has_no_names(folders, tmp_path):
-    rows = [TextRow("a river", label=1, choices=("one", "two")), TextRow("bread", label=0, choices=("x", "y"))]
-    metrics = distill(config(folders, "choice", tmp_path / "run"), rows, rows, labels=["1", "2"])
-    assert metrics["best_eval_accuracy"] in (0.0, 0.5, 1.0)
+    """A label is the number of a choice, whatever the task calls it: accuracy is that of numbers, counted by hand."""
+    words = [("one", "two"), ("bread", "a river"), ("the sun", "rain"), ("a ship", "iron"), ("salt", "an apple")]
+    rows = [TextRow(line, label=0, choices=pair) for line, pair in zip(LINES, words)]
+    distill(config(folders, "choice", tmp_path / "first"), rows)
+    student = MTLLM.from_pretrained(tmp_path / "first")
+    chosen = Engine(student).classify(rows).argmax(1)
+    valid = [replace(row, label=int(k)) for row, k in zip(rows, chosen)]
+    valid[0] = replace(valid[0], label=1 - valid[0].label)  # 4 of 5 right; with the numbers swapped 1 of 5
+    metrics = distill(config(folders, "choice", tmp_path / "run"), rows, valid, labels=["2", "1"])
+    assert metrics["best_eval_accuracy"] == pytest.approx(0.8)
 
 
 def test_the_command_passes_the_names_of_the_task(folders, tmp_path, capsys):

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...yaml_file import read_yaml
+from ...yaml_file import QUOTES, read_yaml
 from .base import SPLITS, canonical_split, nearest
 from .folder import FolderTask
 from .layout import Layout
@@ -183,6 +183,6 @@ def _strings(value: Any, where: str) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(item, str | int) for item in value):
         raise _Fault(f"{where}: expected a list of names")
     for item in value:
-        if isinstance(item, bool):  # YAML 1.1 reads `no` and `yes` so
-            raise _Fault(f"{where}: {item!r} is not text; put `no`, `yes`, `on` and `off` in quotes")
+        if isinstance(item, bool):
+            raise _Fault(f"{where}: {item!r} is not text; {QUOTES}")
     return [str(item) for item in value]
