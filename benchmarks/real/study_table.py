@@ -84,8 +84,8 @@ def of_log(path: Path) -> float | None:
 
 
 def of_checkpoints(study: Study, folder: str) -> list[dict[str, Any]]:
-    """Of each seed's run, whenever it looked at other languages: the step, English validation accuracy, and the mean
-    over the watched languages, which chose nothing; empty where no run looked."""
+    """Of each seed's run, whenever it looked at other languages: the step, English validation accuracy (None where it
+    was not asked then), and the mean over the watched languages, which chose nothing; empty where no run looked."""
     found = []
     for seed in study.seeds:
         english, watched = {}, {}
@@ -96,14 +96,14 @@ def of_checkpoints(study: Study, folder: str) -> list[dict[str, Any]]:
             scores = [value for key, value in entry.items() if key.startswith("watch_") and key.endswith("_accuracy")]
             if scores:
                 watched[entry["step"]] = sum(scores) / len(scores)
-        steps = sorted(english.keys() & watched.keys())
+        steps = sorted(watched)
         if steps:
             result = json.loads((study.run(seed, folder) / "result.json").read_text(encoding="utf-8"))
             found.append(
                 {
                     "seed": seed,
                     "steps": steps,
-                    "english_validation": [english[step] for step in steps],
+                    "english_validation": [english.get(step) for step in steps],
                     "watched": [watched[step] for step in steps],
                     "chosen": watched[result["best_step"]],
                     "hindsight": max(watched[step] for step in steps),

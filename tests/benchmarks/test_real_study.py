@@ -105,15 +105,16 @@ def test_the_chosen_checkpoint_and_the_best_in_hindsight(tmp_path: Path) -> None
         entries += [{"step": step, "eval_accuracy": english}, {"step": step, "loss": 1.0}]
         entries += [{"step": step, "watch_deu_accuracy": deu, "watch_swh_accuracy": swh, "watch_deu_rows": 40}]
     entries += [{"step": 88, "eval_accuracy": 1.0}]  # nobody looked
+    entries += [{"step": 11, "watch_deu_accuracy": 0.75, "watch_swh_accuracy": 0.75}]  # and nobody chose
     (folder / "log.jsonl").write_text("\n".join(map(json.dumps, entries)))
     assert study_table.of_checkpoints(of(tmp_path, [4]), "stack-8") == [
         {
             "seed": 4,
-            "steps": [22, 44, 66],
-            "english_validation": [0.5, 0.75, 0.75],
-            "watched": [0.625, 0.375, 0.5],
+            "steps": [11, 22, 44, 66],
+            "english_validation": [None, 0.5, 0.75, 0.75],
+            "watched": [0.75, 0.625, 0.375, 0.5],
             "chosen": 0.375,
-            "hindsight": 0.625,
+            "hindsight": 0.75,
         }
     ]
 
