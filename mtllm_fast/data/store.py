@@ -10,6 +10,7 @@
         names.npy, name_starts.npy                    row ids as UTF-8, only where rows have ids
 
 A run that is killed leaves complete shards and at most one temporary folder; the same call goes on after the shards.
+While one writes, `.lock` names its process, and another call into the same folder is refused.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from numpy.typing import NDArray
 from mtllm_fast.data.batch import Batch, TokenizedRows, check_sides, tokenise_readable
 from mtllm_fast.data.read import TextRow
 from mtllm_fast.data.tokenise import StackTokenizer, TokenizedSide
+from mtllm_fast.disk import FolderLock
 
 STORE_FILE = "store.json"
 _WINDOW = 2048
@@ -96,7 +98,7 @@ def write_store(
 
     Raises:
         ValueError: the folder holds a store of other rows or tokenizers, or is complete already; no usable row;
-            choices.
+            choices; another process is writing into the folder.
     """
     folder, sides = Path(folder), check_sides(sides, tokenizer)
     if shard_rows < 1:
@@ -105,17 +107,29 @@ def write_store(
         "format": _FORMAT, "sides": list(sides), "shard_rows": shard_rows, "tokenizer": tokenizer_key(tokenizer, sides),
         "source": json.loads(json.dumps(source)),
     }  # fmt: skip
-    if (folder / STORE_FILE).exists():
-        raise ValueError(f"{folder} holds a complete token store: delete it or name another folder")
+    _check_unmade(folder)
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    _check_started(folder, made)
+    lock = FolderLock(folder)
+    if not lock.take():
+        raise ValueError(
+            f"{folder}: another process ({lock.holder()}) is writing tokens into it; wait for it, or name a new folder"
+        )
     try:
+        _check_unmade(folder)  # by a process that has let go of it meanwhile
+        _check_started(folder, made)
         return _written(rows, tokenizer, folder, made, on_progress)
     except ValueError:
         if new and not any(folder.glob("shard-*")):  # nothing to go on from
             shutil.rmtree(folder)
         raise
+    finally:
+        lock.release()
+
+
+def _check_unmade(folder: Path) -> None:
+    if (folder / STORE_FILE).exists():
+        raise ValueError(f"{folder} holds a complete token store: delete it or name another folder")
 
 
 def _written(

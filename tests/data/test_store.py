@@ -161,6 +161,77 @@ def test_command_killed_and_resumed(forked, encoder_folder, llm_folder, tmp_path
     assert resumed == whole
 
 
+@pytest.fixture
+def tokenizing(forked, encoder_folder, llm_folder, tmp_path):
+    """`tokenizing(output)` is a command line, `started(...)` the pid of one that was stopped behind its first shard."""
+    text = tmp_path / "t.txt"
+    text.write_text("".join(f"the cat sat on mat number {i} and looked at the dog\n" for i in range(8_000)))
+
+    def command(output):
+        return [
+            "tokenize", "--encoder", encoder_folder, "--llm", llm_folder, "--text", str(text), "--output", str(output),
+            "--max-length", "64", "--shard-rows", "1024",
+        ]  # fmt: skip
+
+    def started(output):
+        pid = forked.start(*command(output))
+        deadline = time.monotonic() + 60
+        while not list(output.glob("shard-*")):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        os.kill(pid, signal.SIGSTOP)
+        assert not (output / "store.json").exists()
+        return pid
+
+    return command, started
+
+
+def _files(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_second_of_two_is_refused(tokenizing, forked, capsys, tmp_path):
+    command, started = tokenizing
+    main(command(tmp_path / "whole"))
+    pid = started(tmp_path / "s")
+    try:
+        before = _files(tmp_path / "s")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main(command(tmp_path / "s"))
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mtllm")]
+        assert caught.value.code == 2 and len(said) == 1
+        assert f"another process ({pid} on " in said[0] and str(tmp_path / "s") in said[0]
+        assert _files(tmp_path / "s") == before
+    finally:
+        os.kill(pid, signal.SIGCONT)
+        ended, _ = forked.wait()
+    assert ended == 0
+    assert _files(tmp_path / "s") == _files(tmp_path / "whole")
+    assert len(_files(tmp_path / "whole")) == 8 * 9 + 2
+
+
+def test_the_lock_of_a_killed_call_is_none(tokenizing, forked, tmp_path):
+    command, started = tokenizing
+    main(command(tmp_path / "whole"))
+    pid = started(tmp_path / "s")
+    os.kill(pid, signal.SIGKILL)
+    assert forked.wait()[0] == -signal.SIGKILL
+    assert (tmp_path / "s" / ".lock").read_text().startswith(f"{pid} on ")
+    main(command(tmp_path / "s"))
+    assert _files(tmp_path / "s") == _files(tmp_path / "whole")
+
+
+def test_a_refused_call_leaves_no_lock(stack, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("x")
+    with pytest.raises(ValueError, match="holds files, but no token store"):
+        write_store(ROWS, stack, tmp_path / "mine")
+    with pytest.raises(ValueError, match="no usable row"):
+        write_store([], stack, tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "notes"]
+
+
 def _tokenizers(*folders):
     from transformers import AutoTokenizer
 
