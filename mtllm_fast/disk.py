@@ -11,7 +11,7 @@ import platform
 import re
 import shutil
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from safetensors import SafetensorError
 
@@ -132,13 +132,19 @@ def damage(checkpoint: Path) -> str | None:
         return f"it has no {MARKER}"
     except (OSError, ValueError) as error:
         return f"{MARKER} cannot be read ({error})"
+    return difference(checkpoint, record)
+
+
+def difference(folder: Path, record: dict[str, dict[str, Any]]) -> str | None:
+    """How the files of `folder` differ from their sizes and digests in `record` ("bytes" and "sha256" by name), None
+    where they do not."""
     try:
         for name, is_to_be in record.items():
-            size = (checkpoint / name).stat().st_size
+            size = (folder / name).stat().st_size
             if size != is_to_be["bytes"]:
                 return f"{name} has {size} bytes instead of {is_to_be['bytes']}"
         for name, is_to_be in record.items():
-            with (checkpoint / name).open("rb") as file:
+            with (folder / name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != is_to_be["sha256"]:
                     return f"the content of {name} is not what was written"
     except FileNotFoundError as error:

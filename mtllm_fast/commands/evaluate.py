@@ -47,6 +47,8 @@ class Evaluate:
     help task`), or "folder" for a folder of <language>/<split>.tsv files."""
     data: str = ""
     """The task's folder in its published format, or its hub name; "" for the one that the task names."""
+    quoted: bool = True
+    """Quote marks in .csv and .tsv files of the task "folder" stand around fields; without, they are text."""
     languages: tuple[str, ...] = ("all",)
     """The data set's own codes, or "all"."""
     language_map: tuple[str, ...] = ()
@@ -94,6 +96,7 @@ class Evaluate:
             return
         from ..evaluation import evaluate
         from ..evaluation.cells import CellStore
+        from ..evaluation.tasks import get_task
         from ..reporting import check_output, print_scores, write_report
         from .files import check_least
 
@@ -107,7 +110,7 @@ class Evaluate:
         store = CellStore(self.cells) if self.cells else None
         scores = evaluate(
             list(self.model) if self.model else {},
-            self.task,
+            get_task(self.task, self.data or None, quoted=self.quoted),
             self.data or None,
             languages="all" if self.languages == ("all",) else list(self.languages),
             language_map=mapping(self.language_map, "--language-map"),
@@ -139,7 +142,8 @@ class Evaluate:
         for option in dataclasses.fields(self):
             given = getattr(self, option.name) != option.default
             if given and option.name not in ("suite", "output", "overwrite", "progress"):
-                raise ValueError(f"--{option.name.replace('_', '-')}: does not go with --suite; write it into the file")
+                name = "no-quoted" if option.name == "quoted" else option.name.replace("_", "-")
+                raise ValueError(f"--{name}: does not go with --suite; write it into the file")
         suite = read_suite(self.suite)
         suite.output = self.output or suite.output
         if not suite.output:

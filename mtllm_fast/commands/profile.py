@@ -37,6 +37,8 @@ class Profile:
     """Column of the text."""
     language: str | None = None
     """MT code of the text's language; by default the encoder's own code for English."""
+    quoted: bool = True
+    """Quote marks in .csv and .tsv files stand around fields; without, they are text."""
     mode: Literal["adapt", "encode"] = "adapt"
     """adapt: a training step of general adaptation; encode: pooled embeddings."""
     loss: DistillationWeights = field(default_factory=DistillationWeights)
@@ -78,7 +80,8 @@ class Profile:
         check_least(self, tokens=1, max_length=1, steps=1, rows=1)
         check_written(self, "trace", "json")
         check_text(self.text)
-        rows = list(islice(read_rows(self.text, text_column=self.text_column, language=self.language), self.rows))
+        read = read_rows(self.text, text_column=self.text_column, language=self.language, quoting=self.quoted)
+        rows = list(islice(read, self.rows))
         if not rows:
             raise ValueError(f"--text {self.text}: holds no usable row")
         dtype = torch.bfloat16 if self.bf16 and device == "cuda" else torch.float32

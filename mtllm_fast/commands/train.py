@@ -27,6 +27,11 @@ def base_settings(command: Any, config_type: type) -> Any:
     return config_type(**{f.name: getattr(command, f.name) for f in dataclasses.fields(config_type)})
 
 
+def _record(source: dict[str, Any]) -> dict[str, Any]:
+    """Without what runs that were started before there was `quoted` do not have: they read with it."""
+    return {name: value for name, value in source.items() if name != "quoted" or not value}
+
+
 def finish(stage: str, output: str, metrics: dict[str, Any]) -> None:
     """Say what a training run did."""
     if int(os.environ.get("RANK", "0")):
@@ -123,6 +128,13 @@ class TextSource:
     """Label names in order, for `text`."""
     valid: str = ""
     """Labelled English validation file, for `text`; the best checkpoint on it is kept."""
+    quoted: bool = True
+    """Quote marks in .csv and .tsv files of `text`, `valid` and the task "folder" stand around fields; without, they
+    are text."""
+
+    def record(self) -> dict[str, Any]:
+        """The options as plain data for the run's record, which is compared on resume."""
+        return _record(dataclasses.asdict(self))
 
     def load(self) -> tuple[Iterable[TextRow], list[str], list[TextRow] | None]:
         """Training rows, label names, validation rows or None."""
@@ -131,7 +143,7 @@ class TextSource:
         if self.task:
             from ..evaluation import get_task
 
-            task = get_task(self.task, self.data or None)
+            task = get_task(self.task, self.data or None, quoted=self.quoted)
             data = self.data or task.default_source
             if data is None:
                 raise ValueError(f"--data is missing: the folder or hub name of task {self.task!r}")
@@ -148,6 +160,7 @@ class TextSource:
             "pair_column": self.pair_column,
             "label_column": self.label_column,
             "labels": self.labels,
+            "quoting": self.quoted,
         }
         rows = read_rows(self.text, **options)  # type: ignore[arg-type]
         valid = list(read_rows(self.valid, **options)) if self.valid else None  # type: ignore[arg-type]
@@ -173,6 +186,8 @@ class Adapt(AdaptConfig):
     """MT code of the text's language; by default the encoder's own code for English."""
     language_column: str | None = None
     """Column with a code per row, instead of `language`."""
+    quoted: bool = True
+    """Quote marks in .csv and .tsv files stand around fields; without, they are text."""
     split: str = "train"
     """Split of a hub dataset."""
     limit: int | None = None
@@ -190,14 +205,15 @@ class Adapt(AdaptConfig):
             raise ValueError("--text is missing: name a file, folder, glob or hub dataset")
         check_hub(self.push_to_hub, self)
         watch = self.watch.watch()
-        names = ("text", "text_column", "language", "language_column", "split", "limit")
-        source = {name: getattr(self, name) for name in names}
+        names = ("text", "text_column", "language", "language_column", "quoted", "split", "limit")
+        source = _record({name: getattr(self, name) for name in names})
         source["language"] = self.language or ENGLISH_CODES[0]
         if (Path(self.text) / STORE_FILE).is_file():
             for name in names[1:]:
                 if getattr(self, name) != getattr(type(self), name):
+                    option = "no-quoted" if name == "quoted" else name.replace("_", "-")
                     raise ValueError(
-                        f"--{name.replace('_', '-')}: is for text, but --text {self.text} holds tokens, made by "
+                        f"--{option}: is for text, but --text {self.text} holds tokens, made by "
                         "`mtllm tokenize` with its own"
                     )
             rows: Iterable[TextRow] | TokenStore = TokenStore(self.text)
@@ -210,6 +226,7 @@ class Adapt(AdaptConfig):
                 language_column=self.language_column,
                 split=self.split,
                 limit=self.limit,
+                quoting=self.quoted,
             )
         finish("adapt", self.output, adapt(base_settings(self, AdaptConfig), rows, source, watch))
         put_on_hub("adapt", self.output, self.push_to_hub)
@@ -242,8 +259,8 @@ class Finetune(FinetuneConfig):
         from ..training import finetune
 
         rows, labels, valid = self.source.load()
-        watch = self.watch.watch(self.source.task, self.source.data)
-        source = dataclasses.asdict(self.source)
+        watch = self.watch.watch(self.source.task, self.source.data, self.source.quoted)
+        source = self.source.record()
         run_all(
             "finetune",
             base_settings(self, FinetuneConfig),
@@ -276,8 +293,8 @@ class Distill(DistillConfig):
         from ..training import distill
 
         rows, labels, valid = self.source.load()
-        watch = self.watch.watch(self.source.task, self.source.data)
-        source = dataclasses.asdict(self.source)
+        watch = self.watch.watch(self.source.task, self.source.data, self.source.quoted)
+        source = self.source.record()
         run_all(
             "distill",
             base_settings(self, DistillConfig),

@@ -49,6 +49,9 @@ class Translate:
     are missing and the target is not English, for this release they are read as English, with a warning."""
     language_column: str | None = None
     """Column with a code per row, instead of `language`."""
+    quoted: bool = True
+    """Quote marks in .csv and .tsv files of `input` and the task "folder" stand around fields; without, they are
+    text."""
     task: str = ""
     """Instead of `input`: a task by name or .yaml file; its texts, pairs and choices are translated one by one."""
     data: str = ""
@@ -173,6 +176,7 @@ class Translate:
             language_column=self.language_column,
             split=self.split or "train",
             limit=self.limit,
+            quoting=self.quoted,
         )
         if self.language_column is None:
             rank = ranks()[0]
@@ -202,7 +206,7 @@ class Translate:
         from ..inference.translate import task_sources
         from .evaluate import mapping
 
-        task = get_task(self.task, self.data or None)
+        task = get_task(self.task, self.data or None, quoted=self.quoted)
         data = self.data or task.default_source
         if data is None:
             raise ValueError(f"--data is missing: the folder of task {self.task!r}")

@@ -21,6 +21,9 @@ class WatchSettings:
     """A task as for `mtllm evaluate`; by default the one that is trained."""
     data: str = ""
     """Its folder or hub name; by default the one that is trained on."""
+    quoted: bool = True
+    """Quote marks in .csv and .tsv files of the task "folder" stand around fields; without, they are text. Where the
+    trained task is watched, its own option holds."""
     split: str = "dev"
     """The split that is scored."""
     limit: int | None = 200
@@ -28,17 +31,17 @@ class WatchSettings:
     steps: int = 500
     """Optimizer steps between two looks."""
 
-    def watch(self, task: str = "", data: str = "") -> Watch | None:
+    def watch(self, task: str = "", data: str = "", quoted: bool = True) -> Watch | None:
         """What the training stage takes; None where no languages are named.
 
         Args:
-            task, data: of the run, where its options name none.
+            task, data, quoted: of the run, where its options name none.
 
         Raises:
             ValueError: options without languages, no task, or a task, language or split that is not there.
         """
         if not self.languages:
-            if self.task or self.data:
+            if self.task or self.data or not self.quoted:
                 raise ValueError("--watch.languages is missing: name the languages to look at")
             return None
         from ..evaluation import evaluate, get_task
@@ -48,7 +51,8 @@ class WatchSettings:
         if not name:
             raise ValueError("--watch.task is missing: name the task to look at")
         named = self.data or (data if name == task else "")
-        chosen = get_task(name, named or None)
+        own = name == task and named == data
+        chosen = get_task(name, named or None, quoted=self.quoted and (quoted or not own))
         source = named or chosen.default_source
         if source is None:
             raise ValueError(f"--watch.data is missing: the folder or hub name of task {name!r}")

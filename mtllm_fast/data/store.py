@@ -1,6 +1,7 @@
 """Tokenised rows on disk: made once, memory-mapped by every process of every run.
 
-    store.json               what the rows were made from and with, and the shards in order; written last
+    store.json               what the rows were made from and with, the shards in order, size and SHA-256 of every file
+                             in them, and `check`, the SHA-256 of all this; written last
     shard-00000/             one folder per `shard_rows` rows, complete as soon as it has this name
         mt.ids.npy           (tokens,) int32          mt.starts.npy      (rows + 1,) int64
         mt.ends.npy          (tokens,) int32, as in TokenizedSide
@@ -8,8 +9,10 @@
         unreadable.npy       (1,) int64, rows left out because a tokenizer cannot read them
         labels.npy           (rows,) int64            only where rows have labels
         names.npy, name_starts.npy                    row ids as UTF-8, only where rows have ids
+        complete.json        size and SHA-256 of these files as they were written
 
 A run that is killed leaves complete shards and at most one temporary folder; the same call goes on after the shards.
+While one writes, `.lock` names its process, and another call into the same folder is refused.
 """
 
 from __future__ import annotations
@@ -31,12 +34,16 @@ from numpy.typing import NDArray
 from mtllm_fast.data.batch import Batch, TokenizedRows, check_sides, tokenise_readable
 from mtllm_fast.data.read import TextRow
 from mtllm_fast.data.tokenise import StackTokenizer, TokenizedSide
+from mtllm_fast.disk import MARKER, FolderLock, difference, mark_complete
 
 STORE_FILE = "store.json"
 _WINDOW = 2048
 _FORMAT = 2
 _READING = 2  # how text is given to a tokenizer and ends are found; 2: composed, see `characters`
 _SHOWN = 10  # unreadable rows that are named in the log
+AT_ONCE = 4 * 2**30  # bytes of a store that is compared with its digests before training: seconds
+# what stores say that were written before there were digests
+_FIRST_KEYS = {"format", "sides", "shard_rows", "tokenizer", "source", "shards", "skipped"}
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +103,7 @@ def write_store(
 
     Raises:
         ValueError: the folder holds a store of other rows or tokenizers, or is complete already; no usable row;
-            choices.
+            choices; another process is writing into the folder.
     """
     folder, sides = Path(folder), check_sides(sides, tokenizer)
     if shard_rows < 1:
@@ -105,17 +112,29 @@ def write_store(
         "format": _FORMAT, "sides": list(sides), "shard_rows": shard_rows, "tokenizer": tokenizer_key(tokenizer, sides),
         "source": json.loads(json.dumps(source)),
     }  # fmt: skip
-    if (folder / STORE_FILE).exists():
-        raise ValueError(f"{folder} holds a complete token store: delete it or name another folder")
+    _check_unmade(folder)
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    _check_started(folder, made)
+    lock = FolderLock(folder)
+    if not lock.take():
+        raise ValueError(
+            f"{folder}: another process ({lock.holder()}) is writing tokens into it; wait for it, or name a new folder"
+        )
     try:
+        _check_unmade(folder)  # by a process that has let go of it meanwhile
+        _check_started(folder, made)
         return _written(rows, tokenizer, folder, made, on_progress)
     except ValueError:
         if new and not any(folder.glob("shard-*")):  # nothing to go on from
             shutil.rmtree(folder)
         raise
+    finally:
+        lock.release()
+
+
+def _check_unmade(folder: Path) -> None:
+    if (folder / STORE_FILE).exists():
+        raise ValueError(f"{folder} holds a complete token store: delete it or name another folder")
 
 
 def _written(
@@ -138,15 +157,39 @@ def _written(
     counts = getattr(rows, "counts", None)
     skipped = {"empty": counts.empty, "failed": counts.failed} if counts is not None else {}
     skipped["unreadable"] = int(sum(shard["unreadable"][0] for shard in opened))
-    _write_json(folder / STORE_FILE, {**made, "shards": shards, "skipped": skipped})
+    record = {**made, "shards": shards, "skipped": skipped, "files": {name: _digests(folder / name) for name in shards}}
+    _write_json(folder / STORE_FILE, {**record, "check": _check(record)})
     store = TokenStore(folder)
     tokens = {side: int(sum(shard[f"{side}.starts"][-1] for shard in store.shards)) for side in sides}
     return StoreReport(len(store), min(done, position), tokens, store.truncated, skipped)
 
 
+def _digests(shard: Path) -> dict[str, Any]:
+    """Size and digest of every file of a shard, from when it was written."""
+    if not (shard / MARKER).exists():  # by a call before there were digests
+        mark_complete(shard)
+    try:
+        found: dict[str, Any] = json.loads((shard / MARKER).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{shard / MARKER} is damaged ({error}): delete {shard.parent} and tokenise again") from None
+    return found
+
+
+def _check(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
 def _open_shards(folder: Path, names: Sequence[str]) -> list[dict[str, NDArray[Any]]]:
     files = [sorted((folder / name).glob("*.npy")) for name in names]
-    return [{file.stem: np.load(file, mmap_mode="r") for file in inside} for inside in files]
+    return [{file.stem: _mapped(file) for file in inside} for inside in files]
+
+
+def _mapped(file: Path) -> NDArray[Any]:
+    try:
+        array: NDArray[Any] = np.load(file, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file.parent.name}/{file.name}: {error}") from None
+    return array
 
 
 def _check_started(folder: Path, made: dict[str, Any]) -> None:
@@ -222,15 +265,17 @@ def _write_shard(
     temporary = folder / f".{name}.{os.getpid()}"
     temporary.mkdir()
     for key, array in arrays.items():
-        with (temporary / f"{key}.npy").open("wb") as handle:
-            np.save(handle, array)
-            handle.flush()
-            os.fsync(handle.fileno())
+        np.save(temporary / f"{key}.npy", array)
+    mark_complete(temporary)
     os.rename(temporary, folder / name)
 
 
 class TokenStore:
     """A complete store, opened. Give it to a PackedDataset, or to `adapt`, in place of rows.
+
+    Files are compared with their digests: those that say where rows start when the store is opened, the others of a
+    shard when this process first reads a row of it, or all by `verify`. Stores that were written before there were
+    digests are not compared.
 
     Args:
         folder: written by `write_store`.
@@ -239,7 +284,7 @@ class TokenStore:
         sides: which of "mt" and "llm" it holds. shards: memory-mapped arrays by name, one mapping per shard.
 
     Raises:
-        ValueError: the folder is no store, is not complete, or damaged.
+        ValueError: the folder is no store, is not complete, or damaged; while reading: a file that is damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -250,8 +295,12 @@ class TokenStore:
             what = "is not complete: run the same `mtllm tokenize` again" if begun else "is no token store"
             raise ValueError(f"{self.folder} {what}")
         try:
-            self.made = json.loads(path.read_text(encoding="utf-8"))
+            self.made = _record(path)
             self.sides = tuple(self.made["sides"])
+            self._uncompared = set(range(len(self.made["shards"]))) if "files" in self.made else set()
+            for shard in sorted(self._uncompared):
+                if (what := self._difference(shard, (".starts.npy", ".truncated.npy"))) is not None:
+                    raise ValueError(what)
             self.shards = _open_shards(self.folder, self.made["shards"])
             sizes = [len(shard[f"{self.sides[0]}.starts"]) - 1 for shard in self.shards]
         except (OSError, ValueError, KeyError) as error:
@@ -287,6 +336,33 @@ class TokenStore:
                     f"{self.folder} was tokenised with another {name} ({mine.get(name)}, now {value}): do it again"
                 )
 
+    def verify(self, most_bytes: int | None = None) -> None:
+        """Compare all files with their digests, about a second per GB.
+
+        Args:
+            most_bytes: of a store that is larger nothing is compared now, but every shard when it is first read.
+
+        Raises:
+            ValueError: names the first file that is not as it was written.
+        """
+        files = self.made.get("files", {})
+        size = sum(one["bytes"] for shard in files.values() for one in shard.values())
+        if most_bytes is None or size <= most_bytes:
+            self._compare(self._uncompared)
+
+    def _compare(self, shards: Iterable[int]) -> None:
+        for shard in sorted(self._uncompared.intersection(shards)):
+            if (what := self._difference(shard)) is not None:
+                raise ValueError(f"{self.folder} is damaged ({what}): tokenise the text again")
+            self._uncompared.discard(shard)
+
+    def _difference(self, shard: int, endings: tuple[str, ...] = ("",)) -> str | None:
+        """What is not as it was written in those files of a shard whose names end so."""
+        name = self.made["shards"][shard]
+        record = {file: is_to_be for file, is_to_be in self.made["files"][name].items() if file.endswith(endings)}
+        what = difference(self.folder / name, record)
+        return None if what is None else f"{name}: {what}"
+
     def identity(self) -> dict[str, Any]:
         """Plain data that names these rows."""
         digest = hashlib.sha256((self.folder / STORE_FILE).read_bytes())
@@ -299,6 +375,7 @@ class TokenStore:
     def take(self, index: NDArray[np.int64], sides: Sequence[str]) -> TokenizedRows:
         """Read the rows."""
         shard_of = np.searchsorted(self.first, index, side="right") - 1
+        self._compare(shard_of.tolist())
         places = [(self.shards[s], int(i - self.first[s])) for s, i in zip(shard_of.tolist(), index.tolist())]
         made = {}
         for side in sides:
@@ -311,6 +388,15 @@ class TokenStore:
         labels = [int(shard["labels"][row]) if "labels" in shard else None for shard, row in places]
         names = [_name(shard, row) for shard, row in places]
         return TokenizedRows(made, labels, names)
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """What store.json says. Raises ValueError where it is not what was written."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    rest = {name: value for name, value in found.items() if name != "check"}
+    if not set(found) <= _FIRST_KEYS and found.get("check") != _check(rest):
+        raise ValueError(f"the content of {path.name} is not what was written")
+    return found
 
 
 def _name(shard: dict[str, NDArray[Any]], row: int) -> str | None:

@@ -9,6 +9,7 @@
       - sib200
       - {task: nusax, data: DIR, name: sentiment, split: test, languages: [acehnese], language_map: {ngaju: ind_Latn},
          limit: 100, centre: 200, probe_data: DIR}
+      - {task: folder, data: DIR, name: mine, quoted: false}             # quote marks in .csv and .tsv are text
     translate_test:                         # may be left out
       teacher: runs/{task}/teacher/seed-{seed}
       translations: runs/{task}/translations.parquet         # or translator: an MT model, with num_beams: 1
@@ -45,7 +46,7 @@ _SIMPLE: dict[str, Any] = {
     **dict.fromkeys(("limit", "max_tokens"), int | None),
     **dict.fromkeys(("resamples", "num_beams", "centre"), int),
     "seeds": list[int],
-    "alignment": bool,
+    **dict.fromkeys(("alignment", "quoted"), bool),
     "dtype": Dtype | None,
     "languages": str | list[str],
     "language_map": dict[str, str],
@@ -59,6 +60,7 @@ class TaskEntry:
     task: str = ""
     name: str = ""
     data: str | None = None
+    quoted: bool = True
     split: str = "test"
     languages: str | list[str] = "all"
     language_map: dict[str, str] = field(default_factory=dict)
@@ -158,7 +160,7 @@ def run_suite(suite: Suite, *, progress: bool = True) -> tuple[list[Scores], Cel
                 name: _folders(folders, entry.name, suite.seeds, f"{where}: {name}")
                 for name, folders in suite.models.items()
             },
-            get_task(entry.task, entry.data),
+            get_task(entry.task, entry.data, quoted=entry.quoted),
             entry.data,
             languages=entry.languages,
             language_map=entry.language_map,

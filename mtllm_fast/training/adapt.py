@@ -17,7 +17,7 @@ from transformers import set_seed
 from ..data.collate import Batch
 from ..data.language import language_read
 from ..data.read import RowStream, TextRow
-from ..data.store import TokenStore
+from ..data.store import AT_ONCE, TokenStore
 from ..losses import DistillationLoss, DistillationWeights, LossTerm
 from ..models import MTLLM, LoraSettings, ProjectionConfig
 from ..models.encoder import check_encoder
@@ -187,6 +187,7 @@ def adapt(
             raise ValueError(f"init={config.init!r}: the projection is fitted on text, not on a token store")
         if config.teacher_cache:
             raise ValueError(f"teacher_cache={config.teacher_cache!r}: finds states by text, which a token store lacks")
+        rows.verify(AT_ONCE)
     check_cache(config.teacher_cache, config.loss.needs_pairs)
     models = model_inputs(config.model, encoder=config.encoder, llm=config.llm)
     optim = settled(config.train, config.output, config.resume, models.get("llm", ""), config.trust_remote_code)

@@ -1,5 +1,6 @@
 """Rows tokenised before: the same batches as from text, after any kill, and refused where they are not these rows."""
 
+import json
 import os
 import pickle
 import shutil
@@ -157,8 +158,79 @@ def test_command_killed_and_resumed(forked, encoder_folder, llm_folder, tmp_path
     whole, resumed = (
         {f.relative_to(g): f.read_bytes() for f in g.glob("shard-*/*")} for g in (tmp_path / "whole", tmp_path / "s")
     )
-    assert len(whole) == 8 * 9
+    assert len(whole) == 8 * 10
     assert resumed == whole
+
+
+@pytest.fixture
+def tokenizing(forked, encoder_folder, llm_folder, tmp_path):
+    """`tokenizing(output)` is a command line, `started(...)` the pid of one that was stopped behind its first shard."""
+    text = tmp_path / "t.txt"
+    text.write_text("".join(f"the cat sat on mat number {i} and looked at the dog\n" for i in range(8_000)))
+
+    def command(output):
+        return [
+            "tokenize", "--encoder", encoder_folder, "--llm", llm_folder, "--text", str(text), "--output", str(output),
+            "--max-length", "64", "--shard-rows", "1024",
+        ]  # fmt: skip
+
+    def started(output):
+        pid = forked.start(*command(output))
+        deadline = time.monotonic() + 60
+        while not list(output.glob("shard-*")):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        os.kill(pid, signal.SIGSTOP)
+        assert not (output / "store.json").exists()
+        return pid
+
+    return command, started
+
+
+def _files(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_second_of_two_is_refused(tokenizing, forked, capsys, tmp_path):
+    command, started = tokenizing
+    main(command(tmp_path / "whole"))
+    pid = started(tmp_path / "s")
+    try:
+        before = _files(tmp_path / "s")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main(command(tmp_path / "s"))
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mtllm")]
+        assert caught.value.code == 2 and len(said) == 1
+        assert f"another process ({pid} on " in said[0] and str(tmp_path / "s") in said[0]
+        assert _files(tmp_path / "s") == before
+    finally:
+        os.kill(pid, signal.SIGCONT)
+        ended, _ = forked.wait()
+    assert ended == 0
+    assert _files(tmp_path / "s") == _files(tmp_path / "whole")
+    assert len(_files(tmp_path / "whole")) == 8 * 10 + 2
+
+
+def test_the_lock_of_a_killed_call_is_none(tokenizing, forked, tmp_path):
+    command, started = tokenizing
+    main(command(tmp_path / "whole"))
+    pid = started(tmp_path / "s")
+    os.kill(pid, signal.SIGKILL)
+    assert forked.wait()[0] == -signal.SIGKILL
+    assert (tmp_path / "s" / ".lock").read_text().startswith(f"{pid} on ")
+    main(command(tmp_path / "s"))
+    assert _files(tmp_path / "s") == _files(tmp_path / "whole")
+
+
+def test_a_refused_call_leaves_no_lock(stack, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("x")
+    with pytest.raises(ValueError, match="holds files, but no token store"):
+        write_store(ROWS, stack, tmp_path / "mine")
+    with pytest.raises(ValueError, match="no usable row"):
+        write_store([], stack, tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "notes"]
 
 
 def _tokenizers(*folders):
@@ -177,3 +249,120 @@ def test_adapting_from_a_store_gives_the_same_weights(encoder_folder, llm_folder
         main(["adapt", *models, "--text", str(source), "--output", str(tmp_path / name), *steps])
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b"))
     assert one == two
+
+
+# ---- a byte that is not what was written
+def _flip(path, place=-1):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGED = ["shard-00001/mt.ids.npy", "shard-00000/llm.ends.npy", "shard-00000/labels.npy", "shard-00001/mt.starts.npy"]
+
+
+@pytest.fixture
+def adapting(encoder_folder, llm_folder, tmp_path):
+    """A labelled store of two shards, and `adapting(*more)`, which trains on it into `run`."""
+    tokenizer = StackTokenizer(*_tokenizers(encoder_folder, llm_folder), max_mt_tokens=64, max_llm_tokens=64)
+    rows = [TextRow(f"the cat sat on mat number {i}", "eng_Latn", label=i % 3, id=f"row-{i}") for i in range(40)]
+    write_store(rows, tokenizer, tmp_path / "s", shard_rows=20)
+    models = ["--encoder", encoder_folder, "--llm", llm_folder, "--text", str(tmp_path / "s")]
+    settings = ["--tokens", "128", "--max-length", "64", "--device", "cpu", "--no-progress", "--report-to", "none"]
+
+    def run(*more):
+        main(["adapt", *models, "--output", str(tmp_path / "run"), *settings, *more])
+
+    return run
+
+
+def _store_json(folder):
+    """One more row left out than there was: still JSON, still a store."""
+    path = folder / "store.json"
+    place = path.read_bytes().index(b'"unreadable": 0') + len('"unreadable": ')
+    _flip(path, place)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("name", [*DAMAGED, "store.json"])
+def test_a_flipped_byte_is_named_before_training(adapting, name, resumed, capsys, tmp_path):
+    more = ["--max-steps", "2"]
+    if resumed:
+        adapting(*more)
+        more = ["--max-steps", "4", "--resume"]
+    before = _files(tmp_path / "run")
+    _store_json(tmp_path / "s") if name == "store.json" else _flip(tmp_path / "s" / name)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        adapting(*more)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mtllm")]
+    assert caught.value.code == 2 and len(said) == 1
+    assert Path(name).name in said[0] and "is not what was written" in said[0]
+    assert "/".join(Path(name).parts[:-1]) in said[0] and str(tmp_path / "s") in said[0]
+    assert _files(tmp_path / "run") == before
+    assert (tmp_path / "run").exists() == resumed
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_an_undamaged_store_is_accepted(adapting, old, tmp_path):
+    """Control: with other times on all files, and as it was written before there were digests."""
+    if old:
+        record = json.loads((tmp_path / "s/store.json").read_text())
+        assert len(record["files"]) == 2 and "check" in record
+        del record["files"], record["check"]
+        (tmp_path / "s/store.json").write_text(json.dumps(record, indent=1))
+        for path in (tmp_path / "s").glob("shard-*/complete.json"):
+            path.unlink()
+    adapting("--max-steps", "2")
+    for path in (tmp_path / "s").rglob("*"):
+        os.utime(path, (1, 1))
+    adapting("--max-steps", "4", "--resume")
+    assert json.loads((tmp_path / "run/run.json").read_text())["train"]["max_steps"] == 4
+    assert _files(tmp_path / "s").keys() >= {"store.json", "shard-00001/mt.ids.npy"}
+
+
+def test_any_byte_of_store_json(stack, tmp_path):
+    write_store(ROWS, stack, tmp_path / "s")
+    path = tmp_path / "s" / "store.json"
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 11):
+        _flip(path, place)
+        with pytest.raises(ValueError, match="is damaged"):
+            TokenStore(tmp_path / "s")
+        path.write_bytes(whole)
+    TokenStore(tmp_path / "s")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_large_store_is_compared_shard_by_shard_as_it_is_read(stack, store, workers):
+    """Rows of the shards before are read; a missing file of labels is no store without labels."""
+    _flip(store.folder / "shard-00002" / "llm.ids.npy")
+    opened = TokenStore(store.folder)
+    opened.verify(most_bytes=1000)  # is larger
+    assert len(opened.take(np.arange(80), ("mt", "llm")).ids) == 80
+    with pytest.raises(ValueError, match=r"shard-00002: the content of llm\.ids\.npy is not what was written"):
+        opened.take(np.array([81]), ("mt", "llm"))
+    with pytest.raises(ValueError, match=r"shard-00002: the content of llm\.ids\.npy"):
+        opened.verify()
+    with pytest.raises(ValueError, match=r"shard-00002: the content of llm\.ids\.npy"):
+        batches(TokenStore(store.folder), stack, workers)
+    _flip(store.folder / "shard-00002" / "llm.ids.npy")
+    TokenStore(store.folder).verify()
+    (store.folder / "shard-00001" / "labels.npy").unlink()
+    with pytest.raises(ValueError, match=r"shard-00001: labels\.npy is missing"):
+        TokenStore(store.folder).verify()
+
+
+def test_shards_of_a_call_before_there_were_digests_are_gone_on_from(stack, tmp_path):
+    def killed(done):
+        if done > 80:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_store(ROWS, stack, tmp_path / "s", shard_rows=40, on_progress=killed)
+    for path in (tmp_path / "s").glob("shard-*/complete.json"):
+        path.unlink()
+    assert write_store(ROWS, stack, tmp_path / "s", shard_rows=40).resumed == 80
+    write_store(ROWS, stack, tmp_path / "whole", shard_rows=40)
+    assert _files(tmp_path / "s") == _files(tmp_path / "whole")
+    TokenStore(tmp_path / "s").verify()

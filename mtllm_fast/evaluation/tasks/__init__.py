@@ -56,13 +56,21 @@ __all__ = [
 ]
 
 
-def get_task(task: str | Path | Task, source: str | Path | None = None) -> Task:
+def get_task(task: str | Path | Task, source: str | Path | None = None, *, quoted: bool = True) -> Task:
     """A task by name; "folder" makes one from the folder `source` (columns text, text_pair where present, label, id
     where present); a path ending in .yaml or .yml is read by `from_yaml`.
 
+    Args:
+        quoted: csv quoting in the files of "folder"; False reads quote marks as text. Other tasks say it themselves.
+
     Raises:
-        ValueError: no task of that name, or a YAML file that describes none.
+        ValueError: no task of that name, a YAML file that describes none, or `quoted` for a task other than "folder".
     """
+    if not quoted and task != "folder":
+        raise ValueError(
+            f"quoted=False (--no-quoted): is for the task 'folder'; {getattr(task, 'name', str(task))!r} says itself "
+            "how its files are written (quoted: false in a .yaml file)"
+        )
     if not isinstance(task, str | Path):
         return task
     name = str(task)
@@ -71,7 +79,7 @@ def get_task(task: str | Path | Task, source: str | Path | None = None) -> Task:
     if name in TASKS:
         return TASKS[name]
     if name == "folder" and source is not None:
-        return FolderTask.from_folder(source, **_columns(Path(source)))
+        return FolderTask.from_folder(source, quoted=quoted, **_columns(Path(source), quoted))
     if name == "folder":
         raise ValueError("task='folder': --data is missing: the folder of <language>/<split> files")
     raise ValueError(
@@ -80,7 +88,7 @@ def get_task(task: str | Path | Task, source: str | Path | None = None) -> Task:
     )
 
 
-def _columns(folder: Path) -> dict[str, Any]:
+def _columns(folder: Path, quoted: bool) -> dict[str, Any]:
     from .files import columns
     from .layout import find
 
@@ -89,6 +97,6 @@ def _columns(folder: Path) -> dict[str, Any]:
     files = find(folder, (Layout(),))
     if not files:
         raise ValueError(f"source={str(folder)!r}: no <language>/<split> files in it")
-    present = columns(files[0].path)
+    present = columns(files[0].path, quoted=quoted)
     optional = {"pair_column": "text_pair", "id_column": "id"}
     return {argument: column for argument, column in optional.items() if column in present}
