@@ -7,11 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, M2M100ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    M2M100ForConditionalGeneration,
+)
 
 from mtllm_fast import MTLLM, LoraSettings, PackedBatch, TextRow
 from mtllm_fast.models.generate import generate, generate_ids, soft_prompts
 from tests.conftest import assert_matches
+from tests.data.conftest import train_llm
 from tests.tiny import LINES
 
 TEXTS = [LINES[0], "Trains", *LINES[2:5], "She bought"]
@@ -77,6 +84,50 @@ def test_prompt_is_what_the_encoder_and_the_llm_say(model: MTLLM, encoder_folder
     got = soft_prompts(model, TEXTS[:1], "fra_Latn", before=BEFORE, after=AFTER)[0]
     assert_matches(got, expected, 1e-5)
     assert len(soft_prompts(model, TEXTS[:1], bos=False)[0]) == len(states)
+
+
+def test_one_bos(encoder_folder: str, tmp_path: Path) -> None:
+    """A prompt that brings the BOS which the tokenizer writes gets no second one; by the plain tokenizer's own ids."""
+    llm = train_llm()
+    settings = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(1)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(llm), **settings)).save_pretrained(tmp_path / "llm")
+    llm.save_pretrained(tmp_path / "llm")
+    model = _model(encoder_folder, str(tmp_path / "llm"))
+    bos = llm.bos_token_id
+    assert model.tokenizer._llm_prefix == [bos]
+    nllb, table = model.tokenizer.mt, model.llm.model.get_input_embeddings()
+    nllb.src_lang = "eng_Latn"
+    texts = LINES[:2]
+
+    def openings(before: str | list[str], **options: Any) -> list[list[int]]:
+        prompts = soft_prompts(model, texts, "eng_Latn", before=before, **options)
+        rows = [prompt[: len(prompt) - len(nllb(text).input_ids)] for prompt, text in zip(prompts, texts)]
+        return [[int((table.weight == row).all(1).nonzero()[0]) for row in part] for part in rows]
+
+    user, system = llm("user: ").input_ids, llm("A system. ").input_ids
+    assert user[0] == system[0] == bos and bos not in user[1:] and len(user) > 2
+    assert llm("<|begin|>user: ").input_ids == [bos, *user]  # what the plain tokenizer makes of it: two
+    assert openings("user: ") == openings("<|begin|>user: ") == [user, user]
+    assert openings(["<|begin|>user: ", "A system. "]) == [user, system]
+    assert openings("<|begin|>") == openings("") == [[bos], [bos]]
+    assert openings("<|begin|>user: ", bos=False) == [user, user]
+    assert openings("user: ", bos=False) == [user[1:], user[1:]]
+    assert openings("", bos=False) == [[], []]
+
+    encoder = M2M100ForConditionalGeneration.from_pretrained(encoder_folder).get_encoder().eval()
+    with torch.no_grad():
+        states = [encoder(**nllb(text, return_tensors="pt")).last_hidden_state[0] for text in texts]
+        mapped = [torch.nn.functional.linear(one, *model.projection.layers.parameters()) for one in states]
+
+        def behind(ids: list[int]) -> list[torch.Tensor]:
+            return [torch.cat([table(torch.tensor(ids)), one]) for one in mapped]
+
+        expected = _plain(model, behind(user), tmp_path / "plain", **OPTIONS)
+        twice = _plain(model, behind([bos, *user]), tmp_path / "plain", **OPTIONS)
+    for before in ("user: ", "<|begin|>user: ", ["<|begin|>user: ", "user: "]):
+        assert generate_ids(model, texts, "eng_Latn", before=before, **OPTIONS) == expected
+    assert all(one != other for one, other in zip(expected, twice))  # control: a second BOS would show
 
 
 def test_packed_attention_is_back_afterwards(model: MTLLM) -> None:

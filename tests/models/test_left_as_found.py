@@ -243,31 +243,6 @@ def test_rows_that_are_not_finite(encoder_folder, llm_folder, monkeypatch) -> No
             engine.classify(rows)
 
 
-def test_one_bos(encoder_folder, llm_folder) -> None:
-    """A prompt that brings its BOS gets no second one; by the tokenizer's own ids."""
-    model = _stack(encoder_folder, llm_folder, causal=True)
-    tokenizer = model.tokenizer.llm
-    table = model.llm.model.get_input_embeddings()
-
-    def opening(before: str, **options) -> list[int]:
-        prompt = soft_prompts(model, [LINES[0]], before=before, **options)[0]
-        text = len(model.tokenizer.mt_side([TextRow(LINES[0])]).ids[0])
-        rows = prompt[: len(prompt) - text]
-        return [int((table.weight == row).all(1).nonzero()[0]) for row in rows]
-
-    bos = tokenizer.bos_token_id
-    plain = tokenizer("user: ", add_special_tokens=False)["input_ids"]
-    adds = list(model.tokenizer._llm_prefix)
-    assert opening("user: ") == adds + plain
-    assert opening("<|begin|>user: ") == [bos, *plain]
-    assert opening("<|begin|>user: ", bos=False) == [bos, *plain]
-    assert opening("<|begin|>") == [bos]
-    assert opening("") == adds
-    per_text = soft_prompts(model, LINES[:2], before=["<|begin|>user: ", "user: "])
-    alone = [soft_prompts(model, [LINES[k]], before="<|begin|>user: ")[0] for k in range(2)]
-    assert all(torch.equal(a, b) for a, b in zip(per_text, alone)) is (adds == [bos])
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
