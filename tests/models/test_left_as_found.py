@@ -79,6 +79,39 @@ def test_teacher_behind_a_merged_student(encoder_folder, llm_folder, dtype) -> N
     assert torch.equal(model.teacher_states(batch), bare)
 
 
+def test_teacher_behind_a_merged_student_in_bf16(encoder_folder, llm_folder) -> None:
+    """By Hugging Face in fp32 on the rounded weights; after unmerging, the base weights are those of the file."""
+    dtype = torch.bfloat16
+    model = _stack(encoder_folder, llm_folder, dtype, causal=True)
+    engine = Engine(model, merge_adapters=True)
+    batch = PackedBatch.from_sequences(SEQUENCES)
+    found = [model.teacher_states(batch) for _ in range(2)]
+    merged = model.llm(batch).detach()
+    rounded = AutoModelForCausalLM.from_pretrained(llm_folder, dtype=dtype).float().eval().model
+    with torch.no_grad():
+        exact = torch.cat([rounded(torch.tensor([ids])).last_hidden_state[0] for ids in SEQUENCES])
+
+    def error(states: torch.Tensor) -> float:
+        return float((states.double() - exact.double()).norm() / exact.double().norm())
+
+    limit = 1.2 * error(_bare_states(llm_folder, dtype))
+    assert 0 < limit < 0.02
+    assert all(states.dtype == dtype and error(states) <= limit for states in found)
+    assert error(merged) > 5 * limit  # control: what the student computes
+    file = {name: tensor.to(dtype) for name, tensor in load_file(f"{llm_folder}/model.safetensors").items()}
+
+    def base() -> dict[str, torch.Tensor]:
+        state = {name.replace(".base_layer.", "."): tensor for name, tensor in model.llm.model.state_dict().items()}
+        return {name: tensor for name, tensor in state.items() if ".lora_" not in name}
+
+    assert base().keys() == file.keys()
+    changed = {name for name, tensor in base().items() if not torch.equal(tensor, file[name])}
+    assert changed == {name for name in file if "_proj." in name}  # control: merged weights are others
+    engine.unmerge_adapters()
+    assert all(torch.equal(tensor, file[name]) for name, tensor in base().items())
+    assert error(model.teacher_states(batch)) <= limit
+
+
 def test_merged_for_good_has_no_teacher(encoder_folder, llm_folder) -> None:
     model = _stack(encoder_folder, llm_folder)
     model.llm.merge_adapter(keep=False)
