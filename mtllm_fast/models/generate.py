@@ -19,7 +19,7 @@ from ..data.language import language_read
 from ..data.pack import PackedBatch
 from ..data.read import TextRow
 from .attention import NAME
-from .llm import PackedLLM
+from .llm import PackedLLM, forget_lengths
 from .modes import evaluating
 
 if TYPE_CHECKING:
@@ -98,8 +98,9 @@ def generate_ids(
                 options.setdefault("pad_token_id", pad_token(model, ends))
             for start in range(0, len(order), batch_size):
                 members = order[start : start + batch_size]
-                new = options.get("max_new_tokens") or first_set("max_new_tokens", configs) or 0
-                check_lengths(model.llm, [len(prompts[index]) for index in members], new)
+                lengths = [len(prompts[index]) for index in members]
+                check_lengths(model.llm, lengths, new_tokens(options, configs, max(lengths)))
+                forget_lengths(model.llm.decoder)  # of the batch before
                 embeds, mask = left_padded([prompts[index] for index in members])
                 output = llm.generate(
                     inputs_embeds=embeds, attention_mask=mask, generation_config=generation_config, **options
@@ -162,6 +163,7 @@ def cached_attention(llm: PackedLLM) -> Iterator[Any]:
     try:
         yield llm.model
     finally:
+        forget_lengths(llm.decoder)
         llm.model.set_attn_implementation(NAME)
 
 
@@ -203,6 +205,17 @@ def check_lengths(llm: PackedLLM, lengths: Sequence[int], new: int) -> None:
             f"batch_size: a prompt of {max(lengths)} tokens and {new} new ones pass {limit[0]}, where {limit[1]!r} "
             "scaling of the positions changes all texts of a batch; pass batch_size=1, or shorter prompts"
         )
+
+
+def new_tokens(options: dict[str, Any], configs: Sequence[Any], longest: int) -> int:
+    """The most new tokens that transformers generates behind a prompt of `longest` embeddings."""
+    new, total = (
+        first_set(name, configs) if options.get(name) is None else options[name]
+        for name in ("max_new_tokens", "max_length")
+    )
+    if new is not None:
+        return int(new)
+    return 20 if total is None else max(int(total) - longest, 0)
 
 
 def left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

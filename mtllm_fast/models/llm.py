@@ -44,6 +44,24 @@ def length_limit(decoder: nn.Module) -> tuple[int, str] | None:
     return min(limits, default=None)
 
 
+def forget_lengths(decoder: nn.Module) -> None:
+    """Take "dynamic" scaling back to where it begins: it keeps the frequencies of the longest text that it has met.
+
+    transformers itself does so at the next text below the limit, but not at one of exactly the limit, nor at a longer
+    one that is shorter than the one before.
+    """
+    module: Any
+    for module in decoder.modules():
+        kinds = getattr(module, "rope_type", None)
+        for layer, kind in kinds.items() if isinstance(kinds, dict) else ((None, kinds),):
+            if isinstance(kind, str) and "dynamic" in kind:
+                prefix = "" if layer is None else f"{layer}_"
+                own = getattr(module, f"{prefix}inv_freq")
+                first = getattr(module, f"{prefix}original_inv_freq").to(own.device)
+                module.register_buffer(f"{prefix}inv_freq", first.clone(), persistent=False)
+                setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+
+
 class PackedLLM(AdaptedModel):
     """A causal-LM model of transformers, called on packed batches.
 
@@ -65,6 +83,7 @@ class PackedLLM(AdaptedModel):
             raise ValueError(f"llm: {type(model).__name__} has no LM head; load it as a causal LM")
         self.causal = causal
         self.length_limit = length_limit(model.get_decoder())
+        forget_lengths(model.get_decoder())
         model.set_attn_implementation(NAME)
 
     @property

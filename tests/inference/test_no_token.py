@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from mtllm_fast import MTLLM, Engine, HeadConfig, StackTokenizer, TextRow
 from tests.data.conftest import train_llm
@@ -33,10 +34,20 @@ def model() -> MTLLM:
 
 @pytest.fixture(scope="module")
 def alone(model: MTLLM) -> np.ndarray:
-    """Each good text by itself, by a padded call."""
-    ids = [torch.tensor([model.tokenizer.llm(TEXTS[k], add_special_tokens=False)["input_ids"]]) for k in GOOD]
-    with torch.no_grad():
-        return np.concatenate([model(one).last_hidden_state[0].mean(0, keepdim=True).numpy() for one in ids])
+    """Each good text by itself, by transformers' own modules: the mean of its states, which see the whole text."""
+    assert not model.config.causal
+    llama = LlamaModel(copy.deepcopy(model.llm.model.config)).eval()
+    llama.set_attn_implementation("eager")
+    llama.load_state_dict(model.llm.model.model.state_dict())
+    found = []
+    for k in GOOD:
+        ids = model.tokenizer.llm(TEXTS[k], return_tensors="pt", add_special_tokens=False).input_ids
+        everything = torch.zeros(1, 1, ids.shape[1], ids.shape[1])
+        with torch.no_grad():
+            found.append(llama(ids, attention_mask=everything).last_hidden_state.mean(1).numpy())
+            causal = llama(ids).last_hidden_state.mean(1).numpy()
+        assert abs(causal - found[-1]).max() > 1e-3  # control: the mask shows at the tolerances below
+    return np.concatenate(found)
 
 
 def rows(texts: list[str]) -> list[TextRow]:

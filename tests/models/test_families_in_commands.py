@@ -12,7 +12,7 @@ import torch
 import transformers
 from tokenizers.processors import TemplateProcessing
 
-from mtllm_fast import MTLLM, Engine, LoraSettings, cli, planning
+from mtllm_fast import MTLLM, Engine, LoraSettings, TextRow, cli, planning
 from mtllm_fast.models.encoders import FAMILIES
 from mtllm_fast.training import adapt as adapt_module  # noqa: F401  (its dataclass is read below)
 from mtllm_fast.training.adapt import AdaptConfig
@@ -161,3 +161,71 @@ def test_tokenize_refuses_what_adapt_would(text: str, llm_folder: str, tmp_path:
     cli.main([*run[:-1], str(long), "--encoder", str(encoder)])
     ids = np.load(next((tmp_path / "out").glob("shard-*/mt.ids.npy")))
     assert len(ids) == json.loads((encoder / "config.json").read_text())["max_position_embeddings"] == 160
+
+
+def with_codes(key: str):
+    """Hugging Face's own tokenizer of the family."""
+    if key == "m2m_100":
+        return nllb_tokenizer(list(LINES))
+    pieces = dict.fromkeys(["▁", *"▁".join(LINES), *(f"▁{word}" for line in LINES for word in line.split())])
+    return transformers.MBart50Tokenizer(vocab=[(piece, -1.0) for piece in ["<unk>", "<s>", "</s>", *pieces]])
+
+
+def published(key: str, tokenizer, folder: Path) -> str:
+    config = CONFIGS[key]()
+    config.vocab_size = len(tokenizer)
+    torch.manual_seed(0)
+    CLASSES[key](config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("key", list(LANGUAGES))
+def test_a_tokenizer_without_codes_is_refused_alike(
+    key: str, text: str, llm_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """No language is ignored in silence: every door says that the encoder has another tokenizer; nothing is written."""
+    encoder = published(key, train_words([]), tmp_path / "encoder")
+    message = f"tokenizer: has no language codes, but encoder {encoder!r} ({key}) begins every text with one"
+    with pytest.raises(ValueError) as refusal:
+        MTLLM.stack(encoder, llm_folder)
+    assert str(refusal.value).startswith(message) and "\n" not in str(refusal.value)
+    cli.main(["doctor", "--encoder", encoder])
+    said = [line for line in capsys.readouterr().out.splitlines() if "language" in line]
+    assert len(said) == 1 and said[0].startswith(message)
+
+    # a model that was stacked with codes, and whose tokenizer has lost them since
+    other = published(key, with_codes(key), tmp_path / "other")
+    stack = MTLLM.stack(other, llm_folder)
+    stack.save_pretrained(tmp_path / "model")
+    for file in (tmp_path / "model/mt_tokenizer").iterdir():
+        file.unlink()
+    train_words([]).save_pretrained(tmp_path / "model/mt_tokenizer")
+    labelled = tmp_path / "t.tsv"
+    labelled.write_text("text\tlabel\na\tx\nb\ty\n")
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    output, pair = ["--output", str(tmp_path / "out")], ["--encoder", encoder, "--llm", llm_folder]
+    trained = [*output, "--device", "cpu", "--report-to", "none", "--no-progress", "--max-steps", "2"]
+    for command, named in (
+        (["tokenize", *pair, "--text", text, *output], encoder),
+        (["adapt", *pair, "--text", text, *trained], encoder),
+        (["finetune", "--encoder", encoder, "--text", str(labelled), "--labels", "x", "y", *trained], encoder),
+        (["encode", "--model", str(tmp_path / "model"), "--input", text, "--output", str(tmp_path / "e.npy"),
+          "--device", "cpu", "--language", LANGUAGES[key]], other),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as ended:
+            cli.main(command)
+        error = capsys.readouterr().err
+        assert ended.value.code == 2, command
+        assert error.count("\n") == 1 and message.replace(encoder, named) in error, command
+        assert sorted(str(path) for path in tmp_path.rglob("*")) == before, command
+
+    # the control: with codes, two languages are read as Hugging Face's own tokenizer reads them
+    plain, (one, two) = with_codes(key), (LANGUAGES[key], {"m2m_100": "fra_Latn", "mbart": "fr_XX"}[key])
+    read = {}
+    for code in (one, two):
+        plain.src_lang = code
+        read[code] = [plain(line).input_ids for line in LINES]
+        found = stack.tokenizer.mt_side([TextRow(line, code) for line in LINES]).ids
+        assert [ids.tolist() for ids in found] == read[code]
+    assert all(a[0] != b[0] and a[1:] == b[1:] and len(a) > 4 for a, b in zip(read[one], read[two]))

@@ -7,12 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, M2M100ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    M2M100ForConditionalGeneration,
+    Phi3Config,
+)
 
 from mtllm_fast import MTLLM, LoraSettings, PackedBatch, TextRow
-from mtllm_fast.models.generate import generate, generate_ids, soft_prompts
+from mtllm_fast.models.generate import generate, generate_ids, left_padded, soft_prompts
 from tests.conftest import assert_matches
-from tests.tiny import LINES
+from tests.data.conftest import train_llm
+from tests.tiny import LINES, llm_tokenizer
 
 TEXTS = [LINES[0], "Trains", *LINES[2:5], "She bought"]
 LANGUAGES = ["eng_Latn", "fra_Latn", "swh_Latn", "eng_Latn", "deu_Latn", "zho_Hans"]
@@ -35,16 +43,21 @@ def model(encoder_folder: str, llm_folder: str) -> MTLLM:
     return _model(encoder_folder, llm_folder)
 
 
-def _plain(
-    model: MTLLM, prompts: list[torch.Tensor], folder: Path, attention: str = "sdpa", **options: Any
-) -> list[list[int]]:
-    """Hugging Face's generate in a model of its own that has the adapters merged, one prompt at a time."""
+def _plain_model(model: MTLLM, folder: Path, attention: str = "sdpa") -> Any:
     from mtllm_fast.models.nllb_llm2vec import merged_decoder
 
     folder.mkdir(exist_ok=True)
     model.llm.save(folder)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
     plain.get_decoder().load_state_dict(merged_decoder(model.llm, "student"))
+    return plain
+
+
+def _plain(
+    model: MTLLM, prompts: list[torch.Tensor], folder: Path, attention: str = "sdpa", **options: Any
+) -> list[list[int]]:
+    """Hugging Face's generate in a model of its own that has the adapters merged, one prompt at a time."""
+    plain = _plain_model(model, folder, attention)
     return [plain.generate(inputs_embeds=prompt[None], **options)[0].tolist() for prompt in prompts]
 
 
@@ -77,6 +90,50 @@ def test_prompt_is_what_the_encoder_and_the_llm_say(model: MTLLM, encoder_folder
     got = soft_prompts(model, TEXTS[:1], "fra_Latn", before=BEFORE, after=AFTER)[0]
     assert_matches(got, expected, 1e-5)
     assert len(soft_prompts(model, TEXTS[:1], bos=False)[0]) == len(states)
+
+
+def test_one_bos(encoder_folder: str, tmp_path: Path) -> None:
+    """A prompt that brings the BOS which the tokenizer writes gets no second one; by the plain tokenizer's own ids."""
+    llm = train_llm()
+    settings = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(1)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(llm), **settings)).save_pretrained(tmp_path / "llm")
+    llm.save_pretrained(tmp_path / "llm")
+    model = _model(encoder_folder, str(tmp_path / "llm"))
+    bos = llm.bos_token_id
+    assert model.tokenizer._llm_prefix == [bos]
+    nllb, table = model.tokenizer.mt, model.llm.model.get_input_embeddings()
+    nllb.src_lang = "eng_Latn"
+    texts = LINES[:2]
+
+    def openings(before: str | list[str], **options: Any) -> list[list[int]]:
+        prompts = soft_prompts(model, texts, "eng_Latn", before=before, **options)
+        rows = [prompt[: len(prompt) - len(nllb(text).input_ids)] for prompt, text in zip(prompts, texts)]
+        return [[int((table.weight == row).all(1).nonzero()[0]) for row in part] for part in rows]
+
+    user, system = llm("user: ").input_ids, llm("A system. ").input_ids
+    assert user[0] == system[0] == bos and bos not in user[1:] and len(user) > 2
+    assert llm("<|begin|>user: ").input_ids == [bos, *user]  # what the plain tokenizer makes of it: two
+    assert openings("user: ") == openings("<|begin|>user: ") == [user, user]
+    assert openings(["<|begin|>user: ", "A system. "]) == [user, system]
+    assert openings("<|begin|>") == openings("") == [[bos], [bos]]
+    assert openings("<|begin|>user: ", bos=False) == [user, user]
+    assert openings("user: ", bos=False) == [user[1:], user[1:]]
+    assert openings("", bos=False) == [[], []]
+
+    encoder = M2M100ForConditionalGeneration.from_pretrained(encoder_folder).get_encoder().eval()
+    with torch.no_grad():
+        states = [encoder(**nllb(text, return_tensors="pt")).last_hidden_state[0] for text in texts]
+        mapped = [torch.nn.functional.linear(one, *model.projection.layers.parameters()) for one in states]
+
+        def behind(ids: list[int]) -> list[torch.Tensor]:
+            return [torch.cat([table(torch.tensor(ids)), one]) for one in mapped]
+
+        expected = _plain(model, behind(user), tmp_path / "plain", **OPTIONS)
+        twice = _plain(model, behind([bos, *user]), tmp_path / "plain", **OPTIONS)
+    for before in ("user: ", "<|begin|>user: ", ["<|begin|>user: ", "user: "]):
+        assert generate_ids(model, texts, "eng_Latn", before=before, **OPTIONS) == expected
+    assert all(one != other for one, other in zip(expected, twice))  # control: a second BOS would show
 
 
 def test_packed_attention_is_back_afterwards(model: MTLLM) -> None:
@@ -140,8 +197,6 @@ def test_soft_capped_attention(encoder_folder: str, tmp_path: Path) -> None:
     """Gemma 2 caps its attention scores, which SDPA cannot do."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    from tests.tiny import llm_tokenizer
-
     torch.manual_seed(0)
     tokenizer = llm_tokenizer(list(LINES))
     settings = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -158,6 +213,82 @@ def test_soft_capped_attention(encoder_folder: str, tmp_path: Path) -> None:
     for layer in model.llm.decoder.layers:  # without the cap it would be other tokens
         layer.self_attn.attn_logit_softcapping = None
     assert generate_ids(model, TEXTS, LANGUAGES, bos=False, **OPTIONS) != expected
+
+
+SCALED: dict[str, Any] = {
+    "dynamic": (
+        LlamaConfig,
+        {"max_position_embeddings": 16, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 100.0}},
+    ),
+    "longrope": (
+        Phi3Config,
+        {
+            "max_position_embeddings": 64, "original_max_position_embeddings": 16,
+            "rope_parameters": {
+                "rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4,
+                "original_max_position_embeddings": 16, "factor": 4.0,
+            },
+        },
+    ),
+}  # fmt: skip
+
+
+def _scaled(encoder_folder: str, kind: str, folder: Path) -> MTLLM:
+    config_class, changes = SCALED[kind]
+    tokenizer = llm_tokenizer(list(LINES))
+    tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    settings = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, **tokens}
+    torch.manual_seed(0)
+    llm = AutoModelForCausalLM.from_config(config_class(vocab_size=len(tokenizer), **{**settings, **changes}))
+    with torch.no_grad():
+        for parameter in llm.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8.0)  # so that positions matter
+    llm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return _model(encoder_folder, str(folder))
+
+
+@pytest.mark.parametrize("kind", list(SCALED))
+def test_scaled_positions(encoder_folder: str, tmp_path: Path, kind: str) -> None:
+    """Above the limit of the scaling, prompts are generated one at a time: each as transformers does it by itself."""
+    model = _scaled(encoder_folder, kind, tmp_path / "llm")
+    texts = ["Trains between", LINES[0] + " Trains", " ".join(LINES), "She bought"]
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+    prompts = soft_prompts(model, texts, "eng_Latn")
+    lengths = [len(prompt) for prompt in prompts]
+    assert max(lengths[0], lengths[3]) + 8 <= 16 and 16 - 8 < lengths[1] <= 16 < lengths[2]
+    alone = [_plain(model, [prompt], tmp_path / "plain", **options)[0] for prompt in prompts]  # a model for each
+    assert all(len(set(ids)) > 1 for ids in alone)
+    batch = PackedBatch.from_sequences([list(range(5, 21)), [30, 31]])  # one of 16 tokens: at the limit
+    states = model.states(batch)
+
+    def run(*chosen: int, **more: Any) -> list[list[int]]:
+        length = {} if "max_length" in more else options
+        return generate_ids(model, [texts[k] for k in chosen], "eng_Latn", **{**length, **more})
+
+    for long, size in ((2, 2), (1, 16)):  # a prompt above the limit; one that gets there with its new tokens
+        message = (
+            rf"batch_size: a prompt of {lengths[long]} tokens and 8 new ones pass 16, where '{kind}' .*batch_size=1"
+        )
+        with pytest.raises(ValueError, match=message) as refusal:
+            run(0, long, batch_size=size)
+        assert "\n" not in str(refusal.value)
+    with pytest.raises(ValueError, match="and 13 new ones pass 16"):
+        run(0, 3, max_length=17)
+    with pytest.raises(ValueError, match="and 20 new ones pass 16"):  # transformers' default
+        generate_ids(model, [texts[0], texts[3]], "eng_Latn")
+    assert run(0, 3, max_length=12, do_sample=False) == [alone[0], alone[3]]
+    assert run(0, 3) == [alone[0], alone[3]]  # within the limit a batch is as ever
+    assert run(0, 1, 2, 3, batch_size=1) == alone
+    assert run(2, 1, batch_size=1) == run(1, 2, batch_size=1)[::-1] == [alone[2], alone[1]]
+    run(2)
+    assert torch.equal(model.states(batch), states)  # nothing is left of the longer positions
+
+    plain = _plain_model(model, tmp_path / "plain")
+    embeds, mask = left_padded([prompts[0], prompts[2]])
+    beside = plain.generate(inputs_embeds=embeds, attention_mask=mask, **options)
+    assert beside[0].tolist() != alone[0]  # control: what is refused would be other tokens
 
 
 def test_first_token_is_the_packed_paths(model: MTLLM) -> None:

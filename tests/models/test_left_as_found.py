@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, M2M100ForConditionalGeneration
 
 from mtllm_fast import MTLLM, Engine, HeadConfig, LoraSettings, PackedBatch, TextRow
 from mtllm_fast.models.adapters import check_settings
 from mtllm_fast.models.generate import soft_prompts
-from tests.conftest import assert_matches
+from tests.conftest import assert_matches, relative_error
 from tests.tiny import LINES
 
 SEQUENCES = [[5, 6, 7, 8, 9], [10], [11, 12, 13]]
@@ -75,6 +77,39 @@ def test_teacher_behind_a_merged_student(encoder_folder, llm_folder, dtype) -> N
     assert list(model.llm.adapters) == ["student", "teacher"]
     engine.unmerge_adapters()
     assert torch.equal(model.teacher_states(batch), bare)
+
+
+def test_teacher_behind_a_merged_student_in_bf16(encoder_folder, llm_folder) -> None:
+    """By Hugging Face in fp32 on the rounded weights; after unmerging, the base weights are those of the file."""
+    dtype = torch.bfloat16
+    model = _stack(encoder_folder, llm_folder, dtype, causal=True)
+    engine = Engine(model, merge_adapters=True)
+    batch = PackedBatch.from_sequences(SEQUENCES)
+    found = [model.teacher_states(batch) for _ in range(2)]
+    merged = model.llm(batch).detach()
+    rounded = AutoModelForCausalLM.from_pretrained(llm_folder, dtype=dtype).float().eval().model
+    with torch.no_grad():
+        exact = torch.cat([rounded(torch.tensor([ids])).last_hidden_state[0] for ids in SEQUENCES])
+
+    def error(states: torch.Tensor) -> float:
+        return float((states.double() - exact.double()).norm() / exact.double().norm())
+
+    limit = 1.2 * error(_bare_states(llm_folder, dtype))
+    assert 0 < limit < 0.02
+    assert all(states.dtype == dtype and error(states) <= limit for states in found)
+    assert error(merged) > 5 * limit  # control: what the student computes
+    file = {name: tensor.to(dtype) for name, tensor in load_file(f"{llm_folder}/model.safetensors").items()}
+
+    def base() -> dict[str, torch.Tensor]:
+        state = {name.replace(".base_layer.", "."): tensor for name, tensor in model.llm.model.state_dict().items()}
+        return {name: tensor for name, tensor in state.items() if ".lora_" not in name}
+
+    assert base().keys() == file.keys()
+    changed = {name for name, tensor in base().items() if not torch.equal(tensor, file[name])}
+    assert changed == {name for name in file if "_proj." in name}  # control: merged weights are others
+    engine.unmerge_adapters()
+    assert all(torch.equal(tensor, file[name]) for name, tensor in base().items())
+    assert error(model.teacher_states(batch)) <= limit
 
 
 def test_merged_for_good_has_no_teacher(encoder_folder, llm_folder) -> None:
@@ -153,12 +188,14 @@ UNFROZEN = {
     "norms": lambda name: "norm" in name and "lora" not in name,
     "the embeddings of the LLM": lambda name: name == "llm.model.model.embed_tokens.weight",
     "one bias": lambda name: name == "encoder.model.layers.0.fc1.bias",
+    "the LM head": lambda name: name == "llm.model.lm_head.weight",
+    "the embeddings of the encoder": lambda name: name == "encoder.model.embed_tokens.weight",
 }
+UNREAD = ("the embeddings of the LLM", "the LM head")  # a stack reads through the encoder, and embeds states
 
 
-@pytest.mark.parametrize("what", list(UNFROZEN))
-def test_unfrozen_weights_come_back(encoder_folder, llm_folder, tmp_path, what) -> None:
-    """Once and again: saved, read, saved and read anew, the embeddings are those of the model in memory."""
+def _unfrozen(encoder_folder: str, llm_folder: str, what: str) -> tuple[MTLLM, list[str]]:
+    """A stack with other values in `what`, which trains, and the names of those parameters."""
     model = _stack(encoder_folder, llm_folder)
     chosen = [name for name, _ in model.named_parameters() if UNFROZEN[what](name)]
     assert chosen
@@ -167,10 +204,16 @@ def test_unfrozen_weights_come_back(encoder_folder, llm_folder, tmp_path, what) 
             if name in chosen:
                 parameter.requires_grad_(True)
                 parameter.add_(0.1 * torch.randn_like(parameter))
+    return model, chosen
+
+
+@pytest.mark.parametrize("what", list(UNFROZEN))
+def test_unfrozen_weights_come_back(encoder_folder, llm_folder, tmp_path, what) -> None:
+    """Once and again: saved, read, saved and read anew, the embeddings are those of the model in memory."""
+    model, chosen = _unfrozen(encoder_folder, llm_folder, what)
     expected = Engine(model).encode(LINES)
     plain = Engine(_stack(encoder_folder, llm_folder)).encode(LINES)
-    reads_it = what != "the embeddings of the LLM"  # a stack reads through the encoder
-    assert bool(np.abs(expected - plain).max() > 1e-3) is reads_it
+    assert bool(np.abs(expected - plain).max() > 1e-3) is (what not in UNREAD)
     model.save_pretrained(tmp_path / "first")
     loaded = MTLLM.from_pretrained(tmp_path / "first")
     assert not any(p.requires_grad for name, p in loaded.named_parameters() if name in chosen)
@@ -180,6 +223,92 @@ def test_unfrozen_weights_come_back(encoder_folder, llm_folder, tmp_path, what) 
         assert np.array_equal(Engine(other).encode(LINES), expected)
         state = other.state_dict()
         assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def _saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder's files; the base models that lie in it under the names that the model gives them."""
+    prefixes = {"": folder, "encoder.model.": folder / "encoder", "llm.model.": folder / "llm"}
+    return {
+        prefix + name: tensor
+        for prefix, place in prefixes.items()
+        for path in sorted(place.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+class ByHand:
+    """Hugging Face's own models with `tensors` in the places that their names say, LoRA as W + alpha / r * B A."""
+
+    def __init__(self, encoder_folder: str, llm_folder: str, tensors: dict[str, torch.Tensor]) -> None:
+        eager = {"dtype": torch.float32, "attn_implementation": "eager"}
+        self.tokenizer = AutoTokenizer.from_pretrained(encoder_folder, src_lang="eng_Latn")
+        self.encoder = M2M100ForConditionalGeneration.from_pretrained(encoder_folder, **eager).get_encoder().eval()
+        self.bare, self.adapted = (AutoModelForCausalLM.from_pretrained(llm_folder, **eager).eval() for _ in range(2))
+        self.projection = torch.nn.Linear(32, 48)
+        left = dict(tensors)
+        for prefix, modules in {
+            "encoder.model.": [self.encoder], "llm.model.": [self.bare, self.adapted],
+            "projection.layers.": [self.projection],
+        }.items():  # fmt: skip
+            own = {name for name in left if name.startswith(prefix) and ".lora_" not in name}
+            state = {name.removeprefix(prefix): left.pop(name) for name in own}
+            assert all(not module.load_state_dict(state, strict=False).unexpected_keys for module in modules)
+        places, weights = [name for name in left if ".lora_A." in name], self.adapted.state_dict()
+        assert len(left) == 2 * len(places) > 0
+        for name in places:
+            place = name.removeprefix("llm.model.").replace(".lora_A.student.", ".")
+            weights[place] += 32 / 4 * left[name.replace(".lora_A.", ".lora_B.")] @ left[name]
+
+    @torch.no_grad()
+    def embeddings(self) -> torch.Tensor:
+        """Mean of the bidirectional LLM's states, one text at a time."""
+        rows = []
+        for line in LINES:
+            states = self.projection(self.encoder(**self.tokenizer(line, return_tensors="pt")).last_hidden_state)
+            everything = torch.zeros(1, 1, states.shape[1], states.shape[1])
+            states = self.adapted.model(inputs_embeds=states, attention_mask=everything).last_hidden_state
+            rows.append(states[0].mean(0))
+        return torch.stack(rows)
+
+    @torch.no_grad()
+    def logits(self) -> torch.Tensor:
+        """Of the bare LLM on its own tokens, bidirectional."""
+        masks = [torch.zeros(1, 1, len(ids), len(ids)) for ids in SEQUENCES]
+        parts = [self.bare(torch.tensor([ids]), attention_mask=mask).logits[0] for ids, mask in zip(SEQUENCES, masks)]
+        return torch.cat(parts)
+
+
+@pytest.mark.parametrize("how", ["plainly", "with its base", "in shards", "in shards with its base"])
+@pytest.mark.parametrize("what", list(UNFROZEN))
+def test_unfrozen_weights_by_hand(encoder_folder, llm_folder, tmp_path, monkeypatch, what, how) -> None:
+    """What is saved gives, in Hugging Face's own models, the embeddings and logits of the model that is loaded."""
+    model, chosen = _unfrozen(encoder_folder, llm_folder, what)
+    if "shards" in how:
+        whole = huggingface_hub.save_torch_state_dict
+        monkeypatch.setattr(
+            "huggingface_hub.save_torch_state_dict",
+            lambda *a, **options: whole(*a, **{**options, "max_shard_size": "8KB"}),
+        )
+    model.save_pretrained(tmp_path, include_base="base" in how)
+    assert len(list(tmp_path.glob("model*.safetensors"))) == 1 or "shards" in how
+    assert (tmp_path / "model.safetensors.index.json").is_file() is ("shards" in how)
+    assert (tmp_path / "llm").is_dir() is (tmp_path / "encoder").is_dir() is ("base" in how)
+    tensors = _saved_tensors(tmp_path)
+    assert all(torch.equal(tensors[name], model.state_dict()[name]) for name in chosen)
+    saved = ByHand(encoder_folder, llm_folder, tensors)
+    loaded = MTLLM.from_pretrained(tmp_path)
+    found = torch.from_numpy(Engine(loaded).encode(LINES, "eng_Latn"))
+    assert_matches(found, saved.embeddings(), 1e-5)
+    states = loaded.teacher_states(PackedBatch.from_sequences(SEQUENCES))
+    logits = states @ loaded.llm.lm_head.weight.detach().T
+    assert_matches(logits, saved.logits(), 1e-5)
+    # control: the base models' own values in these places are not taken for the saved ones
+    untrained = ByHand(encoder_folder, llm_folder, {
+        name: tensor for name, tensor in tensors.items() if ".lora_" in name or name.startswith("projection.")
+    })  # fmt: skip
+    moved = [relative_error(untrained.embeddings(), saved.embeddings()) > 1e-3,
+             relative_error(untrained.logits(), saved.logits()) > 1e-3]  # fmt: skip
+    assert moved == [what not in UNREAD, any(name.startswith("llm.") for name in chosen)]
 
 
 def test_weights_of_another_model_are_still_refused(encoder_folder, llm_folder, tmp_path) -> None:
@@ -241,31 +370,6 @@ def test_rows_that_are_not_finite(encoder_folder, llm_folder, monkeypatch) -> No
             list(engine.encode_rows(rows))
         with pytest.raises(ValueError, match=message):
             engine.classify(rows)
-
-
-def test_one_bos(encoder_folder, llm_folder) -> None:
-    """A prompt that brings its BOS gets no second one; by the tokenizer's own ids."""
-    model = _stack(encoder_folder, llm_folder, causal=True)
-    tokenizer = model.tokenizer.llm
-    table = model.llm.model.get_input_embeddings()
-
-    def opening(before: str, **options) -> list[int]:
-        prompt = soft_prompts(model, [LINES[0]], before=before, **options)[0]
-        text = len(model.tokenizer.mt_side([TextRow(LINES[0])]).ids[0])
-        rows = prompt[: len(prompt) - text]
-        return [int((table.weight == row).all(1).nonzero()[0]) for row in rows]
-
-    bos = tokenizer.bos_token_id
-    plain = tokenizer("user: ", add_special_tokens=False)["input_ids"]
-    adds = list(model.tokenizer._llm_prefix)
-    assert opening("user: ") == adds + plain
-    assert opening("<|begin|>user: ") == [bos, *plain]
-    assert opening("<|begin|>user: ", bos=False) == [bos, *plain]
-    assert opening("<|begin|>") == [bos]
-    assert opening("") == adds
-    per_text = soft_prompts(model, LINES[:2], before=["<|begin|>user: ", "user: "])
-    alone = [soft_prompts(model, [LINES[k]], before="<|begin|>user: ")[0] for k in range(2)]
-    assert all(torch.equal(a, b) for a, b in zip(per_text, alone)) is (adds == [bos])
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from mtllm_fast import TextRow, read_rows
+from mtllm_fast import MTLLM, HeadConfig, TextRow, read_rows
 from mtllm_fast.losses import DistillationWeights
 from mtllm_fast.models import LoraSettings
-from mtllm_fast.training import AdaptConfig, FinetuneConfig, OptimSettings, adapt, finetune
+from mtllm_fast.training import AdaptConfig, DistillConfig, FinetuneConfig, OptimSettings, adapt, distill, finetune
 from mtllm_fast.training.adapt import AdaptStep
+from mtllm_fast.training.distill import DistillStep
 from mtllm_fast.training.finetune import TaskStep
 from mtllm_fast.training.live import ModelFlops
 from tests.tiny import LINES
@@ -167,6 +168,64 @@ def test_task_rows_sorted_by_class_are_shuffled(source, llm_folder, tmp_path, se
     assert order("other", seed=7) != first
     kept = [label for pack in order("kept", shuffle_buffer=0) for label in pack]
     assert sum(kept[:half]) == 0, "the control: this is what sorted rows do when they are not shuffled"
+
+
+ANSWERS = ("the bridge", "a mill")
+SORTED_CHOICES = [TextRow(f"{line} {i}", choices=ANSWERS, label=k) for k in (0, 1) for i, line in enumerate(LINES * 4)]
+SORTED_CLASSES = [TextRow(f"{line} {i}", label=k) for k in (0, 1) for i, line in enumerate(LINES * 4)]
+
+
+@pytest.mark.parametrize("head", ["choice", "classification"])
+@pytest.mark.parametrize("stage", ["finetune", "distill", "distill from a cache"])
+def test_sorted_rows_are_shuffled_in_every_task_stage(
+    stage, head, encoder_folder, llm_folder, tmp_path, monkeypatch
+) -> None:
+    """Rows with choices too; windows of 6 rows: without shuffling, a window has one class."""
+    rows = SORTED_CHOICES if head == "choice" else SORTED_CLASSES
+    batches: list = []
+    for step in (TaskStep, DistillStep):
+        plain = step.forward
+
+        def forward(self, batch, plain=plain):
+            if self.training and batch.weight:
+                batches.append(batch)
+            return plain(self, batch)
+
+        monkeypatch.setattr(step, "forward", forward)
+    names = ("good", "bad") if head == "classification" else ()
+    if stage != "finetune":
+        MTLLM.stack(encoder_folder, llm_folder, lora=LoraSettings(r=2)).save_pretrained(tmp_path / "adapted")
+        teacher = MTLLM.stack(None, llm_folder, reader="llm", head=HeadConfig(head, names), lora=LoraSettings(r=2))
+        teacher.save_pretrained(tmp_path / "teacher")
+
+    def order(name: str, **changes) -> list[int]:
+        batches.clear()
+        settings = {"lookahead": 6, "epochs": 1, "max_steps": -1, "gradient_accumulation": 1, "tokens": 192, **changes}
+        output, train = str(tmp_path / name), _optim(**settings)
+        if stage == "finetune":
+            finetune(FinetuneConfig(llm=llm_folder, output=output, train=train), rows, names)
+        else:
+            cache = str(tmp_path / "cache") if stage == "distill from a cache" else ""
+            loss = DistillationWeights(head_kl=1.0)
+            distill(
+                DistillConfig(
+                    str(tmp_path / "adapted"), str(tmp_path / "teacher"), output, cache, loss=loss, train=train
+                ),
+                rows,
+            )
+        assert len(batches) > 6 and all(
+            (batch.llm_spans is not None or batch.mt_spans is not None) is (head == "choice") for batch in batches
+        )
+        return [label for batch in batches for label in batch.labels.tolist()]
+
+    found, half = order("run"), len(rows) // 2
+    assert Counter(found) == {0: half, 1: half}, "every row once"
+    for part in (found[:half], found[half:]):  # drawn without replacement: outside of this once in 100,000
+        assert 0.2 < sum(part) / half < 0.8
+    assert order("again") == found
+    assert order("other", seed=7) != found
+    kept = order("kept", shuffle_buffer=0)
+    assert Counter(kept) == Counter(found) and sum(kept[:half]) == 0, "the control: this is what sorted rows do"
 
 
 def test_shuffled_task_training_resumes_where_it_was(llm_folder, tmp_path, monkeypatch, seen) -> None:
