@@ -174,6 +174,11 @@ class StackTokenizer:
         """Codes of the MT tokenizer, sorted; empty for an encoder that takes no language token."""
         return tuple(self._language_ids)
 
+    @property
+    def ends_with_language(self) -> bool:
+        """Whether the MT tokenizer itself writes a language code behind a text, where this class writes it before."""
+        return self.mt is not None and not set(self._language_ids.values()).isdisjoint(_own_specials(self.mt)[1])
+
     def language_id(self, code: str) -> int:
         """Token id of a language code; never `<unk>`.
 

@@ -34,7 +34,8 @@ def fit_tokenizer(tokenizer: StackTokenizer, config: Any, name: str) -> None:
     """Check that the MT side of `tokenizer` is the one of the encoder `name`, and tell it how many positions there are.
 
     Raises:
-        ValueError: it has token ids that the encoder lacks, or no language codes for an encoder that needs them.
+        ValueError: it has token ids that the encoder lacks, no language codes for an encoder that needs them, or writes
+            them where they would not be read.
     """
     if tokenizer.mt is None:
         return
@@ -48,6 +49,11 @@ def fit_tokenizer(tokenizer: StackTokenizer, config: Any, name: str) -> None:
         raise ValueError(
             f"tokenizer: has no language codes, but encoder {name!r} ({config.model_type}) begins every text with one: "
             "take the tokenizer that was trained with it"
+        )
+    if config.model_type == "mbart" and tokenizer.ends_with_language:
+        raise ValueError(
+            f"tokenizer: ends a text with its language (mBART-25), but encoder {name!r} would be given it at the "
+            "beginning (mBART-50): take an mBART-50"
         )
     tokenizer.mt_positions = family.max_positions(config)
 

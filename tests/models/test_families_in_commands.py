@@ -229,3 +229,15 @@ def test_a_tokenizer_without_codes_is_refused_alike(
         found = stack.tokenizer.mt_side([TextRow(line, code) for line in LINES]).ids
         assert [ids.tolist() for ids in found] == read[code]
     assert all(a[0] != b[0] and a[1:] == b[1:] and len(a) > 4 for a, b in zip(read[one], read[two]))
+
+
+def test_an_mbart_that_ends_with_its_language_is_refused(llm_folder: str, tmp_path: Path) -> None:
+    """mBART-25 reads `A </s> en_XX`, mBART-50 `en_XX A </s>`, under one model type."""
+    pieces = [(piece, -1.0) for piece in ("<unk>", "<s>", "</s>", "▁", "▁the", "▁cat")]
+    old, new = transformers.MBartTokenizer(vocab=pieces), transformers.MBart50Tokenizer(vocab=pieces, src_lang="en_XX")
+    for tokenizer, at in ((old, -1), (new, 0)):
+        assert tokenizer("the cat").input_ids[at] == tokenizer.convert_tokens_to_ids("en_XX")
+    with pytest.raises(ValueError, match=r"tokenizer: ends a text with its language \(mBART-25\)") as refusal:
+        MTLLM.stack(published("mbart", old, tmp_path / "old"), llm_folder)
+    assert "\n" not in str(refusal.value)
+    assert MTLLM.stack(published("mbart", new, tmp_path / "new"), llm_folder).tokenizer.languages
