@@ -299,8 +299,8 @@ class TokenStore:
             self.sides = tuple(self.made["sides"])
             self._uncompared = set(range(len(self.made["shards"]))) if "files" in self.made else set()
             for shard in sorted(self._uncompared):
-                if (difference := self._difference(shard, (".starts.npy", ".truncated.npy"))) is not None:
-                    raise ValueError(difference)
+                if (found := self._difference(shard, (".starts.npy", ".truncated.npy"))) is not None:
+                    raise ValueError(found)
             self.shards = _open_shards(self.folder, self.made["shards"])
             sizes = [len(shard[f"{self.sides[0]}.starts"]) - 1 for shard in self.shards]
         except (OSError, ValueError, KeyError) as error:
