@@ -37,6 +37,7 @@ from mtllm_fast.data.tokenise import StackTokenizer, TokenizedSide
 from mtllm_fast.disk import MARKER, FolderLock, difference, mark_complete
 
 STORE_FILE = "store.json"
+BEGUN_FILE = "begun.json"
 _WINDOW = 2048
 _FORMAT = 2
 _READING = 2  # how text is given to a tokenizer and ends are found; 2: composed, see `characters`
@@ -112,7 +113,7 @@ def write_store(
         "format": _FORMAT, "sides": list(sides), "shard_rows": shard_rows, "tokenizer": tokenizer_key(tokenizer, sides),
         "source": json.loads(json.dumps(source)),
     }  # fmt: skip
-    _check_unmade(folder)
+    _check_started(folder, made)  # before a lock is written into what is no store
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(folder)
@@ -121,8 +122,8 @@ def write_store(
             f"{folder}: another process ({lock.holder()}) is writing tokens into it; wait for it, or name a new folder"
         )
     try:
-        _check_unmade(folder)  # by a process that has let go of it meanwhile
-        _check_started(folder, made)
+        _check_started(folder, made)  # what a process that has let go of it meanwhile left
+        _start(folder, made)
         return _written(rows, tokenizer, folder, made, on_progress)
     except ValueError:
         if new and not any(folder.glob("shard-*")):  # nothing to go on from
@@ -132,9 +133,11 @@ def write_store(
         lock.release()
 
 
-def _check_unmade(folder: Path) -> None:
-    if (folder / STORE_FILE).exists():
-        raise ValueError(f"{folder} holds a complete token store: delete it or name another folder")
+def _start(folder: Path, made: dict[str, Any]) -> None:
+    if not (folder / BEGUN_FILE).exists():
+        _write_json(folder / BEGUN_FILE, made)
+    for left in folder.glob(".shard-*"):
+        shutil.rmtree(left)
 
 
 def _written(
@@ -194,18 +197,16 @@ def _mapped(file: Path) -> NDArray[Any]:
 
 def _check_started(folder: Path, made: dict[str, Any]) -> None:
     """What a killed call began must be what this one goes on with."""
-    begun = folder / "begun.json"
+    if (folder / STORE_FILE).exists():
+        raise ValueError(f"{folder} holds a complete token store: delete it or name another folder")
+    begun = folder / BEGUN_FILE
     if begun.exists():
         before = json.loads(begun.read_text(encoding="utf-8"))
         for name, value in made.items():
             if before.get(name) != value:
                 raise ValueError(f"{folder} was begun with another {name}: delete it or name another folder")
-    else:
-        if any(not path.name.startswith(".") for path in folder.iterdir()):
-            raise ValueError(f"{folder} holds files, but no token store that was begun: name another folder")
-        _write_json(begun, made)
-    for left in folder.glob(".shard-*"):
-        shutil.rmtree(left)
+    elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise ValueError(f"{folder} holds files, but no token store that was begun: name another folder")
 
 
 def _write_json(path: Path, data: Any) -> None:
@@ -291,7 +292,7 @@ class TokenStore:
         self.folder = Path(folder)
         path = self.folder / STORE_FILE
         if not path.is_file():
-            begun = (self.folder / "begun.json").is_file()
+            begun = (self.folder / BEGUN_FILE).is_file()
             what = "is not complete: run the same `mtllm tokenize` again" if begun else "is no token store"
             raise ValueError(f"{self.folder} {what}")
         try:

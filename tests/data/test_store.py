@@ -226,11 +226,13 @@ def test_the_lock_of_a_killed_call_is_none(tokenizing, forked, tmp_path):
 def test_a_refused_call_leaves_no_lock(stack, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").write_text("x")
+    os.utime(tmp_path / "mine", (1, 1))
     with pytest.raises(ValueError, match="holds files, but no token store"):
         write_store(ROWS, stack, tmp_path / "mine")
     with pytest.raises(ValueError, match="no usable row"):
         write_store([], stack, tmp_path / "new")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "notes"]
+    assert (tmp_path / "mine").stat().st_mtime == 1  # nothing was made in it for a while, either
 
 
 def _tokenizers(*folders):
