@@ -205,3 +205,20 @@ def test_a_tokenizer_must_be_the_encoders_own() -> None:
                                        decoder_ffn_dim=32)  # fmt: skip
     with pytest.raises(ValueError, match="has no language codes, but encoder"):
         PackedEncoder(family_of(config).build(config)).take_tokenizer(codeless)
+
+
+@pytest.mark.parametrize("key", ["bert", "xlm-roberta", "roberta", "mbart"])
+def test_the_last_position_is_read_and_the_one_behind_it_refused(key: str) -> None:
+    """Where the table of positions ends is asked of Hugging Face itself: it fails on a longer text."""
+    encoder = make(key)
+    packed = PackedEncoder(copy.deepcopy(encoder))
+    limit = packed.max_positions
+    assert limit is not None
+    batch = batch_of((limit, 3))
+    with torch.no_grad():
+        assert_matches(packed(batch), padded_states(encoder, batch), TOLERANCE)
+        longer = batch_of((limit + 1, 3))
+        with pytest.raises((IndexError, RuntimeError)):
+            padded_states(encoder, longer)
+        with pytest.raises(ValueError, match=f"a text of {limit + 1} tokens; the encoder has positions for {limit}"):
+            packed(longer)

@@ -19,6 +19,9 @@ RECORD = (
     "tests/training/test_record.py::test_epochs_are_passes",
     "tests/training/test_record.py::test_the_length_of_a_stream_is_known_after_one_pass",
 )
+UNLOGGED = ("tests/training/test_record.py::test_the_report_of_a_run_killed_before_its_metrics",)
+PLACE = ("tests/training/test_record.py::test_a_checkpoint_says_where_its_last_batch_lies",)
+OWN = (f"{HAND}::test_the_step_compares_the_students_own_states_with_the_teachers",)
 FIT = ("tests/training/test_projection_fit.py",)
 VARIANCE = ("tests/training/test_start_and_scale.py::test_losses_over_the_variance_of_the_teacher",)
 
@@ -36,7 +39,7 @@ MUTANTS: list[Mutant] = [
         ("learning_rate=optim.lr,", "learning_rate=optim.lr / 2,"),
         ("scaled = term.sum * (inputs.weight * self.args.world_size / max(num_items_in_batch[name], 1e-9))", "scaled = term.sum * (inputs.weight * self.args.world_size / max(float(term.count), 1e-9))"),
         ("scaled = term.sum * (inputs.weight * self.args.world_size / max(num_items_in_batch[name], 1e-9))", "scaled = term.sum * (inputs.weight / max(num_items_in_batch[name], 1e-9)) / 2"),
-        ("self.model_accepts_loss_kwargs = True", "self.model_accepts_loss_kwargs = False"),
+        ("self.model_accepts_loss_kwargs = True", "self.model_accepts_loss_kwargs = False", "transformers asks loss_is_scaled_for_ga since 5.19; versions before it ask this"),
         ("self._term_sums[name] = self._term_sums.get(name, 0.0) + scaled.detach()", "self._term_sums[name] = scaled.detach()"),
         ("means = {name: total / max(good, 1) for name, total in record.sums.items()}", "means = {name: total for name, total in record.sums.items()}"),
         ("logs[\"loss\"] = sum(self.step_module.weights[name] * mean for name, mean in means.items())", "logs[\"loss\"] = sum(mean for name, mean in means.items())"),
@@ -70,14 +73,11 @@ MUTANTS: list[Mutant] = [
         ("self.start_batch = steps * self.args.gradient_accumulation_steps", "self.start_batch = steps"),
         ("self.record.add(int(totals[-1]), len(self.loader.epoch_packs))", "self.record.add(len(batches), len(self.loader.epoch_packs))"),
         ("return self.flops(inputs) if inputs.weight else 0.0", "return 0.0"),
-        ("batch = self.state.global_step * self.args.gradient_accumulation_steps", "batch = self.state.global_step"),
     ),
     *planted(
         "trainer", "mtllm_fast/training/record.py", RECORD,
         ("self.rows_per_epoch, self.epoch_rows, self.epochs = self.epoch_rows, 0, epochs", "self.epoch_rows, self.epochs = 0, epochs"),
         ("return self.epochs + min(self.epoch_rows / self.rows_per_epoch, 1.0)", "return float(self.epochs)"),
-        ("return step - self.since - self.bad", "return step - self.since"),
-        ("\"train_loss\": (self.loss + rest) / max(self.steps + self.good_steps(steps), 1),", "\"train_loss\": self.loss / max(self.steps, 1),"),
         ("return cls(**found) if found else cls(since=steps)", "return cls(since=steps)"),
     ),
     *planted(
@@ -95,7 +95,7 @@ MUTANTS: list[Mutant] = [
         ("student.llm.add_adapter(config.adapters[\"student\"], TEACHER)", "student.llm.add_adapter(student.config.adapters[\"student\"], TEACHER)"),
     ),
     *planted(
-        "trainer", "mtllm_fast/training/adapt.py", STEP,
+        "trainer", "mtllm_fast/training/adapt.py", OWN,
         ("student = self.student.states(batch.mt)", "student = self.student.states(batch.mt) * 1.01"),
     ),
     *planted(
@@ -126,8 +126,20 @@ MUTANTS: list[Mutant] = [
         ("found[\"paired_mse\"].add(states[batch.llm_rows])", "found[\"paired_mse\"].add(states)"),
     ),
     *planted(
-        "trainer", "mtllm_fast/models/encoder.py", ("tests/models/test_encoder_families.py::test_states_before_the_norm", "tests/models/test_encoder_families.py::test_packed_equals_hugging_face"),
+        "trainer", "mtllm_fast/models/encoder.py", ("tests/models/test_encoder_families.py::test_the_last_position_is_read_and_the_one_behind_it_refused",),
         ("if limit is not None and batch.max_seqlen > limit:", "if limit is not None and batch.max_seqlen >= limit:"),
         ("if limit is not None and batch.max_seqlen > limit:", "if limit is not None and batch.max_seqlen > limit + 1:"),
+    ),
+    *planted(
+        "trainer", "mtllm_fast/training/trainer.py", PLACE,
+        ("batch = self.state.global_step * self.args.gradient_accumulation_steps", "batch = self.state.global_step"),
+    ),
+    *planted(
+        "trainer", "mtllm_fast/training/record.py", SKIPPED[1:],
+        ("return step - self.since - self.bad", "return step - self.since"),
+    ),
+    *planted(
+        "trainer", "mtllm_fast/training/record.py", UNLOGGED,
+        ("\"train_loss\": (self.loss + rest) / max(self.steps + self.good_steps(steps), 1),", "\"train_loss\": self.loss / max(self.steps, 1),"),
     ),
 ]  # fmt: skip

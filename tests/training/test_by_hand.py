@@ -156,13 +156,29 @@ def test_the_means_leave_out_a_skipped_step(encoder_folder, llm_folder, tmp_path
     assert metrics["train_loss"] == pytest.approx((first["loss"] + third["loss"]) / 2, rel=1e-6)
 
 
+def test_the_step_compares_the_students_own_states_with_the_teachers(encoder_folder, llm_folder) -> None:
+    """Stage 1's pooled MSE from means of rows that are cut out by hand."""
+    student = _student(encoder_folder, llm_folder)
+    step = AdaptStep(student, DistillationWeights(pooled_mse=1.0))
+    batch = next(iter(_dataset(student)))
+    terms = step(batch)
+    with torch.no_grad():
+        sides = ((student.states(batch.mt), batch.mt), (student.teacher_states(batch.llm), batch.llm))
+        mine, right = (torch.stack([part.mean(0) for part in states.split(packed.lengths)]) for states, packed in sides)
+        expected = (mine - right).square().mean(-1).sum()
+        longer = (1.01 * mine - right).square().mean(-1).sum()
+    assert float(terms["pooled_mse"].sum) == pytest.approx(float(expected), rel=1e-5)
+    assert float(longer) != pytest.approx(float(expected), rel=1e-4), "the control"
+
+
 # ---- who teaches in stage 3
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory, llm_folder) -> str:
     """A task teacher whose adapter matters, with much dropout."""
     folder = tmp_path_factory.mktemp("teacher")
     head = HeadConfig("classification", ("good", "bad"))
-    model = MTLLM.stack(None, llm_folder, reader="llm", lora=LoraSettings(dropout=0.5), head=head, dtype=torch.float32)
+    lora = LoraSettings(dropout=0.5, alpha=40.0)  # another scale than the student's
+    model = MTLLM.stack(None, llm_folder, reader="llm", lora=lora, head=head, dtype=torch.float32)
     _randomised(model, "student", 2).save_pretrained(folder)
     return str(folder)
 

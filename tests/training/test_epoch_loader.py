@@ -65,3 +65,16 @@ def test_a_place_serves_any_number_of_processes(tokenizer) -> None:
     one = EpochLoader(dataset(tokenizer, 0, 1), 0, packs + 6, place)
     plain = EpochLoader(dataset(tokenizer, 0, 1), 0, packs + 6)
     assert ids(islice(iter(one), 5)) == ids(islice(iter(plain), 5))
+
+
+def test_a_place_may_be_asked_for_when_more_has_been_read(tokenizer) -> None:
+    """A checkpoint is of the step that is over, while the loader is batches ahead; also in a later epoch."""
+    size = len(list(dataset(tokenizer, 0, 1)))
+    loader = EpochLoader(dataset(tokenizer, 0, 1), 0, 0)
+    whole = ids(islice(iter(loader), 2 * size - 1))
+    for start in range(size + 1, 2 * size - 1):
+        place = json.loads(json.dumps(loader.place_of(start)))
+        assert place["epoch_packs"] == [size]
+        assert place["stream"]["packs"] <= start - size
+        again = EpochLoader(dataset(tokenizer, 0, 1), 0, start, place)
+        assert ids(islice(iter(again), 2 * size - 1 - start)) == whole[start:]

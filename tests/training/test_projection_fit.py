@@ -8,7 +8,7 @@ from mtllm_fast.data import TextRow
 from mtllm_fast.data.collate import collate
 from mtllm_fast.models import MTLLM, ProjectionConfig
 from mtllm_fast.training import AdaptConfig
-from mtllm_fast.training.projection_fit import HELD_OUT, PENALTIES, fit_projection
+from mtllm_fast.training.projection_fit import HELD_OUT, PENALTIES, fit_projection, fit_softmax
 
 TEXTS = ["the cat sat on the mat", "a dog ran", "two birds sing in the old tree", "rain falls on the hill"] * 8
 ROWS = [TextRow(text) for text in TEXTS]
@@ -79,6 +79,53 @@ def test_ridge_is_the_least_squares_solution_at_the_spread_of_the_embeddings(
     matches(student.projection.layers.weight, torch.from_numpy(weight.T), 1e-5)
     if bias:
         matches(student.projection.layers.bias, torch.from_numpy(offset), 1e-5)
+
+
+def softmax_by_hand(
+    x: np.ndarray, target: np.ndarray, table: np.ndarray, steps: int, penalty: float, *, weighted: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """W (D, E) and b (D,) after Adam on the gradients of the docstring's loss written out, float64, then scaled."""
+    centre = table.mean(0)
+    directions = (table - centre) / np.linalg.norm(table - centre, axis=1, keepdims=True)
+    share = 1 / np.bincount(target)[target] if weighted else np.ones(len(target))
+    share = share / share.sum()
+    wanted = np.eye(len(table))[target]
+    parameters = np.zeros((table.shape[1], x.shape[1])), np.zeros(table.shape[1])
+    first, second = ([np.zeros_like(p) for p in parameters] for _ in range(2))
+    for step in range(1, steps + 1):
+        weight, bias = parameters
+        logits = (x @ weight.T + bias) @ directions.T
+        p = np.exp(logits - logits.max(1, keepdims=True))
+        up = ((p / p.sum(1, keepdims=True) - wanted) * share[:, None]) @ directions
+        for k, gradient in enumerate((up.T @ x + penalty * weight, up.sum(0))):
+            first[k] = 0.9 * first[k] + 0.1 * gradient
+            second[k] = 0.999 * second[k] + 0.001 * gradient**2
+            parameters[k][...] -= 0.02 * first[k] / (1 - 0.9**step) / (np.sqrt(second[k] / (1 - 0.999**step)) + 1e-8)
+    weight, bias = parameters
+    projected = x @ weight.T + bias
+    scale = np.linalg.norm(table - centre, axis=1).mean() / np.linalg.norm(projected, axis=1).mean()
+    return scale * weight, scale * bias + centre
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_softmax_is_the_regression_that_it_says(bias: bool) -> None:
+    """Tokens of unequal frequency, embeddings far from zero, a penalty that matters; near the minimum, since the bias
+    begins with a gradient of nothing but rounding."""
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(16, 6, generator=generator) + 2.0
+    frequency = torch.tensor([1, 2, 3, 4, 5, 8, 9, 13])
+    tokens = torch.arange(8).repeat_interleave(frequency) * 2  # half of the table occurs
+    states = torch.randn(len(tokens), 5, generator=generator) + tokens[:, None] / 4
+    projection = torch.nn.Linear(5, 6, bias=bias)
+    found = fit_softmax(projection, states, tokens, embeddings, steps=800, penalty=0.05)
+    given = (states.double().numpy(), tokens.numpy() // 2, embeddings[::2].double().numpy(), 800)
+    weight, offset = softmax_by_hand(*given, 0.05)
+    assert np.allclose(projection.weight.detach(), weight, rtol=1e-3, atol=1e-3)
+    if bias:
+        assert np.allclose(projection.bias.detach(), offset, rtol=2e-3, atol=2e-3)
+    assert found.pairs == len(tokens)
+    for other in (softmax_by_hand(*given, 0.0), softmax_by_hand(*given, 0.05, weighted=False)):
+        assert not np.allclose(other[0], weight, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", ["ridge", "softmax"])

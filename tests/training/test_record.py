@@ -6,11 +6,13 @@ import json
 import os
 import signal
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from mtllm_fast import MTLLM, HeadConfig, TextRow, read_rows
+from mtllm_fast.data import PackedDataset
 from mtllm_fast.losses import DistillationWeights
 from mtllm_fast.models import LoraSettings
 from mtllm_fast.training import AdaptConfig, DistillConfig, FinetuneConfig, OptimSettings, adapt, distill, finetune
@@ -18,6 +20,7 @@ from mtllm_fast.training.adapt import AdaptStep
 from mtllm_fast.training.distill import DistillStep
 from mtllm_fast.training.finetune import TaskStep
 from mtllm_fast.training.live import ModelFlops
+from mtllm_fast.training.trainer import EpochLoader
 from tests.tiny import LINES
 
 ROWS = [TextRow(f"{line} {i}", id=f"row-{i}") for i, line in enumerate(LINES * 4)]
@@ -104,11 +107,28 @@ def test_a_resumed_run_reports_what_the_whole_one_does(encoder_folder, llm_folde
 
 def test_the_report_of_a_run_killed_before_its_metrics(encoder_folder, llm_folder, tmp_path) -> None:
     whole = _adapt(encoder_folder, llm_folder, tmp_path / "run", max_steps=3, log_steps=2)
+    each = _adapt(encoder_folder, llm_folder, tmp_path / "each", max_steps=3, log_steps=1)
+    assert whole["train_loss"] == pytest.approx(sum(_losses(tmp_path / "each").values()) / 3, rel=1e-6)
+    assert whole["train_loss"] == pytest.approx(each["train_loss"], rel=1e-6)
     (tmp_path / "run" / "metrics.json").unlink()
     again = _adapt(encoder_folder, llm_folder, tmp_path / "run", max_steps=3, log_steps=2, resume=True)
     for name in ("train_loss", "epoch", "total_flos", "skipped_steps"):
         assert again[name] == whole[name], name
     assert 0 < again["train_runtime"] <= whole["train_runtime"]
+
+
+def test_a_checkpoint_says_where_its_last_batch_lies(encoder_folder, llm_folder, tmp_path) -> None:
+    """In batches, of which a step has two: what comes before is not tokenised again."""
+    _adapt(encoder_folder, llm_folder, tmp_path / "run", max_steps=4, save_steps=2, lookahead=4)
+    tokenizer = MTLLM.from_pretrained(tmp_path / "run").tokenizer
+    tokenizer.max_mt_tokens = tokenizer.max_llm_tokens = 48
+    for step in (2, 4):
+        place = json.loads((tmp_path / "run" / f"checkpoint-{step}" / "data.json").read_text())
+        dataset = PackedDataset(ROWS, tokenizer, max_tokens=96, align=True, lookahead=4, seed=_optim().seed)
+        loader = EpochLoader(dataset, 0, 0)
+        list(islice(iter(loader), 2 * step))
+        assert place == json.loads(json.dumps(loader.place_of(2 * step)))
+        assert place != json.loads(json.dumps(loader.place_of(step))), "the control"
 
 
 def test_epochs_are_passes(llm_folder, tmp_path, seen) -> None:
