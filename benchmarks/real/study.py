@@ -4,11 +4,13 @@
     python -m benchmarks.real.study --data DIR --encoder models/e5-small --llm models/smollm2-135m --output runs/study
 
 DIR holds the task's data and the English MNLI sample (`sib200/<language>/<split>.tsv`, `nusax_senti/...`,
-`mnli_sample/en/train.json`); the text of stage 1 is SIB-200's English training sentences and MNLI's, and its runs
-serve every task of one --output. Every training run is one `mtllm` command and every score a cell of `mtllm evaluate
---suite`, so the same command goes on where it was stopped; seeds are finished one after the other, and the table is of
-those that are. Settings were chosen on English validation rows of SIB-200 alone (see benchmarks/LOG.md); another
-setting needs another --output. --bf16 is for processors that multiply it faster than fp32 (AVX-512 BF16, AMX).
+`mnli_sample/en/train.json`, `xnli/...`, `americasnli/...`); the text of stage 1 is SIB-200's English training
+sentences and MNLI's, and its runs serve every task of one --output. `--task nli` trains on MNLI's sample and is tested
+on XNLI and AmericasNLI. Where translations into English are at hand (AmericasNLI's by NLLB, Portuguese by a package),
+the task teacher reads them too: translate-test. Every training run is one `mtllm` command and every score a cell of
+`mtllm evaluate --suite`, so the same command goes on where it was stopped; seeds are finished one after the other, and
+the table is of those that are. Settings were chosen on English validation of SIB-200 alone (see benchmarks/LOG.md);
+another setting needs another --output. --bf16 is for processors that multiply it faster than fp32 (AVX-512 BF16, AMX).
 """
 
 from __future__ import annotations
@@ -21,13 +23,16 @@ import resource
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from mtllm_fast.evaluation import get_task
 from mtllm_fast.evaluation.pretraining import XLM_R
+from mtllm_fast.models.packages.translate import translate_portuguese
 
 from .study_table import CENTRED, CPU_SECONDS, NEW, OURS, READ, Study, write_tables
 
@@ -45,12 +50,29 @@ ANEW = "MT-LLM, adapter anew"
 
 @dataclass(frozen=True)
 class StudyTask:
-    """A task of the library and its folder under --data."""
+    """What a study trains on and tests on. Folders are under --data.
+
+    Fields:
+        task, folder: of the library, trained on in English; tested on too unless `tested` names others.
+        english: as the tasks name it.
+        languages: tested in by default; all that there are where none is named.
+        tested: (task, folder) of each set tested on.
+        translations: (task, folder of its rows, folder of translations into English, languages); where the folder of
+            translations is empty, the package that translates Portuguese makes them.
+        settings: of a training command, instead of those of the others.
+    """
 
     title: str
+    task: str
     folder: str
-    english: str  # as the task names it
-    languages: tuple[str, ...] = ()  # by default all that it has
+    english: str
+    languages: tuple[str, ...] = ()
+    tested: tuple[tuple[str, str], ...] = ()
+    translations: tuple[str, str, str, tuple[str, ...]] | None = None
+    settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+
+    def sets(self) -> tuple[tuple[str, str], ...]:
+        return self.tested or ((self.task, self.folder),)
 
 
 # African, Asian, American, European and Pacific languages of ten scripts, half of them read by the encoder before
@@ -60,10 +82,23 @@ SAMPLE = """
     ace_Latn bod_Tibt ewe_Latn fij_Latn ibo_Latn kin_Latn lus_Latn min_Latn mri_Latn quy_Latn sat_Olck tat_Cyrl
     wol_Latn yor_Latn zul_Latn
 """.split()  # noqa: SIM905
-TASKS = {
-    "sib200": StudyTask("SIB-200", "sib200", "eng_Latn", tuple(SAMPLE)),
-    "nusax": StudyTask("NusaX sentiment", "nusax_senti", "english"),
+# one pass over MNLI's 8,999 pairs, and half of one for a stack
+PAIRS: dict[str, dict[str, object]] = {
+    "teacher": {"epochs": 1, "save_steps": 281},
+    "encoder": {"epochs": 1, "save_steps": 281},
+    "stack": {"max_steps": 280, "save_steps": 140},
 }
+TASKS = {
+    "sib200": StudyTask(
+        "SIB-200", "sib200", "sib200", "eng_Latn", tuple(SAMPLE), translations=("sib200", "sib200", "", ("por_Latn",))
+    ),
+    "nusax": StudyTask("NusaX sentiment", "nusax", "nusax_senti", "english"),
+    "nli": StudyTask(
+        "XNLI (read before) and AmericasNLI (not)", "mnli", "mnli_sample", "en",
+        tested=(("xnli", "xnli"), ("americasnli", "americasnli")),
+        translations=("americasnli", "americasnli", "amnli_nllb600m/derived", ("aym", "gn", "quy")), settings=PAIRS,
+    ),
+}  # fmt: skip
 
 
 def write_texts(data: Path, target: Path) -> int:
@@ -124,15 +159,22 @@ def train_seed(options: argparse.Namespace, seed: int) -> None:
     """
     root = options.output / f"seed-{seed}"
     of_task = root / options.task
-    task = {"task": options.task, "data": options.data / TASKS[options.task].folder}
+    plan = TASKS[options.task]
+    own = {stage: dict(plan.settings.get(stage, {})) for stage in ("teacher", "encoder", "stack")}
+    task = {"task": plan.task, "data": options.data / plan.folder}
     common = {**COMMON, "seed": seed, **({"bf16": True} if options.bf16 else {})}
     bases = {"encoder": options.encoder, "llm": options.llm}
     if not (root / "probe").exists():
         words = {"model": options.encoder, "from": "encoder", "output": root / "probe"}
         subprocess.run(command("convert", words), check=True, stdout=subprocess.DEVNULL)
-    train("finetune", of_task / "teacher", {"llm": options.llm, "causal": True, **task, **common, **TEACHER})
+    train(
+        "finetune",
+        of_task / "teacher",
+        {"llm": options.llm, "causal": True, **task, **common, **TEACHER, **own["teacher"]},
+    )
     if not options.stacks:
-        train("finetune", of_task / "encoder", {"encoder": options.encoder, **task, **common, **ENCODER})
+        settings = {"encoder": options.encoder, **task, **common, **ENCODER, **own["encoder"]}
+        train("finetune", of_task / "encoder", settings)
     adapted = {key: value for key, value in common.items() if not key.startswith("lora.")}
     for texts in options.texts:
         steps = {"max_steps": texts // COMMON["max_rows"], "text": options.output / "texts.txt"}
@@ -140,9 +182,9 @@ def train_seed(options: argparse.Namespace, seed: int) -> None:
         starts = {"": "teacher", "-anew": "adapted"} if options.anew and texts == options.texts[-1] else {"": "teacher"}
         for name, start in starts.items():
             models = {"model": root / f"adapted-{texts}", "teacher": of_task / "teacher", "init_from": start}
-            settings = {**models, **task, **adapted, **DISTILL}
+            settings = {**models, **task, **adapted, **DISTILL, **own["stack"]}
             if options.watch and texts == options.texts[-1] and not name:
-                seen = [code for code in languages_of(options) if code != TASKS[options.task].english]
+                seen = languages_of(options, *plan.sets()[0])
                 settings |= {"watch.languages": seen, "watch.split": "test", "watch.steps": 22}
                 settings |= {"watch.limit": options.watch}
             train("distill", of_task / f"stack-{texts}{name}", settings)
@@ -157,47 +199,93 @@ def systems(texts: list[int], anew: bool = False, stacks: bool = False) -> dict[
     return {**found, ANEW: f"stack-{texts[-1]}-anew"} if anew else found
 
 
-def languages_of(options: argparse.Namespace) -> list[str]:
-    """The languages of the study, English among them."""
+def languages_of(options: argparse.Namespace, task: str, folder: str) -> list[str]:
+    """The languages that a set is tested in, English not among them."""
     plan = TASKS[options.task]
-    every = sorted(get_task(options.task).languages(str(options.data / plan.folder)))
-    chosen = every if options.languages == ["all"] else options.languages or plan.languages or every
-    return [plan.english, *(code for code in chosen if code != plan.english)]
+    every = sorted(get_task(task).languages(str(options.data / folder)))
+    asked = every if options.languages == ["all"] else options.languages or plan.languages or every
+    wrong = [code for code in asked if all(code not in get_task(name).mt_codes for name, _ in plan.sets())]
+    if wrong:
+        raise SystemExit(f"--languages: {', '.join(wrong)}: not of {options.task}")
+    return [code for code in asked if code in every and code != plan.english]
+
+
+def groups_of(options: argparse.Namespace) -> dict[str, dict[str, object]]:
+    """The entries of a suite by name: what the encoder has read before apart from what it has not."""
+    plan = TASKS[options.task]
+    found: dict[str, dict[str, object]] = {}
+    for task, folder in plan.sets():
+        codes = {name: get_task(task).mt_code(name) for name in languages_of(options, task, folder)}
+        source = str(options.data / folder)
+        english = [plan.english] if plan.english in get_task(task).languages(source) else []
+        for group, chosen in (
+            (READ, [name for name, code in codes.items() if code in XLM_R]),
+            (NEW, [name for name, code in codes.items() if code not in XLM_R]),
+        ):
+            if chosen:
+                assert group not in found, f"{options.task}: two sets have languages {group}"
+                found[group] = {"task": task, "name": group, "data": source, "languages": [*english, *chosen]}
+    return found
+
+
+def places_of(options: argparse.Namespace) -> dict[str, str]:
+    """System -> its folders; the page's bars are of the first model, which no other order depends on."""
+    ordered = sorted(systems(options.texts, options.anew, options.stacks).items(), key=lambda system: system[0] != OURS)
+    places = {name: folder if folder == "probe" else f"{options.task}/{folder}" for name, folder in ordered}
+    return {name: str(options.output / "seed-{seed}" / place) for name, place in places.items()}
 
 
 def evaluate(options: argparse.Namespace, seeds: list[int]) -> None:
-    """Every system in every language, the languages that the encoder has read before apart from the others."""
+    """Every system in every language, and where translations are at hand the teacher on them."""
+    tasks = list(groups_of(options).values())
+    if options.centre:
+        tasks += [{**entry, "name": f"{entry['name']}{CENTRED}", "centre": options.centre} for entry in tasks]
+    run_suite(options, "suite", {"seeds": seeds, "models": places_of(options), "tasks": tasks})
+    plan = TASKS[options.task]
+    if plan.translations is None or options.stacks:
+        return
+    task, folder, translations, codes = plan.translations
+    source = options.data / folder
+    place = options.data / translations if translations else write_portuguese(options, task, source, codes)
+    places = places_of(options)
+    test = {"teacher": places["LLM directly"], "translations": str(place)}
+    entry: dict[str, object] = {"task": task, "data": str(source), "languages": list(codes)}
+    models = {name: places[name] for name in (OURS, "encoder, fine-tuned")}
+    run_suite(options, "translated", {"seeds": seeds, "models": models, "translate_test": test, "tasks": [entry]})
+
+
+def write_portuguese(options: argparse.Namespace, task: str, source: Path, codes: Iterable[str]) -> Path:
+    """Test rows in English by the MT model of a package, one after another; once."""
+    path = options.output / options.task / "translations.jsonl"
+    if not path.exists():
+        lines = []
+        for code in codes:
+            rows = get_task(task).rows(source, code, "test")
+            for row, text in zip(rows, translate_portuguese([row.text for row in rows]), strict=True):
+                record = {"id": row.id, "language": code, "field": "text", "source": row.text, "translation": text}
+                lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def run_suite(options: argparse.Namespace, name: str, content: dict[str, Any]) -> None:
+    """`mtllm evaluate --suite` into the task's folder of that name, which goes on where it was stopped."""
     root = options.output / options.task
     root.mkdir(parents=True, exist_ok=True)
-    plan = TASKS[options.task]
-    source = str(options.data / plan.folder)
-    foreign = languages_of(options)[1:]
-    codes = {name: get_task(options.task).mt_code(name) for name in foreign}
-    groups = {READ: [x for x in foreign if codes[x] in XLM_R], NEW: [x for x in foreign if codes[x] not in XLM_R]}
-    tasks = [
-        {"task": options.task, "name": name, "data": source, "languages": [plan.english, *chosen]}
-        for name, chosen in groups.items()
-        if chosen
-    ]
-    if options.centre:
-        tasks += [{**entry, "name": entry["name"] + CENTRED, "centre": options.centre} for entry in tasks]
-    if options.limit:
-        tasks = [{**entry, "limit": options.limit} for entry in tasks]
-    # the page's bars are of the first model, which no other order depends on
-    ordered = sorted(systems(options.texts, options.anew, options.stacks).items(), key=lambda system: system[0] != OURS)
-    places = {name: folder if folder == "probe" else f"{options.task}/{folder}" for name, folder in ordered}
-    models = {name: str(options.output / "seed-{seed}" / place) for name, place in places.items()}
-    content = {"output": str(root / "suite"), "seeds": seeds, "models": models, "tasks": tasks}
+    tasks = [{**entry, "limit": options.limit} if options.limit else entry for entry in content["tasks"]]
+    content = {"output": str(root / name), **content, "tasks": tasks, "alignment": bool(options.alignment)}
     content |= {"dtype": "bfloat16"} if options.bf16 else {}
-    path = root / "suite.yaml"
+    path = root / f"{name}.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     began = time.perf_counter()
-    print(f"evaluate, seeds {seeds}", flush=True)
-    with (root / "evaluate.log").open("a") as log:
+    print(f"evaluate, {name}, seeds {content['seeds']}", flush=True)
+    log = root / ("evaluate.log" if name == "suite" else f"{name}.log")
+    with log.open("a") as file:
         words = command("evaluate", {"suite": path, "no_progress": True})
-        done = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT)
+        done = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT)
     if done.returncode:
-        raise SystemExit(f"evaluate ended with {done.returncode}: see {root / 'evaluate.log'}")
+        raise SystemExit(f"evaluate ended with {done.returncode}: see {log}")
     print(f"    {time.perf_counter() - began:.0f} s", flush=True)
 
 
@@ -220,6 +308,7 @@ def main() -> None:
     parser.add_argument(
         "--centre", type=int, help="also score with encoder states centred by so many unlabelled texts a language"
     )
+    parser.add_argument("--alignment", action="store_true", help="also retrieve the English row of each row's states")
     parser.add_argument("--watch", type=int, help="test rows a language that stage 3 of the last stack logs scores of")
     parser.add_argument("--save", type=Path, help="FILE.json for the results, with .md and .html beside it")
     options = parser.parse_args()
@@ -229,6 +318,9 @@ def main() -> None:
     count = len(texts.read_text(encoding="utf-8").splitlines()) if texts.exists() else write_texts(options.data, texts)
     if options.texts[-1] > count:
         parser.error(f"--texts {options.texts[-1]}: {options.data} holds {count} English texts")
+    for name, given in (("--watch", options.watch), ("--centre", options.centre), ("--alignment", options.alignment)):
+        if given and TASKS[options.task].tested:
+            parser.error(f"{name}: {options.task} is trained in English alone, and tested on other sets")
     save = options.save or options.output / f"{options.task}.json"
     plan = TASKS[options.task]
     for done, seed in enumerate(options.seeds, 1):

@@ -15,7 +15,8 @@ import yaml
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from mtllm_fast.evaluation.results import Scores
+from mtllm_fast.evaluation.results import ModelScores, Scores
+from mtllm_fast.evaluation.runs import TRANSLATE_TEST
 from mtllm_fast.evaluation.statistics import interval, mean_samples
 from mtllm_fast.reporting.scores import read_scores
 
@@ -45,20 +46,33 @@ class Study:
         return place / folder if folder.startswith("adapted-") else place / self.task / folder
 
 
-def right_by_row(study: Study, group: str, system: str, codes: Sequence[str]) -> NDArray[np.float64]:
-    """(N,) share of seeds and languages in which each test row, parallel in all of them, was classified right."""
-    found = []
-    for index in range(len(study.seeds)):
-        folder = study.suite / "cells" / quote(group, safe=" ") / quote(system, safe=" ") / f"seed {index + 1}"
-        for code in codes:
+Hits = Mapping[str, NDArray[np.float64]]  # language -> (N,) share of seeds in which each of its rows came out right
+
+
+def hits(study: Study, group: str, system: str, codes: Sequence[str]) -> Hits:
+    """What a system got right in each language, row by row."""
+    found = {}
+    for code in codes:
+        cells = []
+        for index in range(len(study.seeds)):
+            folder = study.suite / "cells" / quote(group, safe=" ") / quote(system, safe=" ") / f"seed {index + 1}"
             cell = load_file(folder / f"{code}.safetensors")
-            found.append(cell["predictions"] == cell["gold"])
-    return np.mean(found, axis=0)
+            cells.append(cell["predictions"] == cell["gold"])
+        found[code] = np.mean(cells, axis=0)
+    return found
 
 
-def difference(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> list[float]:
+def of_mean(rows: Hits) -> tuple[float, NDArray[np.float64]]:
+    """The mean over languages and its bootstrap samples. Languages of equally many rows, which are then parallel, are
+    resampled by the same draws."""
+    middle = float(np.mean([values.mean() for values in rows.values()]))
+    return middle, np.mean([mean_samples(values) for values in rows.values()], axis=0)
+
+
+def difference(ours: Hits, theirs: Hits) -> list[float]:
     """Mean difference and its 95 % interval, rows resampled and both systems on the same draw."""
-    return [float((ours - theirs).mean()), *interval(mean_samples(ours - theirs))]
+    middle, samples = of_mean({code: ours[code] - theirs[code] for code in ours})
+    return [middle, *interval(samples)]
 
 
 def of_training(study: Study, folder: str) -> dict[str, Any]:
@@ -122,15 +136,16 @@ def summarise(study: Study, systems: Mapping[str, str]) -> dict[str, Any]:
             scores = next(model for model in part.models if model.name == name)
             mean = scores.overall("non_english")
             assert mean is not None
-            ours = right_by_row(study, group, OURS, part.foreign())
-            theirs = right_by_row(study, group, name, part.foreign())
-            apart = right_by_row(study, group.removesuffix(CENTRED), name, part.foreign())
+            ours = hits(study, group, OURS, part.foreign())
+            theirs = hits(study, group, name, part.foreign())
+            apart = hits(study, group.removesuffix(CENTRED), name, part.foreign())
             models[name]["groups"][group] = {
                 "accuracy": mean.accuracy,
                 "interval": list(mean.accuracy_interval),
                 "seeds": scores.seed_means,
                 "ours_minus_it": None if name == OURS else difference(ours, theirs),
                 "gain_of_centring": difference(theirs, apart) if group.endswith(CENTRED) else None,
+                "retrieval": of_retrieval(scores, part.foreign()),
             }
             if not group.endswith(CENTRED):
                 models[name]["languages"] |= {code: score.accuracy for code, score in scores.languages.items()}
@@ -142,14 +157,44 @@ def summarise(study: Study, systems: Mapping[str, str]) -> dict[str, Any]:
         "rows": first.limit or next(iter(first.models[0].languages.values())).rows,
         "english": {name: of_english(study, next(iter(parts)), name) for name in systems},
         "texts": {name: int(f.split("-")[1]) for name, f in systems.items() if f.startswith("stack-")},
+        "translated": of_translations(study),
         "systems": models, "checkpoints": of_checkpoints(study, systems[OURS]), "versions": first.versions,
     }  # fmt: skip
 
 
+def of_retrieval(scores: ModelScores, codes: Iterable[str]) -> dict[str, Any] | None:
+    """Share of texts whose nearest English state is that of their translation, a mean over languages with an interval
+    over these; None where it was not asked for."""
+    found = [one["to_english"] for code in codes if (one := scores.languages[code].alignment)]
+    if not found:
+        return None
+    return {"to_english": float(np.mean(found)), "interval": list(interval(mean_samples(np.array(found))))}
+
+
+def of_translations(study: Study) -> dict[str, Any] | None:
+    """Language -> rows, translate-test's accuracy, and of each system its accuracy and gap to that, by the library's
+    own report; None where there are no translations."""
+    path = study.suite.with_name("translated") / "scores.json"
+    if not path.is_file():
+        return None
+    part = read_scores(path)[0]
+    found: dict[str, Any] = {}
+    for code in part.shared():
+        found[code] = {"systems": {}}
+        for model in part.models:
+            score = model.languages[code]
+            own = {"accuracy": score.accuracy, "interval": list(score.accuracy_interval or ())}
+            if score.gap is not None:
+                own["gap"] = [score.gap.accuracy, score.gap.low, score.gap.high]
+            found[code]["rows"] = score.rows
+            found[code]["systems"][model.name] = own
+    return found
+
+
 def of_english(study: Study, group: str, system: str) -> dict[str, Any]:
     """English accuracy over the seeds with its interval: the task teacher's is the bound of what reads its states."""
-    rows = right_by_row(study, group, system, [study.english])
-    return {"accuracy": float(rows.mean()), "interval": list(interval(mean_samples(rows)))}
+    middle, samples = of_mean(hits(study, group, system, [study.english]))
+    return {"accuracy": middle, "interval": list(interval(samples))}
 
 
 def markdown(found: Mapping[str, Any]) -> list[str]:
@@ -173,7 +218,39 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
         lines += [
             f"- {name}: {gains(system, centred, 'gain_of_centring')}" for name, system in found["systems"].items()
         ]
-    return lines
+    return [*lines, *retrieved(found), *translated(found)]
+
+
+def retrieved(found: Mapping[str, Any]) -> list[str]:
+    """Lines on retrieval, none where it was not asked for."""
+    lines = []
+    for name, system in found["systems"].items():
+        groups = {group: one["retrieval"] for group, one in system["groups"].items() if one.get("retrieval")}
+        if groups:
+            shares = (f"{cell({**one, 'accuracy': one['to_english']})} ({group})" for group, one in groups.items())
+            lines.append(f"- {name}: {'; '.join(shares)}")
+    if not lines:
+        return []
+    title = (
+        f"Texts whose nearest English state, of {found['rows']}, is their translation's; in %, interval over languages:"
+    )
+    return ["", title, "", *lines]
+
+
+def translated(found: Mapping[str, Any]) -> list[str]:
+    """Lines on translate-test, none where there are no translations."""
+    lines = []
+    for code, one in (found.get("translated") or {}).items():
+        systems = dict(one["systems"])
+        own = systems.pop(TRANSLATE_TEST)
+        against = (f"{name} {cell(system)}, {points(system['gap'])} against it" for name, system in systems.items())
+        lines.append(f"- {code}, {one['rows']} rows: translate-test {cell(own)}; {'; '.join(against)}")
+    return ["", "Translated into English and read by the task teacher:", "", *lines] if lines else []
+
+
+def points(values: Sequence[float]) -> str:
+    middle, low, high = (100 * value for value in values)
+    return f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def by_seed(system: Mapping[str, Any], groups: Iterable[str]) -> str:
@@ -188,11 +265,7 @@ def cost(system: Mapping[str, Any]) -> str:
 
 def gains(system: Mapping[str, Any], groups: Iterable[str], what: str = "ours_minus_it") -> str:
     """By group, by default what MT-LLM has more than the system."""
-    differences = ((group, system["groups"][group][what]) for group in groups)
-    return "; ".join(
-        f"{100 * middle:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] ({group})"
-        for group, (middle, low, high) in differences
-    )
+    return "; ".join(f"{points(system['groups'][group][what])} ({group})" for group in groups)
 
 
 def cell(value: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -26,27 +27,76 @@ def test_readme_blocks_are_those_of_the_committed_results() -> None:
         readme.with_blocks("nothing")
 
 
+def write_cells(output: Path, right: dict[str, list[list[int]]], codes: tuple[str, ...]) -> None:
+    """Cells of two seeds, for each seed one list of hits a language."""
+    for system, cells in right.items():
+        for index, cell in enumerate(cells):
+            folder = output / "sib200/suite/cells/read before" / system / f"seed {1 + index // len(codes)}"
+            folder.mkdir(parents=True, exist_ok=True)
+            gold = 3 + np.arange(len(cell))
+            content = {"predictions": np.where(np.array(cell) == 1, gold, 0), "gold": gold}
+            save_file(content, folder / f"{codes[index % len(codes)]}.safetensors")
+
+
 def test_rows_are_paired_over_languages_and_seeds(tmp_path: Path) -> None:
     """Two seeds and two languages of three parallel rows, by hand."""
     right = {
         "MT-LLM": [[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 0, 0]],
         "other": [[0, 1, 0], [0, 0, 0], [1, 1, 1], [0, 0, 0]],
     }
-    for system, cells in right.items():
-        for index, cell in enumerate(cells):
-            folder = tmp_path / "sib200/suite/cells/read before" / system / f"seed {1 + index // 2}"
-            folder.mkdir(parents=True, exist_ok=True)
-            gold = np.array([3, 4, 5])
-            content = {"predictions": np.where(np.array(cell) == 1, gold, 0), "gold": gold}
-            save_file(content, folder / f"{('deu_Latn', 'swh_Latn')[index % 2]}.safetensors")
-    ours, theirs = (
-        study_table.right_by_row(of(tmp_path, [0, 1]), "read before", name, ["deu_Latn", "swh_Latn"]) for name in right
-    )
-    assert ours.tolist() == [1.0, 0.5, 0.25]
-    assert theirs.tolist() == [0.25, 0.5, 0.25]
+    codes = ("deu_Latn", "swh_Latn")
+    write_cells(tmp_path, right, codes)
+    ours, theirs = (study_table.hits(of(tmp_path, [0, 1]), "read before", name, codes) for name in right)
+    assert {code: rows.tolist() for code, rows in ours.items()} == {"deu_Latn": [1, 1, 0.5], "swh_Latn": [1, 0, 0]}
+    assert {code: rows.tolist() for code, rows in theirs.items()} == {"deu_Latn": [0.5, 1, 0.5], "swh_Latn": [0, 0, 0]}
     middle, low, high = study_table.difference(ours, theirs)
     assert middle == pytest.approx(0.25)
     assert (low, high) == pytest.approx((0.0, 0.75))  # only the first row differs: drawn never, or always
+
+
+def test_languages_of_unequal_rows(tmp_path: Path) -> None:
+    """AmericasNLI: a mean over languages, not over rows; one of a single row moves the interval by its half alone."""
+    codes = ("aym", "oto")
+    write_cells(tmp_path, {"MT-LLM": [[1, 1, 1, 0], [1]], "other": [[1, 1, 0, 0], [0]]}, codes)
+    ours, theirs = (study_table.hits(of(tmp_path, [0]), "read before", name, codes) for name in ("MT-LLM", "other"))
+    middle, low, high = study_table.difference(ours, theirs)
+    assert middle == pytest.approx((0.25 + 1.0) / 2)
+    assert low == pytest.approx(0.5) and 0.75 <= high <= 1.0  # aym's only differing row is drawn never, or often
+
+
+def test_the_sets_of_nli(tmp_path: Path) -> None:
+    """Two sets, one read before and one not; languages asked for go to the set that has them, unknown ones to none."""
+    for folder, codes in {"xnli": ("en", "de", "sw"), "americasnli": ("aym", "bzd")}.items():
+        for code in codes:
+            (tmp_path / folder / code).mkdir(parents=True)
+            header = "id\tlanguage\tpremise\thypothesis\tlabel\n" if folder == "americasnli" else ""
+            (tmp_path / folder / code / "dev.tsv").write_text(header + ("1\tx\t" if header else "") + "a\tb\tneutral\n")
+    options = argparse.Namespace(task="nli", data=tmp_path, languages=None)
+    groups = study.groups_of(options)
+    assert {name: (one["task"], one["languages"]) for name, one in groups.items()} == {
+        "read before": ("xnli", ["en", "de", "sw"]),
+        "not read before": ("americasnli", ["aym", "bzd"]),
+    }
+    options.languages = ["sw", "aym"]
+    assert [one["languages"] for one in study.groups_of(options).values()] == [["en", "sw"], ["aym"]]
+    options.languages = ["sw", "swh_Latn"]
+    with pytest.raises(SystemExit, match="--languages: swh_Latn: not of nli"):
+        study.groups_of(options)
+
+
+def test_lines_on_retrieval_and_translate_test() -> None:
+    share = {"to_english": 0.5, "interval": [0.25, 0.75]}
+    systems = {"MT-LLM": {"groups": {"read before": {"retrieval": share}}}, "old": {"groups": {"read before": {}}}}
+    assert study_table.retrieved({"rows": 40, "systems": systems})[-1] == "- MT-LLM: 50.0 [25, 75] (read before)"
+    assert len(study_table.retrieved({"rows": 40, "systems": systems})) == 4
+    assert study_table.retrieved({"systems": {"old": systems["old"]}}) == []
+    own = {"accuracy": 0.5, "interval": [0.25, 0.75]}
+    ours = {"accuracy": 0.75, "interval": [0.5, 1.0], "gap": [0.25, -0.125, 0.5]}
+    found = {"translated": {"por_Latn": {"rows": 8, "systems": {"MT-LLM": ours, "translate-test": own}}}}
+    assert study_table.translated(found)[-1] == (
+        "- por_Latn, 8 rows: translate-test 50.0 [25, 75]; MT-LLM 75.0 [50, 100], +25.0 [-12.5, +50.0] against it"
+    )
+    assert study_table.translated({}) == study_table.translated({"translated": None}) == []
 
 
 def test_the_systems_of_a_study() -> None:
