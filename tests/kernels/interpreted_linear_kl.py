@@ -22,11 +22,11 @@ NAMES = ("total", "values", "dh", "dw", "db")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-def difference(case, *, num_valid: int = -1, tiles=TILES, need=(True, True, True)):
+def difference(case, *, num_valid: int = -1, tiles=TILES, need=(True, True, True), scale=None):
     o = case.options
     tau, divergence = o.get("temperature", 1.0), o.get("divergence", "forward")
     tensors = (case.h_s, case.w_s, case.h_t, case.w_t, o.get("bias_s"), o.get("bias_t"))
-    options = (tau, tau**2, o.get("softcap", 0.0), divergence, o.get("beta", 0.5), *need)
+    options = (tau, scale or tau**2, o.get("softcap", 0.0), divergence, o.get("beta", 0.5), *need)
     rows = (o.get("rows_s"), o.get("rows_t"), o.get("row_weight"), num_valid)
     return dict(zip(NAMES, launch.difference_triton(*tensors, *rows, *options, tiles=tiles)))
 
@@ -208,6 +208,16 @@ def test_teacher_entropy_with_soft_capping():
     check(bias_mean, p @ case.options["bias_s"].double(), 1e-5)
 
 
+def test_a_class_that_cannot_be_said_has_no_part_in_the_mean_bias():
+    case = small(bias=True)
+    bias = case.options["bias_s"]
+    bias[3] = -torch.inf
+    kept = torch.arange(len(bias)) != 3
+    p = torch.softmax((case.h_t @ case.w_s.t() + bias).double(), -1)
+    _, _, mean = launch.teacher_moments_triton(case.h_t, case.w_s, None, bias, bias, None, 1.0, 0.0, tiles=TILES)
+    check(mean, p[:, kept] @ bias[kept].double(), 1e-5)
+
+
 def test_row_kernel_by_itself_in_fp32():
     """One launch of kl_rows, without the GEMMs: exact logits in, value and gradient out, padding untouched by them."""
     from mtllm_fast.kernels.linear_kl_triton import kl_rows
@@ -267,6 +277,10 @@ def test_rows_named_twice_are_added_in_fp32(dtype):
 def test_small_weights_in_fp16_are_kept_for_loss_scaling():
     case = small(torch.float16, bias=True)
     exact = case.exact()
+    got = difference(case, scale=1e-8)  # no weights
+    assert got["dh"].dtype == got["dw"].dtype == torch.float32
+    for key in ("dh", "dw", "db"):
+        check(got[key] * 0.5e8, exact[key], LIMITS[torch.float16])
     case.options["row_weight"] = torch.full((6,), 1e-8)
     got = difference(case)
     assert got["dh"].dtype == got["dw"].dtype == torch.float32
