@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -33,7 +33,7 @@ from .common import (
     versions,
     write,
 )
-from .registry import MODULES, Case, Size, Study, Work, chosen, gate, get, wanted
+from .registry import MODULES, Case, Size, Study, Work, chosen, gate, get, module_of, wanted
 from .sources import sources_hash
 
 LEAST_MS = 5.0  # a timed round of a CUDA variant lasts at least so long
@@ -176,7 +176,7 @@ def measure_memory(case: Case, size: Size, name: str, dtype: str, device: str, p
     """Peak incremental memory of one step; on the CPU in a process of its own, by its resident high-water mark."""
     if device != "cpu":
         return peak_incremental_mib(partial(case.variants[name].run, problem), device)
-    cases = [f"{__package__}.{module}" for module in MODULES.values()]
+    cases = [module_of(name) for name in MODULES]
     return float(
         apart("forkserver", memory_here, case.name, dict(size), name, dtype, torch.get_num_threads(), preload=cases)
     )

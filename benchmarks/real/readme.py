@@ -11,14 +11,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from mtllm_fast.demo.report import HEADER, table_rows, verdict
 
+from .. import REPO
 from .study_table import OURS, by_seed, cell, cost, gains, head, markdown
 
-REPO = Path(__file__).resolve().parents[2]
 RESULTS = "benchmarks/results/real"
 GENERATED = "benchmarks/results/miniworld/results.json"
 
