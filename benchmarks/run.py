@@ -22,15 +22,13 @@ from .apart import apart
 from .common import (
     DTYPES,
     Record,
-    commit,
-    device_name,
     host_syncs,
     interleaved,
     peak_incremental_mib,
     percentile,
+    record_here,
     synchronise,
     timed_once,
-    versions,
     write,
 )
 from .registry import MODULES, Case, Size, Study, Work, chosen, gate, get, module_of, wanted
@@ -73,9 +71,8 @@ def run_case(
         if (why := variant.missing(device)) or (variant.applies and not variant.applies(problem)):
             log(f"{case.name} {size['label']} {name}: left out{', ' + why if why else ''}")
             continue
-        record = Record(case.name, case.shape(problem), dtype, device_name(device), name, "fail")
+        record = record_here(case.name, case.shape(problem), dtype, device, name, "fail", ceilings=ceilings)
         record.size, record.ours = size["label"], variant.ours
-        record.versions, record.commit, record.ceilings = versions(), commit(), ceilings
         record.source_files, record.sources = case.sources, sources_hash(case.sources)
         work = variant.work(problem) if variant.work else least
         if work is not None:
@@ -152,10 +149,8 @@ def time_records(
     def fill(times: dict[str, list[float]]) -> None:
         for name, values in times.items():
             record = records[name]
-            record.round_ms, record.notes = [t / inner[name] for t in values], ""
-            record.time_ms, record.time_ms_p20, record.time_ms_p80 = (
-                percentile(record.round_ms, q) for q in (0.5, 0.2, 0.8)
-            )
+            record.timed([t / inner[name] for t in values])
+            record.notes = ""
         save()
 
     interleaved({n: partial(many, n) for n in runs}, device, repeats, log, fill)

@@ -19,11 +19,8 @@ from __future__ import annotations
 
 import argparse
 import csv
-import ctypes
 import gzip
-import json
 import random
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -42,16 +39,15 @@ from mtllm_fast.inference import Engine
 from mtllm_fast.models import MTLLM
 from tests.tiny import nllb_tokenizer
 
-from .. import DATA, REPO
+from .. import DATA
+from ..apart import apart
 from ..common import (
     Record,
-    commit,
-    device_name,
     interleaved,
     peak_incremental_mib,
     percentile,
+    record_here,
     relative_error,
-    versions,
     write,
 )
 
@@ -221,24 +217,13 @@ def padding(variant: str, lengths: list[int]) -> float:
     return 1 - sum(lengths) / sum(len(batch) * max(batch) for batch in batches)
 
 
-def memory_here(variant: str, source: str, count: int, dtype: str, device: str) -> float:
+def memory_here(variant: str, source: str, count: int, dtype: str, device: str, threads: int) -> float:
     """Peak memory of one run beyond the model, MiB; libraries warmed up on a few texts."""
+    torch.set_num_threads(threads)
     problem = make_problem(source, count, dtype, device)
     few = Problem(problem.texts[:8], problem.codes[:8], problem.model, problem.encoder, problem.llm, device)
     RUN[variant](few)
-    if device == "cpu":
-        # memory that a run finds in the heap would not show in the high-water mark
-        ctypes.CDLL(None).malloc_trim(0)
-    return peak_incremental_mib(lambda: RUN[variant](problem), device)
-
-
-def measure_memory(*spec: Any) -> float:
-    """`memory_here`, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.cases.encode", "--threads", str(torch.get_num_threads())]
-    done = subprocess.run([*command, "--memory-of", json.dumps(spec)], capture_output=True, text=True, cwd=REPO)
-    if done.returncode:
-        raise RuntimeError(f"measuring the memory of {spec[0]} failed:\n{done.stderr}")
-    return float(json.loads(done.stdout.splitlines()[-1]))
+    return peak_incremental_mib(partial(RUN[variant], problem), device)
 
 
 def run(
@@ -265,24 +250,22 @@ def run(
         for variant in RUN if device == "cpu" else [v for v in RUN if v != "ours-packing"]:
             error = relative_error(torch.from_numpy(RUN[variant](problem)), torch.from_numpy(right))
             verdict = "pass" if error <= GATE[dtype] < failing else "fail"
-            record = Record(f"encode, {source}", shape, dtype, device_name(device), variant, verdict)
+            record = record_here(f"encode, {source}", shape, dtype, device, variant, verdict)
             record.gate_detail = {"embeddings": error, "control": failing}
-            record.versions, record.commit = versions(), commit()
             records.append(record)
             if verdict == "pass":
                 fresh[variant] = record
         times = interleaved({v: partial(RUN[v], problem) for v in fresh}, device, repeats, progress)
         for variant, record in fresh.items():
-            taken = times[variant]
-            record.round_ms = taken
-            record.time_ms, record.time_ms_p20, record.time_ms_p80 = (percentile(taken, q) for q in (0.5, 0.2, 0.8))
-            rates = [texts / percentile(taken, q) * 1e3 for q in (0.5, 0.8, 0.2)]
+            record.timed(times[variant])
+            rates = [texts / percentile(record.round_ms, q) * 1e3 for q in (0.5, 0.8, 0.2)]
             record.notes = (
                 f"{rates[0]:.1f} documents/s (p20 {rates[1]:.1f}, p80 {rates[2]:.1f}); "
                 f"padding {padding(variant, lengths):.3f}"
             )
             if memory:
-                record.peak_incremental_mib = measure_memory(variant, source, texts, dtype, device)
+                spec = (variant, source, texts, dtype, device, torch.get_num_threads())
+                record.peak_incremental_mib = apart("spawn", memory_here, *spec)
     return records
 
 
@@ -326,13 +309,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, help="CPU threads; default: all")
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.memory_of:
-        print(json.dumps(memory_here(*json.loads(options.memory_of))))
-        return 0
     records = run(
         options.device, dtype=options.dtype, texts=options.texts, repeats=options.repeats, names=options.sources,
         memory=not options.no_memory, progress=lambda line: print(line, file=sys.stderr, flush=True),

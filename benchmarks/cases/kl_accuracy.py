@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mtllm_fast.kernels.linear_kl import reference
 from torch import Tensor
 
-from mtllm_fast.kernels.linear_kl import reference
-
-from ..common import Record, commit, device_name, relative_error, versions, write
+from ..common import Record, record_here, relative_error, write
 from ..registry import Study, register
 from . import linear_kl_variants as v
 from .linear_kl_variants import Problem, make_problem
@@ -154,12 +153,11 @@ def run(
             assert problem.h_s.grad is not None
             error = relative_error(problem.h_s.grad, gradient)
             aimed = name.startswith("ours difference")
-            record = Record("kl_accuracy", shape, "bf16", device_name(device), name, "none")
+            record = record_here("kl_accuracy", shape, "bf16", device, name)
             record.size, record.ours = f"KL {kl:.2g}", name.startswith("ours")
             record.gate = ("pass" if error <= AIM else "fail") if aimed else "none"
             record.gate_detail = {"gradient": error, "loss": abs(loss - exact) / exact}
             record.kl = exact
-            record.versions, record.commit = versions(), commit()
             records.append(record)
     return records
 

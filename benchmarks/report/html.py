@@ -19,10 +19,9 @@ from .throughput import (
     accuracy_table,
     caveats,
     change_table,
+    details,
     error,
     floor_share,
-    group_table,
-    groups,
     number,
     provenance,
     regressions,
@@ -53,14 +52,6 @@ def to_html(records: Sequence[Record], changes: Sequence[Change] = (), profile: 
     )
     found = speedups(records)
     accuracy = accuracy_table(records)
-    details = []
-    for group in groups([r for r in records if r.kl is None]):
-        first = group[0]
-        shape = ", ".join(f"{k} {v}" for k, v in first.shape.items())
-        title = ", ".join(x for x in (first.case, first.size) if x)
-        details.append(
-            {"title": title, "about": f"{shape}; {first.dtype}; {first.device}", "table": _view(group_table(group))}
-        )
     return environment.get_template("throughput.html.j2").render(
         provenance=provenance(records),
         findings=findings(found, changes),
@@ -73,7 +64,7 @@ def to_html(records: Sequence[Record], changes: Sequence[Change] = (), profile: 
         figures=figures(records),
         accuracy=_view(accuracy) if accuracy else None,
         profile=_profile(profile) if profile else None,
-        details=details,
+        details=[{"title": title, "about": about, "table": _view(table)} for title, about, table in details(records)],
     )
 
 

@@ -11,8 +11,6 @@ from ..common import Record
 from ..sources import sources_hash
 from .throughput import Speedup, caveats, floor_share, markdown_table, number, read_results, speedups
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-_BLOCK = re.compile(re.escape(BEGIN) + r"(.*?)" + re.escape(END), re.DOTALL)
 _MADE = re.compile(r"<!-- made by: mtllm report --readme \S+ (.*?) -->")
 # What is compared with what: the ordinary way first.
 BASELINES = ("padded, 4-D mask", "padded", "unfused", "padded, 32 in order", "peft")
@@ -95,6 +93,24 @@ def readme_block(records: Sequence[Record], readme: str, paths: Sequence[str]) -
     ])  # fmt: skip
 
 
+def block_of(text: str, name: str) -> str | None:
+    """What stands between the markers of `name` in a README; None without them."""
+    found = re.search(rf"<!-- {name}:begin -->\n(.*?)<!-- {name}:end -->", text, re.DOTALL)
+    return found and found.group(1)
+
+
+def with_block(text: str, name: str, content: str, file: str | Path = "README.md") -> str:
+    """A README's text with `content` between the markers of `name`.
+
+    Raises:
+        ValueError: there are no such markers.
+    """
+    begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+    if (old := block_of(text, name)) is None:
+        raise ValueError(f"{file}: has no {begin.strip()} ... {end}; add the two lines where the block belongs")
+    return text.replace(f"{begin}{old}{end}", f"{begin}{content}{end}")
+
+
 def write_readme(readme: Path, paths: Sequence[str]) -> None:
     """Replace the table between the markers of `readme` (result paths relative to it).
 
@@ -102,11 +118,10 @@ def write_readme(readme: Path, paths: Sequence[str]) -> None:
         ValueError: no markers, or no such results.
     """
     text = readme.read_text(encoding="utf-8")
-    if not _BLOCK.search(text):
-        raise ValueError(f"{readme}: has no {BEGIN} ... {END}; add the two lines where the table belongs")
+    with_block(text, "bench", "", readme)  # refused before any results are read
     relative = [_relative(path, readme) for path in paths]
     block = readme_block(read_results(paths), readme.name, relative)
-    readme.write_text(_BLOCK.sub(lambda _: f"{BEGIN}\n{block}\n{END}", text), encoding="utf-8")
+    readme.write_text(with_block(text, "bench", f"{block}\n", readme), encoding="utf-8")
 
 
 def _relative(path: str, readme: Path) -> str:
@@ -123,8 +138,8 @@ def stale(readme: Path) -> list[str]:
     `source_files`, without comments and docstrings) has changed since; or when a number was measured on a commit that
     is not part of this history. Other commits do not make it stale.
     """
-    block = _BLOCK.search(readme.read_text(encoding="utf-8"))
-    made = _MADE.search(block.group(1)) if block else None
+    block = block_of(readme.read_text(encoding="utf-8"), "bench")
+    made = _MADE.search(block) if block else None
     if block is None or made is None:
         return []
     names = made.group(1).split()
@@ -134,7 +149,7 @@ def stale(readme: Path) -> list[str]:
     except ValueError as error:
         return [str(error)]
     reasons = []
-    if block.group(1).strip() != expected.strip():
+    if block.strip() != expected.strip():
         reasons.append("the table is not what its result files give; run the command in its first line")
     for shown in headline(records):
         for record in (shown.ours, shown.other):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -122,19 +122,8 @@ def error(record: Record) -> str:
 
 def speedup_table(found: Sequence[Speedup]) -> Table:
     """One row per speed-up, each with gate, memory and floor."""
-    header = [
-        "case",
-        "size",
-        "against",
-        "speed-up",
-        "p20 to p80",
-        "",
-        "ours ms",
-        "ours MiB",
-        "memory",
-        "of floor",
-        "error",
-    ]
+    header = ["case", "size", "against", "speed-up", "p20 to p80", ""]
+    header += ["ours ms", "ours MiB", "memory", "of floor", "error"]
     rows = []
     for s in found:
         memory = "-" if s.memory is None else f"{s.memory:.2f}"
@@ -148,19 +137,8 @@ def speedup_table(found: Sequence[Speedup]) -> Table:
 
 def group_table(group: Sequence[Record]) -> Table:
     """All variants of one case at one size."""
-    header = [
-        "variant",
-        "gate",
-        "ms (p50)",
-        "p20",
-        "p80",
-        "forward ms",
-        "peak MiB",
-        "of floor",
-        "host syncs",
-        "error",
-        "",
-    ]
+    header = ["variant", "gate", "ms (p50)", "p20", "p80", "forward ms"]
+    header += ["peak MiB", "of floor", "host syncs", "error", ""]
     rows = [
         [
             r.variant, {"pass": "green", "fail": "RED", "none": "-"}[r.gate],
@@ -177,6 +155,15 @@ def drop_empty(table: Table) -> Table:
     header, rows = table
     keep = [i for i in range(len(header)) if any(row[i] not in ("", "-") for row in rows)] or [0]
     return [header[i] for i in keep], [[row[i] for i in keep] for row in rows]
+
+
+def details(records: Sequence[Record]) -> Iterator[tuple[str, str, Table]]:
+    """Title, circumstances and table of each group that has times."""
+    for group in groups([r for r in records if r.kl is None]):
+        first = group[0]
+        shape = ", ".join(f"{k} {v}" for k, v in first.shape.items())
+        title = ", ".join(x for x in (first.case, first.size) if x)
+        yield title, f"{shape}; {first.dtype}; {first.device}", group_table(group)
 
 
 def accuracy_table(records: Sequence[Record]) -> Table | None:
@@ -246,18 +233,8 @@ def to_markdown(records: Sequence[Record], changes: Sequence[Change] = ()) -> st
         lines += [f"- {note}" for note in caveats(records)] + [""]
     if accuracy := accuracy_table(records):
         lines += ["## Accuracy near the teacher", "", *markdown_table(accuracy), ""]
-    for group in groups([r for r in records if r.kl is None]):
-        first = group[0]
-        shape = ", ".join(f"{k} {v}" for k, v in first.shape.items())
-        title = ", ".join(x for x in (first.case, first.size) if x)
-        lines += [
-            f"## {title}",
-            "",
-            f"{shape}; {first.dtype}; {first.device}",
-            "",
-            *markdown_table(group_table(group)),
-            "",
-        ]
+    for title, about, table in details(records):
+        lines += [f"## {title}", "", about, "", *markdown_table(table), ""]
     return "\n".join(lines)
 
 

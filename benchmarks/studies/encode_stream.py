@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks import REPO
-from benchmarks.common import commit, device_name, percentile, versions, write
+from benchmarks.common import percentile, study_record, write
 
 GROWTH = 1.05  # of the resident memory between the second and the last fifth of a run
 
@@ -143,13 +143,9 @@ def main(argv: list[str] | None = None) -> int:
         f"{'PASS' if same and flat else 'FAIL'}"
     )
     if options.json:
-        record = {
-            "case": "encode stream", "shape": {"N": options.lines}, "dtype": "fp32", "device": device_name("cpu"),
-            "variant": "ours", "gate": "pass" if same and flat else "fail", "time_ms": seconds * 1e3,
-            "resident_mib": {"second_fifth": early, "last_fifth": late, "peak": peak}, "killed_at_rows": kills,
-            "same_bytes": same, "bytes": size, "format": options.format, "versions": versions(), "commit": commit(),
-        }  # fmt: skip
-        write(options.json, [record])
+        found = {"time_ms": seconds * 1e3, "killed_at_rows": kills, "same_bytes": same, "bytes": size}
+        found |= {"resident_mib": {"second_fifth": early, "last_fifth": late, "peak": peak}, "format": options.format}
+        write(options.json, [study_record("encode stream", {"N": options.lines}, same and flat, **found)])
     return 0 if same and flat else 1
 
 

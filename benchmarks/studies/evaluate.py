@@ -25,12 +25,10 @@ import torch
 from benchmarks import DATA
 from benchmarks.common import (
     Record,
-    commit,
-    device_name,
     interleaved,
     peak_incremental_mib,
     percentile,
-    versions,
+    record_here,
     write,
 )
 from mtllm_fast.data.read import TextRow
@@ -157,20 +155,16 @@ def measure(
     count, tokens, padding = sum(map(len, sets)), loop.tokens, 1 - loop.tokens / loop.padded
     shape = {"rows": count, "tokens": tokens, "languages": len(sets), **sizes}
     records = {
-        name: Record(
-            f"evaluate {task}", shape, "fp32", device_name(loop.device), name, verdict if name == "ours" else "none",
-            gate_detail=detail, versions=versions(), commit=commit(), notes=f"padding of the padded loop {padding:.3f}",
-        )
+        name: record_here(f"evaluate {task}", shape, "fp32", loop.device, name, verdict if name == "ours" else "none")
         for name in variants
-    }  # fmt: skip
+    }
+    for record in records.values():
+        record.gate_detail, record.notes = detail, f"padding of the padded loop {padding:.3f}"
     print(f"{task}: {count} rows, {tokens} tokens, padding {padding:.1%}; gate {verdict} {detail}", flush=True)
     if verdict == "pass":
         times = interleaved(variants, loop.device, repeats, lambda line: print(line, flush=True))
         for name, record in records.items():
-            record.round_ms = times[name]
-            record.time_ms, record.time_ms_p20, record.time_ms_p80 = (
-                percentile(times[name], q) for q in (0.5, 0.2, 0.8)
-            )
+            record.timed(times[name])
             record.peak_incremental_mib = peak(variants[name], loop.device)
         ratio = percentile([p / o for o, p in zip(times["ours"], times["padded"])], 0.5)
         rates = {name: count / (record.time_ms or 1) * 1e3 for name, record in records.items()}

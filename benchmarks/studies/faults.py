@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.common import commit, device_name, versions, write
+from benchmarks.common import study_record, write
 from benchmarks.studies.faulty import MARK
 from benchmarks.studies.survive import Run, entries, make_inputs, unreadable
 
@@ -294,12 +294,7 @@ def main(argv: list[str] | None = None) -> int:
     good = all(row.ok for row in found)
     print("PASS" if good else "FAIL")
     if options.json:
-        record = {
-            "case": "faults", "shape": {"steps": STEPS}, "dtype": "fp32", "device": device_name("cpu"),
-            "variant": "ours", "gate": "pass" if good else "fail", "faults": [asdict(row) for row in found],
-            "versions": versions(), "commit": commit(),
-        }  # fmt: skip
-        write(options.json, [record])
+        write(options.json, [study_record("faults", {"steps": STEPS}, good, faults=[asdict(row) for row in found])])
     return 0 if good else 1
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from .. import REPO
-from ..common import commit, device_name, percentile, versions, write
+from ..common import percentile, study_record, write
 
 GROWTH = 0.05  # of the memory, from the third quarter of a part to its last
 TOKENS, SHUFFLE, MAX_LENGTH = 4096, 1000, 512
@@ -282,18 +282,16 @@ def measure(
         f"{seconds:.0f} s, {count / seconds:,.0f} documents/s, {size / seconds / 1e6:.2f} MB/s (every rank tokenises "
         f"all); budget used: {', '.join(f'{100 * share:.1f} % {side}' for side, share in sides.items())}"
     )
-    record = {
-        "case": "input stream", "shape": {"bytes": size, "N": count, "ranks": ranks, "workers": workers},
-        "dtype": "int64", "device": device_name("cpu"), "variant": "ours", "gate": "fail" if problems else "pass",
+    found = {
         "time_ms": seconds * 1e3, "problems": problems, "stop_batch": stop, "tokens": TOKENS, "lookahead": lookahead,
         "documents_read": len(ids), "packing": sides, "growth_bound": GROWTH,
         "parts": [
             {"memory_mib": {"quarters": quarters(samples), "peak": max(samples), "growth": grown}, "ranks": ranks_}
             for samples, grown, ranks_ in zip(parts, verdict.growth, about, strict=True)
         ],
-        "versions": versions(), "commit": commit(),
     }  # fmt: skip
-    return record, problems
+    shape = {"bytes": size, "N": count, "ranks": ranks, "workers": workers}
+    return study_record("input stream", shape, not problems, "int64", **found), problems
 
 
 def quarters(samples: Sequence[float]) -> list[float]:

@@ -36,14 +36,11 @@ from ..cases.steps import REAL, SMALL, Problem, exact, make, result, shape, smal
 from ..common import (
     DTYPES,
     Record,
-    commit,
-    device_name,
     interleaved,
     peak_incremental_mib,
-    percentile,
+    record_here,
     relative_error,
     timed_once,
-    versions,
     write,
 )
 from ..registry import Size
@@ -111,16 +108,8 @@ CLIMBS = (
 
 
 def record_of(rung: Rung, p: Problem, device: str, size: str, dtype: str) -> Record:
-    record = Record("ladder", shape(p), dtype, device_name(device), rung.name, "none", size=size)
-    record.versions, record.commit = versions(), commit()
-    record.ours = rung.packed or rung.fused or rung.name != "plain"
-    return record
-
-
-def timed(record: Record, values: list[float]) -> None:
-    """Put step times in ms into a record."""
-    record.round_ms = values
-    record.time_ms, record.time_ms_p20, record.time_ms_p80 = (percentile(values, q) for q in (0.5, 0.2, 0.8))
+    ours = rung.packed or rung.fused or rung.name != "plain"
+    return record_here("ladder", shape(p), dtype, device, rung.name, size=size, ours=ours)
 
 
 def run_cpu(size: str, rungs: Sequence[Rung], repeats: int, log: Log, options: Size | None = None) -> list[Record]:
@@ -145,7 +134,7 @@ def run_cpu(size: str, rungs: Sequence[Rung], repeats: int, log: Log, options: S
         else:
             record.notes = "wrong result: no speed is reported"
     for name, values in interleaved({name: one.step for name, one in ready.items()}, "cpu", repeats, log).items():
-        timed(records[name], values)
+        records[name].timed(values)
     names = list(ready)
     ready.clear()
     gc.collect()
@@ -194,7 +183,7 @@ def climb(
                 }
                 if record.gate == "pass":
                     ready.step()
-                    timed(record, [timed_once(ready.step, device) for _ in range(repeats)])
+                    record.timed([timed_once(ready.step, device) for _ in range(repeats)])
                     record.static_mib = ready.static_mib()
                     record.peak_incremental_mib = peak_incremental_mib(ready.step, device)
                 else:

@@ -27,7 +27,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from .. import REPO
-from ..common import commit, device_name, relative_error, versions, write
+from ..common import relative_error, study_record, write
 
 LOSS, WEIGHTS = 1e-5, 1e-4  # what the comparison is held to
 FAR = 30  # a control is at least so many times beyond
@@ -232,13 +232,10 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{'held to':52} {LOSS:9.0e} {WEIGHTS:9.0e} {WEIGHTS:9.0e}   (DeepSpeed: {DEEPSPEED:.0e})")
     print(f"{'PASS' if good else 'FAIL'} in {time.perf_counter() - started:.0f} s")
     if options.json:
-        record = {
-            "case": "parallel", "shape": {"steps": options.steps}, "dtype": "fp32", "device": device_name("cpu"),
-            "variant": "ours", "gate": "pass" if good else "fail", "runs": {k: asdict(d) for k, d in same.items()},
-            "controls": {k: asdict(d) for k, d in controls.items()}, "versions": versions(), "commit": commit(),
-            "limits": {"loss": LOSS, "weights": WEIGHTS, "deepspeed": DEEPSPEED},
-        }  # fmt: skip
-        write(options.json, [record])
+        found = {"limits": {"loss": LOSS, "weights": WEIGHTS, "deepspeed": DEEPSPEED}}
+        for part, distances in (("runs", same), ("controls", controls)):
+            found[part] = {run: asdict(distance) for run, distance in distances.items()}
+        write(options.json, [study_record("parallel", {"steps": options.steps}, good, **found)])
     return 0 if good else 1
 
 

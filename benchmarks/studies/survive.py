@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import REPO
-from benchmarks.common import commit, device_name, versions, write
+from benchmarks.common import study_record, write
 
 
 @dataclass
@@ -258,13 +258,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     if options.json:
         shape = {"steps": options.steps, "save_steps": options.save_steps, "kills": options.kills}
-        record = {
-            "case": "survive", "shape": shape, "dtype": "fp32", "device": device_name("cpu"), "variant": "ours",
-            "gate": "pass" if good else "fail", **result, "during": dict(during), "differences": apart,
-            "sigterm": stops, "sigterm_differences": apart_stopped, "seconds_left_alone": seconds,
-            "versions": versions(), "commit": commit(),
-        }  # fmt: skip
-        write(options.json, [record])
+        found = {**result, "during": dict(during), "differences": apart, "sigterm": stops}
+        found |= {"sigterm_differences": apart_stopped, "seconds_left_alone": seconds}
+        write(options.json, [study_record("survive", shape, good, **found)])
     return 0 if good else 1
 
 
