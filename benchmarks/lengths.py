@@ -98,8 +98,3 @@ DISTRIBUTIONS: dict[str, Callable[[int], list[int]]] = {
     "long tail": long_tail,
     **{f"padding {share:.0%}": partial(padding, share) for share in SHARES},
 }
-
-
-def padded_share(lengths: list[int]) -> float:
-    """Share of the padded (B, max) batch that is padding."""
-    return 1 - sum(lengths) / (len(lengths) * max(lengths))

@@ -42,6 +42,7 @@ from tests.tiny import nllb_tokenizer
 from .. import DATA
 from ..apart import apart
 from ..common import (
+    DTYPES,
     Record,
     interleaved,
     peak_incremental_mib,
@@ -51,7 +52,6 @@ from ..common import (
     write,
 )
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GATE = {"fp32": 1e-4, "bf16": 3e-2}
 BATCH, WIDTH, LAYERS, HEADS, LIMIT = 32, 512, 4, 8, 512
 
@@ -303,7 +303,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.cases.encode", description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--json", type=Path, help="write the records here")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: fp32 on the CPU, bf16 on a GPU")
+    parser.add_argument("--dtype", choices=sorted(GATE), help="default: fp32 on the CPU, bf16 on a GPU")
     parser.add_argument("--texts", type=int, default=2000)
     parser.add_argument("--sources", nargs="+", help="xnli, sib200 or synthetic; default: the data sets that are there")
     parser.add_argument("--repeats", type=int, default=5)

@@ -57,32 +57,22 @@ def problem_at(kl: float, rows: int, width: int, vocab: int, device: str) -> Pro
     return Problem(student.requires_grad_(), teacher, head)
 
 
+class _Half(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return z.half().float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0].half().float()
+
+
 def fp16_logits(p: Problem) -> Tensor:
     """Logits rounded to fp16, the rest in fp32 (emulated: the GEMM itself is fp32)."""
-    return _rounded_logits(p, torch.float16)
-
-
-def bf16_logits(p: Problem) -> Tensor:
-    """Logits rounded to bf16, the rest in fp32."""
-    return _rounded_logits(p, torch.bfloat16)
-
-
-class _Round(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.dtype = dtype
-        return z.to(dtype).float()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0].to(ctx.dtype).float(), None
-
-
-def _rounded_logits(p: Problem, dtype: torch.dtype) -> Tensor:
     w = p.w.float()
     with torch.no_grad():
-        teacher = torch.log_softmax((p.h_t.float() @ w.t()).to(dtype).float(), -1)
-    student = torch.log_softmax(_Round.apply(p.h_s.float() @ w.t(), dtype), -1)
+        teacher = torch.log_softmax((p.h_t.float() @ w.t()).half().float(), -1)
+    student = torch.log_softmax(_Half.apply(p.h_s.float() @ w.t()), -1)
     loss = torch.nn.functional.kl_div(student, teacher, reduction="sum", log_target=True) / p.rows
     loss.backward()
     return loss.detach()

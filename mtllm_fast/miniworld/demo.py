@@ -18,7 +18,6 @@ from .world import World
 
 ASSETS = Path(__file__).parent / "assets"
 PARTS = ("world", "models", "teacher", "encoder_only", "adapted", "mt_llm")
-READERS = ("direct", "encoder_only", "translate_test", "mt_llm")
 
 
 @dataclass(frozen=True)
