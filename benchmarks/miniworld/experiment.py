@@ -21,20 +21,9 @@ from mtllm_fast.miniworld.world import World
 
 from .cells import Cells, ExperimentConfig, Translations, kind_rows
 from .curves import adaptation, ambiguity, length, typos
+from .report import SYSTEMS, report
 
 PARTS = ("matrix", "length", "adaptation", "typos", "ambiguity")
-# what stands in the matrix, in the order of the report
-SYSTEMS = {
-    "direct": "LLM, directly",
-    "encoder_only": "MT encoder alone",
-    "translate_test": "translate-test",
-    "direct_stack": "stack, fine-tuned (neither stage 1 nor 3)",
-    "no_adaptation": "stack, distilled without stage 1",
-    "no_distillation": "stack after stage 1, fine-tuned",
-    "full": "MT-LLM: stage 1, stage 3 by pooled MSE",
-    "full_kl": "MT-LLM + KL of the heads",
-    "full_kl_labelled": "MT-LLM + KL, stage 3 on the labelled texts alone",
-}
 
 
 def run_experiment(
@@ -173,8 +162,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from mtllm_fast.cli import quiet
-
-    from .report import report
 
     quiet()
     if not options.report_only:

@@ -11,6 +11,18 @@ from typing import Any, NamedTuple
 from mtllm_fast.miniworld.languages import ENGLISH
 from mtllm_fast.miniworld.world import World
 
+# what stands in the matrix, in the order of the report
+SYSTEMS = {
+    "direct": "LLM, directly",
+    "encoder_only": "MT encoder alone",
+    "translate_test": "translate-test",
+    "direct_stack": "stack, fine-tuned (neither stage 1 nor 3)",
+    "no_adaptation": "stack, distilled without stage 1",
+    "no_distillation": "stack after stage 1, fine-tuned",
+    "full": "MT-LLM: stage 1, stage 3 by pooled MSE",
+    "full_kl": "MT-LLM + KL of the heads",
+    "full_kl_labelled": "MT-LLM + KL, stage 3 on the labelled texts alone",
+}
 # 97.5 % quantiles of Student's t by degrees of freedom
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -73,8 +85,6 @@ def report(output: str | Path) -> str:
     Raises:
         ValueError: the folder holds no finished cell.
     """
-    from .experiment import SYSTEMS
-
     root = Path(output)
     lines = ["# Miniworld experiment", ""]
     results: dict[str, Any] = {"unit": "accuracy, 0 to 1", "interval": "95 % t-interval over seeds"}
@@ -101,8 +111,6 @@ def report(output: str | Path) -> str:
 
 
 def _matrix(table: Table, results: dict[str, Any]) -> list[str]:
-    from .experiment import SYSTEMS
-
     foreign = [code for code in next(iter(next(iter(table.values())).values())) if code != ENGLISH]
     seeds = [seed for seed in table if all(name in table[seed] for name in SYSTEMS)]
     lines = [

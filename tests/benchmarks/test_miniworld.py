@@ -13,8 +13,8 @@ import pytest
 from benchmarks.miniworld.ambiguity import AmbiguousWorld
 from benchmarks.miniworld.cells import ExperimentConfig, kind_rows
 from benchmarks.miniworld.curves import with_typos
-from benchmarks.miniworld.experiment import SYSTEMS, run_experiment
-from benchmarks.miniworld.report import crossing, estimate, report
+from benchmarks.miniworld.experiment import run_experiment
+from benchmarks.miniworld.report import SYSTEMS, crossing, estimate, report
 from benchmarks.miniworld.topics import say, topic_task, unlabelled_topics
 from mtllm_fast.miniworld.languages import ENGLISH
 from mtllm_fast.miniworld.world import World
