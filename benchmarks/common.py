@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -61,6 +60,34 @@ class Record:
     ceilings: dict[str, float] = field(default_factory=dict)
     source_files: tuple[str, ...] = ()
     sources: str = ""
+
+    def timed(self, round_ms: list[float]) -> None:
+        """Take over the times of all rounds."""
+        self.round_ms = round_ms
+        self.time_ms, self.time_ms_p20, self.time_ms_p80 = (percentile(round_ms, q) for q in (0.5, 0.2, 0.8))
+
+
+def record_here(
+    case: str, shape: dict[str, int], dtype: str, device: str, variant: str, gate: str = "none", **known: Any
+) -> Record:
+    """A record of something that runs now, on `device`, "cpu" or "cuda"."""
+    known = {"versions": versions(), "commit": commit(), **known}
+    return Record(case, shape, dtype, device_name(device), variant, gate, **known)
+
+
+def study_record(case: str, shape: dict[str, Any], passed: bool, dtype: str = "fp32", **found: Any) -> dict[str, Any]:
+    """A record with a verdict, of a study on this CPU that is more than times: `found` is what it has to say."""
+    return {
+        "case": case,
+        "shape": shape,
+        "dtype": dtype,
+        "device": device_name("cpu"),
+        "variant": "ours",
+        "gate": "pass" if passed else "fail",
+        **found,
+        "versions": versions(),
+        "commit": commit(),
+    }
 
 
 def versions() -> dict[str, str]:

@@ -33,7 +33,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from . import REPO
+
 BEAT = 30.0  # seconds between two archives while a step runs
 OPTIONAL = {"liger_kernel": "Liger baselines", "matplotlib": "report.html", "jinja2": "report.html", "pytest": "tests"}
 # What the tests outside tests/kernels import; without one of these only the kernels' own tests run.
@@ -66,9 +67,9 @@ def test_commands(out: Path, kernels: bool) -> dict[str, tuple[str, ...]]:
     """One pytest per file that has GPU tests, of the kernels or of all else; of those none where it has no imports."""
     whole = all(importlib.util.find_spec(name) is not None for name in WHOLE_SUITE)
     spread = ("-n", "4") if importlib.util.find_spec("xdist") else ()
-    own = ROOT / "tests" / "kernels"
+    own = REPO / "tests" / "kernels"
     found = {}
-    for path in sorted((own if kernels else ROOT / "tests").rglob("test_*.py")):
+    for path in sorted((own if kernels else REPO / "tests").rglob("test_*.py")):
         left_out = not kernels and (own in path.parents or not whole)
         if left_out or "mark.gpu" not in path.read_text():
             continue
@@ -104,13 +105,13 @@ def steps(out: Path, device: str = "cuda", quick: bool = False, folder: str = ""
     few = ("--repeats", "1" if quick else "5")
     return [
         Step("kernel tests", test_commands(out, True), 0.14, 1),
-        benchmark(1, "linear kl", "linear_kl", 0.16, *few, sizes=shapes),
-        benchmark(1, "gradient accuracy", "kl_accuracy", 0.04),
-        benchmark(2, "ladder", "ladder", 0.24, "--climb", "--repeats", "1" if quick else "3"),
-        benchmark(2, "training steps", "steps", 0.12, *few),
+        benchmark(1, "linear kl", "cases.linear_kl", 0.16, *few, sizes=shapes),
+        benchmark(1, "gradient accuracy", "cases.kl_accuracy", 0.04),
+        benchmark(2, "ladder", "studies.ladder", 0.24, "--climb", "--repeats", "1" if quick else "3"),
+        benchmark(2, "training steps", "cases.steps", 0.12, *few),
         Step("other tests", test_commands(out, False), 0.14, 3),
-        benchmark(3, "small kernels", "packed_path", 0.06, *few, "--variants", *packed, sizes=small),
-        benchmark(3, "projection in training", "projection_training", 0.02, *few, sizes=small),
+        benchmark(3, "small kernels", "cases.packed_path", 0.06, *few, "--variants", *packed, sizes=small),
+        benchmark(3, "projection in training", "cases.projection_training", 0.02, *few, sizes=small),
         benchmark(3, "attention and lora", "run", 0.08, "attention", "lora", *few),
     ]
 
@@ -126,7 +127,7 @@ def run_step(
         for name, command in step.commands.items():
             with (out / f"{name}.log").open("w") as file:
                 running[name] = subprocess.Popen(
-                    command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
+                    command, cwd=REPO, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
                     preexec_fn=hear_interrupts,
                 )  # fmt: skip
         for name, process in running.items():
@@ -184,27 +185,27 @@ def pack(out: Path, archive: Path | None) -> None:
 
 
 def importable(out: Path) -> dict[str, str]:
-    """Environment in which `mtllm_fast` has its folders `kernels` and `benchmarks`, where it is not installed; the same
-    in this process, which writes the report."""
+    """Environment in which `mtllm_fast` has its folder `kernels`, where it is not installed; the same in this process,
+    which writes the report."""
     if importlib.util.find_spec("mtllm_fast.kernels") is not None:
         return {}
     where = out / "path"
     where.mkdir(exist_ok=True)
-    finder = FINDER.format(root=str(ROOT))
+    finder = FINDER.format(root=str(REPO))
     (where / "sitecustomize.py").write_text(finder)
     exec(finder, {})
-    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(where), str(ROOT), os.environ.get("PYTHONPATH", "")]))}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(where), str(REPO), os.environ.get("PYTHONPATH", "")]))}
 
 
-# setup.py maps the two folders; without an installation the interpreter has to be told
+# setup.py maps the folder; without an installation the interpreter has to be told
 FINDER = """\
 import importlib.abc, importlib.util, pathlib, sys
 
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name not in ("mtllm_fast.kernels", "mtllm_fast.benchmarks"):
+        if name != "mtllm_fast.kernels":
             return None
-        folder = pathlib.Path({root!r}) / name.split(".")[1]
+        folder = pathlib.Path({root!r}) / "kernels"
         return importlib.util.spec_from_file_location(
             name, folder / "__init__.py", submodule_search_locations=[str(folder)]
         )
@@ -217,7 +218,7 @@ def write_report(out: Path) -> str | None:
     """report.md and report.html from every result file; why not, where there is none."""
     files = sorted(out.glob("*/*.json"))
     try:
-        from mtllm_fast.reporting.throughput import read_results, to_markdown
+        from .report.throughput import read_results, to_markdown
 
         records = read_results(files)
     except (ImportError, ValueError) as error:
@@ -226,7 +227,7 @@ def write_report(out: Path) -> str | None:
     missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
     if missing:
         return f"no report.html: {', '.join(missing)} missing"
-    from mtllm_fast.reporting.throughput_html import to_html
+    from .report.html import to_html
 
     (out / "report.html").write_text(to_html(records), encoding="utf-8")
     return None

@@ -9,15 +9,14 @@ import csv
 import gzip
 import json
 import math
-import os
 import re
 from collections.abc import Callable
 from functools import cache, partial
-from pathlib import Path
 
 import torch
 
-DATA = Path(os.environ.get("MTLLM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+from . import DATA
+
 SHARES = (0.0, 0.1, 0.25, 0.4, 0.5)
 
 

@@ -1,6 +1,6 @@
 """The cases: an op or a pipeline, its sizes, its variants, the least work it takes, and what its results must be.
 
-A module registers its cases when it is imported; `MODULES` says which. `benchmarks.run` measures them for
+A module of `cases` registers its own when it is imported; `MODULES` says which. `benchmarks.run` measures them for
 `mtllm bench`, `tests/benchmarks` for `pytest --benchmark`.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .common import Record, relative_error
 
-# case: the module that registers it, in the order in which all are run
+# case: the module of `cases` that registers it, in the order in which all are run
 MODULES = {
     "linear_kl": "linear_kl",
     "linear_ce": "linear_ce",
@@ -178,6 +178,11 @@ def load() -> dict[str, Case | Study]:
     return {name: get(name) for name in MODULES}
 
 
+def module_of(name: str) -> str:
+    """Full name of the module that registers the case `name`."""
+    return f"{__package__}.cases.{MODULES[name]}"
+
+
 def get(name: str) -> Case | Study:
     """The case `name`. Only its own module is imported: kernels need neither transformers nor peft.
 
@@ -186,7 +191,7 @@ def get(name: str) -> Case | Study:
     """
     if name not in MODULES:
         raise ValueError(f"case {name!r} is unknown; there are: all, {', '.join(MODULES)}")
-    importlib.import_module(f".{MODULES[name]}", __package__)
+    importlib.import_module(module_of(name))
     return CASES[name]
 
 

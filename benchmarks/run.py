@@ -22,18 +22,16 @@ from .apart import apart
 from .common import (
     DTYPES,
     Record,
-    commit,
-    device_name,
     host_syncs,
     interleaved,
     peak_incremental_mib,
     percentile,
+    record_here,
     synchronise,
     timed_once,
-    versions,
     write,
 )
-from .registry import MODULES, Case, Size, Study, Work, chosen, gate, get, wanted
+from .registry import MODULES, Case, Size, Study, Work, chosen, gate, get, module_of, wanted
 from .sources import sources_hash
 
 LEAST_MS = 5.0  # a timed round of a CUDA variant lasts at least so long
@@ -73,9 +71,8 @@ def run_case(
         if (why := variant.missing(device)) or (variant.applies and not variant.applies(problem)):
             log(f"{case.name} {size['label']} {name}: left out{', ' + why if why else ''}")
             continue
-        record = Record(case.name, case.shape(problem), dtype, device_name(device), name, "fail")
+        record = record_here(case.name, case.shape(problem), dtype, device, name, "fail", ceilings=ceilings)
         record.size, record.ours = size["label"], variant.ours
-        record.versions, record.commit, record.ceilings = versions(), commit(), ceilings
         record.source_files, record.sources = case.sources, sources_hash(case.sources)
         work = variant.work(problem) if variant.work else least
         if work is not None:
@@ -152,10 +149,8 @@ def time_records(
     def fill(times: dict[str, list[float]]) -> None:
         for name, values in times.items():
             record = records[name]
-            record.round_ms, record.notes = [t / inner[name] for t in values], ""
-            record.time_ms, record.time_ms_p20, record.time_ms_p80 = (
-                percentile(record.round_ms, q) for q in (0.5, 0.2, 0.8)
-            )
+            record.timed([t / inner[name] for t in values])
+            record.notes = ""
         save()
 
     interleaved({n: partial(many, n) for n in runs}, device, repeats, log, fill)
@@ -176,7 +171,7 @@ def measure_memory(case: Case, size: Size, name: str, dtype: str, device: str, p
     """Peak incremental memory of one step; on the CPU in a process of its own, by its resident high-water mark."""
     if device != "cpu":
         return peak_incremental_mib(partial(case.variants[name].run, problem), device)
-    cases = [f"{__package__}.{module}" for module in MODULES.values()]
+    cases = [module_of(name) for name in MODULES]
     return float(
         apart("forkserver", memory_here, case.name, dict(size), name, dtype, torch.get_num_threads(), preload=cases)
     )

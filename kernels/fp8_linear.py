@@ -11,7 +11,7 @@ least to its largest number, they leave at least 2^17. SmolLM2's weights are rou
 with exact scales; its activations by 2.6 and 2.2 %, since an exact scale leaves each row's largest number as it is.
 
 Gradients are e4m3 too and not e5m2: a scale of its own gives every row the range, and there is a third bit of mantissa.
-Of an adapter's gradient 2.4 % are lost to the backward in e4m3, 3.6 % in e5m2 (benchmarks/fp8.py, benchmarks/LOG.md).
+Of an adapter's gradient 2.4 % are lost to the backward in e4m3, 3.6 % in e5m2 (trials/fp8.py and LOG.md of benchmarks).
 
 Bytes: 3 per element of x to quantise it, 1 of q and w, 2 of y. FLOPs: 2 T K N.
 """

@@ -326,7 +326,7 @@ def test_translation_needs_two_languages(capsys, encoder_folder, text_file, tmp_
 
 @pytest.mark.parametrize(("gpu", "chosen"), [(True, "cuda"), (False, "cpu")])
 def test_bench_takes_the_gpu_where_there_is_one(monkeypatch, gpu: bool, chosen: str) -> None:
-    from mtllm_fast.benchmarks import run as benchmark
+    from benchmarks import run as benchmark
 
     devices = []
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)

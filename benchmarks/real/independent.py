@@ -34,11 +34,12 @@ from mtllm_fast.models.packages import MODELS
 from mtllm_fast.models.packages.convert import PROMPT, mean_states
 from mtllm_fast.models.packages.fetch import find
 
+from .. import RESULTS
 from ..common import versions
 from .llama_numpy import Llama
 from .sentences import SENTENCES
 
-RESULT = Path(__file__).parents[1] / "results" / "real" / "independent.json"
+RESULT = RESULTS / "real" / "independent.json"
 NOTES = {
     "e5": "as_it_is: the engine rounds the input of each product to 8 bits, the converted model does not; the least "
     "cosine of the two stays below 0.9999 and the check is of the mean, the least one is checked with that rounding.",

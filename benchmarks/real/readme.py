@@ -9,16 +9,15 @@ there stays empty.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-from mtllm_fast.demo.report import HEADER, table_rows, verdict
+from mtllm_fast.demo.report import HEADER, markdown_table, table_rows, verdict
 
+from .. import REPO
+from ..report.readme import with_block
 from .study_table import OURS, by_seed, cell, cost, gains, head, markdown
 
-REPO = Path(__file__).resolve().parents[2]
 RESULTS = "benchmarks/results/real"
 GENERATED = "benchmarks/results/miniworld/results.json"
 
@@ -33,9 +32,7 @@ def demo_block(results: Mapping[str, Any]) -> list[str]:
         f"besides English in {kinds} scripts ({RESULTS}/demo.json has each); accuracy in % [95 % interval over the "
         "rows], chance 12.5 %:",
         "",
-        "| " + " | ".join(HEADER) + " |",
-        "|" + " --- |" + " ---: |" * (len(HEADER) - 1),
-        *("| " + " | ".join(row) + " |" for row in [rows[0], *mean]),
+        *markdown_table(HEADER, [rows[0], *mean]),
         "",
         *(f"- {line.strip()}" for line in verdict(dict(results)) if not line.startswith("Chance")),
     ]
@@ -135,12 +132,8 @@ def with_blocks(page: str, text: str) -> str:
     for name, (make, files) in BLOCKS[page].items():
         paths = [REPO / RESULTS / f"{file}.json" for file in files]
         there = all(path.is_file() for path in paths)
-        content = make(*(json.loads(path.read_text(encoding="utf-8")) for path in paths)) if there else []
-        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        block = "\n".join([begin, *content, end])
-        if begin not in text or end not in text:
-            raise ValueError(f"{page}: has no {begin} ... {end}")
-        text = re.sub(f"{begin}.*?{end}", lambda _, block=block: block, text, flags=re.DOTALL)
+        lines = make(*(json.loads(path.read_text(encoding="utf-8")) for path in paths)) if there else []
+        text = with_block(text, name, "".join(f"{line}\n" for line in lines), page)
     return text
 
 

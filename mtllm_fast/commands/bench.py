@@ -44,17 +44,17 @@ class Bench:
     def run(self) -> None:
         import torch
 
-        from ..benchmarks import run as benchmark
-        from ..benchmarks.registry import Case, chosen
+        from .evidence import benchmarks
         from .files import check_least, check_written
 
+        registry, benchmark = benchmarks("registry"), benchmarks("run")
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.list:
-            for case in chosen(self.cases):
+            for case in registry.chosen(self.cases):
                 print(f"{case.name}: {case.about}")
-                if isinstance(case, Case):
+                if isinstance(case, registry.Case):
                     print(f"  sizes     {'; '.join(s['label'] for s in case.sizes[device]) or '-'}")
                     print(f"  variants  {'; '.join(case.variants)}")
             return

@@ -31,11 +31,10 @@ class Report:
     """A file of `mtllm profile --json`, for the HTML page."""
 
     def run(self) -> None:
-        from ..reporting import throughput
-        from ..reporting.throughput_html import to_html
-        from ..reporting.throughput_readme import write_readme
+        from .evidence import benchmarks
         from .files import check_written
 
+        throughput = benchmarks("report.throughput")
         if not self.results:
             raise ValueError("results: name at least one result file of `mtllm bench --json`")
         check_written(self, "markdown", "html")
@@ -50,11 +49,12 @@ class Report:
                 raise ValueError(f"--profile {self.profile}: not a file of `mtllm profile --json`: {error}") from None
         text = throughput.to_markdown(records, changes)
         if self.readme:  # first, since it is refused where it has no place for the table
-            write_readme(Path(self.readme), self.results)
+            benchmarks("report.readme").write_readme(Path(self.readme), self.results)
         if self.markdown:
             Path(self.markdown).write_text(text, encoding="utf-8")
         if self.html:
-            Path(self.html).write_text(to_html(records, changes, profile), encoding="utf-8")
+            page = benchmarks("report.html").to_html(records, changes, profile)
+            Path(self.html).write_text(page, encoding="utf-8")
         written = [path for path in (self.markdown, self.html, self.readme) if path]
         print(f"written: {', '.join(written)}" if written else text)
         if worse := throughput.regressions(changes):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,32 +83,32 @@ def verdict(results: dict[str, Any]) -> list[str]:
     mean, english, known = results["mean"], results["english"], results["mean_of"]
     ours, bound = mean["mt_llm"], english["teacher"]
     lines = [
-        f"English, the bound: the task teacher, which reads English itself, has {_percent(bound)} on the same "
-        f"{english['rows']} rows; MT-LLM has {_percent(english['mt_llm'])} there."
+        f"English, the bound: the task teacher, which reads English itself, has {percent(bound)} on the same "
+        f"{english['rows']} rows; MT-LLM has {percent(english['mt_llm'])} there."
     ]
     if known:
         where = f"mean of the {len(known)} languages that the encoder was trained on"
-        lines.append(f"MT-LLM reads them at {_percent(ours)} ({where}), trained on English alone:")
+        lines.append(f"MT-LLM reads them at {percent(ours)} ({where}), trained on English alone:")
         for name, words in (
             ("direct", "the LLM reading them directly"),
             ("encoder_only", "the encoder alone, fine-tuned on the same English rows"),
             ("encoder_probe", "the encoder alone, frozen, with a linear probe"),
         ):
-            lines.append(f"  {_points(ours - mean[name])} against {words} ({_percent(mean[name])})")
-        lines.append(f"  {_points(ours - bound)} against the teacher on the English of the same texts")
+            lines.append(f"  {points(ours - mean[name])} against {words} ({percent(mean[name])})")
+        lines.append(f"  {points(ours - bound)} against the teacher on the English of the same texts")
     others = [code for code in results["languages"] if code not in known]
     if others:
-        values = ", ".join(f"{code} {_percent(results['languages'][code]['mt_llm'])}" for code in others)
+        values = ", ".join(f"{code} {percent(results['languages'][code]['mt_llm'])}" for code in others)
         lines.append(f"Not in the encoder's training, marked *, in no mean: {values}.")
     if (translation := results["translate_test"]) is not None:
         row = results["languages"][translation["language"]]
         lines.append(
-            f"Translate-test by a real MT model, {translation['language']}: {_percent(translation['accuracy'])} "
-            f"({_text(translation['interval'])}); MT-LLM {_percent(row['mt_llm'])}, {translation['rows']} rows."
+            f"Translate-test by a real MT model, {translation['language']}: {percent(translation['accuracy'])} "
+            f"({_text(translation['interval'])}); MT-LLM {percent(row['mt_llm'])}, {translation['rows']} rows."
         )
     speed = results["texts_per_s"]
     lines.append("Texts per second: " + ", ".join(f"{words} {speed[name]:.1f}" for name, words in SYSTEMS.items()))
-    lines.append(f"Chance is {_percent(results['chance'])}. {CAVEAT}")
+    lines.append(f"Chance is {percent(results['chance'])}. {CAVEAT}")
     return lines
 
 
@@ -127,40 +127,55 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def print_demo(results: dict[str, Any]) -> None:
+    """The table and the verdict on the console, narrow enough for 80 columns."""
+    header = [name.replace(", ", ",\n").replace(" directly", "\ndirectly") for name in HEADER]
+    print_table(TITLE, header, table_rows(results), verdict(results))
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], sentences: Iterable[str]) -> None:
+    """A table of accuracies on the console, English first and means set off, with what it says below."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    # narrow enough for 80 columns
-    table = Table(title=TITLE, header_style="bold", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    for index, name in enumerate(HEADER):
-        head = name.replace(", ", ",\n").replace(" directly", "\ndirectly")
-        table.add_column(head, justify="left" if index == 0 else "right", no_wrap=True)
-    rows = table_rows(results)
+    table = Table(title=title, header_style="bold", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
     for index, row in enumerate(rows):
-        if index == 1 or (index == len(rows) - 1 and results["mean_of"]):
+        mean = row[0].startswith("mean")
+        if index == 1 or mean:
             table.add_section()
-        table.add_row(*row, style="bold" if row[0].startswith("mean") else None)
+        table.add_row(*row, style="bold" if mean else None)
     console.print(table)
-    for line in verdict(results):
+    for line in sentences:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def write_report(results: dict[str, Any], scores: Scores, root: Path) -> None:
     """Write results.json, report.md and scores.png under `root`."""
+    scripts = sorted({row["script"] for row in results["languages"].values()} | {SCRIPTS["Latn"]})
+    about = f"{len(results['languages'])} languages besides English, scripts: {', '.join(scripts)}."
+    head = ["# Demo: topics in many languages, learned in English", "", about, ""]
+    head += [*markdown_table(HEADER, table_rows(results)), "", *(f"- {line.strip()}" for line in verdict(results))]
+    write_files(results, scores, root, head)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table whose first column is words and the others numbers."""
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" + " ---: |" * (len(header) - 1)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def write_files(results: dict[str, Any], scores: Scores, root: Path, lines: Sequence[str], rows: str = "") -> None:
+    """Write results.json, scores.png, and `lines` with the figure and the circumstances as report.md, under `root`."""
     from ..reporting.score_figure import draw_scores
 
     draw_scores(scores, root / "scores.png")
-    scripts = sorted({row["script"] for row in results["languages"].values()} | {SCRIPTS["Latn"]})
-    lines = ["# Demo: topics in many languages, learned in English", ""]
-    lines += [f"{len(results['languages'])} languages besides English, scripts: {', '.join(scripts)}.", ""]
-    lines += ["| " + " | ".join(HEADER) + " |", "|" + " --- |" + " ---: |" * (len(HEADER) - 1)]
-    lines += ["| " + " | ".join(row) + " |" for row in table_rows(results)]
-    lines += ["", *(f"- {line.strip()}" for line in verdict(results)), "", "![Accuracy by language](scores.png)", ""]
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
-    lines += [f"{results['seconds']:.0f} s, seed {results['seed']}; {versions}.", ""]
-    (root / "report.md").write_text("\n".join(lines), encoding="utf-8")
+    circumstances = f"{rows}{results['seconds']:.0f} s, seed {results['seed']}; {versions}."
+    text = "\n".join([*lines, "", "![Accuracy by language](scores.png)", "", circumstances, ""])
+    (root / "report.md").write_text(text, encoding="utf-8")
     (root / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
@@ -176,9 +191,11 @@ def _text(interval: Sequence[float] | None) -> str:
     return "" if interval is None else f"[{100 * interval[0]:.0f},{100 * interval[1]:.0f}]"
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
+    """A share in percent, to a tenth."""
     return f"{100 * value:.1f} %"
 
 
-def _points(value: float) -> str:
+def points(value: float) -> str:
+    """A difference of shares in percentage points, with its sign."""
     return f"{100 * value:+.1f} points"

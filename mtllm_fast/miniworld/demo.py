@@ -23,7 +23,7 @@ READERS = ("direct", "encoder_only", "translate_test", "mt_llm")
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Sizes and settings of the demo; what they were chosen by stands in miniworld/README.md."""
+    """Sizes and settings of the demo; what they were chosen by stands in benchmarks/miniworld/README.md."""
 
     texts: int = 20_000
     unlabelled: int = 12_000
@@ -67,8 +67,10 @@ def run_demo(
         say: told what happens next, a line at a time.
 
     Raises:
-        ValueError: `output` holds something else than an earlier demo.
+        ValueError: `output` holds something else than an earlier demo, or the shipped models are not at hand.
     """
+    if not from_scratch:
+        check_models()
     from ..data import read_rows
     from ..evaluation import Translator, evaluate
     from ..models import MTLLM
@@ -175,11 +177,20 @@ def run_demo(
     return results
 
 
+def check_models() -> None:
+    """Raise ValueError where the world's two models are missing, as in an installed package."""
+    if not all((ASSETS / name / "model.safetensors").is_file() for name in ("mt", "llm")):
+        raise ValueError(
+            "the generated world's models are in the repository of mtllm-fast, not in the installed package: run this "
+            "in a checkout (`pip install --editable .`), or add --from-scratch, which trains them (half an hour)"
+        )
+
+
 def base_models(
     world: World, folder: Path, *, seed: int, from_scratch: bool, say: Callable[[str], None] = print
 ) -> tuple[str, str]:
     """Folders of the world's MT model and LLM: built now, or the shipped ones. Shipped weights are stored in half
-    precision to keep the package small; they are read into float32 here, once."""
+    precision to keep the repository small; they are read into float32 here, once."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..demo.report import markdown_table, percent, points, print_table, write_files
 from .world import World
 
 if TYPE_CHECKING:
@@ -68,16 +68,16 @@ def verdict(results: dict[str, Any]) -> list[str]:
     languages = results["languages"]
     ours = mean["mt_llm"]
     lines = [
-        f"MT-LLM against the LLM reading directly: {_points(ours - mean['direct'])} on the mean of {len(languages)} "
-        f"languages ({_percent(ours)} against {_percent(mean['direct'])}; chance is {_percent(results['chance'])}).",
-        f"MT-LLM against the MT encoder alone: {_points(ours - mean['encoder_only'])} "
-        f"({_percent(ours)} against {_percent(mean['encoder_only'])}).",
+        f"MT-LLM against the LLM reading directly: {points(ours - mean['direct'])} on the mean of {len(languages)} "
+        f"languages ({percent(ours)} against {percent(mean['direct'])}; chance is {percent(results['chance'])}).",
+        f"MT-LLM against the MT encoder alone: {points(ours - mean['encoder_only'])} "
+        f"({percent(ours)} against {percent(mean['encoder_only'])}).",
     ]
     gap = ours - mean["translate_test"]
     won = [code for code, row in languages.items() if row["mt_llm"] > row["translate_test"]]
     word = f"MT-LLM {'is ahead of' if gap > 0 else 'is behind' if gap < 0 else 'equals'} translate-test"
     lines.append(
-        f"{word}: {_points(gap)} ({_percent(ours)} against {_percent(mean['translate_test'])}), better in {len(won)} "
+        f"{word}: {points(gap)} ({percent(ours)} against {percent(mean['translate_test'])}), better in {len(won)} "
         f"of {len(languages)} languages{' (' + ', '.join(won) + ')' if won else ''}."
     )
     for name in ("high", "low"):
@@ -85,13 +85,13 @@ def verdict(results: dict[str, Any]) -> list[str]:
         much = "much" if name == "high" else "little"
         lines.append(
             f"  with {much} parallel text ({len(part)} languages): "
-            f"MT-LLM {_percent(_mean(row['mt_llm'] for row in part))}, "
-            f"translate-test {_percent(_mean(row['translate_test'] for row in part))}"
+            f"MT-LLM {percent(_mean(row['mt_llm'] for row in part))}, "
+            f"translate-test {percent(_mean(row['translate_test'] for row in part))}"
         )
     lines.append(
-        f"The English teacher scores {_percent(english['teacher'])}: MT-LLM is "
-        f"{_points(english['mt_llm'] - english['teacher'])} from it in English ({_percent(english['mt_llm'])}) and "
-        f"{_points(ours - english['teacher'])} on the foreign mean."
+        f"The English teacher scores {percent(english['teacher'])}: MT-LLM is "
+        f"{points(english['mt_llm'] - english['teacher'])} from it in English ({percent(english['mt_llm'])}) and "
+        f"{points(ours - english['teacher'])} on the foreign mean."
     )
     lines.append(
         f"Speed: MT-LLM {speed['mt_llm']:,.0f} texts/s, translate-test {speed['translate_test']:,.0f}: "
@@ -123,37 +123,16 @@ HEADER = ("language", "parallel texts", *READERS.values())
 
 
 def print_demo(results: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    table = Table(title="Zero-shot accuracy, % (trained on English only)", header_style="bold")
-    for index, name in enumerate(HEADER):
-        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
-    rows = table_rows(results)
-    for index, row in enumerate(rows):
-        if index in (1, len(rows) - 2):
-            table.add_section()
-        table.add_row(*row, style="bold" if index == len(rows) - 2 else None)
-    console.print(table)
-    for line in verdict(results):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    """The table and the verdict on the console."""
+    header = [name.replace(" ", "\n", 1) for name in HEADER]
+    print_table("Zero-shot accuracy, % (trained on English only)", header, table_rows(results), verdict(results))
 
 
 def write_demo_report(results: dict[str, Any], scores: Scores, root: Path) -> None:
     """Write results.json, report.md and scores.png under `root`."""
-    from ..reporting.score_figure import draw_scores
-
-    draw_scores(scores, root / "scores.png")
     lines = ["# Miniworld demo", "", "Zero-shot accuracy in percent; all models learned the task in English only.", ""]
-    lines += ["| " + " | ".join(HEADER) + " |", "|" + " --- |" + " ---: |" * (len(HEADER) - 1)]
-    lines += ["| " + " | ".join(row) + " |" for row in table_rows(results)]
-    lines += ["", *(f"- {line.strip()}" for line in verdict(results)), "", "![Accuracy by language](scores.png)", ""]
-    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
-    size = f"{results['rows_per_language']} rows per language, {results['seconds']:.0f} s, seed {results['seed']}"
-    lines += [f"{size}; {versions}.", ""]
-    (root / "report.md").write_text("\n".join(lines), encoding="utf-8")
-    (root / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    lines += [*markdown_table(HEADER, table_rows(results)), "", *(f"- {line.strip()}" for line in verdict(results))]
+    write_files(results, scores, root, lines, f"{results['rows_per_language']} rows per language, ")
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -163,11 +142,3 @@ def _mean(values: Iterable[float]) -> float:
 
 def _cell(value: float) -> str:
     return f"{100 * value:.1f}"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def _points(value: float) -> str:
-    return f"{100 * value:+.1f} points"

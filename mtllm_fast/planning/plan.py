@@ -15,7 +15,7 @@ USABLE = 0.94  # of the memory: the rest goes to the CUDA context, the allocator
 AUTHORS_BATCH = 32  # texts per GPU and step in the paper's code
 EFFICIENCY = 0.65
 """Share of the roofline that an eager PyTorch step reaches on a GPU: an assumption, no GPU has been measured yet. Small
-steps on a CPU reach 0.7 to 1.0 (benchmarks/plan_accuracy.py); the paper's run would need 0.59 to take its 22 h."""
+steps on a CPU reach 0.7 to 1.0 (`benchmarks.studies.plan_accuracy`); the paper's run needs 0.59 for its 22 h."""
 
 Lengths = list[tuple[int, int]]
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from mtllm_fast.benchmarks import ceilings, registry
-from mtllm_fast.benchmarks.common import DTYPES
-from mtllm_fast.benchmarks.registry import Case
-from mtllm_fast.benchmarks.run import names_of
+
+from benchmarks import ceilings, registry
+from benchmarks.common import DTYPES
+from benchmarks.registry import Case
+from benchmarks.run import names_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [case for case in registry.load().values() if isinstance(case, Case)]

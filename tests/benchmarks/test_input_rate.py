@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from mtllm_fast.benchmarks import input_rate
 
+from benchmarks.studies import input_rate
 from mtllm_fast.data import PackedDataset, TextRow
 
 

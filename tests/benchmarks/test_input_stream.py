@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from mtllm_fast.benchmarks import input_stream
+
+from benchmarks.studies import input_stream
 
 
 def test_a_short_run_reads_every_document_once_over_ranks_and_a_resume(tmp_path) -> None:

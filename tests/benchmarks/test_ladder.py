@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mtllm_fast.benchmarks import ladder, ladder_rungs
-from mtllm_fast.benchmarks.common import Record
-from mtllm_fast.benchmarks.ladder import ALONE, CLIMBS, SIZES, climb, run_cpu
-from mtllm_fast.benchmarks.ladder_rungs import Rung, forward_backward, gate, missing, prepare, reference
-from mtllm_fast.benchmarks.steps import exact, make
 
+from benchmarks.cases.steps import exact, make
+from benchmarks.common import Record
+from benchmarks.studies import ladder, ladder_rungs
+from benchmarks.studies.ladder import ALONE, CLIMBS, SIZES, climb, run_cpu
+from benchmarks.studies.ladder_rungs import Rung, forward_backward, gate, missing, prepare, reference
 from mtllm_fast.models.frozen import Fp8Linear, quantize_frozen
 
 TINY = SIZES["quick"]["tiny"]
@@ -135,8 +135,8 @@ def test_rungs_are_chosen_on_a_gpu_too(monkeypatch, tmp_path, capsys) -> None:
 
 def test_a_size_of_the_gpu_has_the_tokens_of_a_real_step() -> None:
     """The first size of the ladder and of the training steps: 8 to 11 thousand tokens."""
-    from mtllm_fast.benchmarks.lengths import DISTRIBUTIONS
-    from mtllm_fast.benchmarks.registry import get
+    from benchmarks.lengths import DISTRIBUTIONS
+    from benchmarks.registry import get
 
     for size in (next(iter(SIZES["cuda"].values())), get("adaptation_step").sizes["cuda"][0]):
         assert 24 <= size["count"] <= 32

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from benchmarks.plan_rungs import TRAFFIC, estimates, flops
+from benchmarks.studies.plan_rungs import TRAFFIC, estimates, flops
 from tests.conftest import REPO
 
 TABLE = json.loads(TRAFFIC.read_text(encoding="utf-8"))

@@ -11,10 +11,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mtllm_fast.benchmarks import ceilings, registry, run, sources
-from mtllm_fast.benchmarks.common import DTYPES, Record, relative_error, write
-from mtllm_fast.benchmarks.registry import Case, Study, Work
 
+from benchmarks import ceilings, registry, run, sources
+from benchmarks.common import DTYPES, Record, relative_error, write
+from benchmarks.registry import Case, Study, Work
 from tests.conftest import REPO
 
 CEILINGS = {"copy": 1e10, "gemm_fp32": 1e11, "gemm_bf16": 1e11}
@@ -185,7 +185,7 @@ def test_results_are_never_half_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_a_red_case_has_no_speedup_in_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mtllm_fast.reporting.throughput import speedups
+    from benchmarks.report.throughput import speedups
 
     record = Record("c", {"T": 1}, "fp32", "cpu", "ours", "fail", size="s", ours=True)
     other = Record("c", {"T": 1}, "fp32", "cpu", "padded", "pass", time_ms=2.0, size="s")

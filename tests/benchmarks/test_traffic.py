@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.traffic import LAYERS, traced
-from benchmarks.traffic_count import CompiledTraffic, Traffic, accessed, counted_launches
+from benchmarks.studies.traffic import LAYERS, traced
+from benchmarks.studies.traffic_count import CompiledTraffic, Traffic, accessed, counted_launches
 from tests.conftest import REPO
 
 PEFTS, ONE_OP, LIGER, COMPILED = LAYERS

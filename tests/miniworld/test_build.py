@@ -71,9 +71,9 @@ def test_the_shipped_weights_are_small_and_half_precision() -> None:
 
 
 def test_the_shipped_encoder_passes_the_gate_and_translates(tmp_path: Path) -> None:
+    from benchmarks.miniworld.gate import GATE, neutrality
     from mtllm_fast.evaluation import Translator
     from mtllm_fast.miniworld.demo import base_models
-    from mtllm_fast.miniworld.gate import GATE, neutrality
 
     world = World()
     mt, _ = base_models(world, tmp_path, seed=0, from_scratch=False)

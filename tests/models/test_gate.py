@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from benchmarks import llm_families
+from benchmarks.studies import llm_families
 from mtllm_fast import MTLLM, PackedBatch, cli
 from mtllm_fast.models import PackedLLM, gate
 from tests.conftest import assert_matches

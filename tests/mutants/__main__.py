@@ -25,7 +25,7 @@ from typing import Any
 from .planted import REPO, Mutant, all_mutants
 
 COPIED = ("mtllm_fast", "kernels", "tests", "benchmarks", "pyproject.toml")
-MAPPED = ("kernels", "benchmarks")  # folders that are subpackages of mtllm_fast
+MAPPED = ("kernels",)  # folders that are subpackages of mtllm_fast
 # What is imported before forking. The tests of the kernels use no fixture of the suite, and so need nothing but torch.
 MODULES = {
     "plain": ("torch", "numpy", "hypothesis", "transformers", "peft", "datasets", "safetensors.torch"),

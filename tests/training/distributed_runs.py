@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.parallel import CONTROLS
+from benchmarks.studies.parallel import CONTROLS
 from mtllm_fast import TextRow
 from mtllm_fast.data.batch import Batch
 from mtllm_fast.losses import DistillationWeights

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.survive import entries
+from benchmarks.studies.survive import entries
 from mtllm_fast.training.checkpoint import Publisher, damage, last_complete, mark_complete, publish, rotate, staged
 
 

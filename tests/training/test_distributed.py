@@ -1,5 +1,5 @@
 """One process, two with DDP, two with FSDP2, and resumed from one to another: the same run (the long version is
-benchmarks/parallel.py)."""
+benchmarks/studies/parallel.py)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from benchmarks.parallel import distance, interrupted
+from benchmarks.studies.parallel import distance, interrupted
 from mtllm_fast import MTLLM
 from mtllm_fast.models.sharded import spread_like, whole, whole_state
 from mtllm_fast.training import distributed

@@ -1,5 +1,5 @@
 """Runs that are killed and signalled at random moments, in processes of their own (the long version is
-benchmarks/survive.py)."""
+benchmarks/studies/survive.py)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.survive import differences, entries, make_inputs, spoil, unreadable
+from benchmarks.studies.survive import differences, entries, make_inputs, spoil, unreadable
 from mtllm_fast.training.checkpoint import damage
 from mtllm_fast.training.signals import StopRequest
 

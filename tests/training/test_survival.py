@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from benchmarks.survive import entries, unreadable
+from benchmarks.studies.survive import entries, unreadable
 from mtllm_fast import TextRow
 from mtllm_fast.data.collate import collate
 from mtllm_fast.data.split import halves

@@ -1,0 +1,1 @@
+"""What `mtllm bench` measures: kernels and pipelines, each registered as a case."""

@@ -1,0 +1,1 @@
+"""Results as Markdown, as an HTML page, as the README's table."""

@@ -1,0 +1,1 @@
+"""One-off experiments; what they found stands in LOG.md."""
