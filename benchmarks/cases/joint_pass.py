@@ -18,10 +18,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from mtllm_fast.kernels import distillation_loss
 from torch import Tensor, nn
 
 from mtllm_fast.data import PackedBatch
-from mtllm_fast.kernels import distillation_loss
 from mtllm_fast.models.adapters import LoraSettings
 from mtllm_fast.models.llm import PackedLLM
 

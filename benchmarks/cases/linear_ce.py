@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from mtllm_fast.kernels.tiles import LINEAR_KL_CPU
+from torch import Tensor
 
 from ..registry import Case, Variant, Work, register
 from ..run import main

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from mtllm_fast.kernels.linear_kl import reference
 from mtllm_fast.kernels.tiles import LINEAR_KL_CPU
+from torch import Tensor
 
 from ..common import Record, versions, write
 from ..registry import Case, Size, Variant, Work, register

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from mtllm_fast.kernels import TeacherMoments, linear_kl, teacher_moments
 from mtllm_fast.kernels.gemms import cpu_nt, mm_f32
 from mtllm_fast.kernels.tiles import LINEAR_KL, LINEAR_KL_CPU, architecture
+from torch import Tensor
 
 
 @dataclass

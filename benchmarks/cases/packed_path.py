@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from mtllm_fast.kernels import distillation_loss, packed_projection, paired_mse, pooled_mse
+from torch import Tensor
 
 from ..lengths import DISTRIBUTIONS
 from ..registry import Case, Size, Variant, Work, register

@@ -13,9 +13,8 @@ from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
-
 from mtllm_fast.kernels import packed_projection
+from torch import Tensor
 
 from ..registry import Case, Variant, Work, register
 from ..run import main

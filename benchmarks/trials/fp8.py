@@ -23,13 +23,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from mtllm_fast.kernels import fp8_linear
 from torch import Tensor
 
 from mtllm_fast import MTLLM
 from mtllm_fast.data import read_rows
 from mtllm_fast.data.batch import Batch
 from mtllm_fast.data.collate import collate
-from mtllm_fast.kernels import fp8_linear
 from mtllm_fast.losses import DistillationWeights
 from mtllm_fast.models import LoraSettings
 from mtllm_fast.models.frozen import Fp8Linear, dequantised, quantize_frozen

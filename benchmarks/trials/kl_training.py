@@ -18,10 +18,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from mtllm_fast.kernels import linear_kl, teacher_moments
 from mtllm_fast.kernels.linear_kl import reference
+from torch import Tensor, nn
 
 from .. import RESULTS
 from ..common import commit, device_name, versions, write

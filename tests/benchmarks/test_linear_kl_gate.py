@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from mtllm_fast.kernels.linear_kl import reference
+from mtllm_fast.kernels.tiles import LINEAR_KL_CPU
 
 from benchmarks import registry
 from benchmarks.cases import linear_kl
 from benchmarks.cases import linear_kl_variants as variants
 from benchmarks.cases.linear_kl import CASE, EDGE
 from benchmarks.common import relative_error
-from mtllm_fast.kernels.linear_kl import reference
-from mtllm_fast.kernels.tiles import LINEAR_KL_CPU
 
 ROWS = 2 * LINEAR_KL_CPU.chunk_rows + 100
 
