@@ -31,10 +31,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mtllm_fast.data.batch import Batch, TokenizedRows, check_sides, tokenise_readable
-from mtllm_fast.data.read import TextRow
-from mtllm_fast.data.tokenise import StackTokenizer, TokenizedSide
-from mtllm_fast.disk import MARKER, FolderLock, difference, mark_complete
+from ..jobs.durable import MARKER, FolderLock, difference, mark_complete, replace_folder, scratch, write_text
+from ..jobs.fingerprint import sha256_of, sha256_of_json
+from ..jobs.ledger import differing
+from .batch import Batch, TokenizedRows, check_sides, tokenise_readable
+from .read import TextRow
+from .tokenise import StackTokenizer, TokenizedSide
 
 STORE_FILE = "store.json"
 BEGUN_FILE = "begun.json"
@@ -67,6 +69,13 @@ class StoreReport:
     skipped: dict[str, int]
 
 
+def tokenizer_state(tokenizer: Any) -> dict[str, Any]:
+    """What a fast Hugging Face tokenizer does, as plain data: without padding and truncation, which the last call left
+    there and a StackTokenizer does not use."""
+    state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {name: value for name, value in state.items() if name not in ("padding", "truncation")}
+
+
 def tokenizer_key(tokenizer: StackTokenizer, sides: Sequence[str]) -> dict[str, Any]:
     """Plain data that tells whether another StackTokenizer makes the same tokens on `sides`."""
     key: dict[str, Any] = {
@@ -76,10 +85,7 @@ def tokenizer_key(tokenizer: StackTokenizer, sides: Sequence[str]) -> dict[str, 
     }
     for side in sides:
         inner = getattr(tokenizer, side)
-        state = json.loads(inner.backend_tokenizer.to_str())
-        # padding and truncation are what the last call left there; the StackTokenizer uses neither
-        state = {k: v for k, v in state.items() if k not in ("padding", "truncation")}
-        digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(tokenizer_state(inner), sort_keys=True).encode())
         digest.update(str((inner.bos_token_id, inner.eos_token_id)).encode())
         key[side] = {"tokenizer": digest.hexdigest()[:16], "limit": getattr(tokenizer, f"max_{side}_tokens")}
     return key
@@ -110,9 +116,12 @@ def write_store(
     if shard_rows < 1:
         raise ValueError(f"shard_rows={shard_rows}: must be at least 1")
     made = {
-        "format": _FORMAT, "sides": list(sides), "shard_rows": shard_rows, "tokenizer": tokenizer_key(tokenizer, sides),
+        "format": _FORMAT,
+        "sides": list(sides),
+        "shard_rows": shard_rows,
+        "tokenizer": tokenizer_key(tokenizer, sides),
         "source": json.loads(json.dumps(source)),
-    }  # fmt: skip
+    }
     _check_started(folder, made)  # before a lock is written into what is no store
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,7 +144,7 @@ def write_store(
 
 def _start(folder: Path, made: dict[str, Any]) -> None:
     if not (folder / BEGUN_FILE).exists():
-        _write_json(folder / BEGUN_FILE, made)
+        write_text(folder / BEGUN_FILE, json.dumps(made, indent=1))
     for left in folder.glob(".shard-*"):
         shutil.rmtree(left)
 
@@ -161,7 +170,7 @@ def _written(
     skipped = {"empty": counts.empty, "failed": counts.failed} if counts is not None else {}
     skipped["unreadable"] = int(sum(shard["unreadable"][0] for shard in opened))
     record = {**made, "shards": shards, "skipped": skipped, "files": {name: _digests(folder / name) for name in shards}}
-    _write_json(folder / STORE_FILE, {**record, "check": _check(record)})
+    write_text(folder / STORE_FILE, json.dumps({**record, "check": sha256_of_json(record)}, indent=1))
     store = TokenStore(folder)
     tokens = {side: int(sum(shard[f"{side}.starts"][-1] for shard in store.shards)) for side in sides}
     return StoreReport(len(store), min(done, position), tokens, store.truncated, skipped)
@@ -176,10 +185,6 @@ def _digests(shard: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{shard / MARKER} is damaged ({error}): delete {shard.parent} and tokenise again") from None
     return found
-
-
-def _check(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _open_shards(folder: Path, names: Sequence[str]) -> list[dict[str, NDArray[Any]]]:
@@ -202,20 +207,10 @@ def _check_started(folder: Path, made: dict[str, Any]) -> None:
     begun = folder / BEGUN_FILE
     if begun.exists():
         before = json.loads(begun.read_text(encoding="utf-8"))
-        for name, value in made.items():
-            if before.get(name) != value:
-                raise ValueError(f"{folder} was begun with another {name}: delete it or name another folder")
+        if other := differing(before, made):
+            raise ValueError(f"{folder} was begun with another {other[0]}: delete it or name another folder")
     elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise ValueError(f"{folder} holds files, but no token store that was begun: name another folder")
-
-
-def _write_json(path: Path, data: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as handle:
-        json.dump(data, handle, indent=1)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
 
 
 def _write_shard(
@@ -263,12 +258,11 @@ def _write_shard(
         names = [(name or "").encode() for name in ids]
         arrays["name_starts"] = np.concatenate([[0], np.cumsum([len(n) for n in names])]).astype(np.int64)
         arrays["names"] = np.frombuffer(b"".join(names), dtype=np.uint8)
-    temporary = folder / f".{name}.{os.getpid()}"
-    temporary.mkdir()
-    for key, array in arrays.items():
-        np.save(temporary / f"{key}.npy", array)
-    mark_complete(temporary)
-    os.rename(temporary, folder / name)
+    with scratch(folder / f".{name}.{os.getpid()}") as temporary:
+        for key, array in arrays.items():
+            np.save(temporary / f"{key}.npy", array)
+        mark_complete(temporary)
+        replace_folder(temporary, folder / name)
 
 
 class TokenStore:
@@ -366,8 +360,7 @@ class TokenStore:
 
     def identity(self) -> dict[str, Any]:
         """Plain data that names these rows."""
-        digest = hashlib.sha256((self.folder / STORE_FILE).read_bytes())
-        return {"store": str(self.folder), "key": digest.hexdigest()[:16]}
+        return {"store": str(self.folder), "key": sha256_of(self.folder / STORE_FILE)[:16]}
 
     def lengths(self, index: NDArray[np.int64], sides: Sequence[str]) -> dict[str, NDArray[np.int64]]:
         """Tokens of the rows of these numbers, by side."""
@@ -395,7 +388,7 @@ def _record(path: Path) -> dict[str, Any]:
     """What store.json says. Raises ValueError where it is not what was written."""
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     rest = {name: value for name, value in found.items() if name != "check"}
-    if not set(found) <= _FIRST_KEYS and found.get("check") != _check(rest):
+    if not set(found) <= _FIRST_KEYS and found.get("check") != sha256_of_json(rest):
         raise ValueError(f"the content of {path.name} is not what was written")
     return found
 

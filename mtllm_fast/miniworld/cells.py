@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..jobs.durable import exclusive, write_json
 from .languages import ENGLISH
 from .world import World, free_english
 
@@ -68,8 +69,6 @@ class Cells:
 
     def model(self, name: str, train: Callable[[str], Any]) -> str:
         """Folder of the trained model `name`; `train(folder)` makes it where it is missing or unfinished."""
-        from ..training.teacher_cache import exclusive
-
         folder = self.root / name
         folder.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(folder.with_name(f"{name}.lock")):  # several processes may share an experiment
@@ -82,7 +81,7 @@ class Cells:
                 shutil.rmtree(checkpoint)
             kept = ("best_eval_accuracy", "best_step", "train_loss", "max_steps")
             seconds = round(time.perf_counter() - start, 1)
-            _write(folder / "done.json", {"seconds": seconds, **{k: metrics[k] for k in kept if k in metrics}})
+            write_json(folder / "done.json", {"seconds": seconds, **{k: metrics[k] for k in kept if k in metrics}})
             self.say(f"  {self.root.name} {name}: {seconds:.0f} s")
         return str(folder)
 
@@ -91,7 +90,7 @@ class Cells:
         path = self.root / "scores" / f"{name}.json"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, compute())
+            write_json(path, compute())
         return json.loads(path.read_text(encoding="utf-8"))
 
     def optim(self, kind: str, steps: int, rows: int | None = None) -> Any:
@@ -184,14 +183,8 @@ class Translations:
                 {f"{row.language} {row.text}": found.text for row, found in zip(missing, translated, strict=True)}
             )
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _write(self.path, self.known)
+            write_json(self.path, self.known)
         return [replace(row, text=self.known[f"{row.language} {row.text}"], language=ENGLISH) for row in rows]
-
-
-def _write(path: Path, data: Any) -> None:
-    from ..training.run_folder import write_json
-
-    write_json(path, data)
 
 
 def kind_rows(world: World, code: str, split: str, count: int, *, free: bool = False) -> list[TextRow]:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..jobs.durable import write_json
 from .cells import Cells, ExperimentConfig, Translations, kind_rows
 from .curves import adaptation, ambiguity, length, typos
 from .languages import ENGLISH
@@ -80,8 +81,6 @@ def run_experiment(
 
 
 def _check(root: Path, config: ExperimentConfig) -> None:
-    from ..training.run_folder import write_json
-
     record = root / "experiment.json"
     if root.exists() and not root.is_dir():
         raise ValueError(f"output={str(root)!r}: is a file, not a folder")

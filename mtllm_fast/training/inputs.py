@@ -10,24 +10,10 @@ from typing import Any
 from ..data.language import ENGLISH_CODES
 from ..data.read import RowStream, TextRow, resolve
 from ..data.store import TokenStore
+from ..jobs.fingerprint import of_file
 from ..models.storage import read_config
 
-_WHOLE = 64 * 2**20  # bytes up to which a file is read whole
-_BLOCK, _BLOCKS = 2**18, 256  # of a larger one: evenly spread, first and last among them
 _MODEL_FILES = ("*.safetensors", "config.json", "tokenizer.json", "sentencepiece.bpe.model", "tokenizer.model")
-
-
-def file_digest(path: Path) -> str:
-    """Bytes and SHA-256 of a file; of one above 64 MiB, of 256 blocks spread over it."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if size <= _WHOLE:
-            return f"{size} bytes {hashlib.file_digest(file, 'sha256').hexdigest()}"
-        found = hashlib.sha256()
-        for block in range(_BLOCKS):
-            file.seek((size - _BLOCK) * block // (_BLOCKS - 1))
-            found.update(file.read(_BLOCK))
-    return f"{size} bytes, in parts {found.hexdigest()}"
 
 
 def files_of(source: Any) -> dict[str, str]:
@@ -38,11 +24,11 @@ def files_of(source: Any) -> dict[str, str]:
         except (FileNotFoundError, ValueError):
             return {}
         root = Path(source.source)
-        return {path.relative_to(root).as_posix() if root.is_dir() else path.name: file_digest(path) for path in paths}
+        return {path.relative_to(root).as_posix() if root.is_dir() else path.name: of_file(path) for path in paths}
     folder = Path(source)
     if not folder.is_dir():
         return {}
-    return {path.name: file_digest(path) for pattern in _MODEL_FILES for path in sorted(folder.glob(pattern))}
+    return {path.name: of_file(path) for pattern in _MODEL_FILES for path in sorted(folder.glob(pattern))}
 
 
 def rows_digest(rows: Iterable[TextRow]) -> str:
@@ -59,7 +45,7 @@ def identity(source: Any) -> dict[str, str]:
     """Digests by name of one thing that a run reads: a token store, a stream, a list of rows, a model's folder."""
     if isinstance(source, TokenStore):
         paths = [path for path in sorted(source.folder.rglob("*")) if path.is_file()]
-        return {path.relative_to(source.folder).as_posix(): file_digest(path) for path in paths}
+        return {path.relative_to(source.folder).as_posix(): of_file(path) for path in paths}
     if isinstance(source, (RowStream, str, Path)):
         return files_of(source)
     if isinstance(source, Sequence):

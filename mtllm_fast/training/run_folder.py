@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..disk import FolderLock, check_folder_above
+from ..jobs.checkpoint import said_in_bytes
+from ..jobs.durable import FolderLock, check_folder_above, write_json
 from ..models.sharded import is_sharded
-from .checkpoint import said_in_bytes
 from .inputs import changed, identity
 from .processes import packs_per_process, processes
 from .provenance import provenance, read_list
@@ -24,12 +24,9 @@ RESULT = "result.json"
 
 # Settings that may differ between a run and its continuation without changing what it computes.
 _FREE = {"resume", "output", "save_steps", "log_steps", "keep", "workers", "progress", "report_to", "device"}
-_FREE |= {"checkpointing", "activation_memory_gib", "compile", "liger"}
-_FREE |= {"async_save", "bad_steps", "parallel"}
+_FREE |= {"checkpointing", "activation_memory_gib", "compile", "liger", "async_save", "bad_steps", "parallel"}
 # Settings whose product is what may not differ.
 _STEP = ("train.gradient_accumulation", "processes")
-
-
 # What may grow when a run is resumed; what the record says besides the settings; paths of a source of rows.
 _MORE = ("train.max_steps", "train.epochs")
 _RECORDED = ("inputs", "extended")
@@ -49,13 +46,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _is_more(before: Any, now: Any) -> bool:
     return isinstance(before, int) and isinstance(now, int) and 0 <= before < now
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON so that a reader sees the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 class RunFolder:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..disk import MARKER, damage, mark_complete, room, sync_folder, write_failure
+from .durable import MARKER, damage, mark_complete, replace_folder, room, write_failure
 
 log = logging.getLogger(__name__)
 
@@ -71,15 +71,7 @@ def publish(folder: Path, step: int) -> Path:
     """Complete the staged checkpoint of `step` and give it its name; an incomplete one of that name makes way."""
     source, final = staged(folder, step), folder / f"checkpoint-{step}"
     mark_complete(source)
-    if final.exists():
-        old = folder / f".checkpoint-{step}.old"
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(final, old)
-        os.rename(source, final)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.rename(source, final)
-    sync_folder(folder)
+    replace_folder(source, final)
     return final
 
 

@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..disk import lock, opened, sync_folder
+from .durable import is_at, lock, opened, sync, write_text
+from .ledger import differing
 
 RECORD = np.dtype(
     [
@@ -74,17 +75,13 @@ class Parts:
     def _agree(self, settings: dict[str, Any]) -> None:
         path = self.folder / "run.json"
         if not path.exists():
-            write_whole(path, json.dumps(settings, indent=2, sort_keys=True) + "\n", self.rank)
+            write_text(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
         before = json.loads(path.read_text(encoding="utf-8"))
-        differing = [
-            f"{name} was {before.get(name)!r} and is {settings.get(name)!r}"
-            for name in sorted({*before, *settings})
-            if before.get(name) != settings.get(name)
-        ]
-        if differing:
+        if names := sorted(differing(before, settings)):
+            others = "; ".join(f"{name} was {before.get(name)!r} and is {settings.get(name)!r}" for name in names)
             raise ValueError(
-                f"--output {self.output}: a stopped run in {self.folder.name} had other settings ("
-                f"{'; '.join(differing)}); use those, or pass --overwrite to begin anew"
+                f"--output {self.output}: a stopped run in {self.folder.name} had other settings ({others}); "
+                "use those, or pass --overwrite to begin anew"
             )
 
     def _trim(self) -> None:
@@ -118,7 +115,7 @@ class Parts:
 
     def finish(self, windows: int, rows: int, **more: Any) -> None:
         """Record that the input has no further windows."""
-        write_whole(self.folder / "end.json", json.dumps({"windows": windows, "rows": rows, **more}), self.rank)
+        write_text(self.folder / "end.json", json.dumps({"windows": windows, "rows": rows, **more}))
 
     def end(self) -> dict[str, Any]:
         """What `finish` recorded; empty before."""
@@ -172,21 +169,20 @@ class Parts:
 
     def replace_output(self, path: Path) -> None:
         """Put a finished file of the folder in the output's place, at once and for good."""
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-        write_whole(self.folder / "joined", path.name, self.rank)
+        sync(path)
+        write_text(self.folder / "joined", path.name)
         os.replace(path, self.output)
         self.joined = True
-        sync_folder(self.output.parent)
+        sync(self.output.parent)
 
     def lock_for_joining(self) -> bool:
         """Wait until no other process joins; False where one has, and the folder is gone."""
+        path = self.folder / "join.lock"
         try:
-            self._join = opened(self.folder / "join.lock")
+            self._join = opened(path)
         except FileNotFoundError:
             return False
-        return lock(self._join, wait=True) and self.folder.exists()
+        return lock(self._join, wait=True) and is_at(self._join, path)
 
     def close(self) -> None:
         """Release the files; what is done stays."""
@@ -216,17 +212,6 @@ def clear(output: Path) -> None:
         if not stopped:
             raise ValueError(f"--overwrite: another process is writing {output}")
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def write_whole(path: Path, text: str, rank: int) -> None:
-    """Write a small file so that it is there with all of its content or not at all."""
-    temporary = path.with_name(f"{path.name}.{rank}.tmp")
-    with temporary.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
 
 
 def _check(records: NDArray[Any]) -> NDArray[np.uint32]:
