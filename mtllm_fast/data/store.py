@@ -115,14 +115,14 @@ def write_store(
     folder, sides = Path(folder), check_sides(sides, tokenizer)
     if shard_rows < 1:
         raise ValueError(f"shard_rows={shard_rows}: must be at least 1")
-    made = {
+    settings = {
         "format": _FORMAT,
         "sides": list(sides),
         "shard_rows": shard_rows,
         "tokenizer": tokenizer_key(tokenizer, sides),
         "source": json.loads(json.dumps(source)),
     }
-    _check_started(folder, made)  # before a lock is written into what is no store
+    _check_started(folder, settings)  # before a lock is written into what is no store
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(folder)
@@ -131,9 +131,9 @@ def write_store(
             f"{folder}: another process ({lock.holder()}) is writing tokens into it; wait for it, or name a new folder"
         )
     try:
-        _check_started(folder, made)  # what a process that has let go of it meanwhile left
-        _start(folder, made)
-        return _written(rows, tokenizer, folder, made, on_progress)
+        _check_started(folder, settings)  # what a process that has let go of it meanwhile left
+        _start(folder, settings)
+        return _write_shards(rows, tokenizer, folder, settings, on_progress)
     except ValueError:
         if new and not any(folder.glob("shard-*")):  # nothing to go on from
             shutil.rmtree(folder)
@@ -142,18 +142,18 @@ def write_store(
         lock.release()
 
 
-def _start(folder: Path, made: dict[str, Any]) -> None:
+def _start(folder: Path, settings: dict[str, Any]) -> None:
     if not (folder / BEGUN_FILE).exists():
-        write_text(folder / BEGUN_FILE, json.dumps(made, indent=1))
+        write_text(folder / BEGUN_FILE, json.dumps(settings, indent=1))
     for left in folder.glob(".shard-*"):
         shutil.rmtree(left)
 
 
-def _written(
-    rows: Iterable[TextRow], tokenizer: StackTokenizer, folder: Path, made: dict[str, Any], on_progress: Any
+def _write_shards(
+    rows: Iterable[TextRow], tokenizer: StackTokenizer, folder: Path, settings: dict[str, Any], on_progress: Any
 ) -> StoreReport:
     """The shards that are not there yet, and the file that makes a store of them."""
-    sides, shard_rows = made["sides"], made["shard_rows"]
+    sides, shard_rows = settings["sides"], settings["shard_rows"]
     shards = sorted(path.name for path in folder.glob("shard-*") if path.is_dir())
     done = len(shards) * shard_rows
     stream = islice(iter(rows), done, None)
@@ -169,7 +169,12 @@ def _written(
     counts = getattr(rows, "counts", None)
     skipped = {"empty": counts.empty, "failed": counts.failed} if counts is not None else {}
     skipped["unreadable"] = int(sum(shard["unreadable"][0] for shard in opened))
-    record = {**made, "shards": shards, "skipped": skipped, "files": {name: _digests(folder / name) for name in shards}}
+    record = {
+        **settings,
+        "shards": shards,
+        "skipped": skipped,
+        "files": {name: _digests(folder / name) for name in shards},
+    }
     write_text(folder / STORE_FILE, json.dumps({**record, "check": sha256_of_json(record)}, indent=1))
     store = TokenStore(folder)
     tokens = {side: int(sum(shard[f"{side}.starts"][-1] for shard in store.shards)) for side in sides}
@@ -189,10 +194,10 @@ def _digests(shard: Path) -> dict[str, Any]:
 
 def _open_shards(folder: Path, names: Sequence[str]) -> list[dict[str, NDArray[Any]]]:
     files = [sorted((folder / name).glob("*.npy")) for name in names]
-    return [{file.stem: _mapped(file) for file in inside} for inside in files]
+    return [{file.stem: _memory_map(file) for file in inside} for inside in files]
 
 
-def _mapped(file: Path) -> NDArray[Any]:
+def _memory_map(file: Path) -> NDArray[Any]:
     try:
         array: NDArray[Any] = np.load(file, mmap_mode="r")
     except (OSError, ValueError) as error:
@@ -200,14 +205,14 @@ def _mapped(file: Path) -> NDArray[Any]:
     return array
 
 
-def _check_started(folder: Path, made: dict[str, Any]) -> None:
+def _check_started(folder: Path, settings: dict[str, Any]) -> None:
     """What a killed call began must be what this one goes on with."""
     if (folder / STORE_FILE).exists():
         raise ValueError(f"{folder} holds a complete token store: delete it or name another folder")
     begun = folder / BEGUN_FILE
     if begun.exists():
         before = json.loads(begun.read_text(encoding="utf-8"))
-        if other := differing(before, made):
+        if other := differing(before, settings):
             raise ValueError(f"{folder} was begun with another {other[0]}: delete it or name another folder")
     elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise ValueError(f"{folder} holds files, but no token store that was begun: name another folder")
@@ -236,10 +241,10 @@ def _write_shard(
         unreadable += len(bad)
         labels += readable.labels
         ids += readable.ids
-        for side, made in readable.sides.items():
-            parts.setdefault(f"{side}.ids", []).extend(row.astype(np.int32) for row in made.ids)
-            parts.setdefault(f"{side}.ends", []).extend(made.ends)
-            parts.setdefault(f"{side}.truncated", []).append(np.array([made.truncated]))
+        for side, tokenised in readable.sides.items():
+            parts.setdefault(f"{side}.ids", []).extend(row.astype(np.int32) for row in tokenised.ids)
+            parts.setdefault(f"{side}.ends", []).extend(tokenised.ends)
+            parts.setdefault(f"{side}.truncated", []).append(np.array([tokenised.truncated]))
         if on_progress is not None:
             on_progress(position + start + len(window))
     arrays: dict[str, NDArray[Any]] = {"unreadable": np.array([unreadable], dtype=np.int64)}
@@ -290,13 +295,13 @@ class TokenStore:
             what = "is not complete: run the same `mtllm tokenize` again" if begun else "is no token store"
             raise ValueError(f"{self.folder} {what}")
         try:
-            self.made = _record(path)
-            self.sides = tuple(self.made["sides"])
-            self._uncompared = set(range(len(self.made["shards"]))) if "files" in self.made else set()
+            self.record = _record(path)
+            self.sides = tuple(self.record["sides"])
+            self._uncompared = set(range(len(self.record["shards"]))) if "files" in self.record else set()
             for shard in sorted(self._uncompared):
                 if (found := self._difference(shard, (".starts.npy", ".truncated.npy"))) is not None:
                     raise ValueError(found)
-            self.shards = _open_shards(self.folder, self.made["shards"])
+            self.shards = _open_shards(self.folder, self.record["shards"])
             sizes = [len(shard[f"{self.sides[0]}.starts"]) - 1 for shard in self.shards]
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{self.folder} is damaged ({error}): tokenise the text again") from None
@@ -324,7 +329,7 @@ class TokenStore:
         for side in sides:
             if side not in self.sides:
                 raise ValueError(f"{self.folder} holds the sides {', '.join(self.sides)}, but {side!r} is needed")
-        mine, asked = self.made["tokenizer"], json.loads(json.dumps(tokenizer_key(tokenizer, sides)))
+        mine, asked = self.record["tokenizer"], json.loads(json.dumps(tokenizer_key(tokenizer, sides)))
         for name, value in asked.items():
             if mine.get(name) != value:
                 raise ValueError(
@@ -340,8 +345,8 @@ class TokenStore:
         Raises:
             ValueError: names the first file that is not as it was written.
         """
-        files = self.made.get("files", {})
-        size = sum(one["bytes"] for shard in files.values() for one in shard.values())
+        files = self.record.get("files", {})
+        size = sum(file["bytes"] for shard in files.values() for file in shard.values())
         if most_bytes is None or size <= most_bytes:
             self._compare(self._uncompared)
 
@@ -353,8 +358,8 @@ class TokenStore:
 
     def _difference(self, shard: int, endings: tuple[str, ...] = ("",)) -> str | None:
         """What is not as it was written in those files of a shard whose names end so."""
-        name = self.made["shards"][shard]
-        record = {file: is_to_be for file, is_to_be in self.made["files"][name].items() if file.endswith(endings)}
+        name = self.record["shards"][shard]
+        record = {file: is_to_be for file, is_to_be in self.record["files"][name].items() if file.endswith(endings)}
         what = difference(self.folder / name, record)
         return None if what is None else f"{name}: {what}"
 
@@ -371,17 +376,17 @@ class TokenStore:
         shard_of = np.searchsorted(self.first, index, side="right") - 1
         self._compare(shard_of.tolist())
         places = [(self.shards[s], int(i - self.first[s])) for s, i in zip(shard_of.tolist(), index.tolist())]
-        made = {}
+        rows = {}
         for side in sides:
             ids, ends = [], []
             for shard, row in places:
                 start, stop = (int(x) for x in shard[f"{side}.starts"][row : row + 2])
                 ids.append(shard[f"{side}.ids"][start:stop].astype(np.int64))
                 ends.append(np.array(shard[f"{side}.ends"][start:stop]))
-            made[side] = TokenizedSide(ids, ends, 0)
+            rows[side] = TokenizedSide(ids, ends, 0)
         labels = [int(shard["labels"][row]) if "labels" in shard else None for shard, row in places]
         names = [_name(shard, row) for shard, row in places]
-        return TokenizedRows(made, labels, names)
+        return TokenizedRows(rows, labels, names)
 
 
 def _record(path: Path) -> dict[str, Any]:

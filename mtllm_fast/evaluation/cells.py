@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,8 @@ import numpy.typing as npt
 from ..data.read import TextRow
 from ..jobs import fingerprint
 from ..jobs.ledger import Key, Ledger
+
+_ARRAYS = ("logits", "predictions", "gold")  # the fields of a Cell that are tensors in its file
 
 
 def of_rows(rows: Sequence[TextRow], labels: Iterable[str] = ()) -> str:
@@ -71,7 +73,7 @@ class CellStore(Ledger):
                 about = json.loads(file.metadata()["cell"])
                 if not self.is_valid(about.pop("key"), key):
                     return None
-                arrays = {part: file.get_tensor(part) for part in ("logits", "predictions", "gold")}
+                arrays = {part: file.get_tensor(part) for part in _ARRAYS}
             cell = Cell(**arrays, **{**about, "ids": tuple(about["ids"])})
         except (SafetensorError, OSError, KeyError, TypeError, ValueError):
             self.stale["file damaged"] += 1
@@ -82,10 +84,8 @@ class CellStore(Ledger):
     def write_cell(self, name: tuple[str, ...], key: Key, cell: Cell) -> None:
         from safetensors.numpy import save
 
-        about = {
-            "key": dict(key), "ids": list(cell.ids), "mt_code": cell.mt_code, "mapped": cell.mapped,
-            "blank": cell.blank, "counts": cell.counts, "time_s": cell.time_s, "skipped": cell.skipped,
-        }  # fmt: skip
-        arrays = {part: np.ascontiguousarray(getattr(cell, part)) for part in ("logits", "predictions", "gold")}
-        content = save(arrays, metadata={"cell": json.dumps(about, ensure_ascii=False)})
+        values = {part.name: getattr(cell, part.name) for part in fields(cell)}
+        arrays = {name: np.ascontiguousarray(values.pop(name)) for name in _ARRAYS}
+        about = json.dumps({"key": dict(key), **values}, ensure_ascii=False)
+        content = save(arrays, metadata={"cell": about})
         self.write(self.path(name, ".safetensors"), content)

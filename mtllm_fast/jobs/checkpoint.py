@@ -140,8 +140,8 @@ class Publisher:
 
 
 @contextmanager
-def said_in_bytes(what: str, folder: Path, needed: int) -> Iterator[None]:
-    """Turn a failed write of `what` into an OSError that says how many bytes are needed and free, and what is kept.
+def explained_failure(what: str, folder: Path, needed: int) -> Iterator[None]:
+    """Turns a failed write of `what` into an OSError that says how many bytes are needed and free, and what is kept.
 
     Raises:
         OSError: what was to be written in the block could not be.

@@ -63,14 +63,19 @@ class Parts:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._agree(settings)
         self.joined = self._is_joined()
-        self._log = opened(self.folder / f"{rank}.log")
+        self._handles: list[int] = []
+        self._log = self._opened(f"{rank}.log")
         if not lock(self._log, wait=False):
-            os.close(self._log)
+            self.close()
             raise ValueError(f"--output {output}: another process (rank {rank}) is writing it")
         if not self.joined:
-            self._data = opened(self.folder / f"{rank}.data")
+            self._data = self._opened(f"{rank}.data")
             self._trim()
         self.done = {int(window) for window in self.records()["window"]}
+
+    def _opened(self, name: str) -> int:
+        self._handles.append(opened(self.folder / name))
+        return self._handles[-1]
 
     def _agree(self, settings: dict[str, Any]) -> None:
         path = self.folder / "run.json"
@@ -177,20 +182,16 @@ class Parts:
 
     def lock_for_joining(self) -> bool:
         """Wait until no other process joins; False where one has, and the folder is gone."""
-        path = self.folder / "join.lock"
         try:
-            self._join = opened(path)
+            handle = self._opened("join.lock")
         except FileNotFoundError:
             return False
-        return lock(self._join, wait=True) and is_at(self._join, path)
+        return lock(handle, wait=True) and is_at(handle, self.folder / "join.lock")
 
     def close(self) -> None:
         """Release the files; what is done stays."""
-        for name in ("_log", "_data", "_join"):
-            handle = getattr(self, name, -1)
-            if handle >= 0:
-                os.close(handle)
-                setattr(self, name, -1)
+        while self._handles:
+            os.close(self._handles.pop())
 
     def remove(self) -> None:
         """Delete the folder."""

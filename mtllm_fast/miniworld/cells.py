@@ -60,9 +60,16 @@ class Cells:
     """
 
     def __init__(
-        self, root: Path, *, seed: int, world: World, mt: str, llm: str, config: ExperimentConfig,
+        self,
+        root: Path,
+        *,
+        seed: int,
+        world: World,
+        mt: str,
+        llm: str,
+        config: ExperimentConfig,
         say: Callable[[str], None] = print,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.root, self.seed, self.world, self.mt, self.llm, self.config = root, seed, world, mt, llm, config
         self.say = say
         self._engines: dict[str, Any] = {}
@@ -97,9 +104,18 @@ class Cells:
         from ..training import OptimSettings
 
         return OptimSettings(
-            seed=self.seed, lr=self.config.lr[kind], max_steps=steps, max_rows=rows or self.config.rows, warmup=0.05,
-            device="cpu", report_to="none", progress=False, save_steps=10**6, log_steps=100, shuffle_buffer=2048,
-        )  # fmt: skip
+            seed=self.seed,
+            lr=self.config.lr[kind],
+            max_steps=steps,
+            max_rows=rows or self.config.rows,
+            warmup=0.05,
+            device="cpu",
+            report_to="none",
+            progress=False,
+            save_steps=10**6,
+            log_steps=100,
+            shuffle_buffer=2048,
+        )
 
     def finetune(self, folder: str, kind: str, rows: Any, dev: Any, steps: int, per_step: int | None = None, **reader):
         """Stage 2 of the reader named (llm=, encoder= or model=), on labelled rows."""
@@ -130,22 +146,34 @@ class Cells:
         MTLLM.stack(self.mt, self.llm, causal=True, lora=LoraSettings()).save_pretrained(folder)
 
     def distill(
-        self, folder: str, model: str, teacher: str, texts: Sequence[TextRow], dev: Any, *, kl: float, steps: int,
+        self,
+        folder: str,
+        model: str,
+        teacher: str,
+        texts: Sequence[TextRow],
+        dev: Any,
+        *,
+        kl: float,
+        steps: int,
         per_step: int | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         """Stage 3 from the teacher's cached states: pooled MSE, plus `kl` times the KL of the heads."""
         from ..losses import DistillationWeights
         from ..training import DistillConfig, distill
 
         return distill(
             DistillConfig(
-                model=model, teacher=teacher, output=folder, teacher_cache=str(self.root / "teacher_states"),
-                train_projection=True, loss=DistillationWeights(pooled_mse=1.0, head_kl=kl),
+                model=model,
+                teacher=teacher,
+                output=folder,
+                teacher_cache=str(self.root / "teacher_states"),
+                train_projection=True,
+                loss=DistillationWeights(pooled_mse=1.0, head_kl=kl),
                 train=self.optim("distill", steps, per_step),
             ),
             texts,
             dev,
-        )  # fmt: skip
+        )
 
     def accuracy(self, folder: str, rows: Sequence[TextRow]) -> float:
         """Accuracy, 0 to 1, of a trained model on labelled rows."""

@@ -11,6 +11,7 @@ from ..data.language import ENGLISH_CODES
 from ..data.read import RowStream, TextRow, resolve
 from ..data.store import TokenStore
 from ..jobs.fingerprint import of_file
+from ..jobs.ledger import differing
 from ..models.storage import read_config
 
 _MODEL_FILES = ("*.safetensors", "config.json", "tokenizer.json", "sentencepiece.bpe.model", "tokenizer.model")
@@ -78,13 +79,12 @@ def adapted_base(model: str, named: Mapping[str, str]) -> tuple[str, str]:
 
 def changed(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
     """The first difference in words, None where there is none."""
-    for name in sorted({*before, *now}):
-        if before.get(name) != now.get(name):
-            return f"{name + ': ' if name else ''}{_said(before.get(name))} then, {_said(now.get(name))} now"
+    for name in sorted(differing(before, now)):
+        return f"{name + ': ' if name else ''}{_in_words(before.get(name))} then, {_in_words(now.get(name))} now"
     return None
 
 
-def _said(digest: str | None) -> str:
+def _in_words(digest: str | None) -> str:
     if digest is None:
         return "not there"
     what, _, content = digest.rpartition(" ")

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..jobs.checkpoint import said_in_bytes
+from ..jobs.checkpoint import explained_failure
 from ..jobs.durable import FolderLock, check_folder_above, write_json
+from ..jobs.ledger import differing
 from ..models.sharded import is_sharded
 from .inputs import changed, identity
 from .processes import packs_per_process, processes
@@ -113,9 +114,9 @@ class RunFolder:
                 raise ValueError(f"--resume: {name} has changed since the run in {str(self.folder)!r} started: {what}")
         same = known & {name for name, now in self.settings.get("inputs", {}).items() if now}
         now, before = _flatten(json.loads(json.dumps(self.settings, default=str))), _flatten(record)
-        for name in sorted(set(now) | set(before)):
+        for name in sorted(differing(before, now)):
             short = name.rsplit(".", 1)[-1]
-            if short in _FREE or name in _STEP or now.get(name) == before.get(name) or name.split(".")[0] in _RECORDED:
+            if short in _FREE or name in _STEP or name.split(".")[0] in _RECORDED:
                 continue
             # a folder that moved, its content the same
             if name in same or (name.startswith("source.") and short in _PATHS and "rows" in same):
@@ -165,7 +166,7 @@ class RunFolder:
         """Write the finished model, then its metrics: a folder with them is finished."""
         if is_sharded(student) or self._first:
             own = (p for p in student.parameters() if p.requires_grad or include_base)
-            with said_in_bytes("the model", self.folder, sum(p.numel() * p.element_size() for p in own)):
+            with explained_failure("the model", self.folder, sum(p.numel() * p.element_size() for p in own)):
                 student.save_pretrained(self.folder, include_base=include_base or None)
         if self._first:
             write_json(self.folder / RESULT, metrics)

