@@ -60,10 +60,10 @@ def staged(folder: Path, step: int) -> Path:
 
 
 def clean(folder: Path) -> None:
-    """Remove what a killed run left unfinished: checkpoints and models in the making, temporary JSON files."""
+    """Remove what a killed run left unfinished: checkpoints and models in the making, temporary JSON files and logs."""
     for path in (*folder.glob(".checkpoint-*"), *folder.glob(".saving-*")):
         shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob(".*.json.*"):
+    for path in (*folder.glob(".*.json.*"), *folder.glob(".*.jsonl.*")):
         path.unlink(missing_ok=True)
 
 
