@@ -22,7 +22,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -99,7 +99,7 @@ def write_store(
     sides: Sequence[str] = ("mt", "llm"),
     shard_rows: int = 65536,
     source: Any = None,
-    on_progress: Any = None,
+    on_progress: Callable[[int], object] | None = None,
 ) -> StoreReport:
     """Tokenise `rows` into `folder`, going on after the complete shards of a call that was killed.
 
@@ -132,7 +132,10 @@ def write_store(
         )
     try:
         _check_started(folder, settings)  # what a process that has let go of it meanwhile left
-        _start(folder, settings)
+        if not (folder / BEGUN_FILE).exists():
+            write_text(folder / BEGUN_FILE, json.dumps(settings, indent=1))
+        for unfinished in folder.glob(".shard-*"):
+            shutil.rmtree(unfinished)
         return _write_shards(rows, tokenizer, folder, settings, on_progress)
     except ValueError:
         if new and not any(folder.glob("shard-*")):  # nothing to go on from
@@ -142,15 +145,12 @@ def write_store(
         lock.release()
 
 
-def _start(folder: Path, settings: dict[str, Any]) -> None:
-    if not (folder / BEGUN_FILE).exists():
-        write_text(folder / BEGUN_FILE, json.dumps(settings, indent=1))
-    for left in folder.glob(".shard-*"):
-        shutil.rmtree(left)
-
-
 def _write_shards(
-    rows: Iterable[TextRow], tokenizer: StackTokenizer, folder: Path, settings: dict[str, Any], on_progress: Any
+    rows: Iterable[TextRow],
+    tokenizer: StackTokenizer,
+    folder: Path,
+    settings: dict[str, Any],
+    on_progress: Callable[[int], object] | None,
 ) -> StoreReport:
     """The shards that are not there yet, and the file that makes a store of them."""
     sides, shard_rows = settings["sides"], settings["shard_rows"]
@@ -169,12 +169,8 @@ def _write_shards(
     counts = getattr(rows, "counts", None)
     skipped = {"empty": counts.empty, "failed": counts.failed} if counts is not None else {}
     skipped["unreadable"] = int(sum(shard["unreadable"][0] for shard in opened))
-    record = {
-        **settings,
-        "shards": shards,
-        "skipped": skipped,
-        "files": {name: _digests(folder / name) for name in shards},
-    }
+    files = {name: _digests(folder / name) for name in shards}
+    record = {**settings, "shards": shards, "skipped": skipped, "files": files}
     write_text(folder / STORE_FILE, json.dumps({**record, "check": sha256_of_json(record)}, indent=1))
     store = TokenStore(folder)
     tokens = {side: int(sum(shard[f"{side}.starts"][-1] for shard in store.shards)) for side in sides}
@@ -199,10 +195,9 @@ def _open_shards(folder: Path, names: Sequence[str]) -> list[dict[str, NDArray[A
 
 def _memory_map(file: Path) -> NDArray[Any]:
     try:
-        array: NDArray[Any] = np.load(file, mmap_mode="r")
+        return np.load(file, mmap_mode="r")  # type: ignore[no-any-return]
     except (OSError, ValueError) as error:
         raise ValueError(f"{file.parent.name}/{file.name}: {error}") from None
-    return array
 
 
 def _check_started(folder: Path, settings: dict[str, Any]) -> None:
@@ -225,7 +220,7 @@ def _write_shard(
     tokenizer: StackTokenizer,
     sides: Sequence[str],
     position: int,
-    on_progress: Any,
+    on_progress: Callable[[int], object] | None,
 ) -> None:
     parts: dict[str, list[NDArray[Any]]] = {}
     labels: list[int | None] = []
