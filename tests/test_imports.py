@@ -17,7 +17,7 @@ import pytest
 
 from tests.conftest import REPO
 
-FOR_ALL = "kernels failures yaml_file disk jobs auto"
+FOR_ALL = "kernels failures yaml_file jobs auto"
 ON_THE_WAY = "text data models auto_config losses training inference evaluation planning reporting"
 AROUND = "demo miniworld mtllm_fast doctor commands cli"
 ROOMS = f"{FOR_ALL} {ON_THE_WAY} {AROUND}".split()
@@ -37,7 +37,6 @@ TODO = {
     "inference.translate -> evaluation.translations",
     "models.encoder -> models.mtllm",
     "models.encoder -> models.storage",
-    "models.fingerprint -> models.storage",
     "models.mtllm -> models.generate",
     "models.mtllm -> models.storage",
     "models.names -> models.fingerprint",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 from mtllm_fast import MTLLM
@@ -75,6 +77,22 @@ def test_linear_kl_alone() -> None:
     exec(compile(code, "README.md", "exec"), scope)
     assert float(scope["student_states"].grad.abs().max()) > 0
     assert float(scope["count"]) == len(scope["student_states"])
+
+
+def test_planted_faults_are_those_of_the_results() -> None:
+    readme = (REPO / "README.md").read_text(encoding="utf-8")
+    counts = json.loads((REPO / "benchmarks/results/cpu/mutants.json").read_text(encoding="utf-8"))["counts"]
+    assert f"[{counts['found']} of {counts['planted']} single-line faults]" in readme
+    assert counts["found"] + counts["equivalent"] == counts["planted"] == counts["run"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/guide.md", "docs/results.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    path = REPO / page
+    targets = re.findall(r"\]\(([^)#]+)", path.read_text(encoding="utf-8"))
+    for target in targets:
+        assert "://" in target or (path.parent / target).exists(), target
+    assert targets
 
 
 def test_files_named_in_the_readme_exist() -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtllm_fast.jobs.durable import exclusive, write_json
 from mtllm_fast.miniworld.languages import ENGLISH
 from mtllm_fast.miniworld.world import World, free_english
 
@@ -59,17 +60,22 @@ class Cells:
     """
 
     def __init__(
-        self, root: Path, *, seed: int, world: World, mt: str, llm: str, config: ExperimentConfig,
+        self,
+        root: Path,
+        *,
+        seed: int,
+        world: World,
+        mt: str,
+        llm: str,
+        config: ExperimentConfig,
         say: Callable[[str], None] = print,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.root, self.seed, self.world, self.mt, self.llm, self.config = root, seed, world, mt, llm, config
         self.say = say
         self._engines: dict[str, Any] = {}
 
     def model(self, name: str, train: Callable[[str], Any]) -> str:
         """Folder of the trained model `name`; `train(folder)` makes it where it is missing or unfinished."""
-        from mtllm_fast.training.teacher_cache import exclusive
-
         folder = self.root / name
         folder.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(folder.with_name(f"{name}.lock")):  # several processes may share an experiment
@@ -82,7 +88,7 @@ class Cells:
                 shutil.rmtree(checkpoint)
             kept = ("best_eval_accuracy", "best_step", "train_loss", "max_steps")
             seconds = round(time.perf_counter() - start, 1)
-            _write(folder / "done.json", {"seconds": seconds, **{k: metrics[k] for k in kept if k in metrics}})
+            write_json(folder / "done.json", {"seconds": seconds, **{k: metrics[k] for k in kept if k in metrics}})
             self.say(f"  {self.root.name} {name}: {seconds:.0f} s")
         return str(folder)
 
@@ -91,16 +97,25 @@ class Cells:
         path = self.root / "scores" / f"{name}.json"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, compute())
+            write_json(path, compute())
         return json.loads(path.read_text(encoding="utf-8"))
 
     def optim(self, kind: str, steps: int, rows: int | None = None) -> Any:
         from mtllm_fast.training import OptimSettings
 
         return OptimSettings(
-            seed=self.seed, lr=self.config.lr[kind], max_steps=steps, max_rows=rows or self.config.rows, warmup=0.05,
-            device="cpu", report_to="none", progress=False, save_steps=10**6, log_steps=100, shuffle_buffer=2048,
-        )  # fmt: skip
+            seed=self.seed,
+            lr=self.config.lr[kind],
+            max_steps=steps,
+            max_rows=rows or self.config.rows,
+            warmup=0.05,
+            device="cpu",
+            report_to="none",
+            progress=False,
+            save_steps=10**6,
+            log_steps=100,
+            shuffle_buffer=2048,
+        )
 
     def finetune(self, folder: str, kind: str, rows: Any, dev: Any, steps: int, per_step: int | None = None, **reader):
         """Stage 2 of the reader named (llm=, encoder= or model=), on labelled rows."""
@@ -131,22 +146,34 @@ class Cells:
         MTLLM.stack(self.mt, self.llm, causal=True, lora=LoraSettings()).save_pretrained(folder)
 
     def distill(
-        self, folder: str, model: str, teacher: str, texts: Sequence[TextRow], dev: Any, *, kl: float, steps: int,
+        self,
+        folder: str,
+        model: str,
+        teacher: str,
+        texts: Sequence[TextRow],
+        dev: Any,
+        *,
+        kl: float,
+        steps: int,
         per_step: int | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         """Stage 3 from the teacher's cached states: pooled MSE, plus `kl` times the KL of the heads."""
         from mtllm_fast.losses import DistillationWeights
         from mtllm_fast.training import DistillConfig, distill
 
         return distill(
             DistillConfig(
-                model=model, teacher=teacher, output=folder, teacher_cache=str(self.root / "teacher_states"),
-                train_projection=True, loss=DistillationWeights(pooled_mse=1.0, head_kl=kl),
+                model=model,
+                teacher=teacher,
+                output=folder,
+                teacher_cache=str(self.root / "teacher_states"),
+                train_projection=True,
+                loss=DistillationWeights(pooled_mse=1.0, head_kl=kl),
                 train=self.optim("distill", steps, per_step),
             ),
             texts,
             dev,
-        )  # fmt: skip
+        )
 
     def accuracy(self, folder: str, rows: Sequence[TextRow]) -> float:
         """Accuracy, 0 to 1, of a trained model on labelled rows."""
@@ -184,14 +211,8 @@ class Translations:
                 {f"{row.language} {row.text}": found.text for row, found in zip(missing, translated, strict=True)}
             )
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _write(self.path, self.known)
+            write_json(self.path, self.known)
         return [replace(row, text=self.known[f"{row.language} {row.text}"], language=ENGLISH) for row in rows]
-
-
-def _write(path: Path, data: Any) -> None:
-    from mtllm_fast.training.run_folder import write_json
-
-    write_json(path, data)
 
 
 def kind_rows(world: World, code: str, split: str, count: int, *, free: bool = False) -> list[TextRow]:

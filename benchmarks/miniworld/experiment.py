@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mtllm_fast.jobs.durable import write_json
 from mtllm_fast.miniworld.languages import ENGLISH
 from mtllm_fast.miniworld.world import World
 
@@ -70,8 +71,6 @@ def run_experiment(
 
 
 def _check(root: Path, config: ExperimentConfig) -> None:
-    from mtllm_fast.training.run_folder import write_json
-
     record = root / "experiment.json"
     if root.exists() and not root.is_dir():
         raise ValueError(f"output={str(root)!r}: is a file, not a folder")

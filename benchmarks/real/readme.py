@@ -1,8 +1,8 @@
-"""The README's blocks about real weights, made from committed results.
+"""The blocks about real weights in the README and in docs/results.md, made from committed results.
 
     python -m benchmarks.real.readme
 
-Each block stands between two markers and is made from one file under benchmarks/results/real; a block whose file is not
+Each block stands between two markers and is made from files under benchmarks/results/real; a block whose files are not
 there stays empty.
 """
 
@@ -43,7 +43,7 @@ def study_block(name: str) -> Callable[[Mapping[str, Any]], list[str]]:
     """The table of a study, and where every language of it stands."""
 
     def block(results: Mapping[str, Any]) -> list[str]:
-        return [head(results), "", *markdown(results), "", f"Every language: [{name}.json]({RESULTS}/{name}.json)."]
+        return [head(results), "", *markdown(results), "", f"Every language: [{name}.json](../{RESULTS}/{name}.json)."]
 
     return block
 
@@ -73,7 +73,7 @@ def curve_block(results: Mapping[str, Any]) -> list[str]:
     spreads = [spread(system["groups"][group]["seeds"]) for system in stacks.values() for group in groups]
     lines.append(
         f"- Three seeds lie {min(spreads):.1f} to {max(spreads):.1f} points apart here, and {spread(generated):.0f} "
-        f"in the generated world ([{GENERATED}]({GENERATED}), MT-LLM + KL)."
+        f"in the generated world ([{GENERATED}](../{GENERATED}), MT-LLM + KL)."
     )
     looked = results["checkpoints"]
     if looked:
@@ -96,26 +96,51 @@ def listed(values: Iterable[float]) -> str:
     return ", ".join(f"{value:.1f}" for value in values)
 
 
-BLOCKS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
-    "demo": demo_block,
-    "sib200": study_block("sib200"),
-    "curve": curve_block,
-    "nusax": study_block("nusax"),
+def summary_block(demo: Mapping[str, Any], sib200: Mapping[str, Any]) -> list[str]:
+    """One line for each group of languages: what reads them how well."""
+    names = {"direct": "LLM directly", "encoder_probe": "encoder, probe", "encoder_only": "encoder, fine-tuned"}
+    names |= {"mt_llm": OURS}
+    demo_mean = [f"{100 * demo['mean'][name]:.1f}" for name in names]
+    lines = ["| accuracy in % | " + " | ".join(names.values()) + " |", "| --- |" + " ---: |" * len(names)]
+    read = len(demo["mean_of"])
+    lines.append(
+        f"| `make demo`, topics, {read} languages read before by the encoder | " + " | ".join(demo_mean) + " |"
+    )
+    for group, codes in sib200["languages"].items():
+        cells = [cell(sib200["systems"][name]["groups"][group]) for name in names.values()]
+        lines.append(f"| SIB-200, {len(codes)} languages {group} by the encoder | " + " | ".join(cells) + " |")
+    seeds = len(sib200["seeds"])
+    return [*lines, "", f"(SIB-200: {sib200['rows']} rows a language, {seeds} seeds, 95 % intervals over rows.)"]
+
+
+Block = Callable[..., list[str]]
+# page -> block -> what makes it, and of which results
+BLOCKS: dict[str, dict[str, tuple[Block, tuple[str, ...]]]] = {
+    "README.md": {"summary": (summary_block, ("demo", "sib200"))},
+    "docs/results.md": {
+        "demo": (demo_block, ("demo",)),
+        "sib200": (study_block("sib200"), ("sib200",)),
+        "curve": (curve_block, ("curve",)),
+        "nusax": (study_block("nusax"), ("nusax",)),
+        "nli": (study_block("nli"), ("nli",)),
+    },
 }
 
 
-def with_blocks(text: str) -> str:
-    """A README's text with its blocks as the committed results say them."""
-    for name, make in BLOCKS.items():
-        path = REPO / RESULTS / f"{name}.json"
-        lines = make(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else []
-        text = with_block(text, name, "".join(f"{line}\n" for line in lines))
+def with_blocks(page: str, text: str) -> str:
+    """A page's text with its blocks as the committed results say them."""
+    for name, (make, files) in BLOCKS[page].items():
+        paths = [REPO / RESULTS / f"{file}.json" for file in files]
+        there = all(path.is_file() for path in paths)
+        lines = make(*(json.loads(path.read_text(encoding="utf-8")) for path in paths)) if there else []
+        text = with_block(text, name, "".join(f"{line}\n" for line in lines), page)
     return text
 
 
 def main() -> None:
-    readme = REPO / "README.md"
-    readme.write_text(with_blocks(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in BLOCKS:
+        path = REPO / page
+        path.write_text(with_blocks(page, path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

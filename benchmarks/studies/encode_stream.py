@@ -60,7 +60,7 @@ def resident_mib(pid: int) -> float | None:
 
 def watched(model: Path, text: Path, output: Path, windows: int) -> tuple[float, list[float], float]:
     """Seconds of a run that is left alone, its resident memory over time while it encodes, and its peak."""
-    from mtllm_fast.inference.parts import RECORD
+    from mtllm_fast.jobs.parts import RECORD
 
     log = output.with_name(output.name + ".part") / "0.log"
     began = time.monotonic()
@@ -85,7 +85,7 @@ def watched(model: Path, text: Path, output: Path, windows: int) -> tuple[float,
 
 def killed(model: Path, text: Path, output: Path, windows: list[int]) -> list[int]:
     """Kill a run once it has written each number of windows, and start it again; the rows found after each kill."""
-    from mtllm_fast.inference.parts import RECORD
+    from mtllm_fast.jobs.parts import RECORD
 
     log = output.with_name(output.name + ".part") / "0.log"
     found = []

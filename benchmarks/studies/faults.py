@@ -72,7 +72,7 @@ class Scene:
         return "yes" if two.is_file() and one.read_bytes() == two.read_bytes() else "NO"
 
     def kept(self, run: Run) -> str:
-        from mtllm_fast.training.checkpoint import last_complete
+        from mtllm_fast.jobs.checkpoint import last_complete
 
         last, wrong = last_complete(run.output), unreadable(run.output)
         found = ("finished model, " if (run.output / "config.json").is_file() else "") + (

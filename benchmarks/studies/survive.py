@@ -109,7 +109,7 @@ def kill(run: Run, process: subprocess.Popen[str], where: str, rng: random.Rando
 
 def unreadable(folder: Path) -> list[str]:
     """What is wrong with each folder named checkpoint-N."""
-    from mtllm_fast.training.checkpoint import checkpoints, damage
+    from mtllm_fast.jobs.checkpoint import checkpoints, damage
 
     wrong = []
     for path in checkpoints(folder):
@@ -126,7 +126,7 @@ def unreadable(folder: Path) -> list[str]:
 
 def spoil(folder: Path, how: str, rng: random.Random) -> str:
     """Change a byte of the newest checkpoint, or cut one of its files; its name."""
-    from mtllm_fast.training.checkpoint import last_complete
+    from mtllm_fast.jobs.checkpoint import last_complete
 
     checkpoint = last_complete(folder)
     assert checkpoint is not None

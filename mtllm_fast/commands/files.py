@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..disk import check_folder_above
+from ..jobs.durable import check_folder_above
 
 
 def output_file(command: Any, endings: tuple[str, ...], *, resumable: bool = False) -> Path:

@@ -46,8 +46,8 @@ class Tokenize:
     def run(self) -> None:
         from ..data.read import read_rows
         from ..data.store import write_store
-        from ..disk import check_folder_above
         from ..inference.progress import progress_bar
+        from ..jobs.durable import check_folder_above
         from ..models import MTLLMConfig
         from ..models.encoder import check_encoder, fit_tokenizer
         from ..models.storage import base_tokenizer

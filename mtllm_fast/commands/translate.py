@@ -95,10 +95,10 @@ class Translate:
         import torch
 
         from ..evaluation import Translator
-        from ..evaluation.fingerprint import of_model
         from ..inference.device import check_device
         from ..inference.stream import Interrupted
         from ..inference.translate import FORMATS, translate_file
+        from ..jobs.fingerprint import of_model
 
         if bool(self.input) == bool(self.task):
             raise ValueError("name either --input FILE or --task TASK")
@@ -201,9 +201,9 @@ class Translate:
         return sources(), rows.identity(), (), {}
 
     def _of_task(self, translator: Translator) -> _Texts:
-        from ..evaluation.fingerprint import of_settings
         from ..evaluation.tasks import canonical_split, get_task
         from ..inference.translate import task_sources
+        from ..jobs.fingerprint import of_settings
         from .evaluate import mapping
 
         task = get_task(self.task, self.data or None, quoted=self.quoted)

@@ -22,7 +22,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -31,10 +31,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mtllm_fast.data.batch import Batch, TokenizedRows, check_sides, tokenise_readable
-from mtllm_fast.data.read import TextRow
-from mtllm_fast.data.tokenise import StackTokenizer, TokenizedSide
-from mtllm_fast.disk import MARKER, FolderLock, difference, mark_complete
+from ..jobs.durable import MARKER, FolderLock, difference, mark_complete, replace_folder, scratch, write_text
+from ..jobs.fingerprint import sha256_of, sha256_of_json
+from ..jobs.ledger import differing
+from .batch import Batch, TokenizedRows, check_sides, tokenise_readable
+from .read import TextRow
+from .tokenise import StackTokenizer, TokenizedSide
 
 STORE_FILE = "store.json"
 BEGUN_FILE = "begun.json"
@@ -67,6 +69,13 @@ class StoreReport:
     skipped: dict[str, int]
 
 
+def tokenizer_state(tokenizer: Any) -> dict[str, Any]:
+    """What a fast Hugging Face tokenizer does, as plain data: without padding and truncation, which the last call left
+    there and a StackTokenizer does not use."""
+    state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {name: value for name, value in state.items() if name not in ("padding", "truncation")}
+
+
 def tokenizer_key(tokenizer: StackTokenizer, sides: Sequence[str]) -> dict[str, Any]:
     """Plain data that tells whether another StackTokenizer makes the same tokens on `sides`."""
     key: dict[str, Any] = {
@@ -76,10 +85,7 @@ def tokenizer_key(tokenizer: StackTokenizer, sides: Sequence[str]) -> dict[str, 
     }
     for side in sides:
         inner = getattr(tokenizer, side)
-        state = json.loads(inner.backend_tokenizer.to_str())
-        # padding and truncation are what the last call left there; the StackTokenizer uses neither
-        state = {k: v for k, v in state.items() if k not in ("padding", "truncation")}
-        digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(tokenizer_state(inner), sort_keys=True).encode())
         digest.update(str((inner.bos_token_id, inner.eos_token_id)).encode())
         key[side] = {"tokenizer": digest.hexdigest()[:16], "limit": getattr(tokenizer, f"max_{side}_tokens")}
     return key
@@ -93,7 +99,7 @@ def write_store(
     sides: Sequence[str] = ("mt", "llm"),
     shard_rows: int = 65536,
     source: Any = None,
-    on_progress: Any = None,
+    on_progress: Callable[[int], object] | None = None,
 ) -> StoreReport:
     """Tokenise `rows` into `folder`, going on after the complete shards of a call that was killed.
 
@@ -109,11 +115,14 @@ def write_store(
     folder, sides = Path(folder), check_sides(sides, tokenizer)
     if shard_rows < 1:
         raise ValueError(f"shard_rows={shard_rows}: must be at least 1")
-    made = {
-        "format": _FORMAT, "sides": list(sides), "shard_rows": shard_rows, "tokenizer": tokenizer_key(tokenizer, sides),
+    settings = {
+        "format": _FORMAT,
+        "sides": list(sides),
+        "shard_rows": shard_rows,
+        "tokenizer": tokenizer_key(tokenizer, sides),
         "source": json.loads(json.dumps(source)),
-    }  # fmt: skip
-    _check_started(folder, made)  # before a lock is written into what is no store
+    }
+    _check_started(folder, settings)  # before a lock is written into what is no store
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(folder)
@@ -122,9 +131,12 @@ def write_store(
             f"{folder}: another process ({lock.holder()}) is writing tokens into it; wait for it, or name a new folder"
         )
     try:
-        _check_started(folder, made)  # what a process that has let go of it meanwhile left
-        _start(folder, made)
-        return _written(rows, tokenizer, folder, made, on_progress)
+        _check_started(folder, settings)  # what a process that has let go of it meanwhile left
+        if not (folder / BEGUN_FILE).exists():
+            write_text(folder / BEGUN_FILE, json.dumps(settings, indent=1))
+        for unfinished in folder.glob(".shard-*"):
+            shutil.rmtree(unfinished)
+        return _write_shards(rows, tokenizer, folder, settings, on_progress)
     except ValueError:
         if new and not any(folder.glob("shard-*")):  # nothing to go on from
             shutil.rmtree(folder)
@@ -133,18 +145,15 @@ def write_store(
         lock.release()
 
 
-def _start(folder: Path, made: dict[str, Any]) -> None:
-    if not (folder / BEGUN_FILE).exists():
-        _write_json(folder / BEGUN_FILE, made)
-    for left in folder.glob(".shard-*"):
-        shutil.rmtree(left)
-
-
-def _written(
-    rows: Iterable[TextRow], tokenizer: StackTokenizer, folder: Path, made: dict[str, Any], on_progress: Any
+def _write_shards(
+    rows: Iterable[TextRow],
+    tokenizer: StackTokenizer,
+    folder: Path,
+    settings: dict[str, Any],
+    on_progress: Callable[[int], object] | None,
 ) -> StoreReport:
     """The shards that are not there yet, and the file that makes a store of them."""
-    sides, shard_rows = made["sides"], made["shard_rows"]
+    sides, shard_rows = settings["sides"], settings["shard_rows"]
     shards = sorted(path.name for path in folder.glob("shard-*") if path.is_dir())
     done = len(shards) * shard_rows
     stream = islice(iter(rows), done, None)
@@ -160,8 +169,9 @@ def _written(
     counts = getattr(rows, "counts", None)
     skipped = {"empty": counts.empty, "failed": counts.failed} if counts is not None else {}
     skipped["unreadable"] = int(sum(shard["unreadable"][0] for shard in opened))
-    record = {**made, "shards": shards, "skipped": skipped, "files": {name: _digests(folder / name) for name in shards}}
-    _write_json(folder / STORE_FILE, {**record, "check": _check(record)})
+    files = {name: _digests(folder / name) for name in shards}
+    record = {**settings, "shards": shards, "skipped": skipped, "files": files}
+    write_text(folder / STORE_FILE, json.dumps({**record, "check": sha256_of_json(record)}, indent=1))
     store = TokenStore(folder)
     tokens = {side: int(sum(shard[f"{side}.starts"][-1] for shard in store.shards)) for side in sides}
     return StoreReport(len(store), min(done, position), tokens, store.truncated, skipped)
@@ -178,44 +188,29 @@ def _digests(shard: Path) -> dict[str, Any]:
     return found
 
 
-def _check(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
 def _open_shards(folder: Path, names: Sequence[str]) -> list[dict[str, NDArray[Any]]]:
     files = [sorted((folder / name).glob("*.npy")) for name in names]
-    return [{file.stem: _mapped(file) for file in inside} for inside in files]
+    return [{file.stem: _memory_map(file) for file in inside} for inside in files]
 
 
-def _mapped(file: Path) -> NDArray[Any]:
+def _memory_map(file: Path) -> NDArray[Any]:
     try:
-        array: NDArray[Any] = np.load(file, mmap_mode="r")
+        return np.load(file, mmap_mode="r")  # type: ignore[no-any-return]
     except (OSError, ValueError) as error:
         raise ValueError(f"{file.parent.name}/{file.name}: {error}") from None
-    return array
 
 
-def _check_started(folder: Path, made: dict[str, Any]) -> None:
+def _check_started(folder: Path, settings: dict[str, Any]) -> None:
     """What a killed call began must be what this one goes on with."""
     if (folder / STORE_FILE).exists():
         raise ValueError(f"{folder} holds a complete token store: delete it or name another folder")
     begun = folder / BEGUN_FILE
     if begun.exists():
         before = json.loads(begun.read_text(encoding="utf-8"))
-        for name, value in made.items():
-            if before.get(name) != value:
-                raise ValueError(f"{folder} was begun with another {name}: delete it or name another folder")
+        if other := differing(before, settings):
+            raise ValueError(f"{folder} was begun with another {other[0]}: delete it or name another folder")
     elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise ValueError(f"{folder} holds files, but no token store that was begun: name another folder")
-
-
-def _write_json(path: Path, data: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as handle:
-        json.dump(data, handle, indent=1)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
 
 
 def _write_shard(
@@ -225,7 +220,7 @@ def _write_shard(
     tokenizer: StackTokenizer,
     sides: Sequence[str],
     position: int,
-    on_progress: Any,
+    on_progress: Callable[[int], object] | None,
 ) -> None:
     parts: dict[str, list[NDArray[Any]]] = {}
     labels: list[int | None] = []
@@ -241,10 +236,10 @@ def _write_shard(
         unreadable += len(bad)
         labels += readable.labels
         ids += readable.ids
-        for side, made in readable.sides.items():
-            parts.setdefault(f"{side}.ids", []).extend(row.astype(np.int32) for row in made.ids)
-            parts.setdefault(f"{side}.ends", []).extend(made.ends)
-            parts.setdefault(f"{side}.truncated", []).append(np.array([made.truncated]))
+        for side, tokenised in readable.sides.items():
+            parts.setdefault(f"{side}.ids", []).extend(row.astype(np.int32) for row in tokenised.ids)
+            parts.setdefault(f"{side}.ends", []).extend(tokenised.ends)
+            parts.setdefault(f"{side}.truncated", []).append(np.array([tokenised.truncated]))
         if on_progress is not None:
             on_progress(position + start + len(window))
     arrays: dict[str, NDArray[Any]] = {"unreadable": np.array([unreadable], dtype=np.int64)}
@@ -263,12 +258,11 @@ def _write_shard(
         names = [(name or "").encode() for name in ids]
         arrays["name_starts"] = np.concatenate([[0], np.cumsum([len(n) for n in names])]).astype(np.int64)
         arrays["names"] = np.frombuffer(b"".join(names), dtype=np.uint8)
-    temporary = folder / f".{name}.{os.getpid()}"
-    temporary.mkdir()
-    for key, array in arrays.items():
-        np.save(temporary / f"{key}.npy", array)
-    mark_complete(temporary)
-    os.rename(temporary, folder / name)
+    with scratch(folder / f".{name}.{os.getpid()}") as temporary:
+        for key, array in arrays.items():
+            np.save(temporary / f"{key}.npy", array)
+        mark_complete(temporary)
+        replace_folder(temporary, folder / name)
 
 
 class TokenStore:
@@ -296,13 +290,13 @@ class TokenStore:
             what = "is not complete: run the same `mtllm tokenize` again" if begun else "is no token store"
             raise ValueError(f"{self.folder} {what}")
         try:
-            self.made = _record(path)
-            self.sides = tuple(self.made["sides"])
-            self._uncompared = set(range(len(self.made["shards"]))) if "files" in self.made else set()
+            self.record = _record(path)
+            self.sides = tuple(self.record["sides"])
+            self._uncompared = set(range(len(self.record["shards"]))) if "files" in self.record else set()
             for shard in sorted(self._uncompared):
                 if (found := self._difference(shard, (".starts.npy", ".truncated.npy"))) is not None:
                     raise ValueError(found)
-            self.shards = _open_shards(self.folder, self.made["shards"])
+            self.shards = _open_shards(self.folder, self.record["shards"])
             sizes = [len(shard[f"{self.sides[0]}.starts"]) - 1 for shard in self.shards]
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{self.folder} is damaged ({error}): tokenise the text again") from None
@@ -330,7 +324,7 @@ class TokenStore:
         for side in sides:
             if side not in self.sides:
                 raise ValueError(f"{self.folder} holds the sides {', '.join(self.sides)}, but {side!r} is needed")
-        mine, asked = self.made["tokenizer"], json.loads(json.dumps(tokenizer_key(tokenizer, sides)))
+        mine, asked = self.record["tokenizer"], json.loads(json.dumps(tokenizer_key(tokenizer, sides)))
         for name, value in asked.items():
             if mine.get(name) != value:
                 raise ValueError(
@@ -346,8 +340,8 @@ class TokenStore:
         Raises:
             ValueError: names the first file that is not as it was written.
         """
-        files = self.made.get("files", {})
-        size = sum(one["bytes"] for shard in files.values() for one in shard.values())
+        files = self.record.get("files", {})
+        size = sum(file["bytes"] for shard in files.values() for file in shard.values())
         if most_bytes is None or size <= most_bytes:
             self._compare(self._uncompared)
 
@@ -359,15 +353,14 @@ class TokenStore:
 
     def _difference(self, shard: int, endings: tuple[str, ...] = ("",)) -> str | None:
         """What is not as it was written in those files of a shard whose names end so."""
-        name = self.made["shards"][shard]
-        record = {file: is_to_be for file, is_to_be in self.made["files"][name].items() if file.endswith(endings)}
+        name = self.record["shards"][shard]
+        record = {file: is_to_be for file, is_to_be in self.record["files"][name].items() if file.endswith(endings)}
         what = difference(self.folder / name, record)
         return None if what is None else f"{name}: {what}"
 
     def identity(self) -> dict[str, Any]:
         """Plain data that names these rows."""
-        digest = hashlib.sha256((self.folder / STORE_FILE).read_bytes())
-        return {"store": str(self.folder), "key": digest.hexdigest()[:16]}
+        return {"store": str(self.folder), "key": sha256_of(self.folder / STORE_FILE)[:16]}
 
     def lengths(self, index: NDArray[np.int64], sides: Sequence[str]) -> dict[str, NDArray[np.int64]]:
         """Tokens of the rows of these numbers, by side."""
@@ -378,24 +371,24 @@ class TokenStore:
         shard_of = np.searchsorted(self.first, index, side="right") - 1
         self._compare(shard_of.tolist())
         places = [(self.shards[s], int(i - self.first[s])) for s, i in zip(shard_of.tolist(), index.tolist())]
-        made = {}
+        rows = {}
         for side in sides:
             ids, ends = [], []
             for shard, row in places:
                 start, stop = (int(x) for x in shard[f"{side}.starts"][row : row + 2])
                 ids.append(shard[f"{side}.ids"][start:stop].astype(np.int64))
                 ends.append(np.array(shard[f"{side}.ends"][start:stop]))
-            made[side] = TokenizedSide(ids, ends, 0)
+            rows[side] = TokenizedSide(ids, ends, 0)
         labels = [int(shard["labels"][row]) if "labels" in shard else None for shard, row in places]
         names = [_name(shard, row) for shard, row in places]
-        return TokenizedRows(made, labels, names)
+        return TokenizedRows(rows, labels, names)
 
 
 def _record(path: Path) -> dict[str, Any]:
     """What store.json says. Raises ValueError where it is not what was written."""
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     rest = {name: value for name, value in found.items() if name != "check"}
-    if not set(found) <= _FIRST_KEYS and found.get("check") != _check(rest):
+    if not set(found) <= _FIRST_KEYS and found.get("check") != sha256_of_json(rest):
         raise ValueError(f"the content of {path.name} is not what was written")
     return found
 

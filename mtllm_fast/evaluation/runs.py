@@ -14,9 +14,9 @@ from typing import Any, Literal
 import numpy as np
 
 from ..data.read import TextRow
-from . import fingerprint
+from ..jobs import fingerprint
 from .alignment import alignment, parallel
-from .cells import Cell, CellStore
+from .cells import Cell, CellStore, of_rows
 from .results import NO_MT_CODE
 from .rows import TaskRows
 from .scorers import (
@@ -146,10 +146,10 @@ class Run:
             return
         key = {}
         if store is not None:
-            centre = {name: fingerprint.of_rows(texts) for name, texts in unlabelled.items()}
+            centre = {name: of_rows(texts) for name, texts in unlabelled.items()}
             key = {
                 "model": self.model_key,
-                "data": fingerprint.of_rows(rows, self.options.task.labels),
+                "data": of_rows(rows, self.options.task.labels),
                 "settings": fingerprint.of_settings(
                     run=self.settings, code=self._wanted(language), **({"centre": centre} if centre else {})
                 ),
@@ -265,7 +265,7 @@ class Run:
         self.pairs[language] = len(pairs)
         if store is not None:
             wanted = self._wanted(task.english)
-            key = {**key, "data": key["data"] + fingerprint.of_rows(english), "settings": f"{key['settings']} {wanted}"}
+            key = {**key, "data": key["data"] + of_rows(english), "settings": f"{key['settings']} {wanted}"}
             found = store.read_record(name, key)
             if found is not None:
                 self.alignment[language] = found
@@ -345,7 +345,7 @@ class Run:
             if headless:
                 raise
             return [code, str(options.probe_source), options.probe_rows]  # it may have a head, and need no such rows
-        return [code, fingerprint.of_rows([*train, *dev])]
+        return [code, of_rows([*train, *dev])]
 
 
 def _read_as(rows: Sequence[TextRow], code: str | None) -> list[TextRow]:

@@ -13,9 +13,9 @@ import torch.distributed
 from ..data.language import reads_language
 from ..data.read import RowStream, TextRow, UnusableRow
 from ..data.tokenise import StackTokenizer
+from ..jobs.parts import Parts, clear
 from ..models.fingerprint import fingerprint
 from .engine import Engine, Pooling
-from .parts import Parts, clear
 from .progress import progress_bar
 from .writers import embedding_file, npy_header
 
@@ -133,7 +133,7 @@ def encode_file(
             f"interrupted; {parts.rows():,} rows are saved in {parts.folder}, the same command goes on from there"
         ) from None
     finally:
-        if not parts.rows() and world_size == 1:
+        if world_size == 1 and not (parts.joined or file.holds_any(parts)):
             parts.remove()
         parts.close()
 

@@ -14,7 +14,7 @@ from ..evaluation.rows import sample
 from ..evaluation.tasks import Task
 from ..evaluation.translate_test import Translator
 from ..evaluation.translations import fields
-from .parts import Parts, clear
+from ..jobs.parts import Parts, clear
 from .progress import progress_bar
 from .stream import Interrupted
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ..jobs.parts import Parts
 from .engine import EncodedWindow
-from .parts import Parts
 
 MOST_ROWS = 10**18  # a header that is written before the rows are counted has room for so many
 
@@ -35,6 +35,13 @@ class EmbeddingFile(ABC):
     def payload(self, window: EncodedWindow, first_row: int) -> list[bytes]:
         """What is stored of a window until the join."""
         return [window.values.astype("<f4", copy=False).tobytes()]
+
+    def holds_any(self, parts: Parts) -> bool:
+        """Whether an embedding is stored: windows of unusable rows alone, which are NaN, are nothing to go on from."""
+        records = parts.records()
+        sizes = records["rows"].astype(np.int64) * self.width
+        blocks = parts.blocks(records)
+        return any(np.isfinite(np.frombuffer(block, "<f4", size)).any() for size, block in zip(sizes, blocks))
 
     @abstractmethod
     def join(self, parts: Parts) -> None:

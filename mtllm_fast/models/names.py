@@ -41,12 +41,12 @@ def same_model(one: str, other: str) -> bool:
     first, second = _local(one), _local(other)
     if first is None or second is None or _config(first) != _config(second):
         return False
-    from .fingerprint import weights_digest
+    from ..jobs.fingerprint import of_tensors
     from .storage import read_safetensors
 
     if _tensors(first) != _tensors(second):  # names and sizes tell most apart without a look at the bytes
         return False
-    return weights_digest(read_safetensors(first, "model")) == weights_digest(read_safetensors(second, "model"))
+    return of_tensors(read_safetensors(first, "model")) == of_tensors(read_safetensors(second, "model"))
 
 
 def _local(name: str) -> Path | None:

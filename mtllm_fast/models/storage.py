@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..auto import MODEL_TYPE
 from ..data.tokenise import StackTokenizer
+from ..jobs.durable import scratch
 from .adapters import LoraSettings
 from .encoder import PackedEncoder
 from .heads import HeadConfig
@@ -201,10 +202,7 @@ def save(model: MTLLM, folder: Path, *, include_base: bool | None = None) -> Non
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder={str(folder)!r}: is a file")
     folder.mkdir(parents=True, exist_ok=True)
-    staging = folder / f".saving-{os.getpid()}"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    try:
+    with scratch(folder / f".saving-{os.getpid()}") as staging:
         config = config_to_dict(model.config)
         for role, part in parts:
             if part is None:
@@ -232,8 +230,6 @@ def save(model: MTLLM, folder: Path, *, include_base: bool | None = None) -> Non
             if target.is_dir():
                 shutil.rmtree(target)
             os.replace(path, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def based_on(config: MTLLMConfig, folder: str, encoder: str | None, llm: str | None) -> MTLLMConfig:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..evaluation.cells import atomically
 from ..evaluation.results import METRICS, LanguageScore, ModelScores, Scores
+from ..jobs.durable import replacing, write_text
 from .tables import gap_text, percent, rows_text, short_names, tables, to_csv, to_groups_csv, to_latex
 from .tables import to_markdown_table as markdown_table
 
@@ -209,9 +209,10 @@ def write_report(
         "json": to_json(listed),  # last: it says that the report is complete
     }
     for scores, figure in zip(listed, figures):
-        atomically(figure, lambda path, scores=scores: draw_scores(scores, path))  # type: ignore[misc]
+        with replacing(figure) as path:
+            draw_scores(scores, path)
     for name, text in texts.items():
-        atomically(paths[name], lambda path, text=text: path.write_text(text, encoding="utf-8"))  # type: ignore[misc]
+        write_text(paths[name], text)
     return {**paths, "figure": figures[0]}
 
 

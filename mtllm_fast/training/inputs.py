@@ -10,24 +10,11 @@ from typing import Any
 from ..data.language import ENGLISH_CODES
 from ..data.read import RowStream, TextRow, resolve
 from ..data.store import TokenStore
+from ..jobs.fingerprint import of_file
+from ..jobs.ledger import differing
 from ..models.storage import read_config
 
-_WHOLE = 64 * 2**20  # bytes up to which a file is read whole
-_BLOCK, _BLOCKS = 2**18, 256  # of a larger one: evenly spread, first and last among them
 _MODEL_FILES = ("*.safetensors", "config.json", "tokenizer.json", "sentencepiece.bpe.model", "tokenizer.model")
-
-
-def file_digest(path: Path) -> str:
-    """Bytes and SHA-256 of a file; of one above 64 MiB, of 256 blocks spread over it."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if size <= _WHOLE:
-            return f"{size} bytes {hashlib.file_digest(file, 'sha256').hexdigest()}"
-        found = hashlib.sha256()
-        for block in range(_BLOCKS):
-            file.seek((size - _BLOCK) * block // (_BLOCKS - 1))
-            found.update(file.read(_BLOCK))
-    return f"{size} bytes, in parts {found.hexdigest()}"
 
 
 def files_of(source: Any) -> dict[str, str]:
@@ -38,11 +25,11 @@ def files_of(source: Any) -> dict[str, str]:
         except (FileNotFoundError, ValueError):
             return {}
         root = Path(source.source)
-        return {path.relative_to(root).as_posix() if root.is_dir() else path.name: file_digest(path) for path in paths}
+        return {path.relative_to(root).as_posix() if root.is_dir() else path.name: of_file(path) for path in paths}
     folder = Path(source)
     if not folder.is_dir():
         return {}
-    return {path.name: file_digest(path) for pattern in _MODEL_FILES for path in sorted(folder.glob(pattern))}
+    return {path.name: of_file(path) for pattern in _MODEL_FILES for path in sorted(folder.glob(pattern))}
 
 
 def rows_digest(rows: Iterable[TextRow]) -> str:
@@ -59,7 +46,7 @@ def identity(source: Any) -> dict[str, str]:
     """Digests by name of one thing that a run reads: a token store, a stream, a list of rows, a model's folder."""
     if isinstance(source, TokenStore):
         paths = [path for path in sorted(source.folder.rglob("*")) if path.is_file()]
-        return {path.relative_to(source.folder).as_posix(): file_digest(path) for path in paths}
+        return {path.relative_to(source.folder).as_posix(): of_file(path) for path in paths}
     if isinstance(source, (RowStream, str, Path)):
         return files_of(source)
     if isinstance(source, Sequence):
@@ -92,13 +79,12 @@ def adapted_base(model: str, named: Mapping[str, str]) -> tuple[str, str]:
 
 def changed(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
     """The first difference in words, None where there is none."""
-    for name in sorted({*before, *now}):
-        if before.get(name) != now.get(name):
-            return f"{name + ': ' if name else ''}{_said(before.get(name))} then, {_said(now.get(name))} now"
+    for name in sorted(differing(before, now)):
+        return f"{name + ': ' if name else ''}{_in_words(before.get(name))} then, {_in_words(now.get(name))} now"
     return None
 
 
-def _said(digest: str | None) -> str:
+def _in_words(digest: str | None) -> str:
     if digest is None:
         return "not there"
     what, _, content = digest.rpartition(" ")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections import deque
@@ -19,6 +18,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from ..data.batch import Batch
 from ..data.pack import PackedBatch
+from ..jobs.durable import write_text
 from ..models import MTLLM, PackedEncoder, PackedLLM
 
 Scores = dict[str, float]
@@ -166,9 +166,7 @@ def rewind_log(folder: Path, step: int) -> None:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     kept = [line for line in lines if (at := _step_of(line)) is not None and at <= step]
     if kept != lines:
-        new = path.with_name(f"{LOG_FILE}.new")
-        new.write_text("".join(kept), encoding="utf-8")
-        os.replace(new, path)
+        write_text(path, "".join(kept))
 
 
 def _step_of(line: str) -> int | None:

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..disk import FolderLock, check_folder_above
+from ..jobs.checkpoint import explained_failure
+from ..jobs.durable import FolderLock, check_folder_above, write_json
+from ..jobs.ledger import differing
 from ..models.sharded import is_sharded
-from .checkpoint import said_in_bytes
 from .inputs import changed, identity
 from .processes import packs_per_process, processes
 from .provenance import provenance, read_list
@@ -24,12 +25,9 @@ RESULT = "result.json"
 
 # Settings that may differ between a run and its continuation without changing what it computes.
 _FREE = {"resume", "output", "save_steps", "log_steps", "keep", "workers", "progress", "report_to", "device"}
-_FREE |= {"checkpointing", "activation_memory_gib", "compile", "liger"}
-_FREE |= {"async_save", "bad_steps", "parallel"}
+_FREE |= {"checkpointing", "activation_memory_gib", "compile", "liger", "async_save", "bad_steps", "parallel"}
 # Settings whose product is what may not differ.
 _STEP = ("train.gradient_accumulation", "processes")
-
-
 # What may grow when a run is resumed; what the record says besides the settings; paths of a source of rows.
 _MORE = ("train.max_steps", "train.epochs")
 _RECORDED = ("inputs", "extended")
@@ -49,13 +47,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _is_more(before: Any, now: Any) -> bool:
     return isinstance(before, int) and isinstance(now, int) and 0 <= before < now
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON so that a reader sees the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 class RunFolder:
@@ -123,9 +114,9 @@ class RunFolder:
                 raise ValueError(f"--resume: {name} has changed since the run in {str(self.folder)!r} started: {what}")
         same = known & {name for name, now in self.settings.get("inputs", {}).items() if now}
         now, before = _flatten(json.loads(json.dumps(self.settings, default=str))), _flatten(record)
-        for name in sorted(set(now) | set(before)):
+        for name in sorted(differing(before, now)):
             short = name.rsplit(".", 1)[-1]
-            if short in _FREE or name in _STEP or now.get(name) == before.get(name) or name.split(".")[0] in _RECORDED:
+            if short in _FREE or name in _STEP or name.split(".")[0] in _RECORDED:
                 continue
             # a folder that moved, its content the same
             if name in same or (name.startswith("source.") and short in _PATHS and "rows" in same):
@@ -175,7 +166,7 @@ class RunFolder:
         """Write the finished model, then its metrics: a folder with them is finished."""
         if is_sharded(student) or self._first:
             own = (p for p in student.parameters() if p.requires_grad or include_base)
-            with said_in_bytes("the model", self.folder, sum(p.numel() * p.element_size() for p in own)):
+            with explained_failure("the model", self.folder, sum(p.numel() * p.element_size() for p in own)):
                 student.save_pretrained(self.folder, include_base=include_base or None)
         if self._first:
             write_json(self.folder / RESULT, metrics)

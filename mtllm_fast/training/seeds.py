@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..jobs.durable import write_json
 from .distill import DistillConfig
 from .finetune import FinetuneConfig
-from .run_folder import write_json
 
 Config = TypeVar("Config", FinetuneConfig, DistillConfig)
 PLACEHOLDER = "{seed}"

@@ -31,8 +31,9 @@ from transformers import Trainer, TrainerCallback
 from ..data.batch import Batch
 from ..data.split import halves
 from ..failures import RunFailed
+from ..jobs.checkpoint import Publisher, clean, last_complete, size_of, staged
+from ..jobs.durable import room, write_failure
 from ..models.sharded import is_sharded
-from .checkpoint import Publisher, clean, last_complete, room, size_of, staged, write_failure
 from .config import OptimSettings
 from .processes import INTERRUPTED
 from .signals import StopRequest
@@ -171,10 +172,8 @@ class SurvivingTrainer(Trainer):
             parameter.grad = gradients.get(parameter)
         gc.collect()
         torch.cuda.empty_cache()
-        log.warning(
-            "step %d: a pack of %d rows does not fit into memory (%s): done in two halves, with the same gradient",
-            self.state.global_step + 1, inputs.num_rows, reason,
-        )  # fmt: skip
+        message = "step %d: a pack of %d rows does not fit into memory (%s): done in two halves, with the same gradient"
+        log.warning(message, self.state.global_step + 1, inputs.num_rows, reason)
         first, second = halves(inputs)
         # DDP exchanges gradients in the backward pass of `model`: once, after the last part
         return self._fitting(self.step_module, first, counts) + self._fitting(model, second, counts)

@@ -15,13 +15,11 @@ Texts are found by their content, so the order in which a run draws them, and it
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -35,13 +33,15 @@ from torch import Tensor
 from ..data.batch import Batch, tokenise_rows
 from ..data.pack import PackedBatch, token_budget_packs
 from ..data.read import TextRow
+from ..data.store import tokenizer_state
+from ..jobs.durable import exclusive, replace_folder, write_json
+from ..jobs.fingerprint import of_tensors, sha256_of, sha256_of_json
+from ..jobs.ledger import differing
 from ..models import MTLLM
-from ..models.fingerprint import weights_digest
 from ..models.frozen import KINDS, quantize_frozen
 from ..models.modes import evaluating
 from .automatic import settled
 from .config import OptimSettings
-from .run_folder import write_json
 
 log = logging.getLogger(__name__)
 
@@ -94,11 +94,11 @@ class TeacherCache:
                 f"teacher_cache={str(folder)!r}: its meta.json cannot be read ({error}); {remedy}"
             ) from None
         if before != made_from:
-            changed = ", ".join(_differences(before, made_from))
+            changed = ", ".join(differing(before, made_from))
             raise ValueError(f"teacher_cache={str(folder)!r}: stale, it was made from another {changed}; {remedy}")
         for name, digest in files.items():
             path = folder / name
-            if not path.is_file() or _file_digest(path) != digest:
+            if not path.is_file() or sha256_of(path) != digest:
                 raise ValueError(f"teacher_cache={str(folder)!r}: {name} is missing, cut short or damaged; {remedy}")
         self.folder = folder
         self.states = np.memmap(folder / "states.bin", np.float32, "r", shape=shape)
@@ -213,7 +213,7 @@ def open_or_build(
     if not keys:
         raise ValueError("the training data holds no usable row")
     made_from = _fingerprint(teacher, keys, bf16, base_weights)
-    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:24]
+    key = sha256_of_json(made_from)[:24]
     entry = root / key
     computed = truncated = 0
     if not entry.exists():
@@ -262,7 +262,7 @@ def _build(
         if done != len(keys):
             raise ValueError(f"the training data changed while it was read: {len(keys)} distinct texts, then {done}")
         np.save(building / "keys.npy", np.frombuffer(b"".join(keys), np.uint8).reshape(-1, _KEY_BYTES))
-        files = {name: _file_digest(building / name) for name in ("keys.npy", "states.bin")}
+        files = {name: sha256_of(building / name) for name in ("keys.npy", "states.bin")}
         write_json(building / "meta.json", {"made_from": made_from, "shape": [done, *shape], "files": files})
     except OSError as error:
         raise OSError(
@@ -271,7 +271,7 @@ def _build(
             "the same command goes on from there",
         ) from error
     progress.unlink()
-    os.replace(building, entry)
+    replace_folder(building, entry)
     return computed, truncated
 
 
@@ -304,18 +304,17 @@ def _pooled(teacher: MTLLM, rows: list[TextRow], max_tokens: int, bf16: bool) ->
     read = teacher.teacher_states if teacher.head is None else teacher.states
     choice = teacher.head is not None and teacher.head.config.kind == "choice"
     tokenised = tokenise_rows(rows, teacher.tokenizer, ("llm",))
-    out: NDArray[np.float32] | None = None
-    for members in token_budget_packs(tokenised.costs(), max_tokens):
+    packs = list(token_budget_packs(tokenised.costs(), max_tokens))
+    parts = []
+    for members in packs:
         batch = tokenised.batch(members, align=False).to(device)
         assert batch.llm is not None
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16), evaluating(teacher):
             states = read(batch.llm)
-        pooled = teacher.pool(states, batch.llm, batch.llm_spans if choice else None).float().cpu().numpy()
-        if out is None:
-            out = np.empty((len(rows), *pooled.shape[1:]), np.float32)
-        out[members] = pooled
-    assert out is not None
-    return out, tokenised.sides["llm"].truncated
+        parts.append(teacher.pool(states, batch.llm, batch.llm_spans if choice else None).float().cpu().numpy())
+    pooled = np.concatenate(parts)
+    pooled[np.concatenate(packs)] = pooled.copy()
+    return pooled, tokenised.sides["llm"].truncated
 
 
 def _fingerprint(teacher: MTLLM, keys: list[bytes], bf16: bool, base_weights: str) -> dict[str, Any]:
@@ -326,37 +325,23 @@ def _fingerprint(teacher: MTLLM, keys: list[bytes], bf16: bool, base_weights: st
     # what is in no tensor but changes what they compute
     config = teacher.llm.model.config.to_dict()
     adapters = {} if bare else {name: dataclasses.asdict(lora) for name, lora in teacher.config.adapters.items()}
-    tokenizer = json.loads(teacher.tokenizer.llm.backend_tokenizer.to_str())
-    for passing in ("truncation", "padding"):
-        tokenizer.pop(passing, None)
+    tokenizer = teacher.tokenizer
+    reading = [tokenizer_state(tokenizer.llm), str(tokenizer.llm.bos_token), tokenizer.pair_separator]
     return {
-        "teacher weights": weights_digest(state),
-        "teacher settings": _json_digest(
+        "teacher weights": of_tensors(state),
+        "teacher settings": sha256_of_json(
             [{k: v for k, v in config.items() if k not in _VOLATILE}, adapters, teacher.config.causal]
         ),
-        "tokenizer": _json_digest([tokenizer, str(teacher.tokenizer.llm.bos_token), teacher.tokenizer.pair_separator]),
+        "tokenizer": sha256_of_json(reading),
         "data": hashlib.sha256(b"".join(keys)).hexdigest(),
         "settings": {
             "format": FORMAT,
             "pooling": teacher.head.config.kind if teacher.head is not None else "mean",
-            "max_length": teacher.tokenizer.max_llm_tokens,
+            "max_length": tokenizer.max_llm_tokens,
             "bf16": bf16,
             **({"base_weights": base_weights} if base_weights in KINDS else {}),
         },
     }
-
-
-def _json_digest(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    return [name for name in now if before.get(name) != now[name]] or ["format"]
 
 
 def _say_why(root: Path, made_from: dict[str, Any]) -> None:
@@ -366,13 +351,5 @@ def _say_why(root: Path, made_from: dict[str, Any]) -> None:
             before = json.loads(meta.read_text(encoding="utf-8"))["made_from"]
         except (OSError, ValueError, KeyError):
             continue
-        changed = ", ".join(_differences(before, made_from))
+        changed = ", ".join(differing(before, made_from))
         log.warning("teacher cache %s is not used: it was made from another %s", meta.parent, changed)
-
-
-@contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Exclusive between processes; the system lets go of it when its holder ends, however it ends."""
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield

@@ -20,17 +20,18 @@ from ..data.collate import Batch, PackedDataset, StreamCounts
 from ..data.loader import PackedLoader
 from ..data.read import TextRow
 from ..data.store import TokenStore
+from ..jobs.checkpoint import explained_failure
+from ..jobs.durable import write_json
 from ..losses import DistillationLoss, LossTerm
 from ..models import MTLLM
 from ..models.storage import load_own_state
 from .automatic import on_gpu, settled
-from .checkpoint import said_in_bytes
 from .config import OptimSettings
 from .distributed import Engine, ParallelTrainer, choose_engine, engine_arguments, pack_seed, shard
 from .live import Live, LiveProgress, ModelFlops, PlainProgress, Throughput, Watch, Watching, bf16_peak, rewind_log
 from .processes import processes
 from .record import RECORD, RunRecord
-from .run_folder import RunFolder, read_json, write_json
+from .run_folder import RunFolder, read_json
 from .survival import STATE_FILE
 from .switches import apply_switches, optimizer_name
 from .teacher_variance import VARIANCE_FILE, measure_variance, recorded_variance
@@ -349,7 +350,7 @@ class PackedTrainer(ParallelTrainer):
             "data": data_report(self.packs.counters),
         }
         if self.args.should_save:
-            with said_in_bytes(METRICS_FILE, folder, len(str(history))):
+            with explained_failure(METRICS_FILE, folder, len(str(history))):
                 write_json(folder / METRICS_FILE, {**metrics, "log": history})
         return metrics
 

@@ -20,11 +20,13 @@ def of(output: Path, seeds: list[int]) -> study_table.Study:
     return study_table.Study(output, "sib200", "SIB-200", "eng_Latn", seeds)
 
 
-def test_readme_blocks_are_those_of_the_committed_results() -> None:
-    text = (REPO / "README.md").read_text(encoding="utf-8")
-    assert readme.with_blocks(text) == text
-    with pytest.raises(ValueError, match="has no <!-- demo:begin -->"):
-        readme.with_blocks("nothing")
+@pytest.mark.parametrize("page", readme.BLOCKS)
+def test_blocks_are_those_of_the_committed_results(page: str) -> None:
+    text = (REPO / page).read_text(encoding="utf-8")
+    assert readme.with_blocks(page, text) == text
+    name = next(iter(readme.BLOCKS[page]))
+    with pytest.raises(ValueError, match=f"{page}: has no <!-- {name}:begin -->"):
+        readme.with_blocks(page, "nothing")
 
 
 def write_cells(output: Path, right: dict[str, list[list[int]]], codes: tuple[str, ...]) -> None:

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from mtllm_fast.data.read import TextRow
-from mtllm_fast.evaluation import fingerprint
-from mtllm_fast.evaluation.cells import Cell, CellStore
+from mtllm_fast.evaluation.cells import Cell, CellStore, of_rows
 from mtllm_fast.evaluation.rows import TaskRows
 from mtllm_fast.evaluation.runs import Contestant, Options, Run
 from mtllm_fast.evaluation.tasks import FolderTask
+from mtllm_fast.jobs import fingerprint
 from mtllm_fast.models import MTLLM
 from mtllm_fast.models.heads import HeadConfig
 from tests.evaluation.fakes import write_folder
@@ -223,12 +223,10 @@ def test_large_files_are_sampled(tmp_path, monkeypatch):
 def test_row_fingerprints():
     rows = [TextRow("a", "eng_Latn", label=1, id="1")]
     same = [TextRow("a", "fra_Latn", label=1, id="1")]
-    assert fingerprint.of_rows(rows, ("x",)) == fingerprint.of_rows(same, ("x",))
+    assert of_rows(rows, ("x",)) == of_rows(same, ("x",))
     for changes in ({"text": "b"}, {"label": 0}, {"id": "2"}, {"text_pair": "c"}, {"choices": ("p", "q")}):
-        assert fingerprint.of_rows([dataclasses.replace(rows[0], **changes)], ("x",)) != fingerprint.of_rows(
-            rows, ("x",)
-        )
-    assert fingerprint.of_rows(rows, ("y",)) != fingerprint.of_rows(rows, ("x",))
+        assert of_rows([dataclasses.replace(rows[0], **changes)], ("x",)) != of_rows(rows, ("x",))
+    assert of_rows(rows, ("y",)) != of_rows(rows, ("x",))
     assert (
         fingerprint.of_settings(a=1, b=None)
         == fingerprint.of_settings(b=None, a=1)

@@ -16,8 +16,8 @@ from safetensors import safe_open
 
 from mtllm_fast import MTLLM, Engine, cli
 from mtllm_fast.data import read_rows
-from mtllm_fast.inference import parts
 from mtllm_fast.inference.stream import encode_file
+from mtllm_fast.jobs import parts
 from tests.tiny import LINES
 
 LANGUAGES = ("eng_Latn", "fra_Latn", "zho_Hans")
@@ -269,6 +269,22 @@ def test_refusals(model_folder, source, tmp_path, capsys, engine) -> None:
     nothing.write_text('{"text": "a", "lang": "xxx_Latn", "id": "1"}\n')
     assert "unknown language 'xxx_Latn'" in refused(capsys, command(model_folder, str(nothing), tmp_path / "n.npy"))
     assert not list(tmp_path.glob("*.part*")), "a run that saved nothing leaves nothing"
+
+
+@pytest.mark.parametrize("ending", [".npy", ".parquet", ".safetensors"])
+def test_windows_of_bad_rows_alone_are_nothing_to_keep(engine, tmp_path, ending) -> None:
+    """NaN for each of them is stored before it is known whether a row can be used at all."""
+    source, output = tmp_path / "rows.jsonl", tmp_path / f"e{ending}"
+    good, bad = ({"text": LINES[0], "lang": lang, "id": "x"} for lang in ("fra_Latn", "xxx_Latn"))
+    source.write_text("".join(json.dumps(bad) + "\n" for _ in range(3 * engine.window)))
+    with pytest.raises(ValueError, match="holds no usable row"):
+        encode_file(engine, rows_of(source), output)
+    assert list(tmp_path.iterdir()) == [source]
+    # control: one embedding is worth going on from
+    source.write_text("".join(json.dumps(row) + "\n" for row in [good] * engine.window + [bad]))
+    with pytest.raises(ValueError):
+        encode_file(engine, rows_of(source), output, on_bad_row="fail")
+    assert encode_file(engine, rows_of(source), output).resumed == engine.window
 
 
 @pytest.mark.parametrize("ending", [".npy", ".parquet", ".safetensors"])

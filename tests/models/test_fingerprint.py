@@ -7,7 +7,8 @@ import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
 from mtllm_fast import MTLLM
-from mtllm_fast.models.fingerprint import fingerprint, weights_digest
+from mtllm_fast.jobs.fingerprint import of_tensors
+from mtllm_fast.models.fingerprint import fingerprint
 
 A, B = torch.arange(6.0).reshape(2, 3), torch.ones(2, 3)
 
@@ -24,13 +25,13 @@ class Scaled(TwoTensor):
 def test_a_tensor_that_wraps_others_counts_as_what_it_holds() -> None:
     with pytest.raises(RuntimeError):
         TwoTensor(A, B).numpy()
-    digest = weights_digest({"w": TwoTensor(A, B)})
-    assert weights_digest({"w": TwoTensor(A.clone(), B.clone())}) == digest
+    digest = of_tensors({"w": TwoTensor(A, B)})
+    assert of_tensors({"w": TwoTensor(A.clone(), B.clone())}) == digest
     others = [{"w": TwoTensor(A, A)}, {"w": TwoTensor(B, B)}, {"v": TwoTensor(A, B)}, {"w": A}]
-    assert len({digest, *map(weights_digest, others)}) == 5
+    assert len({digest, *map(of_tensors, others)}) == 5
     one, two = Scaled(A, B), Scaled(A, B)
     two.scale = 2
-    assert weights_digest({"w": one}) != weights_digest({"w": two})
+    assert of_tensors({"w": one}) != of_tensors({"w": two})
 
 
 def test_a_model_with_such_weights(encoder_folder: str, llm_folder: str) -> None:

@@ -61,6 +61,6 @@ def planted(
 
 
 def all_mutants() -> list[Mutant]:
-    from . import attention, data, kernels, losses, trainer, triton
+    from . import attention, data, jobs, kernels, losses, trainer, triton
 
-    return [one for module in (kernels, triton, losses, data, attention, trainer) for one in module.MUTANTS]
+    return [one for module in (kernels, triton, losses, data, attention, trainer, jobs) for one in module.MUTANTS]

@@ -15,7 +15,7 @@ MUTANTS = all_mutants()
 
 def test_there_are_enough_and_none_twice():
     assert len(MUTANTS) >= 200
-    assert {"kernels", "triton", "losses", "data", "attention", "trainer"} == {one.area for one in MUTANTS}
+    assert {"kernels", "triton", "losses", "data", "attention", "trainer", "jobs"} == {one.area for one in MUTANTS}
     assert max(Counter((one.file, one.old, one.new, one.tests) for one in MUTANTS).values()) == 1
 
 

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from mtllm_fast import TextRow
+from mtllm_fast.jobs.checkpoint import Publisher, publish
 from mtllm_fast.losses import DistillationWeights
 from mtllm_fast.models import LoraSettings
 from mtllm_fast.training import AdaptConfig, FinetuneConfig, OptimSettings, adapt, finetune, trainer
 from mtllm_fast.training.adapt import AdaptStep
-from mtllm_fast.training.checkpoint import Publisher, publish
 from tests.tiny import LINES
 
 ROWS = [TextRow(f"{line} {i}", id=f"row-{i}") for i, line in enumerate(LINES * 4)]
@@ -128,7 +128,7 @@ def test_after_an_error_the_checkpoint_in_flight_is_there(llm_folder, tmp_path, 
         time.sleep(1.0)
         return publish(path, step)
 
-    monkeypatch.setattr("mtllm_fast.training.checkpoint.publish", slow)
+    monkeypatch.setattr("mtllm_fast.jobs.checkpoint.publish", slow)
     with pytest.raises(KeyboardInterrupt):
         _finetune(llm_folder, tmp_path, [0.9, 0.5], monkeypatch, async_save=True)
     assert len(_saved(tmp_path)) == 2
@@ -156,7 +156,7 @@ def test_a_best_one_that_is_lost_gives_way(background, llm_folder, tmp_path, mon
             raise OSError(28, "No space left on device")
         return publish(path, step)
 
-    monkeypatch.setattr("mtllm_fast.training.checkpoint.publish", full)
+    monkeypatch.setattr("mtllm_fast.jobs.checkpoint.publish", full)
     metrics = _finetune(llm_folder, tmp_path, [0.5, 0.9, 0.8], monkeypatch, async_save=background)
     epoch = _per_epoch(tmp_path)
     assert _saved(tmp_path) == {epoch, 3 * epoch}
@@ -177,7 +177,7 @@ def test_a_checkpoint_that_cannot_be_deleted_is_no_failure(tmp_path, monkeypatch
     def refuse(*args: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("mtllm_fast.training.checkpoint.rotate", refuse)
+    monkeypatch.setattr("mtllm_fast.jobs.checkpoint.rotate", refuse)
     publisher = Publisher(tmp_path, keep=1, background=False)
     (tmp_path / ".checkpoint-1").mkdir()
     with caplog.at_level(logging.WARNING):

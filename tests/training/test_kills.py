@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.studies.survive import differences, entries, make_inputs, spoil, unreadable
-from mtllm_fast.training.checkpoint import damage
+from mtllm_fast.jobs.checkpoint import damage
 from mtllm_fast.training.signals import StopRequest
 
 STEPS = 40

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 
 from mtllm_fast import TextRow, read_rows
-from mtllm_fast.disk import FolderLock
+from mtllm_fast.jobs.durable import FolderLock
+from mtllm_fast.jobs.fingerprint import WHOLE_BYTES, of_file
 from mtllm_fast.training import OptimSettings
-from mtllm_fast.training.inputs import _WHOLE, file_digest
 from mtllm_fast.training.run_folder import RESULT, RUN_FILE, RunFolder
 
 HOLD = """
 import sys, time
-from mtllm_fast.disk import FolderLock
+from mtllm_fast.jobs.durable import FolderLock
 from pathlib import Path
 print(FolderLock(Path(sys.argv[1])).take(), flush=True)
 time.sleep(600)
@@ -195,13 +195,13 @@ def test_a_file_of_a_folder_and_rows_of_a_list(tmp_path) -> None:
 def test_large_files_are_read_in_parts_that_cover_both_ends(tmp_path) -> None:
     path = tmp_path / "large"
     with path.open("wb") as file:
-        file.truncate(_WHOLE + 10**6)
-    digests = {file_digest(path)}
-    for place in (0, _WHOLE + 10**6 - 1):
+        file.truncate(WHOLE_BYTES + 10**6)
+    digests = {of_file(path)}
+    for place in (0, WHOLE_BYTES + 10**6 - 1):
         with path.open("r+b") as file:
             file.seek(place)
             file.write(b"x")
-        digests.add(file_digest(path))
+        digests.add(of_file(path))
     assert len(digests) == 3
 
 

@@ -22,12 +22,12 @@ from mtllm_fast.data.collate import collate
 from mtllm_fast.data.split import halves
 from mtllm_fast.data.tokenise import StackTokenizer
 from mtllm_fast.failures import RunFailed
+from mtllm_fast.jobs.checkpoint import last_complete
 from mtllm_fast.losses import DistillationWeights
 from mtllm_fast.models import LoraSettings
 from mtllm_fast.training import AdaptConfig, OptimSettings, adapt
 from mtllm_fast.training import survival as survival_module
 from mtllm_fast.training.adapt import AdaptStep
-from mtllm_fast.training.checkpoint import last_complete
 from tests.tiny import LINES, llm_tokenizer, nllb_tokenizer
 
 ROWS = [TextRow(f"{line} {i}", id=f"row-{i}") for i, line in enumerate(LINES * 4)]

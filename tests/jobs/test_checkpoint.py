@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.studies.survive import entries
-from mtllm_fast.training.checkpoint import Publisher, damage, last_complete, mark_complete, publish, rotate, staged
+from mtllm_fast.jobs.checkpoint import Publisher, damage, last_complete, mark_complete, publish, rotate, staged
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_publishing_replaces_a_damaged_one_and_says_what_fails(folder, monkeypat
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mtllm_fast.training.checkpoint.mark_complete", full)
+    monkeypatch.setattr("mtllm_fast.jobs.checkpoint.mark_complete", full)
     publisher.publish(30, None)
     step, error = publisher.settle() or (0, None)
     assert step == 30 and isinstance(error, OSError)

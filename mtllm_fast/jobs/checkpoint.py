@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..disk import MARKER, damage, mark_complete, room, sync_folder, write_failure
+from .durable import MARKER, damage, mark_complete, replace_folder, room, write_failure
 
 log = logging.getLogger(__name__)
 
@@ -60,10 +60,10 @@ def staged(folder: Path, step: int) -> Path:
 
 
 def clean(folder: Path) -> None:
-    """Remove what a killed run left unfinished: checkpoints and models in the making, temporary JSON files."""
+    """Remove what a killed run left unfinished: checkpoints and models in the making, temporary JSON files and logs."""
     for path in (*folder.glob(".checkpoint-*"), *folder.glob(".saving-*")):
         shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob(".*.json.*"):
+    for path in (*folder.glob(".*.json.*"), *folder.glob(".*.jsonl.*")):
         path.unlink(missing_ok=True)
 
 
@@ -71,15 +71,7 @@ def publish(folder: Path, step: int) -> Path:
     """Complete the staged checkpoint of `step` and give it its name; an incomplete one of that name makes way."""
     source, final = staged(folder, step), folder / f"checkpoint-{step}"
     mark_complete(source)
-    if final.exists():
-        old = folder / f".checkpoint-{step}.old"
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(final, old)
-        os.rename(source, final)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.rename(source, final)
-    sync_folder(folder)
+    replace_folder(source, final)
     return final
 
 
@@ -148,8 +140,8 @@ class Publisher:
 
 
 @contextmanager
-def said_in_bytes(what: str, folder: Path, needed: int) -> Iterator[None]:
-    """Turn a failed write of `what` into an OSError that says how many bytes are needed and free, and what is kept.
+def explained_failure(what: str, folder: Path, needed: int) -> Iterator[None]:
+    """Turns a failed write of `what` into an OSError that says how many bytes are needed and free, and what is kept.
 
     Raises:
         OSError: what was to be written in the block could not be.
