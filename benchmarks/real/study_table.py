@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from mtllm_fast.evaluation.results import ModelScores, Scores
-from mtllm_fast.evaluation.runs import TRANSLATE_TEST
 from mtllm_fast.evaluation.statistics import interval, mean_samples
+from mtllm_fast.evaluation.systems import TRANSLATE_TEST
 from mtllm_fast.reporting.scores import read_scores
 
 READ, NEW = "read before", "not read before"

@@ -14,8 +14,8 @@ from ..data.read import read_rows
 from .files import check_least, output_file, ranks
 
 if TYPE_CHECKING:
-    from ..evaluation import Translator
     from ..inference.translate import Source
+    from ..inference.translator import Translator
 
 
 @dataclass
@@ -94,11 +94,11 @@ class Translate:
     def run(self) -> None:
         import torch
 
-        from ..evaluation import Translator
         from ..evaluation.fingerprint import of_model
         from ..inference.device import check_device
         from ..inference.stream import Interrupted
         from ..inference.translate import FORMATS, translate_file
+        from ..inference.translator import Translator
 
         if bool(self.input) == bool(self.task):
             raise ValueError("name either --input FILE or --task TASK")
@@ -202,8 +202,8 @@ class Translate:
 
     def _of_task(self, translator: Translator) -> _Texts:
         from ..evaluation.fingerprint import of_settings
+        from ..evaluation.rows import task_sources
         from ..evaluation.tasks import canonical_split, get_task
-        from ..inference.translate import task_sources
         from .evaluate import mapping
 
         task = get_task(self.task, self.data or None, quoted=self.quoted)

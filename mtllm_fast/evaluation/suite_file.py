@@ -33,9 +33,9 @@ from typing import Any
 from ..yaml_file import converted, read_yaml, wrong_type
 from .cells import CellStore
 from .results import Scores
-from .runs import Dtype
 from .statistics import RESAMPLES
 from .suite import evaluate
+from .systems import Dtype
 from .tasks import get_task
 
 Folders = str | list[Any] | dict[str, Any]

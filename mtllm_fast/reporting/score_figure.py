@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.results import Scores
-from .tables import limits
+from .sentences import limits
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; the markers differ for print
 _STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"))

@@ -12,10 +12,10 @@ import torch
 
 from mtllm_fast import cli
 from mtllm_fast.evaluation.tasks import TASKS
-from mtllm_fast.evaluation.translate_test import Translator
 from mtllm_fast.evaluation.translations import join_translations
 from mtllm_fast.inference.parts import Parts
 from mtllm_fast.inference.translate import Source, translate_file
+from mtllm_fast.inference.translator import Translator
 
 WORDS = ["river", "bread", "cheese", "light", "stone", "train", "night", "teacher", "apple", "bridge"]
 SOURCES = [
