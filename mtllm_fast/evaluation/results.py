@@ -142,7 +142,9 @@ class ModelScores:
     def mean_alignment(self, languages: Iterable[str]) -> dict[str, float]:
         """Mean of each alignment metric over those of `languages` that have it."""
         metrics = [score.alignment for code in languages if (score := self.languages.get(code)) and score.alignment]
-        return {name: sum(one[name] for one in metrics) / len(metrics) for name in (metrics[0] if metrics else {})}
+        return {
+            name: sum(values[name] for values in metrics) / len(metrics) for name in (metrics[0] if metrics else {})
+        }
 
 
 @dataclass
@@ -265,7 +267,7 @@ class Scores:
     def from_dict(cls, content: Mapping[str, Any]) -> Scores:
         """Raises ValueError for data that `to_dict` did not write."""
         try:
-            values = {one.name: content[one.name] for one in fields(cls) if one.name in content}
+            values = {field.name: content[field.name] for field in fields(cls) if field.name in content}
             values |= {"labels": tuple(content["labels"]), "languages": tuple(content["languages"])}
             values["models"] = [_model(model) for model in content["models"]]
             values["described"] = {
@@ -279,7 +281,7 @@ class Scores:
 
 
 def _model(content: Mapping[str, Any]) -> ModelScores:
-    values = {one.name: content[one.name] for one in fields(ModelScores) if one.name in content}
+    values = {field.name: content[field.name] for field in fields(ModelScores) if field.name in content}
     values["languages"] = {code: LanguageScore(**_typed(score)) for code, score in content["languages"].items()}
     values["groups"] = {
         by: {name: GroupScore(**_typed(score)) for name, score in groups.items()}

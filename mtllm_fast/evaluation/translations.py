@@ -13,15 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ..data.read import TextRow
 from ..data.text_fields import text_fields, with_text_fields
 from .tasks import SPLITS, Layout, Table, Task, canonical_split
-from .tasks.files import ENDINGS, columns, records
+from .tasks.files import ENDINGS, Record, columns, records
 from .tasks.layout import find
 
-Record = dict[str, Any]
 _LAYOUTS = (Layout(), Layout("{language}_{split}"), Layout("{language}-{split}"), Layout("{split}/{language}"))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from ..evaluation.languages import GROUPINGS
 from ..evaluation.results import ModelScores, Scores
+from ..evaluation.tasks import TASKS
 from .sentences import counts, notes, reasons
 from .tables import (
     alignment_by_language,
@@ -24,22 +25,6 @@ from .tables import (
     wins,
 )
 
-TASKS = {
-    "sib200": "The task (SIB-200) is to say what a sentence is about. The same sentences are given in every language.",
-    "nusax": "The task (NusaX) is to say whether a short review or comment is positive, negative or neutral. The same "
-    "texts are given in every language.",
-    "nli": "The task (natural language inference) is to say whether a second sentence follows from the first, "
-    "contradicts it, or neither.",
-    "xnli": "The task (XNLI) is to say whether a second sentence follows from the first, contradicts it, or neither.",
-    "americasnli": "The task (AmericasNLI) is to say whether a second sentence follows from the first, contradicts it, "
-    "or neither, in languages of the Americas.",
-    "kardesnlu": "The task (Kardeş-NLU) is to say whether a second sentence follows from the first, contradicts it, or "
-    "neither, in Turkic languages.",
-    "belebele": "The task (Belebele) is to pick the right one of four answers to a question about a short passage. The "
-    "same passages are given in every language.",
-    "xcopa": "The task (XCOPA) is to pick the likelier one of two causes or effects of an event.",
-    "copa": "The task (COPA) is to pick the likelier one of two causes or effects of an event.",
-}
 View = dict[str, object]  # what a part of the template reads
 METHODS = {
     "task head": "reads the language itself",
@@ -79,7 +64,8 @@ def _task(scores: Scores, number: int) -> View:
     return {
         "name": scores.task,
         "anchor": f"task-{number}",
-        "about": TASKS.get(scores.task, "The task is to give each text one of the labels below."),
+        "about": getattr(TASKS.get(scores.task), "about", "")
+        or "The task is to give each text one of the labels below.",
         "labels": scores.labels,
         "split": scores.split,
         "source": scores.source,

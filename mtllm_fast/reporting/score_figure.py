@@ -20,8 +20,8 @@ def sorted_languages(scores: Scores) -> list[str]:
     """Languages by the accuracy of the first model that ran them, best first; those that no model ran at the end."""
 
     def key(code: str) -> tuple[float, str]:
-        found = [model.languages[code].accuracy for model in scores.models if code in model.languages]
-        return (-found[0] if found else math.inf, code)
+        ran = scores.of_language(code)
+        return (-ran[0].accuracy if ran else math.inf, code)
 
     return sorted(scores.languages, key=key)
 
@@ -51,7 +51,7 @@ def draw_scores(scores: Scores, path: str | Path) -> None:
     for panel, axis in enumerate(axes):
         codes = languages[panel * per_panel : (panel + 1) * per_panel]
         for index, code in enumerate(codes):
-            values = [100 * model.languages[code].accuracy for model in scores.models if code in model.languages]
+            values = [100 * score.accuracy for score in scores.of_language(code)]
             if len(values) > 1:
                 axis.plot([min(values), max(values)], [index, index], color="0.8", linewidth=1, zorder=1)
             if not values:
@@ -83,7 +83,7 @@ def draw_scores(scores: Scores, path: str | Path) -> None:
         for tick, code in zip(axis.get_yticklabels(), codes, strict=True):
             if code == scores.english:
                 tick.set_fontweight("bold")
-            elif not any(code in model.languages for model in scores.models):
+            elif not scores.of_language(code):
                 tick.set_color("0.45")
         axis.set_ylim(per_panel - 0.4, -0.6)
         axis.set_xlim(0, 100)
@@ -107,7 +107,5 @@ def _reason(scores: Scores, code: str) -> str:
 
 
 def _label(scores: Scores, code: str) -> str:
-    mapped = next(
-        (m.languages[code].mt_code for m in scores.models if code in m.languages and m.languages[code].mapped), None
-    )
+    mapped = next((score.mt_code for score in scores.of_language(code) if score.mapped), None)
     return f"{code} (as {mapped})" if mapped else code

@@ -85,11 +85,11 @@ def read_scores(path: str | Path) -> list[Scores]:
 
 
 def write_report(
-    all_scores: Scores | Sequence[Scores], output: str | Path, *, stem: str = "scores", overwrite: bool = False
+    all_scores: Scores | Sequence[Scores], output: str | Path, *, overwrite: bool = False
 ) -> dict[str, Path]:
     """Write one evaluation, or the tasks of a suite, into the folder `output`, each file whole or not at all.
 
-    Everything but `<stem>-times.json` is a function of the scores alone: the same scores give the same bytes.
+    Everything but `scores-times.json` is a function of the scores alone: the same scores give the same bytes.
 
     Returns:
         "html", "json", "csv", "groups", "latex", "markdown", "figure" (the first task's), "times" -> path.
@@ -101,8 +101,9 @@ def write_report(
     from .score_figure import draw_scores
 
     listed, folder = _listed(all_scores), Path(output)
-    check_output(output, stem=stem, overwrite=overwrite)
-    figures = [folder / (f"{stem}.png" if len(listed) == 1 else f"{stem}-{one.task}.png") for one in listed]
+    check_output(output, overwrite=overwrite)
+    endings = [".png"] if len(listed) == 1 else [f"-{scores.task}.png" for scores in listed]
+    figures = [folder / f"scores{ending}" for ending in endings]
     times = {scores.task: scores.times() for scores in listed}
     texts = {
         "markdown": (".md", "\n".join(to_markdown(scores, figure.name) for scores, figure in zip(listed, figures))),
@@ -118,19 +119,19 @@ def write_report(
         atomically(figure, partial(draw_scores, scores))
     paths = {}
     for name, (ending, text) in texts.items():
-        paths[name] = folder / f"{stem}{ending}"
+        paths[name] = folder / f"scores{ending}"
         atomically(paths[name], partial(_write, text))
     return {**paths, "figure": figures[0]}
 
 
-def check_output(output: str | Path, *, stem: str = "scores", overwrite: bool = False) -> None:
+def check_output(output: str | Path, *, overwrite: bool = False) -> None:
     """ValueError if a report cannot go to `output`; to be called before hours of evaluation."""
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output={str(output)!r}: expected a folder, got a file")
-    if not overwrite and (folder / f"{stem}.json").exists():
+    if not overwrite and (folder / "scores.json").exists():
         raise ValueError(
-            f"output={str(output)!r}: holds a report already ({stem}.json); choose another folder or allow overwriting"
+            f"output={str(output)!r}: holds a report already (scores.json); choose another folder or allow overwriting"
         )
 
 
