@@ -196,11 +196,12 @@ class Translate:
         )
         if self.language_column is None:
             rank = ranks()[0]
-            code = language_read(
-                translator.tokenizer, "mt", self.language, "--language",
-                tell=lambda message: print(f"mtllm translate: {message}", file=sys.stderr) if not rank else None,
-            )  # fmt: skip
-            assert code is not None  # a translator has languages
+
+            def tell(message: str) -> None:
+                if not rank:
+                    print(f"mtllm translate: {message}", file=sys.stderr)
+
+            code = str(language_read(translator.tokenizer, "mt", self.language, "--language", tell=tell))
             translator.tokenizer.language_id(code)
             rows.language = code
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -59,7 +59,7 @@ def translate_file(
     output: str | Path,
     *,
     target: str = "eng_Latn",
-    settings: dict[str, Any],
+    settings: Mapping[str, object],
     keep: Sequence[str] = (),
     scores: bool = True,
     window: int = 1024,
@@ -188,7 +188,7 @@ def _join_lines(parts: Parts) -> None:
     parts.replace_output(path)
 
 
-def _join_parquet(parts: Parts, settings: dict[str, Any]) -> None:
+def _join_parquet(parts: Parts, settings: Mapping[str, object]) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 

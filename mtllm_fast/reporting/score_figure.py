@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 from ..evaluation.results import Scores
 from .sentences import limits
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; the markers differ for print
 _STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"))
-_GREY_TEXT: dict[str, Any] = {"color": "0.45", "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.5}}
 _ROWS_PER_PANEL = 52
 _ROW_INCHES = 0.175
 
@@ -55,9 +53,9 @@ def draw_scores(scores: Scores, path: str | Path) -> None:
             if len(values) > 1:
                 axis.plot([min(values), max(values)], [index, index], color="0.8", linewidth=1, zorder=1)
             if not values:
-                axis.text(
-                    2, index, _reason(scores, code), va="center", fontsize=small - 1, style="italic", **_GREY_TEXT
-                )
+                box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+                reason = _reason(scores, code)
+                axis.text(2, index, reason, va="center", fontsize=small - 1, style="italic", color="0.45", bbox=box)
         for number, model in enumerate(scores.models):
             colour, marker = _STYLES[number % len(_STYLES)]
             points = [

@@ -184,10 +184,7 @@ def alignment_table(scores: Scores) -> Table | None:
     rows = [[name, *(f"{mean[metric]:.3f}" for metric in ALIGNMENT)] for name, mean in means.items() if mean]
     if not rows:
         return None
-    aligned = {
-        code: [score for score in scores.of_language(code) if score.alignment]
-        for code in scores.foreign()
-    }  # fmt: skip
+    aligned = {code: [one for one in scores.of_language(code) if one.alignment] for code in scores.foreign()}
     over = "the non-English languages"
     if {code for code, there in aligned.items() if there} != set(codes):
         over = f"the {len(codes)} non-English languages in which every model was compared with English"

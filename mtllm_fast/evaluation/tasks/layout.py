@@ -61,7 +61,7 @@ class Layout:
 
     def _glob(self, language: str | None) -> str:
         wanted = {"language": glob.escape(language) if language else "*", "split": "*"}
-        wanted["name"] = glob.escape(self.names[language]) if language in self.names else "*"  # type: ignore[index]
+        wanted["name"] = glob.escape(self.names.get(language or "", "")) or "*"
         parts = re.split(r"\{(language|split|name)\}", self.path)
         pattern = "".join(wanted[part] if i % 2 else glob.escape(part) for i, part in enumerate(parts))
         return pattern if self.path.endswith(ENDINGS) else pattern + ".*"
