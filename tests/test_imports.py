@@ -31,18 +31,12 @@ LATE = {
 }
 # Those that are to go: delete a line with its import.
 TODO = {
-    "inference.translate -> evaluation.rows",
-    "inference.translate -> evaluation.tasks",
-    "inference.translate -> evaluation.translate_test",
-    "inference.translate -> evaluation.translations",
     "models.encoder -> models.mtllm",
     "models.encoder -> models.storage",
     "models.mtllm -> models.generate",
     "models.mtllm -> models.storage",
     "models.names -> models.fingerprint",
     "models.names -> models.storage",
-    "reporting.html -> reporting.scores",
-    "reporting.scores -> reporting.html",
     "training.automatic -> training.distributed",
     "training.finetune -> inference",
     "training.live -> planning.presets",

@@ -239,7 +239,7 @@ register(
         warm={"count": 2},
         work=translate_work,
         small=first_texts,
-        sources=("mtllm_fast/evaluation/translate_test.py",),
+        sources=("mtllm_fast/inference/translator.py",),
     )
 )
 

@@ -12,7 +12,8 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from mtllm_fast.demo.report import HEADER, markdown_table, table_rows, verdict
+from mtllm_fast.demo.report import HEADER, table_rows, verdict
+from mtllm_fast.reporting.table import Table
 
 from .. import REPO
 from ..report.readme import with_block
@@ -32,7 +33,7 @@ def demo_block(results: Mapping[str, Any]) -> list[str]:
         f"besides English in {kinds} scripts ({RESULTS}/demo.json has each); accuracy in % [95 % interval over the "
         "rows], chance 12.5 %:",
         "",
-        *markdown_table(HEADER, [rows[0], *mean]),
+        *Table(HEADER, [rows[0], *mean]).markdown(),
         "",
         *(f"- {line.strip()}" for line in verdict(dict(results)) if not line.startswith("Chance")),
     ]
@@ -58,17 +59,18 @@ def curve_block(results: Mapping[str, Any]) -> list[str]:
         *(f"{name} ({count})" for name, count in groups.items()),
         "seeds, in this order",
     ]
-    lines = [head(results), "", "| " + " | ".join([*heads, "training, CPU-s"]) + " |"]
-    lines.append("| ---: |" + " ---: |" * len(heads))
+    rows = []
     for name, system in stacks.items():
         cells = [cell(results["english"][name]), *(cell(system["groups"][group]) for group in groups)]
         texts = f"{results['texts'][name]:,}"
-        lines.append("| " + " | ".join([texts, *cells, by_seed(system, groups), cost(system)]) + " |")
+        rows.append([texts, *cells, by_seed(system, groups), cost(system)])
+    lines = [head(results), "", *Table([*heads, "training, CPU-s"], rows, left=0).markdown(), ""]
     last = f"{results['texts'][OURS]:,}"
-    lines += ["", *(
+    lines += [
         f"- {last} texts against {results['texts'][name]:,}: {gains(system, groups)}"
-        for name, system in stacks.items() if name != OURS
-    )]  # fmt: skip
+        for name, system in stacks.items()
+        if name != OURS
+    ]
     generated = json.loads((REPO / GENERATED).read_text(encoding="utf-8"))["matrix"]["full_kl"]["by_seed"].values()
     spreads = [spread(system["groups"][group]["seeds"]) for system in stacks.values() for group in groups]
     lines.append(

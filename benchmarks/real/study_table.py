@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from mtllm_fast.evaluation.results import ModelScores, Scores
-from mtllm_fast.evaluation.runs import TRANSLATE_TEST
 from mtllm_fast.evaluation.statistics import interval, mean_samples
+from mtllm_fast.evaluation.systems import TRANSLATE_TEST
 from mtllm_fast.reporting.scores import read_scores
+from mtllm_fast.reporting.table import Table
 
 READ, NEW = "read before", "not read before"
 CENTRED = ", centred"
@@ -202,11 +203,11 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
     groups = {group: len(codes) for group, codes in found["languages"].items()}
     heads = ["system", "English", *(f"{name} ({count})" for name, count in groups.items()), "seeds, in this order"]
     heads.append("training, CPU-s")
-    lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    rows = []
     for name, system in found["systems"].items():
         cells = [cell(found["english"][name]), *(cell(system["groups"][group]) for group in groups)]
-        lines.append("| " + " | ".join([name, *cells, by_seed(system, groups), cost(system)]) + " |")
-    lines += ["", "MT-LLM against the others, paired on the same rows:", ""]
+        rows.append([name, *cells, by_seed(system, groups), cost(system)])
+    lines = [*Table(heads, rows).markdown(), "", "MT-LLM against the others, paired on the same rows:", ""]
     lines += [f"- {name}: {gains(system, groups)}" for name, system in found["systems"].items() if name != OURS]
     centred = [group for group in groups if group.endswith(CENTRED)]
     if centred:

@@ -13,9 +13,9 @@ from mtllm_fast.reporting.html import COLOURS
 
 from ..common import Record
 from .throughput import (
+    Cells,
     Change,
     Speedup,
-    Table,
     accuracy_table,
     caveats,
     change_table,
@@ -68,7 +68,7 @@ def to_html(records: Sequence[Record], changes: Sequence[Change] = (), profile: 
     )
 
 
-def _view(table: Table) -> dict[str, Any]:
+def _view(table: Cells) -> dict[str, Any]:
     """Cells, and which columns hold numbers."""
     header, rows = table
     numeric = [

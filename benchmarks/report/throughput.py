@@ -8,10 +8,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from mtllm_fast.reporting.table import Table
+
 from ..ceilings import describe
 from ..common import Record, percentile
 
-Table = tuple[list[str], list[list[str]]]
+Cells = tuple[list[str], list[list[str]]]
 NOISE = 0.05  # a change below this share is not reported, however narrow the intervals are
 
 
@@ -120,7 +122,7 @@ def error(record: Record) -> str:
     return f"{max(record.gate_detail.values()):.0e}" if record.gate_detail else "-"
 
 
-def speedup_table(found: Sequence[Speedup]) -> Table:
+def speedup_table(found: Sequence[Speedup]) -> Cells:
     """One row per speed-up, each with gate, memory and floor."""
     header = ["case", "size", "against", "speed-up", "p20 to p80", ""]
     header += ["ours ms", "ours MiB", "memory", "of floor", "error"]
@@ -135,7 +137,7 @@ def speedup_table(found: Sequence[Speedup]) -> Table:
     return header, rows
 
 
-def group_table(group: Sequence[Record]) -> Table:
+def group_table(group: Sequence[Record]) -> Cells:
     """All variants of one case at one size."""
     header = ["variant", "gate", "ms (p50)", "p20", "p80", "forward ms"]
     header += ["peak MiB", "of floor", "host syncs", "error", ""]
@@ -150,14 +152,14 @@ def group_table(group: Sequence[Record]) -> Table:
     return drop_empty((header, rows))
 
 
-def drop_empty(table: Table) -> Table:
+def drop_empty(table: Cells) -> Cells:
     """Without columns that hold nothing."""
     header, rows = table
     keep = [i for i in range(len(header)) if any(row[i] not in ("", "-") for row in rows)] or [0]
     return [header[i] for i in keep], [[row[i] for i in keep] for row in rows]
 
 
-def details(records: Sequence[Record]) -> Iterator[tuple[str, str, Table]]:
+def details(records: Sequence[Record]) -> Iterator[tuple[str, str, Cells]]:
     """Title, circumstances and table of each group that has times."""
     for group in groups([r for r in records if r.kl is None]):
         first = group[0]
@@ -166,7 +168,7 @@ def details(records: Sequence[Record]) -> Iterator[tuple[str, str, Table]]:
         yield title, f"{shape}; {first.dtype}; {first.device}", group_table(group)
 
 
-def accuracy_table(records: Sequence[Record]) -> Table | None:
+def accuracy_table(records: Sequence[Record]) -> Cells | None:
     """Gradient error by distance from the teacher, from the records that have one."""
     found = [r for r in records if r.kl is not None]
     if not found:
@@ -217,10 +219,9 @@ def provenance(records: Sequence[Record]) -> list[str]:
     return lines
 
 
-def markdown_table(table: Table) -> list[str]:
+def markdown_table(table: Cells) -> list[str]:
     header, rows = table
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    return lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return Table(header, rows, left=len(header)).markdown()
 
 
 def to_markdown(records: Sequence[Record], changes: Sequence[Change] = ()) -> str:
@@ -302,7 +303,7 @@ def compare(old: Sequence[Record], new: Sequence[Record]) -> list[Change]:
     return found
 
 
-def change_table(changes: Sequence[Change]) -> Table:
+def change_table(changes: Sequence[Change]) -> Cells:
     """Flagged ones first."""
     header = ["case", "size", "variant", "old ms", "new ms", "new / old", "memory", "beyond noise"]
     rows = []

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from ..evaluation import Scores
+    from ..evaluation.cells import CellStore
 
 
 def mapping(pairs: Sequence[str], option: str) -> dict[str, str]:
     """("arb_Latn=arb_Arab", ...) as a dictionary."""
-    out = {}
+    codes = {}
     for pair in pairs:
         key, sign, value = pair.partition("=")
         if not (key and sign and value):
             raise ValueError(f"{option} {pair!r}: expected CODE=MT_CODE, e.g. arb_Latn=arb_Arab")
-        out[key] = value
-    return out
+        codes[key] = value
+    return codes
 
 
 @dataclass
@@ -97,7 +101,7 @@ class Evaluate:
         from ..evaluation import evaluate
         from ..evaluation.cells import CellStore
         from ..evaluation.tasks import get_task
-        from ..reporting import check_output, print_scores, write_report
+        from ..reporting import check_output, write_report
         from .files import check_least
 
         if not self.task:
@@ -129,15 +133,11 @@ class Evaluate:
             dtype=self.dtype,
             progress=self.progress,
         )
-        paths = write_report(scores, output, overwrite=self.overwrite)
-        print_scores(scores)
-        for note in store.notes() if store else ():
-            print(note)
-        print("written:", ", ".join(str(path) for path in paths.values()))
+        _report([scores], store, write_report(scores, output, overwrite=self.overwrite))
 
     def _run_suite(self) -> None:
         from ..evaluation.suite_file import read_suite, run_suite
-        from ..reporting import check_output, print_scores, write_report
+        from ..reporting import check_output, write_report
 
         for option in dataclasses.fields(self):
             given = getattr(self, option.name) != option.default
@@ -149,10 +149,15 @@ class Evaluate:
         if not suite.output:
             raise ValueError(f"--output is missing, and {self.suite} names no 'output' either")
         check_output(suite.output, overwrite=True)
-        found, store = run_suite(suite, progress=self.progress)
-        paths = write_report(found, suite.output, overwrite=True)
-        for scores in found:
-            print_scores(scores)
-        for note in store.notes():
-            print(note)
-        print("written:", ", ".join(str(path) for path in paths.values()))
+        results, store = run_suite(suite, progress=self.progress)
+        _report(results, store, write_report(results, suite.output, overwrite=True))
+
+
+def _report(results: Sequence[Scores], store: CellStore | None, paths: Mapping[str, Path]) -> None:
+    from ..reporting import print_scores
+
+    for scores in results:
+        print_scores(scores)
+    for note in store.notes() if store else ():
+        print(note)
+    print("written:", ", ".join(map(str, paths.values())))

@@ -50,23 +50,23 @@ def parse(name: str, settings_type: type, arguments: Sequence[str], default: Any
 
     if {"-h", "--help"} & set(arguments):
         return parsed()
-    said, width = io.StringIO(), os.environ.get("COLUMNS")
+    stderr, width = io.StringIO(), os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "10000"  # tyro's box is read line by line
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(stderr):
             return parsed()
     except SystemExit as ending:
         if ending.code != 2:
             raise
-        message = _said(said.getvalue()).removeprefix(f"{settings_type.__name__}: ")
+        message = _message(stderr.getvalue()).removeprefix(f"{settings_type.__name__}: ")
         raise ValueError(f"{message}; see `mtllm {name} --help`") from None
     finally:
         os.environ.pop("COLUMNS") if width is None else os.environ.update(COLUMNS=width)
         if sys.exc_info()[0] is None:
-            sys.stderr.write(said.getvalue())
+            sys.stderr.write(stderr.getvalue())
 
 
-def _said(box: str) -> str:
+def _message(box: str) -> str:
     """The message in a box of tyro's, with the first option that it says is similar."""
     lines = [line.strip(" │╭╮╰╯") for line in box.splitlines()]
     parts: list[list[str]] = [[]]
@@ -117,9 +117,9 @@ def _documented(info: StructTypeInfo) -> StructConstructorSpec | None:
         return None
     hints = typing.get_type_hints(info.type, include_extras=True)
     required, fields = getattr(info.type, "REQUIRED", {}), []
-    own = info.default if dataclasses.is_dataclass(info.default) else info.type()  # type: ignore[misc]
+    instance = info.default if dataclasses.is_dataclass(info.default) else info.type()  # type: ignore[misc]
     for field in dataclasses.fields(info.type):
-        kind, value = hints[field.name], getattr(own, field.name)
+        kind, value = hints[field.name], getattr(instance, field.name)
         if kind == bool | None:  # a pair of flags, and None where neither is given
             kind = Annotated[kind, tyro.conf.DisallowNone]
         if not dataclasses.is_dataclass(value):
@@ -145,12 +145,12 @@ def _text(kind: type, name: str) -> str:
 @lru_cache
 def _texts(kind: type) -> dict[str, str]:
     """The string below each field of a dataclass, in one line."""
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for cls in reversed(kind.__mro__[:-1]):
         (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
         assert isinstance(node, ast.ClassDef)
         for field, text in pairwise(node.body):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
                 assert isinstance(field.target, ast.Name)
-                found[field.target.id] = " ".join(str(text.value.value).split())
-    return found
+                texts[field.target.id] = " ".join(str(text.value.value).split())
+    return texts

@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..data.language import ENGLISH_CODES, language_read
 from ..data.read import read_rows
 from .files import check_least, output_file, ranks
 
 if TYPE_CHECKING:
-    from ..evaluation import Translator
     from ..inference.translate import Source
+    from ..inference.translator import Translator
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """What is to be translated.
+
+    Fields:
+        identity: what tells the texts apart from others.
+        keep: endings that stay as they are.
+        skipped: reason -> languages that are left out.
+    """
+
+    sources: Iterable[Source]
+    identity: Mapping[str, object]
+    keep: tuple[str, ...] = ()
+    skipped: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass
@@ -94,10 +110,10 @@ class Translate:
     def run(self) -> None:
         import torch
 
-        from ..evaluation import Translator
         from ..inference.device import check_device
         from ..inference.stream import Interrupted
         from ..inference.translate import FORMATS, translate_file
+        from ..inference.translator import Translator
         from ..jobs.fingerprint import of_model
 
         if bool(self.input) == bool(self.task):
@@ -127,22 +143,22 @@ class Translate:
             dtype=getattr(torch, self.dtype) if self.dtype else None,
             max_length=self.max_length,
         )
-        sources, identity, keep, skipped = (self._of_task if self.task else self._of_file)(translator)
+        texts = self._of_task(translator) if self.task else self._of_file(translator)
         settings = {"model": self.model, "weights": of_model(self.model), "dtype": self.dtype, "device": device[:4]}
         try:
             report = translate_file(
                 translator,
-                sources,
+                texts.sources,
                 output,
                 target=self.target,
-                settings={**settings, "max_length": self.max_length, **identity},
-                keep=keep,
+                settings={**settings, "max_length": self.max_length, **texts.identity},
+                keep=texts.keep,
                 scores=self.scores,
                 window=self.window,
                 overwrite=self.overwrite,
                 rank=rank,
                 world_size=world_size,
-                total=len(sources) if isinstance(sources, list) else None,
+                total=len(texts.sources) if isinstance(texts.sources, list) else None,
                 progress=self.progress and rank == 0,
                 num_beams=self.num_beams,
                 max_tokens=self.max_tokens,
@@ -161,7 +177,7 @@ class Translate:
             f"translate: {report.texts} texts to {self.target} -> {output}{before}; "
             f"{report.truncated} truncated, {report.unfinished} met the length limit"
         )
-        for reason, languages in skipped.items():
+        for reason, languages in texts.skipped.items():
             print(f"translate: not translated, {reason}: {', '.join(languages)}")
 
     def _of_file(self, translator: Translator) -> _Texts:
@@ -180,11 +196,12 @@ class Translate:
         )
         if self.language_column is None:
             rank = ranks()[0]
-            code = language_read(
-                translator.tokenizer, "mt", self.language, "--language",
-                tell=lambda message: print(f"mtllm translate: {message}", file=sys.stderr) if not rank else None,
-            )  # fmt: skip
-            assert code is not None  # a translator has languages
+
+            def tell(message: str) -> None:
+                if not rank:
+                    print(f"mtllm translate: {message}", file=sys.stderr)
+
+            code = str(language_read(translator.tokenizer, "mt", self.language, "--language", tell=tell))
             translator.tokenizer.language_id(code)
             rows.language = code
         else:
@@ -198,11 +215,11 @@ class Translate:
                 reasons = "".join(f", {count} {reason}" for reason, count in rows.counts.reasons.items())
                 print(f"translate: {skipped} rows skipped: {rows.counts.empty} empty{reasons}", file=sys.stderr)
 
-        return sources(), rows.identity(), (), {}
+        return _Texts(sources(), rows.identity())
 
     def _of_task(self, translator: Translator) -> _Texts:
+        from ..evaluation.rows import task_sources
         from ..evaluation.tasks import canonical_split, get_task
-        from ..inference.translate import task_sources
         from ..jobs.fingerprint import of_settings
         from .evaluate import mapping
 
@@ -231,11 +248,7 @@ class Translate:
                 codes[language] = code
         if not codes:
             raise ValueError(f"--languages: none to translate ({', '.join(skipped)}); --language-map can name MT codes")
-        texts = list(task_sources(task, data, list(codes), codes, split, self.limit))
-        content = of_settings(texts=[[one.text, one.mt_code, one.id, one.language, one.field] for one in texts])
+        sources = list(task_sources(task, data, list(codes), codes, split, self.limit))
+        content = of_settings(texts=[[text.text, text.mt_code, text.id, text.language, text.field] for text in sources])
         identity = {"task": task.name, "data": str(data), "split": split, "content": content}
-        return texts, identity, tuple(getattr(task, "fixed_words", ())), skipped
-
-
-# texts, what tells them apart from others, endings to keep, reason -> languages that are left out
-_Texts = tuple[Iterable["Source"], dict[str, Any], tuple[str, ...], dict[str, list[str]]]
+        return _Texts(sources, identity, tuple(getattr(task, "fixed_words", ())), skipped)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..evaluation.languages import SCRIPTS, describe
+from ..reporting.table import Table
 from .rows import ENGLISH, TOPICS
 
 if TYPE_CHECKING:
@@ -136,10 +137,10 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     """A table of accuracies on the console, English first and means set off, with what it says below."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Table as ConsoleTable
 
     console = Console()
-    table = Table(title=title, header_style="bold", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table = ConsoleTable(title=title, header_style="bold", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
     for index, row in enumerate(rows):
@@ -157,14 +158,8 @@ def write_report(results: dict[str, Any], scores: Scores, root: Path) -> None:
     scripts = sorted({row["script"] for row in results["languages"].values()} | {SCRIPTS["Latn"]})
     about = f"{len(results['languages'])} languages besides English, scripts: {', '.join(scripts)}."
     head = ["# Demo: topics in many languages, learned in English", "", about, ""]
-    head += [*markdown_table(HEADER, table_rows(results)), "", *(f"- {line.strip()}" for line in verdict(results))]
+    head += [*Table(HEADER, table_rows(results)).markdown(), "", *(f"- {line.strip()}" for line in verdict(results))]
     write_files(results, scores, root, head)
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a table whose first column is words and the others numbers."""
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" + " ---: |" * (len(header) - 1)]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def write_files(results: dict[str, Any], scores: Scores, root: Path, lines: Sequence[str], rows: str = "") -> None:

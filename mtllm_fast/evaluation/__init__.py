@@ -4,31 +4,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..inference.translator import Translator
     from .metrics import accuracy, macro_f1
     from .probe import LinearProbe, fit_probe
     from .results import LanguageScore, ModelScores, Scores
     from .suite import evaluate
     from .suite_file import Suite, read_suite, run_suite
     from .tasks import TASKS, FolderTask, Task, get_task
-    from .translate_test import Translator
 
 _HOME = {
-    "accuracy": "metrics",
-    "macro_f1": "metrics",
-    "LinearProbe": "probe",
-    "fit_probe": "probe",
-    "LanguageScore": "results",
-    "ModelScores": "results",
-    "Scores": "results",
-    "evaluate": "suite",
-    "Suite": "suite_file",
-    "read_suite": "suite_file",
-    "run_suite": "suite_file",
-    "TASKS": "tasks",
-    "FolderTask": "tasks",
-    "Task": "tasks",
-    "get_task": "tasks",
-    "Translator": "translate_test",
+    "accuracy": ".metrics",
+    "macro_f1": ".metrics",
+    "LinearProbe": ".probe",
+    "fit_probe": ".probe",
+    "LanguageScore": ".results",
+    "ModelScores": ".results",
+    "Scores": ".results",
+    "evaluate": ".suite",
+    "Suite": ".suite_file",
+    "read_suite": ".suite_file",
+    "run_suite": ".suite_file",
+    "TASKS": ".tasks",
+    "FolderTask": ".tasks",
+    "Task": ".tasks",
+    "get_task": ".tasks",
+    "Translator": "..inference.translator",
 }
 
 __all__ = [
@@ -53,5 +53,5 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        return getattr(import_module(_HOME[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -76,7 +76,7 @@ def summarise(
         ValueError: models that have no row of a language in common.
     """
     models = _on_common_rows(models, described)
-    summaries = [_one(model, described, num_classes, resamples, available or {}) for model in models]
+    summaries = [_summary(model, described, num_classes, resamples, available or {}) for model in models]
     against = next((model for model in models if model.name == reference), None)
     if against is not None:
         for model, summary in zip(models, summaries, strict=True):
@@ -138,7 +138,7 @@ def _common(cells: Sequence[Cell]) -> list[npt.NDArray[np.int64]]:
             places[-1][name, seen[name]] = index
             seen[name] += 1
     keys = [key for key in places[0] if all(count[key[0]] == counts[0][key[0]] for count in counts)]
-    return [np.array([one[key] for key in keys], np.int64) for one in places]
+    return [np.array([place[key] for key in keys], np.int64) for place in places]
 
 
 def _cut(cell: Cell, rows: npt.NDArray[np.int64]) -> Cell:
@@ -151,7 +151,7 @@ def _cut(cell: Cell, rows: npt.NDArray[np.int64]) -> Cell:
     )
 
 
-def _one(
+def _summary(
     model: ModelCells, described: Iterable[str], num_classes: int, resamples: int, available: Mapping[str, int]
 ) -> _Summary:
     scores = ModelScores(model.name, model.method, notes=list(model.notes), seeds=len(model.seeds))
@@ -195,22 +195,22 @@ def _one(
 
 def _alignment(model: ModelCells, code: str) -> dict[str, float]:
     """Means over the seeds; {} unless all of them were compared with English."""
-    found = [seed[code] for seed in model.alignment if seed.get(code)]
-    if len(found) < len(model.seeds):
+    seeds = [seed[code] for seed in model.alignment if seed.get(code)]
+    if len(seeds) < len(model.seeds):
         return {}
-    return {name: float(np.mean([values[name] for values in found])) for name in (found[0] if found else {})}
+    return {name: float(np.mean([metrics[name] for metrics in seeds])) for name in (seeds[0] if seeds else {})}
 
 
 def _compare(model: ModelCells, against: ModelCells, summary: _Summary, english: str, resamples: int) -> None:
     """Fill in the gaps of a model against translate-test, language by language."""
     gaps: dict[str, Gap] = {}
     for code in summary.scores.languages:
-        mine, theirs = model.run(code), against.run(code)
-        if not theirs:
+        seeds, others = len(model.run(code)), len(against.run(code))
+        if not others:
             continue
         # whole numbers: each side's count of right seeds, brought to the common denominator
-        differences = model.correct(code) * len(theirs) - against.correct(code) * len(mine)
-        scale = len(mine) * len(theirs)
+        differences = model.correct(code) * others - against.correct(code) * seeds
+        scale = seeds * others
         samples = mean_samples(differences / scale, resamples)
         p = None if code == english else sign_flip_p(differences)
         gaps[code] = Gap(float(differences.mean()) / scale, *interval(samples), p)
@@ -223,7 +223,7 @@ def _compare(model: ModelCells, against: ModelCells, summary: _Summary, english:
 
 
 def _groups(summary: _Summary, groups: Mapping[str, Sequence[str]]) -> dict[str, GroupScore]:
-    found = {}
+    means = {}
     for name, members in groups.items():
         codes = [code for code in members if code in summary.scores.languages]
         if not codes:
@@ -232,9 +232,9 @@ def _groups(summary: _Summary, groups: Mapping[str, Sequence[str]]) -> dict[str,
         compared = [code for code in codes if code in summary.gap]
         gap = None
         if len(compared) == len(codes):
-            values = [one.gap.accuracy for one in scores if one.gap is not None]
+            values = [score.gap.accuracy for score in scores if score.gap is not None]
             gap = Gap(float(np.mean(values)), *interval(np.mean([summary.gap[code] for code in compared], axis=0)))
-        found[name] = GroupScore(
+        means[name] = GroupScore(
             languages=len(codes),
             accuracy=float(np.mean([score.accuracy for score in scores])),
             accuracy_interval=interval(np.mean([summary.accuracy[code] for code in codes], axis=0)),
@@ -242,4 +242,4 @@ def _groups(summary: _Summary, groups: Mapping[str, Sequence[str]]) -> dict[str,
             macro_f1_interval=interval(np.mean([summary.macro_f1[code] for code in codes], axis=0)),
             gap=gap,
         )
-    return found
+    return means

@@ -66,9 +66,9 @@ def describe(code: str, mt_code: str | None = None) -> Language:
 @cache
 def _table() -> dict[str, dict[str, str]]:
     """Every code and other name of a language -> its row."""
-    found: dict[str, dict[str, str]] = {}
+    rows: dict[str, dict[str, str]] = {}
     with (Path(__file__).parent / "languages.tsv").open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file, delimiter="\t"):
             for name in (row["code"], *filter(None, row["also"].split(","))):
-                found[name] = row
-    return found
+                rows[name] = row
+    return rows

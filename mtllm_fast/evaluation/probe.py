@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -72,15 +72,14 @@ def fit_probe(
     targets = torch.as_tensor(np.asarray(labels, np.int64))
     weight = torch.zeros(num_classes, features.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(num_classes, dtype=torch.float64, requires_grad=True)
-    best: LinearProbe | None = None
+    probes = []
     for penalty in sorted(penalties, reverse=True):  # each fit starts from the stronger penalty's solution
         _minimise(inputs, targets, weight, bias, penalty, max_iterations)
         probe = LinearProbe(mean, scale, weight.detach().numpy().copy(), bias.detach().numpy().copy(), penalty, 0.0)
-        score = accuracy(probe.logits(dev_features).argmax(1), np.asarray(dev_labels))
-        if best is None or score > best.dev_accuracy:
-            best = LinearProbe(probe.mean, probe.scale, probe.weight, probe.bias, penalty, score)
-    assert best is not None
-    return best
+        probes.append(
+            replace(probe, dev_accuracy=accuracy(probe.logits(dev_features).argmax(1), np.asarray(dev_labels)))
+        )
+    return max(probes, key=lambda probe: probe.dev_accuracy)  # the first of those that tie
 
 
 def _minimise(

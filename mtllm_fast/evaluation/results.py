@@ -1,10 +1,12 @@
-"""What an evaluation found, as data: `Scores` -> `ModelScores` -> `LanguageScore`."""
+"""The scores of an evaluation as data: `Scores` -> `ModelScores` -> `LanguageScore`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+from .languages import Language, describe
 
 NO_MT_CODE = "no MT code"
 METRICS = ("accuracy", "macro_f1")
@@ -139,9 +141,10 @@ class ModelScores:
 
     def mean_alignment(self, languages: Iterable[str]) -> dict[str, float]:
         """Mean of each alignment metric over those of `languages` that have it."""
-        found = [self.languages[code].alignment for code in languages if code in self.languages]
-        found = [values for values in found if values]
-        return {name: sum(values[name] for values in found) / len(found) for name in (found[0] if found else {})}
+        metrics = [score.alignment for code in languages if (score := self.languages.get(code)) and score.alignment]
+        return {
+            name: sum(values[name] for values in metrics) / len(metrics) for name in (metrics[0] if metrics else {})
+        }
 
 
 @dataclass
@@ -159,7 +162,7 @@ class Scores:
         reference: name of the translate-test among the models, None without one.
         resamples: of the bootstrap.
         issues: what is odd about the data, counted.
-        described: the set's code -> name, family, script, resource.
+        described: the set's code -> the language.
     """
 
     task: str
@@ -176,7 +179,7 @@ class Scores:
     reference: str | None = None
     resamples: int = 0
     issues: list[str] = field(default_factory=list)
-    described: dict[str, dict[str, str]] = field(default_factory=dict)
+    described: dict[str, Language] = field(default_factory=dict)
 
     def foreign(self) -> list[str]:
         return [code for code in self.languages if code != self.english]
@@ -199,43 +202,49 @@ class Scores:
         return [
             code
             for code in self.foreign()
-            if models and all(code in one.languages and one.languages[code].alignment for one in models)
+            if models and all(code in model.languages and model.languages[code].alignment for model in models)
         ]
 
     def left_out(self) -> dict[str, tuple[int, int]]:
         """Language -> rows that some model has and another lacks, so that none is scored on them; and rows of the one
         that has most."""
-        found = {}
+        missing = {}
         for code in self.languages:
-            ran = [model.languages[code] for model in self.models if code in model.languages]
-            most = max((one.scored or one.rows for one in ran), default=0)
+            ran = self.of_language(code)
+            most = max((score.scored or score.rows for score in ran), default=0)
             if ran and most > ran[0].rows:
-                found[code] = (most - ran[0].rows, most)
-        return found
+                missing[code] = (most - ran[0].rows, most)
+        return missing
 
-    def language_name(self, code: str) -> str:
-        return self.described.get(code, {}).get("name", code)
+    def of_language(self, code: str) -> list[LanguageScore]:
+        """The scores in one language of the models that were run in it."""
+        return [model.languages[code] for model in self.models if code in model.languages]
 
-    def means(self, model: ModelScores) -> dict[str, dict[str, Any]]:
+    def language(self, code: str) -> Language:
+        return self.described.get(code) or describe(code)
+
+    def means(self, model: ModelScores) -> dict[str, dict[str, float | None]]:
         """Means of one model over all its languages, the non-English ones, and those shared with the other models."""
         groups: dict[str, list[str]] = {"all": list(self.languages), "non_english": self.foreign()}
         if len(self.models) > 1:
             groups["non_english_shared"] = self.shared()
-        found: dict[str, dict[str, Any]] = {}
+        means: dict[str, dict[str, float | None]] = {}
         for name, codes in groups.items():
             ran = [code for code in codes if code in model.languages]
-            found[name] = {"languages": len(ran), **{metric: model.mean(metric, ran) for metric in METRICS}}
-        return found
+            means[name] = {"languages": len(ran), **{metric: model.mean(metric, ran) for metric in METRICS}}
+        return means
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, without times; `from_dict` reads it back (it ignores the derived means)."""
-        content = {name: value for name, value in asdict(self).items() if name != "models"}
+        content = asdict(self)
         if self.limit_seed is None:
             del content["limit_seed"]
-        content["labels"], content["languages"] = list(self.labels), list(self.languages)
-        content["models"] = [{**asdict(model), "mean": self.means(model), "rows": model.rows} for model in self.models]
-        for model in content["models"]:
-            for score in model["languages"].values():
+        for language in content["described"].values():
+            del language["code"]
+        content["models"] = content.pop("models")  # at the end
+        for model, values in zip(self.models, content["models"], strict=True):
+            values |= {"mean": self.means(model), "rows": model.rows}
+            for score in values["languages"].values():
                 del score["time_s"]
                 for name in OPTIONAL:
                     if score[name] is None:
@@ -258,9 +267,12 @@ class Scores:
     def from_dict(cls, content: Mapping[str, Any]) -> Scores:
         """Raises ValueError for data that `to_dict` did not write."""
         try:
-            values = {one.name: content[one.name] for one in fields(cls) if one.name in content}
+            values = {field.name: content[field.name] for field in fields(cls) if field.name in content}
             values |= {"labels": tuple(content["labels"]), "languages": tuple(content["languages"])}
             values["models"] = [_model(model) for model in content["models"]]
+            values["described"] = {
+                code: Language(code, **about) for code, about in content.get("described", {}).items()
+            }
             return cls(**values)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -269,7 +281,7 @@ class Scores:
 
 
 def _model(content: Mapping[str, Any]) -> ModelScores:
-    values = {one.name: content[one.name] for one in fields(ModelScores) if one.name in content}
+    values = {field.name: content[field.name] for field in fields(ModelScores) if field.name in content}
     values["languages"] = {code: LanguageScore(**_typed(score)) for code, score in content["languages"].items()}
     values["groups"] = {
         by: {name: GroupScore(**_typed(score)) for name, score in groups.items()}

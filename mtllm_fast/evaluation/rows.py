@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..data.read import TextRow
+from ..data.text_fields import text_fields
+from ..inference.translate import Source
 from .tasks import RowIssues, Task, check_rows
 from .translations import has_translations, join_translations
 
@@ -34,6 +36,25 @@ def sample(rows: Sequence[TextRow], limit: int | None, seed: int = SAMPLE_SEED) 
     return sorted(index for _, index in sorted(places)[:limit])
 
 
+def task_sources(
+    task: Task,
+    source: str | Path,
+    languages: Sequence[str],
+    codes: Mapping[str, str],
+    split: str = "test",
+    limit: int | None = None,
+) -> Iterator[Source]:
+    """Every text of a task's rows, or of those that an evaluation with that `limit` draws, to be translated.
+
+    `codes`: the set's code -> MT code.
+    """
+    for language in languages:
+        rows = task.rows(source, language, split, labelled=False)
+        for row in (rows[index] for index in sample(rows, limit)):
+            for name, text in text_fields(row).items():
+                yield Source(text, codes[language], str(row.id), language, split, name)
+
+
 class TaskRows:
     """Labelled rows of one split, by language. A language that cannot be read is a problem, not an end."""
 
@@ -46,7 +67,7 @@ class TaskRows:
         self._rows: dict[str, list[TextRow]] = {}
         self._problems: dict[str, str] = {}
         self._unlabelled: dict[str, list[TextRow]] = {}
-        self._translated: dict[str, tuple[list[TextRow], dict[str, int]] | str] = {}
+        self._translated: dict[str, tuple[list[TextRow], dict[str, int]] | None] = {}
 
     def problem(self, language: str) -> str:
         """Why a language cannot be read: no such split, or what is wrong in its file. "" if it can."""
@@ -56,9 +77,9 @@ class TaskRows:
                 self._problems[language] = f"no {self.split} split"
                 return self._problems[language]
             try:
-                self._all[language] = found = self.task.rows(self.source, language, self.split)
-                self._sampled[language] = sample(found, self.limit)
-                self._rows[language] = [found[index] for index in self._sampled[language]]
+                self._all[language] = rows = self.task.rows(self.source, language, self.split)
+                self._sampled[language] = sample(rows, self.limit)
+                self._rows[language] = [rows[index] for index in self._sampled[language]]
             except ValueError as error:
                 self._problems[language] = str(error)
         return self._problems.get(language, "")
@@ -81,41 +102,41 @@ class TaskRows:
         if language not in self._unlabelled:
             if "train" not in self.task.splits(self.source, language):
                 raise ValueError(f"centre={count}: {language!r} has no train split to take unlabelled text from")
-            found = self.task.rows(self.source, language, "train", labelled=False)
-            if (others := len(found) - count) < 0:
-                raise ValueError(f"centre={count}: the train split of {language!r} has {len(found)} rows")
+            rows = self.task.rows(self.source, language, "train", labelled=False)
+            if (rest := len(rows) - count) < 0:
+                raise ValueError(f"centre={count}: the train split of {language!r} has {len(rows)} rows")
             if language == self.task.english:
-                taken = set(sample(found, others)) if others else set()
-                self._unlabelled[language] = [row for index, row in enumerate(found) if index not in taken]
+                left_out = set(sample(rows, rest)) if rest else set()
+                self._unlabelled[language] = [row for index, row in enumerate(rows) if index not in left_out]
             else:
-                self._unlabelled[language] = [found[index] for index in sample(found, count)]
+                self._unlabelled[language] = [rows[index] for index in sample(rows, count)]
         return self._unlabelled[language]
 
     def available_rows(self, language: str) -> int:
         """How many rows it has, those outside of `limit` included; 0 where there is a problem."""
         return 0 if self.problem(language) else len(self._all[language])
 
-    def translated(self, language: str, path: str | Path, target: str) -> tuple[list[TextRow], dict[str, int]] | str:
-        """Its rows with their texts from existing translations, and what was counted in joining them; or why not.
+    def translated(self, language: str, path: str | Path, target: str) -> tuple[list[TextRow], dict[str, int]] | None:
+        """Its rows with their texts from existing translations, and what was counted in joining them; None without any.
 
         Raises:
             ValueError: there are translations for it, but none that joins a row.
         """
         if language not in self._translated:
             if not has_translations(path, self.task, language, self.split):
-                self._translated[language] = "no translations"
-                return "no translations"
-            everything, wanted = self._all[language], set(self._sampled[language])
-            joined = join_translations(path, self.task, everything, language=language, split=self.split, target=target)
-            kept = [row for index, row in zip(joined.indices, joined.rows, strict=True) if index in wanted]
+                self._translated[language] = None
+                return None
+            rows, sampled = self._all[language], set(self._sampled[language])
+            joined = join_translations(path, self.task, rows, language=language, split=self.split, target=target)
+            kept = [row for index, row in zip(joined.indices, joined.rows, strict=True) if index in sampled]
             if not kept:
                 raise ValueError(
-                    f"translations={str(path)!r}: those of {language!r} belong to none of the {len(wanted)} rows that "
-                    f"limit={self.limit} draws from {len(everything)}"
+                    f"translations={str(path)!r}: those of {language!r} belong to none of the {len(sampled)} rows that "
+                    f"limit={self.limit} draws from {len(rows)}"
                 )
-            counts = {**joined.counts(), "missing": len(wanted) - len(kept)}
-            counted = {f"translations_{name}": n for name, n in counts.items() if n and name != "joined"}
-            self._translated[language] = (kept, counted)
+            counts = {**joined.counts(), "missing": len(sampled) - len(kept)}
+            counts = {f"translations_{name}": n for name, n in counts.items() if n and name != "joined"}
+            self._translated[language] = (kept, counts)
         return self._translated[language]
 
     def check_translations(self, languages: Sequence[str], path: str | Path, target: str) -> None:
@@ -125,17 +146,17 @@ class TaskRows:
             ValueError: translations that join no row, or none for any language that is not the target itself.
         """
         foreign = [code for code in languages if not self.problem(code) and self.rows(code)[0].language != target]
-        found = [self.translated(code, path, target) for code in foreign]
-        if foreign and all(isinstance(one, str) for one in found):
+        joined = [self.translated(code, path, target) for code in foreign]
+        if foreign and not any(joined):
             raise ValueError(
                 f"translations={str(path)!r}: holds none of the {len(foreign)} languages ({', '.join(foreign[:5])}"
                 f"{', ...' if len(foreign) > 5 else ''}), {self.split!r}"
             )
 
-    def issues(self, languages: list[str]) -> list[str]:
+    def issues(self, languages: Sequence[str]) -> list[str]:
         """What is odd in the rows of these languages, counted, one line per kind. Local sources are compared with their
         training split too."""
-        found: dict[str, RowIssues] = {}
+        issues: dict[str, RowIssues] = {}
         local = Path(self.source).is_dir()
         for language in languages:
             if self.problem(language):
@@ -146,15 +167,15 @@ class TaskRows:
                     train = self.task.rows(self.source, language, "train", labelled=False)
                 except ValueError:
                     train = []  # a damaged training split does not concern the rows that are scored
-            if issues := check_rows(self.rows(language), train):
-                found[language] = issues
+            if odd := check_rows(self.rows(language), train):
+                issues[language] = odd
         lines = []
         for kind, what in (
             ("blank", "with an empty text (scored all the same)"),
             ("duplicate_ids", "with an id that occurs more than once (kept)"),
             ("in_train", "whose text also stands in the training split of the same language (kept)"),
         ):
-            counts = {code: len(getattr(one, kind)) for code, one in found.items() if getattr(one, kind)}
+            counts = {code: len(ids) for code, odd in issues.items() if (ids := getattr(odd, kind))}
             if counts:
                 which = ", ".join(f"{code} {count}" for code, count in counts.items())
                 lines.append(f"{sum(counts.values())} rows {what}: {which}")

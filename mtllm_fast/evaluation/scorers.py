@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,23 +14,13 @@ from ..data.read import TextRow
 from .probe import LinearProbe, fit_probe
 from .tasks import Task, nearest
 
+if TYPE_CHECKING:
+    from ..inference.engine import Engine
+    from ..inference.translator import Translator
+    from ..models import MTLLM
+
 Logits = npt.NDArray[np.float32]  # (N, C)
-
-
-class Encoder(Protocol):
-    """The part of `inference.Engine` that evaluation uses."""
-
-    model: Any
-    truncated: int
-
-    def classify(self, rows: Iterable[TextRow]) -> npt.NDArray[np.float32]:
-        """Logits (N, C)."""
-
-    def score_choices(self, rows: Iterable[TextRow]) -> npt.NDArray[np.float32]:
-        """Scores of the choices (N, C)."""
-
-    def encode_rows(self, rows: Iterable[TextRow]) -> Iterator[npt.NDArray[np.float32]]:
-        """Pooled states (n, D), a window at a time."""
+States = npt.NDArray[np.float32]  # (N, D)
 
 
 class Scorer(Protocol):
@@ -47,55 +37,33 @@ class Scorer(Protocol):
     def logits(self, rows: Sequence[TextRow]) -> Logits:
         """One column per label of the task, in its order."""
 
-    def states(self, rows: Sequence[TextRow]) -> npt.NDArray[np.float32] | None:
-        """Pooled hidden states (N, D); None where the rows are not what the model reads."""
-
     def counts(self) -> dict[str, int]:
         """Things counted since it was made, e.g. truncated texts."""
 
 
-def scorer(
-    engine: Encoder,
-    task: Task,
-    name: str,
-    *,
-    probe_source: str | Path,
-    probe_rows: int,
-    language_map: Mapping[str, str],
-) -> HeadScorer | ProbeScorer:
-    """The model's own head where it has one for this task, else a linear probe fitted on English.
+class EngineScorer:
+    """A model that reads the rows itself."""
 
-    Raises:
-        ValueError: the model's labels are not the task's, or a probe is needed and there is no English training split.
-    """
-    model = engine.model
-    if getattr(model, "head", None) is None:
-        return ProbeScorer(engine, task, name, source=probe_source, max_rows=probe_rows, language_map=language_map)
-    return HeadScorer(engine, task, name)
-
-
-class _EngineScorer:
-    method: str
-
-    def __init__(self, engine: Encoder) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.notes: list[str] = []
         self.mt_languages = _mt_languages(engine.model)
         self._truncated_before = engine.truncated
 
-    def states(self, rows: Sequence[TextRow]) -> npt.NDArray[np.float32] | None:
+    def states(self, rows: Sequence[TextRow]) -> States:
+        """Pooled hidden states."""
         return np.concatenate(list(self.engine.encode_rows(rows)))
 
     def counts(self) -> dict[str, int]:
         return {"truncated": self.engine.truncated - self._truncated_before}
 
 
-class HeadScorer(_EngineScorer):
+class HeadScorer(EngineScorer):
     """The class with the highest logit of the model's head, in the task's label order."""
 
     method = "task head"
 
-    def __init__(self, engine: Encoder, task: Task, name: str) -> None:
+    def __init__(self, engine: Engine, task: Task, name: str) -> None:
         super().__init__(engine)
         labels = engine.model.config.labels
         check_labels(labels, task, name)
@@ -111,14 +79,14 @@ class HeadScorer(_EngineScorer):
         return _finite(logits[:, self.order], len(rows))
 
 
-class ProbeScorer(_EngineScorer):
+class ProbeScorer(EngineScorer):
     """A linear probe on pooled states, fitted on English training rows and applied as it is to every language."""
 
     method = "linear probe"
 
     def __init__(
         self,
-        engine: Encoder,
+        engine: Engine,
         task: Task,
         name: str,
         *,
@@ -137,7 +105,7 @@ class ProbeScorer(_EngineScorer):
         if code is not None:
             train, dev = ([replace(row, language=code) for row in rows] for rows in (train, dev))
         self.probe: LinearProbe = fit_probe(
-            self._features(train), _gold(train), self._features(dev), _gold(dev), len(task.labels)
+            self.states(train), _gold(train), self.states(dev), _gold(dev), len(task.labels)
         )
         self.notes = [
             f"{name} has no task head: a linear probe (multinomial logistic regression on its mean-pooled states) "
@@ -146,11 +114,8 @@ class ProbeScorer(_EngineScorer):
             "Every language is read by this one probe, fitted without a row of that language."
         ]
 
-    def _features(self, rows: Sequence[TextRow]) -> npt.NDArray[np.float32]:
-        return np.concatenate(list(self.engine.encode_rows(rows)))
-
     def logits(self, rows: Sequence[TextRow]) -> Logits:
-        return _finite(self.probe.logits(self._features(rows)), len(rows))
+        return _finite(self.probe.logits(self.states(rows)), len(rows))
 
 
 class TranslateScorer:
@@ -163,15 +128,15 @@ class TranslateScorer:
 
     def __init__(
         self,
-        translator: Any,
-        classifier: HeadScorer | ProbeScorer,
+        translator: Translator,
+        classifier: Scorer,
         *,
         target: str,
         keep: Sequence[str] = (),
-        **decoding: Any,
+        **decoding: int,
     ) -> None:
         self.translator, self.classifier, self.target, self.decoding = translator, classifier, target, decoding
-        self.keep = {"keep": keep} if keep else {}  # endings of the rows that are in the target language already
+        self.keep = keep  # endings of the rows that are in the target language already
         self.mt_languages: Mapping[str, str] | None = _known_codes(translator.languages)
         self._before = (translator.truncated, translator.unfinished)
         settings = ", ".join(f"{key} {value}" for key, value in decoding.items())
@@ -183,15 +148,12 @@ class TranslateScorer:
     def logits(self, rows: Sequence[TextRow]) -> Logits:
         foreign = [index for index, row in enumerate(rows) if row.language != self.target]
         translated = self.translator.translate_rows(
-            [rows[index] for index in foreign], target=self.target, **self.keep, **self.decoding
+            [rows[index] for index in foreign], target=self.target, keep=self.keep, **self.decoding
         )
         english = list(rows)
         for index, row in zip(foreign, translated, strict=True):
             english[index] = row
         return self.classifier.logits(english)
-
-    def states(self, rows: Sequence[TextRow]) -> None:
-        return None
 
     def counts(self) -> dict[str, int]:
         truncated, unfinished = self._before
@@ -208,15 +170,12 @@ class TranslatedScorer:
     method = "translate-test"
     mt_languages: Mapping[str, str] | None = None
 
-    def __init__(self, classifier: HeadScorer | ProbeScorer, *, source: str | Path, target: str) -> None:
+    def __init__(self, classifier: Scorer, *, source: str | Path, target: str) -> None:
         self.classifier = classifier
         self.notes = [f"translate-test: existing translations into {target} from {source}", *classifier.notes]
 
     def logits(self, rows: Sequence[TextRow]) -> Logits:
         return self.classifier.logits(rows)
-
-    def states(self, rows: Sequence[TextRow]) -> None:
-        return None
 
     def counts(self) -> dict[str, int]:
         return self.classifier.counts()
@@ -241,10 +200,10 @@ def check_labels(labels: Sequence[str] | None, task: Task, name: str) -> None:
         )
 
 
-def _mt_languages(model: Any) -> Mapping[str, str] | None:
+def _mt_languages(model: MTLLM) -> Mapping[str, str] | None:
     """MT codes a model can be told -> the code it then uses; None for a model that is told none (an LLM, XLM-R)."""
     tokenizer = model.tokenizer
-    if model.side == "llm" or not tokenizer.languages:
+    if tokenizer is None or model.side == "llm" or not tokenizer.languages:
         return None
     return _known_codes(tokenizer.languages) | tokenizer.fallbacks
 

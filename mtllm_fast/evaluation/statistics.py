@@ -55,9 +55,9 @@ def macro_f1_samples(
     return np.nanmean(scores, axis=1).astype(np.float64)
 
 
-def interval(samples: Floats, level: float = LEVEL) -> tuple[float, float]:
-    """The percentile interval that holds `level` of the samples."""
-    low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
+def interval(samples: Floats) -> tuple[float, float]:
+    """The percentile interval that holds 95 % of the samples."""
+    low, high = np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 

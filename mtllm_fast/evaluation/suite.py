@@ -2,42 +2,31 @@
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING
 
-from ..inference.progress import SECONDS_BETWEEN_LINES
+from ..inference.progress import Advance, progress_bar
 from .aggregate import ModelCells, summarise
 from .cells import CellStore
 from .languages import describe
 from .results import Scores
-from .rows import SAMPLE_SEED, TaskRows
-from .runs import (
-    NOT_RUN,
-    TRANSLATE_TEST,
-    Contestant,
-    Dtype,
-    Lazy,
-    Model,
-    Options,
-    Run,
-    check_folder,
-    check_seeds,
-)
-from .scorers import check_codes
+from .rows import SAMPLE_SEED
+from .runs import NOT_RUN, Run
+from .settings import PROBE_ROWS, Settings
 from .statistics import RESAMPLES
-from .tasks import Task, canonical_split, get_task, nearest
-from .translate_test import Translator
+from .systems import Dtype, System, named_systems, translate_test
+from .tasks import Task, canonical_split, get_task
+
+if TYPE_CHECKING:
+    from ..inference.translator import Translator
+    from .systems import Model, Models
 
 CENTRED = (
     "centred: encoder states of every language but English were moved by the difference of two means, that of {count} "
     "unlabelled English texts and that of {count} of its own, from the training splits"
 )
-
-Models = Model | Sequence[Model] | Mapping[str, Model | Sequence[Model]]
 
 
 def evaluate(
@@ -55,7 +44,7 @@ def evaluate(
     target: str = "eng_Latn",
     num_beams: int = 1,
     probe_source: str | Path | None = None,
-    probe_rows: int = 20_000,
+    probe_rows: int = PROBE_ROWS,
     alignment: bool = False,
     centre: int = 0,
     cells: str | Path | CellStore | None = None,
@@ -112,206 +101,96 @@ def evaluate(
             that join no row of their language, or none of any.
         OSError: a cell cannot be written; those before it are kept.
     """
-    task, split = get_task(task, source), canonical_split(split)
+    task = get_task(task, source)
     source = source or task.default_source
     if source is None:
         raise ValueError(f"source is missing: the folder or hub name of the task {task.name!r}")
-    available = task.languages(source)
-    chosen, explicit = _choose(languages, available)
-    if (translator is None and translations is None) != (teacher is None):
-        raise ValueError(
-            "translator and teacher: translate-test needs both, an MT model (or translations) and a classifier of its "
-            "output"
-        )
-    if translator is not None and translations is not None:
-        raise ValueError("translator and translations: give one of them")
-    if (max_tokens is not None and max_tokens < 1) or probe_rows < 2 or resamples < 1:
-        raise ValueError(
-            f"max_tokens={max_tokens}, probe_rows={probe_rows}, resamples={resamples}: expected at least 1, 2 and 1"
-        )
-    if dtype not in (None, *get_args(Dtype)):
-        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(get_args(Dtype))}")
-    if centre < 0:
-        raise ValueError(f"centre={centre}: expected a number of texts, 0 for none")
-    data = TaskRows(task, source, split, limit)
-    if centre:
-        data.unlabelled(task.english, centre)
-    options = Options(
+    settings = Settings(
         task=task,
-        data=data,
-        languages=chosen,
+        source=source,
+        split=canonical_split(split),
+        limit=limit,
         language_map=dict(language_map or {}),
-        probe_source=probe_source or source,
+        probe_source=probe_source,
         probe_rows=probe_rows,
+        alignment=alignment,
+        centre=centre,
+        resamples=resamples,
         max_tokens=max_tokens,
         device=device,
         dtype=dtype,
-        alignment=alignment,
-        centre=centre,
         store=cells if isinstance(cells, CellStore) or cells is None else CellStore(cells),
     )
-    contestants = [Contestant(name, seeds) for name, seeds in _named(models).items()]
-    if teacher is not None:
-        seeds = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
-        shared = Lazy(translator, device) if isinstance(translator, str | Path) else translator
-        contestants.append(Contestant(TRANSLATE_TEST, seeds, shared, translations, target, num_beams))
-    if not contestants:
+    baseline = translate_test(translator, translations, teacher, target=target, num_beams=num_beams, device=device)
+    systems = [*named_systems(models), *([] if baseline is None else [baseline])]
+    if not systems:
         raise ValueError("models: none given, and no translator")
-    check_codes(options.language_map, available, None)
-    for contestant in contestants:  # before hours of evaluation
-        for model in contestant.models:
-            check_folder(model, task, contestant.name)
-        check_seeds(contestant)
-    for language in chosen if explicit else ():
-        splits = task.splits(source, language)
-        if split not in splits:
-            found = ", ".join(splits) or "nothing"
-            raise ValueError(f"split={split!r}: {str(source)!r} has only {found} for {language!r}")
-        if problem := data.problem(language):
-            raise ValueError(problem)
+    chosen = settings.choose(languages)
+    for system in systems:  # before hours of evaluation
+        system.check(task)
     if translations is not None:
-        data.check_translations(chosen, translations, target)
-
-    with _bar(len(chosen) * sum(len(one.models) for one in contestants), task.name, progress) as advance:
-        ran = [_run(one, options, advance) for one in contestants]
-    if all(cell.skipped for one in ran for seed in one.seeds for cell in seed.values()):
-        reasons = "; ".join(f"{language}: {cell.skipped}" for language, cell in ran[0].seeds[0].items())
-        raise ValueError(f"languages: none of them can be run ({reasons[:300]}); language_map can name MT codes")
-    described = {code: describe(code, task.mt_code(code)) for code in chosen}
-    reference = TRANSLATE_TEST if teacher is not None else None
-    return Scores(
-        task=task.name,
-        source=str(source),
-        split=split,
-        labels=task.labels,
-        english=task.english,
-        languages=tuple(chosen),
-        language_map=options.language_map,
-        models=summarise(
-            ran,
-            described,
-            english=task.english,
-            num_classes=len(task.labels),
-            reference=reference,
-            resamples=resamples,
-            available={code: data.available_rows(code) for code in chosen},
-        ),
-        limit=limit,
-        limit_seed=None if limit is None else SAMPLE_SEED,
-        versions={package: version(package) for package in ("mtllm-fast", "torch", "transformers")},
-        reference=reference,
-        resamples=resamples,
-        issues=[*data.issues(chosen), *([CENTRED.format(count=centre)] if centre else [])],
-        described={
-            code: {"name": one.name, "family": one.family, "script": one.script, "resource": one.resource}
-            for code, one in described.items()
-        },
-    )
+        settings.data.check_translations(chosen, translations, target)
+    total = len(chosen) * sum(len(system.models) for system in systems)
+    with progress_bar(task.name, total, progress, unit="languages") as advance:
+        results = [_run(system, settings, chosen, advance) for system in systems]
+    return _scores(settings, chosen, results, None if baseline is None else baseline.name)
 
 
-def _run(one: Contestant, options: Options, advance: Callable[[str], None]) -> ModelCells:
-    """All seeds of one contestant."""
+def _run(system: System, settings: Settings, languages: Sequence[str], advance: Advance) -> ModelCells:
+    """All seeds of one system."""
     runs = []
-    for index in range(len(one.models)):
-        run = Run(one, index, options)
+    for index in range(len(system.models)):
+        run = Run(system, index, settings)
         runs.append(run)
-        for language in options.languages:
-            advance(f"{one.name} {language}")
-            run.do(language)
+        for language in languages:
+            advance(0, f"{system.name} {language}")
+            run.evaluate(language)
+            advance(1)
         run.finish()
     methods = dict.fromkeys(run.method for run in runs if run.method != NOT_RUN)
     if len(methods) > 1:
         raise ValueError(
-            f"model={one.name!r}: its seeds are read by {' and by '.join(methods)}; compare like with like"
+            f"model={system.name!r}: its seeds are read by {' and by '.join(methods)}; compare like with like"
         )
-    notes = list(dict.fromkeys(note for run in runs for note in run.notes))
     return ModelCells(
-        name=one.name,
+        name=system.name,
         method=next(iter(methods), NOT_RUN),
-        notes=notes,
+        notes=list(dict.fromkeys(note for run in runs for note in run.notes)),
         seeds=[run.cells for run in runs],
         alignment=[run.alignment for run in runs],
         pairs=runs[0].pairs,
     )
 
 
-def _choose(languages: str | Sequence[str], available: Sequence[str]) -> tuple[list[str], bool]:
-    """The languages asked for, and whether they were named one by one."""
-    if languages == "all":
-        return list(available), False
-    names = [name.strip() for name in languages.split(",")] if isinstance(languages, str) else list(languages)
-    names = [name for name in dict.fromkeys(names) if name]
-    if not names:
-        raise ValueError("languages: none given; name some of the set's codes, or 'all'")
-    for name in names:
-        if name not in available:
-            raise ValueError(f"languages: {name!r} is not in this source; nearest are {nearest(name, available)}")
-    return names, True
-
-
-def _named(models: Models) -> dict[str, list[Model]]:
-    """Name -> its seeds."""
-    if isinstance(models, Mapping):
-        named = {
-            str(name): list(found) if isinstance(found, list | tuple) else [found] for name, found in models.items()
-        }
-        for name, seeds in named.items():
-            if not seeds:
-                raise ValueError(f"models: {name!r} has no seeds")
-            if name == TRANSLATE_TEST:
-                raise ValueError(f"models: {name!r} is the name of the baseline; choose another")
-        return named
-    listed = list(models) if isinstance(models, list | tuple) else [models]
-    named = {}
-    for index, model in enumerate(listed):
-        name = str(model) if isinstance(model, str | Path) else ("model" if len(listed) == 1 else f"model {index + 1}")
-        if name in named:
-            raise ValueError(f"models: {name!r} is given twice")
-        named[name] = [model]
-    return named
-
-
-class _bar:
-    """A progress bar on stderr, a line now and then where that is no terminal; entering gives a function that is told
-    what comes next."""
-
-    def __init__(self, total: int, title: str, shown: bool) -> None:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        terminal = sys.stderr.isatty()
-        self.bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not (shown and terminal))
-        self.plain, self.done, self.total, self.last = shown and not terminal, 0, total, time.monotonic()
-        self.title, self.task = title, self.bar.add_task(title, total=total)
-        self.started = False
-
-    def __enter__(self) -> Any:
-        self.bar.start()
-        return self._next
-
-    def _next(self, title: str) -> None:
-        if self.plain and time.monotonic() - self.last >= SECONDS_BETWEEN_LINES:
-            self.last = time.monotonic()
-            print(f"{self.title}: {self.done} of {self.total}, now {title}", file=sys.stderr, flush=True)
-        self.done += 1
-        self.bar.update(self.task, description=f"{self.title} {title}", advance=1 if self.started else 0)
-        self.started = True
-
-    def __exit__(self, *error: Any) -> None:
-        if error[0] is None:
-            self.bar.update(self.task, advance=1)
-        self.bar.stop()
+def _scores(settings: Settings, languages: Sequence[str], results: list[ModelCells], reference: str | None) -> Scores:
+    """Raises ValueError where no language was run."""
+    if all(cell.skipped for result in results for seed in result.seeds for cell in seed.values()):
+        reasons = "; ".join(f"{language}: {cell.skipped}" for language, cell in results[0].seeds[0].items())
+        raise ValueError(f"languages: none of them can be run ({reasons[:300]}); language_map can name MT codes")
+    task, data = settings.task, settings.data
+    described = {code: describe(code, task.mt_code(code)) for code in languages}
+    return Scores(
+        task=task.name,
+        source=str(settings.source),
+        split=settings.split,
+        labels=task.labels,
+        english=task.english,
+        languages=tuple(languages),
+        language_map=dict(settings.language_map),
+        models=summarise(
+            results,
+            described,
+            english=task.english,
+            num_classes=len(task.labels),
+            reference=reference,
+            resamples=settings.resamples,
+            available={code: data.available_rows(code) for code in languages},
+        ),
+        limit=settings.limit,
+        limit_seed=None if settings.limit is None else SAMPLE_SEED,
+        versions={package: version(package) for package in ("mtllm-fast", "torch", "transformers")},
+        reference=reference,
+        resamples=settings.resamples,
+        issues=[*data.issues(languages), *([CENTRED.format(count=settings.centre)] if settings.centre else [])],
+        described=described,
+    )

@@ -26,31 +26,20 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeVar, get_type_hints
 
 from ..yaml_file import converted, read_yaml, wrong_type
 from .cells import CellStore
 from .results import Scores
-from .runs import Dtype
 from .statistics import RESAMPLES
 from .suite import evaluate
+from .systems import Dtype
 from .tasks import get_task
 
-Folders = str | list[Any] | dict[str, Any]
-# the keys whose values have one plain type; the others are checked where they are read
-_SIMPLE: dict[str, Any] = {
-    **dict.fromkeys(("output", "task", "name", "split", "target"), str),
-    **dict.fromkeys(("data", "probe_data", "device"), str | None),
-    **dict.fromkeys(("limit", "max_tokens"), int | None),
-    **dict.fromkeys(("resamples", "num_beams", "centre"), int),
-    "seeds": list[int],
-    **dict.fromkeys(("alignment", "quoted"), bool),
-    "dtype": Dtype | None,
-    "languages": str | list[str],
-    "language_map": dict[str, str],
-}
+Folders = str | list[str] | dict[str, str | list[str]]  # for every task, one per seed, or by task
+_BY_HAND = ("models", "tasks", "translate_test", "teacher", "translator", "translations")  # checked where they are read
 
 
 @dataclass
@@ -105,12 +94,12 @@ def read_suite(path: str | Path) -> Suite:
         content = read_yaml(path)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    suite: Suite = _made(Suite, content, where)
+    suite = _instance(Suite, content, where)
     if not isinstance(suite.tasks, list) or not suite.tasks:
         raise ValueError(f"{where}: tasks: expected a list with at least one task")
     entries = [
-        TaskEntry(task=one) if isinstance(one, str) else _made(TaskEntry, one, f"{where}: tasks[{index}]")
-        for index, one in enumerate(suite.tasks)
+        TaskEntry(task=entry) if isinstance(entry, str) else _instance(TaskEntry, entry, f"{where}: tasks[{index}]")
+        for index, entry in enumerate(suite.tasks)
     ]
     for index, entry in enumerate(entries):
         if not entry.task:
@@ -123,7 +112,7 @@ def read_suite(path: str | Path) -> Suite:
     if not isinstance(suite.models, dict):
         raise ValueError(f"{where}: models: expected a mapping of names to folders")
     if suite.translate_test is not None:
-        suite.translate_test = _made(TranslateTest, suite.translate_test, f"{where}: translate_test")
+        suite.translate_test = _instance(TranslateTest, suite.translate_test, f"{where}: translate_test")
     if not suite.models and suite.translate_test is None:
         raise ValueError(f"{where}: models: none given, and no translate_test")
     for entry in entries:  # a folder that is missing or has no {seed} is an error of the file, found before any work
@@ -145,16 +134,14 @@ def run_suite(suite: Suite, *, progress: bool = True) -> tuple[list[Scores], Cel
     """
     if not suite.output:
         raise ValueError("output is missing: the suite needs a folder for its cells")
-    found, total = [], CellStore(Path(suite.output) / "cells")
+    results, total = [], CellStore(Path(suite.output) / "cells")
     for entry in suite.tasks:
         store = CellStore(total.folder / entry.name)
         where = f"task {entry.name!r}"
-        baseline: dict[str, Any] = {}
+        test, teacher, given = suite.translate_test or TranslateTest(), None, dict[str, str]()
         if suite.translate_test is not None:
-            test = suite.translate_test
-            baseline = {"target": test.target, "num_beams": test.num_beams}
-            baseline["teacher"] = _folders(test.teacher, entry.name, suite.seeds, f"{where}: teacher")
-            baseline |= _translations(test, entry.name, suite.seeds, where)
+            teacher = _folders(test.teacher, entry.name, suite.seeds, f"{where}: teacher")
+            given = _translations(test, entry.name, suite.seeds, where)
         scores = evaluate(
             {
                 name: _folders(folders, entry.name, suite.seeds, f"{where}: {name}")
@@ -166,22 +153,26 @@ def run_suite(suite: Suite, *, progress: bool = True) -> tuple[list[Scores], Cel
             language_map=entry.language_map,
             split=entry.split,
             limit=entry.limit,
-            centre=entry.centre,
+            translator=given.get("translator"),
+            translations=given.get("translations"),
+            teacher=teacher,
+            target=test.target,
+            num_beams=test.num_beams,
             probe_source=entry.probe_data,
             alignment=suite.alignment,
+            centre=entry.centre,
             cells=store,
             resamples=suite.resamples,
             max_tokens=suite.max_tokens,
             device=suite.device,
             dtype=suite.dtype,
             progress=progress,
-            **baseline,
         )
         scores.task = entry.name
-        found.append(scores)
+        results.append(scores)
         total.reused, total.written = total.reused + store.reused, total.written + store.written
         total.stale.update(store.stale)
-    return found, total
+    return results, total
 
 
 def _folders(given: Folders, task: str, seeds: list[int], where: str) -> list[str]:
@@ -191,7 +182,7 @@ def _folders(given: Folders, task: str, seeds: list[int], where: str) -> list[st
             raise ValueError(f"{where}: names {', '.join(map(str, given))}, but not {task!r}")
         given = given[task]
     if isinstance(given, list):
-        listed = [str(one).replace("{task}", task) for one in given]
+        listed = [str(folder).replace("{task}", task) for folder in given]
         if not listed:
             raise ValueError(f"{where}: the list of seeds is empty")
         return listed
@@ -207,30 +198,33 @@ def _folders(given: Folders, task: str, seeds: list[int], where: str) -> list[st
 
 def _translations(test: TranslateTest, task: str, seeds: list[int], where: str) -> dict[str, str]:
     """The translator or the translations of a task, which the teacher's seeds share."""
-    found = {}
+    chosen = {}
     for name in ("translator", "translations"):
         given: Folders | None = getattr(test, name)
         if given is not None:
             folders = _folders(given, task, seeds, f"{where}: {name}")
             if len(folders) > 1:
                 raise ValueError(f"{where}: {name}: {', '.join(folders)}: expected one, which all seeds share")
-            found[name] = folders[0]
-    return found
+            chosen[name] = folders[0]
+    return chosen
 
 
-def _made(kind: Any, content: Any, where: str) -> Any:
+Kind = TypeVar("Kind", TaskEntry, TranslateTest, Suite)
+
+
+def _instance(kind: type[Kind], content: object, where: str) -> Kind:
     """An instance of a dataclass from a mapping, whose keys must be its fields."""
     if not isinstance(content, dict):
         raise ValueError(f"{where}: expected a mapping, got {type(content).__name__}")
-    known = [one.name for one in fields(kind)]
+    hints = get_type_hints(kind)
     values = {str(key).replace("-", "_"): value for key, value in content.items()}
     for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, 1)
             raise ValueError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        if (expected := _SIMPLE.get(key)) is not None:
+        if key not in _BY_HAND:
             try:
-                values[key] = converted(expected, values[key])
+                values[key] = converted(hints[key], values[key])
             except ValueError:
-                raise ValueError(f"{where}: {key}: {wrong_type(values[key], expected)}") from None
+                raise ValueError(f"{where}: {key}: {wrong_type(values[key], hints[key])}") from None
     return kind(**values)

@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ..data.read import TextRow
+from ..data.text_fields import text_fields, with_text_fields
 from .tasks import SPLITS, Layout, Table, Task, canonical_split
-from .tasks.files import ENDINGS, columns, records
+from .tasks.files import ENDINGS, Record, columns, records
 from .tasks.layout import find
 
 _LAYOUTS = (Layout(), Layout("{language}_{split}"), Layout("{language}-{split}"), Layout("{split}/{language}"))
@@ -53,26 +54,10 @@ class Joined:
         }
 
 
-def fields(row: TextRow) -> dict[str, str]:
-    """The texts of a row by name: text, text_pair, choice1, choice2, ..."""
-    pair = {} if row.text_pair is None else {"text_pair": row.text_pair}
-    return {"text": row.text, **pair, **{f"choice{i}": text for i, text in enumerate(row.choices or (), 1)}}
-
-
-def with_fields(row: TextRow, texts: Mapping[str, str], language: str) -> TextRow:
-    """A row with its texts replaced by those of the same names."""
-    return replace(
-        row,
-        text=texts["text"],
-        language=language,
-        text_pair=None if row.text_pair is None else texts["text_pair"],
-        choices=None if row.choices is None else tuple(texts[f"choice{i + 1}"] for i in range(len(row.choices))),
-    )
-
-
 def has_translations(path: str | Path, task: Task, language: str, split: str = "test") -> bool:
     """Whether there is anything for a language and split. Raises ValueError for no such path and for damaged files."""
-    return bool(_content(Path(path), task, language, canonical_split(split))[1])
+    _, records, rows = _content(Path(path), task, language, canonical_split(split))
+    return bool(records or rows)
 
 
 def join_translations(
@@ -99,35 +84,35 @@ def join_translations(
             labels that differ from the rows', another number of rows where there are no ids, or one of several files
             that does not say its language. It names the file.
     """
-    where, content = _content(Path(path), task, language, canonical_split(split))
-    if not content:
+    where, records, translated = _content(Path(path), task, language, canonical_split(split))
+    if not (records or translated):
         raise ValueError(f"translations={str(path)!r}: {where} holds none of {language!r}, {split!r}")
-    if isinstance(content[0], TextRow):
-        return _join_rows(where, content, rows, target)
-    return _join_fields(where, content, rows, target)
+    if translated:
+        return _join_rows(where, translated, rows, target)
+    return _join_fields(where, records, rows, target)
 
 
-def _content(path: Path, task: Task, language: str, split: str) -> tuple[str, list[Any]]:
-    """Where the translations of a language and split stand, and they: records of fields, or TextRows."""
+def _content(path: Path, task: Task, language: str, split: str) -> tuple[str, list[Record], list[TextRow]]:
+    """Where the translations of a language and split stand, and they: records of fields, or rows."""
     path, named = path.expanduser(), False
     if path.is_dir():
-        found = [item.path for item in find(path, _LAYOUTS, language) if item.split == split]
-        named = bool(found)
-        found = found or _unnamed(path)
-        if named and len(found) > 1:
-            raise ValueError(f"translations: {' and '.join(map(str, found))} could both be meant; keep one")
+        files = [item.path for item in find(path, _LAYOUTS, language) if item.split == split]
+        named = bool(files)
+        files = files or _unnamed(path)
+        if named and len(files) > 1:
+            raise ValueError(f"translations: {' and '.join(map(str, files))} could both be meant; keep one")
     elif path.is_file():
-        found = [path]
+        files = [path]
     else:
         raise ValueError(f"translations={str(path)!r}: no such file or folder")
-    where = str(found[0]) if len(found) == 1 else str(path)
-    content: list[Any] = []
-    for file in found:
+    where = str(files[0]) if len(files) == 1 else str(path)
+    of_fields, rows = [], []
+    for file in files:
         if "translation" in columns(file):
-            content += _of(file, language, split)
+            of_fields += _records(file, language, split)
         else:
-            content += _rows(file, task, language, split, whole=named)
-    return where, content
+            rows += _rows(file, task, language, split, whole=named)
+    return where, of_fields, rows
 
 
 def _unnamed(folder: Path) -> list[Path]:
@@ -144,7 +129,7 @@ def _unnamed(folder: Path) -> list[Path]:
     return [file for file in files if not (file in mute and file in of_others)]
 
 
-def _of(file: Path, language: str, split: str) -> list[dict[str, Any]]:
+def _records(file: Path, language: str, split: str) -> list[Record]:
     """The records of one language and split; a file without such a column holds only that one."""
     state = file.stat()
     grouped = _grouped(file, state.st_mtime_ns, state.st_size)
@@ -153,9 +138,9 @@ def _of(file: Path, language: str, split: str) -> list[dict[str, Any]]:
 
 
 @lru_cache(maxsize=2)
-def _grouped(file: Path, mtime_ns: int, size: int) -> dict[tuple[str | None, str | None], list[dict[str, Any]]]:
+def _grouped(file: Path, mtime_ns: int, size: int) -> dict[tuple[str | None, str | None], list[Record]]:
     """The records of a file by language and split: one file may hold hundreds, which are asked for one by one."""
-    grouped: dict[tuple[str | None, str | None], list[dict[str, Any]]] = {}
+    grouped: dict[tuple[str | None, str | None], list[Record]] = {}
     for record in records(file):
         grouped.setdefault((record.get("language"), record.get("split")), []).append(record)
     return grouped
@@ -199,55 +184,52 @@ def _join_rows(where: str, translated: Sequence[TextRow], rows: Sequence[TextRow
         by_id: dict[str | None, list[TextRow]] = {}
         for row in translated:
             by_id.setdefault(row.id, []).append(row)
-        theirs = _by_name([row.id for row in rows], by_id)
-        pairs = [(index, row) for index, row in enumerate(theirs) if row is not None]
-        wanted = {row.id for row in rows}
-        by, unused = "id", tuple(str(name) for name in by_id if name not in wanted)
-        duplicates = _repeated([row.id for row in rows], by_id)
+        ids = [row.id for row in rows]
+        wanted = set(ids)
+        pairs = [(index, row) for index, row in enumerate(_by_name(ids, by_id)) if row is not None]
+        by, duplicates = "id", _repeated(ids, by_id)
+        unused = tuple(str(name) for name in by_id if name not in wanted)
     joined = []
-    for index, found in pairs:
-        if found.label is not None and rows[index].label is not None and found.label != rows[index].label:
+    for index, translation in pairs:
+        row = rows[index]
+        if translation.label is not None and row.label is not None and translation.label != row.label:
             raise ValueError(
-                f"translations: {where} has the label {found.label} for row {rows[index].id!r}, the task has "
-                f"{rows[index].label}: it translates other rows"
+                f"translations: {where} has the label {translation.label} for row {row.id!r}, the task has "
+                f"{row.label}: it translates other rows"
             )
-        joined.append(with_fields(rows[index], fields(found), target))
+        joined.append(with_text_fields(row, text_fields(translation), target))
     return _joined(where, joined, [index for index, _ in pairs], rows, unused, by, duplicates)
 
 
-def _join_fields(where: str, content: Sequence[Mapping[str, Any]], rows: Sequence[TextRow], target: str) -> Joined:
+def _join_fields(where: str, content: Sequence[Record], rows: Sequence[TextRow], target: str) -> Joined:
     sourced: dict[tuple[str, str, str], str] = {}
     plain: dict[tuple[str, str], list[str]] = {}
     duplicates = 0
     for record in content:
         if record.get("id") is None or not isinstance(record.get("translation"), str):
             raise ValueError(f"translations: {where} holds a record without id or translation: {dict(record)!r}"[:300])
-        name, field, source = (
-            str(record["id"]),
-            str(record.get("field") or "text"),
-            record.get("source") or None,
-        )  # a table has "" for none
-        if source in (None, ""):  # a table has "" for none
-            plain.setdefault((name, field), []).append(record["translation"])
-        else:
+        name, field = str(record["id"]), str(record.get("field") or "text")
+        if source := record.get("source"):  # a table has "" for none
             duplicates += (name, field, source) in sourced
             sourced.setdefault((name, field, source), record["translation"])
-    asked = [(str(row.id), name) for row in rows for name in fields(row)]
+        else:
+            plain.setdefault((name, field), []).append(record["translation"])
+    asked = [(str(row.id), name) for row in rows for name in text_fields(row)]
     by_name = iter(_by_name(asked, plain))
     duplicates += _repeated(asked, plain)
     joined, indices = [], []
     for index, row in enumerate(rows):
-        found: dict[str, str | None] = {}
-        for name, text in fields(row).items():
+        names, texts = text_fields(row), {}
+        for name, text in names.items():
             unsourced = next(by_name)
-            found[name] = sourced.get((str(row.id), name, text), unsourced)
-        texts = {name: text for name, text in found.items() if text is not None}
-        if len(texts) == len(found):
-            joined.append(with_fields(row, texts, target))
+            if (translation := sourced.get((str(row.id), name, text), unsourced)) is not None:
+                texts[name] = translation
+        if len(texts) == len(names):
+            joined.append(with_text_fields(row, texts, target))
             indices.append(index)
     wanted = {str(row.id) for row in rows}
-    names = (*(name for name, _, _ in sourced), *(name for name, _ in plain))
-    unused = tuple(dict.fromkeys(name for name in names if name not in wanted))
+    ids = (*(name for name, _, _ in sourced), *(name for name, _ in plain))
+    unused = tuple(dict.fromkeys(name for name in ids if name not in wanted))
     numbered = all(row.id == str(index) for index, row in enumerate(rows))
     if numbered and unused and not sourced and 0 < len(joined) < len(rows):
         raise ValueError(
@@ -258,29 +240,29 @@ def _join_fields(where: str, content: Sequence[Mapping[str, Any]], rows: Sequenc
 
 
 Name = TypeVar("Name")
-Found = TypeVar("Found")
+Value = TypeVar("Value")
 
 
-def _by_name(names: Sequence[Name], found: Mapping[Name, Sequence[Found]]) -> list[Found | None]:
+def _by_name(names: Sequence[Name], values: Mapping[Name, Sequence[Value]]) -> list[Value | None]:
     """What each name stands for; None where that is not known.
 
     A name that several rows share needs as many translations, which are theirs in order: one cannot be that of two
     different texts. Of more than are needed for one row, the first is used.
     """
     times, seen = Counter(names), Counter[Name]()
-    out: list[Found | None] = []
+    out: list[Value | None] = []
     for name in names:
-        many = found.get(name, ())
+        many = values.get(name, ())
         fits = len(many) == times[name] or (many and times[name] == 1)
         out.append(many[seen[name]] if fits else None)
         seen[name] += 1
     return out
 
 
-def _repeated(names: Sequence[Name], found: Mapping[Name, Sequence[Found]]) -> int:
+def _repeated(names: Sequence[Name], values: Mapping[Name, Sequence[Value]]) -> int:
     """Translations beyond those that rows of their name ask for."""
     times = Counter(names)
-    return sum(max(0, len(many) - max(times[name], 1)) for name, many in found.items())
+    return sum(max(0, len(many) - max(times[name], 1)) for name, many in values.items())
 
 
 def _joined(

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.rows import sample
-from ..evaluation.tasks import Task
-from ..evaluation.translate_test import Translator
-from ..evaluation.translations import fields
 from ..jobs.parts import Parts, clear
 from .progress import progress_bar
 from .stream import Interrupted
+from .translator import Translation, Translator
 
 FORMATS = (".parquet", ".jsonl")
 
@@ -56,32 +53,13 @@ class TranslateReport:
     complete: bool = True
 
 
-def task_sources(
-    task: Task,
-    source: str | Path,
-    languages: Sequence[str],
-    codes: dict[str, str],
-    split: str = "test",
-    limit: int | None = None,
-) -> Iterator[Source]:
-    """Every text of a task's rows, or of those that an evaluation with that `limit` draws.
-
-    `codes`: the set's code -> MT code.
-    """
-    for language in languages:
-        rows = task.rows(source, language, split, labelled=False)
-        for row in (rows[index] for index in sample(rows, limit)):
-            for name, text in fields(row).items():
-                yield Source(text, codes[language], str(row.id), language, split, name)
-
-
 def translate_file(
     translator: Translator,
     sources: Iterable[Source],
     output: str | Path,
     *,
     target: str = "eng_Latn",
-    settings: dict[str, Any],
+    settings: Mapping[str, object],
     keep: Sequence[str] = (),
     scores: bool = True,
     window: int = 1024,
@@ -128,16 +106,18 @@ def translate_file(
     try:
         if not parts.complete():
             with progress_bar("translate", total, progress, resumed) as advance:
-                _translate(parts, translator, sources, window, rank, world_size, advance, scores, {
-                    "target": target, "keep": keep, **decoding
-                })  # fmt: skip
+                options = {"target": target, "keep": keep, **decoding}
+                _translate(parts, translator, sources, window, rank, world_size, advance, scores, options)
         if not (parts.lock_for_joining() and parts.complete()):
             return TranslateReport(parts.rows(), resumed, parts.truncated(), 0, complete=False)
         texts, truncated = parts.rows(), parts.truncated()
         if not texts:
             raise ValueError("input: holds no text to translate")
         if not parts.joined:
-            (_join_parquet if output.suffix == ".parquet" else _join_lines)(parts, settings)
+            if output.suffix == ".parquet":
+                _join_parquet(parts, settings)
+            else:
+                _join_lines(parts)
         parts.remove()
         return TranslateReport(texts, resumed, truncated, translator.unfinished - unfinished)
     except KeyboardInterrupt:
@@ -173,30 +153,32 @@ def _translate(
     while window := list(islice(stream, size)):
         if index % world_size == rank and index not in parts.done:
             before = translator.truncated
-            translate = translator.translate_scored if scores else translator.translate
-            found = translate([one.text for one in window], [one.mt_code for one in window], **options)
-            lines = [_line(one, text) for one, text in zip(window, found, strict=True)]
+            texts, codes = [source.text for source in window], [source.mt_code for source in window]
+            if scores:
+                translations = translator.translate_scored(texts, codes, **options)
+            else:
+                translations = [Translation(text) for text in translator.translate(texts, codes, **options)]
+            lines = [_line(source, translation) for source, translation in zip(window, translations, strict=True)]
             parts.append(index, len(window), translator.truncated - before, ["".join(lines).encode()])
             advance(len(window))
         index, rows = index + 1, rows + len(window)
     parts.finish(index, rows)
 
 
-def _line(source: Source, found: Any) -> str:
-    text, score = (found, None) if isinstance(found, str) else (found.text, found.score)
+def _line(source: Source, translation: Translation) -> str:
     record = {
         "id": source.id,
         "language": source.language,
         "split": source.split,
         "field": source.field,
         "source": source.text,
-        "translation": text,
-        "score": None if score is None else round(score, 6),
+        "translation": translation.text,
+        "score": None if translation.score is None else round(translation.score, 6),
     }
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def _join_lines(parts: Parts, settings: dict[str, Any]) -> None:
+def _join_lines(parts: Parts) -> None:
     records = parts.records()
     path = parts.only_file(records)
     if path is None:
@@ -206,7 +188,7 @@ def _join_lines(parts: Parts, settings: dict[str, Any]) -> None:
     parts.replace_output(path)
 
 
-def _join_parquet(parts: Parts, settings: dict[str, Any]) -> None:
+def _join_parquet(parts: Parts, settings: Mapping[str, object]) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 

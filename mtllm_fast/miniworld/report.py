@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..demo.report import markdown_table, percent, points, print_table, write_files
+from ..demo.report import percent, points, print_table, write_files
+from ..reporting.table import Table
 from .world import World
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def print_demo(results: dict[str, Any]) -> None:
 def write_demo_report(results: dict[str, Any], scores: Scores, root: Path) -> None:
     """Write results.json, report.md and scores.png under `root`."""
     lines = ["# Miniworld demo", "", "Zero-shot accuracy in percent; all models learned the task in English only.", ""]
-    lines += [*markdown_table(HEADER, table_rows(results)), "", *(f"- {line.strip()}" for line in verdict(results))]
+    lines += [*Table(HEADER, table_rows(results)).markdown(), "", *(f"- {line.strip()}" for line in verdict(results))]
     write_files(results, scores, root, lines, f"{results['rows_per_language']} rows per language, ")
 
 

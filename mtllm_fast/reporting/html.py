@@ -6,13 +6,15 @@ Figures are HTML and CSS, so that text keeps its size on a phone.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 from ..evaluation.languages import GROUPINGS
 from ..evaluation.results import ModelScores, Scores
+from ..evaluation.tasks import TASKS
+from .sentences import counts, notes, reasons
 from .tables import (
-    Table,
+    alignment_by_language,
     alignment_table,
     group_table,
     language_table,
@@ -23,22 +25,7 @@ from .tables import (
     wins,
 )
 
-TASKS = {
-    "sib200": "The task (SIB-200) is to say what a sentence is about. The same sentences are given in every language.",
-    "nusax": "The task (NusaX) is to say whether a short review or comment is positive, negative or neutral. The same "
-    "texts are given in every language.",
-    "nli": "The task (natural language inference) is to say whether a second sentence follows from the first, "
-    "contradicts it, or neither.",
-    "xnli": "The task (XNLI) is to say whether a second sentence follows from the first, contradicts it, or neither.",
-    "americasnli": "The task (AmericasNLI) is to say whether a second sentence follows from the first, contradicts it, "
-    "or neither, in languages of the Americas.",
-    "kardesnlu": "The task (Kardeş-NLU) is to say whether a second sentence follows from the first, contradicts it, or "
-    "neither, in Turkic languages.",
-    "belebele": "The task (Belebele) is to pick the right one of four answers to a question about a short passage. The "
-    "same passages are given in every language.",
-    "xcopa": "The task (XCOPA) is to pick the likelier one of two causes or effects of an event.",
-    "copa": "The task (COPA) is to pick the likelier one of two causes or effects of an event.",
-}
+View = dict[str, object]  # what a part of the template reads
 METHODS = {
     "task head": "reads the language itself",
     "linear probe": "reads the language itself; a simple classifier was fitted on its frozen states, in English",
@@ -72,35 +59,32 @@ def to_html(all_scores: Sequence[Scores]) -> str:
     )
 
 
-def _task(scores: Scores, number: int) -> dict[str, Any]:
-    from .scores import counts, notes, reasons
-
-    names = dict(zip((model.name for model in scores.models), short_names(scores)))
-    chance = 1 / len(scores.labels)
-    language = language_table(scores)
+def _task(scores: Scores, number: int) -> View:
+    names, chance = short_names(scores), 1 / len(scores.labels)
     return {
         "name": scores.task,
         "anchor": f"task-{number}",
-        "about": TASKS.get(scores.task, "The task is to give each text one of the labels below."),
+        "about": getattr(TASKS.get(scores.task), "about", "")
+        or "The task is to give each text one of the labels below.",
         "labels": scores.labels,
         "split": scores.split,
         "source": scores.source,
         "languages": len(scores.languages),
-        "rows": max((one.rows for model in scores.models for one in model.languages.values()), default=0),
+        "rows": max((score.rows for model in scores.models for score in model.languages.values()), default=0),
         "chance": percent(chance),
         "models": [
             {"name": names[model.name], "method": METHODS.get(model.method, model.method)} for model in scores.models
         ],
         "findings": _findings(scores, names),
-        "overview": _view(overview_table(scores)),
+        "overview": overview_table(scores),
         "gaps": [_gaps(scores, model, names) for model in scores.compared()] if scores.reference else [],
         "ranking": None if scores.reference else _ranking(scores, names),
-        "heat": _heat(scores, names, chance),
+        "heat": _heat(scores, names),
         "distribution": _distribution(scores, names, chance),
-        "groups": [_view(group_table(scores, by)) for by in GROUPINGS if scores.models[0].groups.get(by)],
-        "alignment": _view(table) if (table := alignment_table(scores)) else None,
-        "alignment_languages": _view(_alignment_by_language(scores)),
-        "table": _view(language),
+        "groups": [group_table(scores, by) for by in GROUPINGS if scores.models[0].groups.get(by)],
+        "alignment": alignment_table(scores),
+        "alignment_languages": alignment_by_language(scores),
+        "table": language_table(scores),
         "not_run": [
             {"model": names[model.name], "reason": reason, "languages": codes, "count": len(codes)}
             for model in scores.models
@@ -109,24 +93,17 @@ def _task(scores: Scores, number: int) -> dict[str, Any]:
         "notes": [
             *notes(scores),
             *(
-                f"{names[model.name]}, counted: {'; '.join(found)}."
+                f"{names[model.name]}, counted: {'; '.join(counted)}."
                 for model in scores.models
-                if (found := counts(model))
+                if (counted := counts(model))
             ),
         ],
     }
 
 
-def _view(table: Table) -> dict[str, Any]:
-    return {
-        "title": table.title, "header": table.header, "rows": table.rows, "left": table.left, "note": table.note,
-        "bold": table.bold,
-    }  # fmt: skip
-
-
 def _findings(scores: Scores, names: dict[str, str]) -> list[str]:
     """What the page shows, in sentences."""
-    found = []
+    lines = []
     shared = scores.shared()
     ranked = [model for model in scores.models if model.overall("shared") is not None]
     ranked.sort(key=lambda model: -model.groups["overall"]["shared"].accuracy)
@@ -135,14 +112,14 @@ def _findings(scores: Scores, names: dict[str, str]) -> list[str]:
         count = (
             f"{len(shared)} languages other than English" if len(shared) != 1 else "the one language besides English"
         )
-        found.append(
+        lines.append(
             f"Right answers on average over {count} that every model could read: {', '.join(parts)}. Guessing blindly "
             f"would give {percent(1 / len(scores.labels))} %."
         )
     for model in scores.compared() if scores.reference else []:
         above, below, surely_above, surely_below = wins(model, scores.foreign())
         total = sum(1 for code in scores.foreign() if code in model.languages and model.languages[code].gap is not None)
-        found.append(
+        lines.append(
             f"{names[model.name]} is above translate-test in {above} of {total} languages and below it in {below}. "
             f"Beyond what chance explains: above in {surely_above}, below in {surely_below}."
         )
@@ -152,44 +129,44 @@ def _findings(scores: Scores, names: dict[str, str]) -> list[str]:
         if scores.english in model.languages
     ]
     if english:
-        found.append(f"In English itself: {', '.join(english)}.")
+        lines.append(f"In English itself: {', '.join(english)}.")
     if fewer := scores.left_out():
         texts, where = sum(rows for rows, _ in fewer.values()), "language" if len(fewer) == 1 else "languages"
-        found.append(
+        lines.append(
             f"{texts:,} texts in {len(fewer)} {where} count for no model, since not every model has them; see Good to "
             "know."
         )
     left_out = {code for model in scores.models for code in model.skipped}
     if left_out:
-        found.append(f"{len(left_out)} of {len(scores.languages)} languages were not run by every model; see Not run.")
-    return found
+        lines.append(f"{len(left_out)} of {len(scores.languages)} languages were not run by every model; see Not run.")
+    return lines
 
 
 def _where(scores: Scores, code: str) -> str:
-    about = scores.described.get(code, {})
-    return f"{about.get('name', code)} ({code}), {about.get('family', '')}, {about.get('script', '')} script"
+    language = scores.language(code)
+    return f"{language.name} ({code}), {language.family}, {language.script} script"
 
 
-def _gaps(scores: Scores, model: ModelScores, names: dict[str, str]) -> dict[str, Any]:
+def _gaps(scores: Scores, model: ModelScores, names: dict[str, str]) -> View:
     """Bars of one model, the language with the highest gap first; places in percent of the track."""
-    found = [
-        (one.gap, code)
+    gaps = [
+        (score.gap, code)
         for code in scores.foreign()
-        if (one := model.languages.get(code)) is not None and one.gap is not None
+        if (score := model.languages.get(code)) is not None and score.gap is not None
     ]
-    found.sort(key=lambda pair: (-pair[0].accuracy, pair[1]))
-    widest = max((max(abs(gap.low), abs(gap.high)) for gap, _ in found), default=0.1)
+    gaps.sort(key=lambda pair: (-pair[0].accuracy, pair[1]))
+    widest = max((max(abs(gap.low), abs(gap.high)) for gap, _ in gaps), default=0.1)
     limit = max(0.05, math.ceil(widest * 20) / 20)
 
     def place(value: float) -> float:
         return round(50 + 50 * value / limit, 2)
 
     bars = []
-    for gap, code in found:
+    for gap, code in gaps:
         start, end = sorted((place(0), place(gap.accuracy)))
         p = f", p {gap.p_holm:.3f} after correction" if gap.p_holm is not None else ""
         bars.append({
-            "name": scores.language_name(code), "value": signed(gap.accuracy),
+            "name": scores.language(code).name, "value": signed(gap.accuracy),
             "start": start, "width": round(end - start, 2),
             "low": place(gap.low), "span": round(place(gap.high) - place(gap.low), 2),
             "kind": ("up" if gap.accuracy >= 0 else "down") + (" sure" if gap.significant else ""),
@@ -198,54 +175,52 @@ def _gaps(scores: Scores, model: ModelScores, names: dict[str, str]) -> dict[str
     return {"model": names[model.name], "limit": f"{100 * limit:.0f}", "bars": bars}
 
 
-def _ranking(scores: Scores, names: dict[str, str]) -> dict[str, Any]:
+def _ranking(scores: Scores, names: dict[str, str]) -> View:
     """Without translate-test: bars of the first model's accuracy, best first."""
     model = scores.models[0]
     bars = []
     for code in sorted(model.languages, key=lambda code: (-model.languages[code].accuracy, code)):
-        one = model.languages[code]
-        low, high = one.accuracy_interval or (one.accuracy, one.accuracy)
+        score = model.languages[code]
+        low, high = score.accuracy_interval or (score.accuracy, score.accuracy)
         bars.append({
-            "name": scores.language_name(code), "value": percent(one.accuracy), "start": 0, "kind": "up sure",
-            "width": round(100 * one.accuracy, 2), "low": round(100 * low, 2), "span": round(100 * (high - low), 2),
-            "hint": f"{_where(scores, code)}: {percent(one.accuracy)} % [{percent(low)}, {percent(high)}]",
+            "name": scores.language(code).name, "value": percent(score.accuracy), "start": 0, "kind": "up sure",
+            "width": round(100 * score.accuracy, 2), "low": round(100 * low, 2), "span": round(100 * (high - low), 2),
+            "hint": f"{_where(scores, code)}: {percent(score.accuracy)} % [{percent(low)}, {percent(high)}]",
         })  # fmt: skip
     return {"model": names[model.name], "bars": bars}
 
 
-def _heat(scores: Scores, names: dict[str, str], chance: float) -> dict[str, Any]:
+def _heat(scores: Scores, names: dict[str, str]) -> View:
     """Languages by family in panels side by side, a coloured cell per model."""
-    values = [one.accuracy for model in scores.models for one in model.languages.values()]
+    values = [score.accuracy for model in scores.models for score in model.languages.values()]
     low = math.floor(20 * min(values, default=0)) / 20
     high = max(math.ceil(20 * max(values, default=1)) / 20, low + 0.05)
 
     def family(code: str) -> str:
-        return scores.described.get(code, {}).get("family", "unknown")
+        return scores.language(code).family
 
     def mean(code: str) -> float:
-        found = [model.languages[code].accuracy for model in scores.models if code in model.languages]
-        return sum(found) / len(found) if found else -1.0
+        ran = scores.of_language(code)
+        return sum(score.accuracy for score in ran) / len(ran) if ran else -1.0
 
-    sizes: dict[str, int] = {}
-    for code in scores.languages:
-        sizes[family(code)] = sizes.get(family(code), 0) + 1
+    sizes = Counter(map(family, scores.languages))
     codes = sorted(scores.languages, key=lambda code: (-sizes[family(code)], family(code), -mean(code), code))
     rows = []
     for index, code in enumerate(codes):
         cells = []
         for model in scores.models:
-            one = model.languages.get(code)
-            if one is None:
+            score = model.languages.get(code)
+            if score is None:
                 cells.append({"text": "", "style": "", "hint": f"{names[model.name]}: {model.skipped.get(code, '-')}"})
                 continue
-            share = (one.accuracy - low) / (high - low)
+            share = (score.accuracy - low) / (high - low)
             cells.append({
-                "text": f"{100 * one.accuracy:.0f}", "style": _shade(share),
-                "hint": f"{names[model.name]}, {_where(scores, code)}: {percent(one.accuracy)} %",
+                "text": f"{100 * score.accuracy:.0f}", "style": _shade(share),
+                "hint": f"{names[model.name]}, {_where(scores, code)}: {percent(score.accuracy)} %",
             })  # fmt: skip
         first = index == 0 or family(codes[index - 1]) != family(code)
         rows.append({
-            "name": scores.language_name(code), "family": family(code) if first else "", "cells": cells,
+            "name": scores.language(code).name, "family": family(code) if first else "", "cells": cells,
             "english": code == scores.english, "hint": _where(scores, code),
         })  # fmt: skip
     panels = 4 if len(rows) > 120 else 3 if len(rows) > 70 else 2 if len(rows) > 36 else 1
@@ -278,13 +253,13 @@ def _shade(share: float) -> str:
     return f"background:rgb({colour[0]},{colour[1]},{colour[2]});color:{text}"
 
 
-def _distribution(scores: Scores, names: dict[str, str], chance: float) -> dict[str, Any]:
+def _distribution(scores: Scores, names: dict[str, str], chance: float) -> View:
     """Per model, how many languages lie in each band of accuracy."""
     bins = 40 if len(scores.languages) > 60 else 20
     lanes = []
     ran = {frozenset(model.languages) for model in scores.models}
     for number, model in enumerate(scores.models):
-        values = sorted(one.accuracy for code, one in model.languages.items() if code != scores.english)
+        values = sorted(score.accuracy for code, score in model.languages.items() if code != scores.english)
         if not values:
             continue
         counts = [0] * bins
@@ -304,20 +279,3 @@ def _distribution(scores: Scores, names: dict[str, str], chance: float) -> dict[
             ],
         })  # fmt: skip
     return {"lanes": lanes, "chance": round(100 * chance, 2), "step": f"{100 / bins:g}"}
-
-
-def _alignment_by_language(scores: Scores) -> Table:
-    """MEXA and CKA of every model in every language."""
-    models = [(name, model) for name, model in zip(short_names(scores), scores.models)]
-    models = [(name, model) for name, model in models if model.mean_alignment(scores.foreign())]
-    shown = {"to_english": "retrieval", "mexa": "MEXA", "cosine": "cosine", "cka": "CKA"}
-    rows = []
-    for code in scores.foreign():
-        if any(model.languages[code].alignment for _, model in models if code in model.languages):
-            row = [scores.language_name(code), code]
-            for _, model in models:
-                values = model.languages[code].alignment if code in model.languages else {}
-                row += [f"{values[metric]:.2f}" if metric in values else "-" for metric in shown]
-            rows.append(row)
-    header = ["language", "code", *(f"{name} {title}" for name, _ in models for title in shown.values())]
-    return Table("Closeness to English by language", header, rows, 2)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 from ..evaluation.results import Scores
-from .tables import limits
+from .sentences import limits
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; the markers differ for print
 _STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"))
-_GREY_TEXT: dict[str, Any] = {"color": "0.45", "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.5}}
 _ROWS_PER_PANEL = 52
 _ROW_INCHES = 0.175
 
@@ -20,8 +18,8 @@ def sorted_languages(scores: Scores) -> list[str]:
     """Languages by the accuracy of the first model that ran them, best first; those that no model ran at the end."""
 
     def key(code: str) -> tuple[float, str]:
-        found = [model.languages[code].accuracy for model in scores.models if code in model.languages]
-        return (-found[0] if found else math.inf, code)
+        ran = scores.of_language(code)
+        return (-ran[0].accuracy if ran else math.inf, code)
 
     return sorted(scores.languages, key=key)
 
@@ -51,13 +49,13 @@ def draw_scores(scores: Scores, path: str | Path) -> None:
     for panel, axis in enumerate(axes):
         codes = languages[panel * per_panel : (panel + 1) * per_panel]
         for index, code in enumerate(codes):
-            values = [100 * model.languages[code].accuracy for model in scores.models if code in model.languages]
+            values = [100 * score.accuracy for score in scores.of_language(code)]
             if len(values) > 1:
                 axis.plot([min(values), max(values)], [index, index], color="0.8", linewidth=1, zorder=1)
             if not values:
-                axis.text(
-                    2, index, _reason(scores, code), va="center", fontsize=small - 1, style="italic", **_GREY_TEXT
-                )
+                box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+                reason = _reason(scores, code)
+                axis.text(2, index, reason, va="center", fontsize=small - 1, style="italic", color="0.45", bbox=box)
         for number, model in enumerate(scores.models):
             colour, marker = _STYLES[number % len(_STYLES)]
             points = [
@@ -83,7 +81,7 @@ def draw_scores(scores: Scores, path: str | Path) -> None:
         for tick, code in zip(axis.get_yticklabels(), codes, strict=True):
             if code == scores.english:
                 tick.set_fontweight("bold")
-            elif not any(code in model.languages for model in scores.models):
+            elif not scores.of_language(code):
                 tick.set_color("0.45")
         axis.set_ylim(per_panel - 0.4, -0.6)
         axis.set_xlim(0, 100)
@@ -107,7 +105,5 @@ def _reason(scores: Scores, code: str) -> str:
 
 
 def _label(scores: Scores, code: str) -> str:
-    mapped = next(
-        (m.languages[code].mt_code for m in scores.models if code in m.languages and m.languages[code].mapped), None
-    )
+    mapped = next((score.mt_code for score in scores.of_language(code) if score.mapped), None)
     return f"{code} (as {mapped})" if mapped else code

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mtllm_fast.evaluation.alignment import METRICS, alignment, language_ranker, linear_cka, mexa, parallel, retrieval
+from mtllm_fast.evaluation.alignment import METRICS, alignment, parallel
 
 RNG = np.random.default_rng(0)
 ENGLISH = RNG.normal(size=(40, 16))
@@ -31,42 +31,38 @@ def test_shuffled_rows_are_not_aligned():
 def test_known_answers():
     english = np.eye(3)
     states = np.array([[1.0, 0, 0], [0.8, 0.6, 0], [0, 0, 2.0]])  # text 2 lies nearer to English text 1
-    assert retrieval(states, english) == pytest.approx((2 / 3, 1.0))  # English text 2's nearest is text 2: 0.6 > 0
-    assert mexa(states, english) == pytest.approx(1 / 3 + 1 / 3)  # texts 1 (1 > 0.8) and 3; text 2 has 0.6 < 0.8
-    assert language_ranker(states, english) == pytest.approx((1 + 0.6 + 1) / 3)
+    metrics = alignment(states, english)
+    assert metrics["to_english"] == pytest.approx(2 / 3)
+    assert metrics["from_english"] == 1.0  # English text 2's nearest is text 2: 0.6 > 0
+    assert metrics["mexa"] == pytest.approx(1 / 3 + 1 / 3)  # texts 1 (1 > 0.8) and 3; text 2 has 0.6 < 0.8
+    assert metrics["cosine"] == pytest.approx((1 + 0.6 + 1) / 3)
 
 
 def test_mexa_is_stricter_than_either_direction():
     states = ENGLISH + 1.2 * RNG.normal(size=ENGLISH.shape)
-    forward, backward = retrieval(states, ENGLISH)
-    assert 0 < mexa(states, ENGLISH) <= min(forward, backward) < 1
+    metrics = alignment(states, ENGLISH)
+    assert 0 < metrics["mexa"] <= min(metrics["to_english"], metrics["from_english"]) < 1
 
 
 def test_ties_are_misses():
     same = np.ones((5, 4))
-    assert retrieval(same, same) == (0.0, 0.0)
-    assert mexa(same, same) == 0.0
-    assert linear_cka(same, same) == 0.0  # no variance at all
-    assert language_ranker(same, same) == pytest.approx(1.0)
+    metrics = alignment(same, same)
+    assert metrics["to_english"] == metrics["from_english"] == metrics["mexa"] == 0.0
+    assert metrics["cka"] == 0.0  # no variance at all
+    assert metrics["cosine"] == pytest.approx(1.0)
 
 
 def test_cka_sees_through_rotation_and_scale_but_not_through_any_map():
-    assert linear_cka(3 * ENGLISH @ ROTATION + 5, ENGLISH) == pytest.approx(1.0)
+    assert alignment(3 * ENGLISH @ ROTATION + 5, ENGLISH)["cka"] == pytest.approx(1.0)
     stretched = ENGLISH * np.geomspace(1, 100, 16)
-    assert linear_cka(stretched, ENGLISH) < 0.7
-    assert retrieval(ENGLISH @ ROTATION, ENGLISH)[0] < 0.3
-    wide = RNG.normal(size=(12, 64))
+    assert alignment(stretched, ENGLISH)["cka"] < 0.7
+    assert alignment(ENGLISH @ ROTATION, ENGLISH)["to_english"] < 0.3
+    wide = np.hstack([RNG.normal(size=(12, 48)), ENGLISH[:12]])
+    english = np.hstack([ENGLISH[:12], np.zeros((12, 48))])
     expected = np.square((wide - wide.mean(0)).T @ (ENGLISH[:12] - ENGLISH[:12].mean(0))).sum()
     x, e = wide - wide.mean(0), ENGLISH[:12] - ENGLISH[:12].mean(0)
     expected /= np.linalg.norm(x.T @ x) * np.linalg.norm(e.T @ e)
-    assert linear_cka(wide, ENGLISH[:12]) == pytest.approx(expected)
-
-
-def test_layers_are_averaged():
-    other = RNG.normal(size=ENGLISH.shape)
-    both = alignment(np.stack([ENGLISH, other]), np.stack([ENGLISH, ENGLISH]))
-    for name, value in alignment(other, ENGLISH).items():
-        assert both[name] == pytest.approx((1 + value) / 2)
+    assert alignment(wide, english)["cka"] == pytest.approx(expected)
 
 
 def test_parallel_rows():

@@ -10,8 +10,9 @@ import pytest
 
 from mtllm_fast.data.read import TextRow
 from mtllm_fast.evaluation.cells import Cell, CellStore, of_rows
-from mtllm_fast.evaluation.rows import TaskRows
-from mtllm_fast.evaluation.runs import Contestant, Options, Run
+from mtllm_fast.evaluation.runs import Run
+from mtllm_fast.evaluation.settings import Settings
+from mtllm_fast.evaluation.systems import System
 from mtllm_fast.evaluation.tasks import FolderTask
 from mtllm_fast.jobs import fingerprint
 from mtllm_fast.models import MTLLM
@@ -173,12 +174,8 @@ TASK = FolderTask("mini", ("a", "b", "c"))
 
 
 def settings(model, source, **changes):
-    shared = {"language_map": {}, "probe_source": source, "probe_rows": 20_000, **changes}
-    data, store = TaskRows(TASK, source, "test", None), CellStore(source.parent / "cells")
-    options = Options(
-        TASK, data, ["fra_Latn"], max_tokens=None, device="cpu", dtype=None, alignment=False, store=store, **shared
-    )
-    return Run(Contestant("one", [model]), 0, options).settings
+    store = CellStore(source.parent / "cells")
+    return Run(System("one", [model]), 0, Settings(TASK, source, device="cpu", store=store, **changes)).key["settings"]
 
 
 def test_what_a_probe_depends_on_is_part_of_the_key(tmp_path, hub_cache, encoder_folder, llm_folder):

@@ -55,7 +55,7 @@ def test_finetune_translate_and_evaluate(capsys, quiz, encoder_folder, llm_folde
 
 def test_translate_test_leaves_english_questions_alone(encoder_folder, llm_folder, tmp_path):
     from mtllm_fast.evaluation import Translator
-    from mtllm_fast.evaluation.runs import TranslateScorer
+    from mtllm_fast.evaluation.scorers import TranslateScorer
     from mtllm_fast.evaluation.tasks import TASKS
 
     seen = []

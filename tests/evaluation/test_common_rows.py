@@ -15,7 +15,8 @@ from mtllm_fast.evaluation.languages import describe
 from mtllm_fast.evaluation.results import Scores
 from mtllm_fast.evaluation.tasks import Table
 from mtllm_fast.reporting import write_report
-from mtllm_fast.reporting.scores import read_scores, summary_lines
+from mtllm_fast.reporting.scores import read_scores
+from mtllm_fast.reporting.sentences import summary_lines
 from mtllm_fast.reporting.tables import alignment_table, language_table, overview_table
 from tests.evaluation.fakes import FakeEngine
 

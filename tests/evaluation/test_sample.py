@@ -10,9 +10,8 @@ from mtllm_fast.commands.watch import WatchSettings
 from mtllm_fast.data import TextRow
 from mtllm_fast.evaluation import FolderTask, evaluate
 from mtllm_fast.evaluation.results import Scores
-from mtllm_fast.evaluation.rows import sample
+from mtllm_fast.evaluation.rows import sample, task_sources
 from mtllm_fast.evaluation.tasks import Table
-from mtllm_fast.inference.translate import task_sources
 from mtllm_fast.reporting import write_report
 from tests.evaluation.fakes import FakeEngine
 from tests.evaluation.test_real_suite import Constant
@@ -94,7 +93,7 @@ def test_every_output_says_so(source, tmp_path):
     assert (content["limit"], content["limit_seed"]) == (30, 0)
     # a report of before the draw says what it was: the first rows
     del content["limit_seed"]
-    from mtllm_fast.reporting.scores import notes
+    from mtllm_fast.reporting.sentences import notes
 
     assert "only the first 30 rows of each language were scored." in notes(Scores.from_dict(content))
 

@@ -142,6 +142,25 @@ def test_translate_test_beside_a_model(source):
     assert [model.name for model in only.models] == ["translate-test"]
 
 
+def test_a_translator_is_loaded_once_and_shared_by_the_seeds(source, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(
+        "mtllm_fast.inference.translator.Translator.from_pretrained",
+        lambda name, device: loaded.append((name, device)) or FakeTranslator(),
+    )
+    teachers = [FakeEngine(["a", "b", "c"], side="llm") for _ in range(2)]
+    (baseline,) = run({}, source, translator="an/mt-model", teacher=teachers, device="cpu").models
+    assert loaded == [("an/mt-model", "cpu")] and baseline.seeds == 2
+
+
+def test_progress_names_what_comes_next(source, monkeypatch, capsys):
+    monkeypatch.setattr("mtllm_fast.inference.progress.SECONDS_BETWEEN_LINES", -1.0)
+    evaluate({"m": FakeEngine(["a", "b", "c"])}, TASK, source, languages=["eng_Latn", "fra_Latn"])
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(" languages,")[0] for line in lines] == [f"mini: {n} of 2" for n in (0, 1, 1, 2)]
+    assert [line.partition(", now ")[2] for line in lines] == ["m eng_Latn", "", "m fra_Latn", ""]
+
+
 def test_means_and_json_round_trip(source):
     class Worse(FakeEngine):
         def classify(self, rows):

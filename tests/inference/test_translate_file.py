@@ -12,9 +12,9 @@ import torch
 
 from mtllm_fast import cli
 from mtllm_fast.evaluation.tasks import TASKS
-from mtllm_fast.evaluation.translate_test import Translator
 from mtllm_fast.evaluation.translations import join_translations
 from mtllm_fast.inference.translate import Source, translate_file
+from mtllm_fast.inference.translator import Translator
 from mtllm_fast.jobs.parts import Parts
 
 WORDS = ["river", "bread", "cheese", "light", "stone", "train", "night", "teacher", "apple", "bridge"]

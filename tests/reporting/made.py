@@ -52,7 +52,5 @@ def make_scores(languages=9, names=("runs/model|0", "translate-test"), *, seeds=
         limit=10,
         reference=reference,
         resamples=200,
-        described={
-            c: {k: getattr(d, k) for k in ("name", "family", "script", "resource")} for c, d in described.items()
-        },
+        described=described,
     )

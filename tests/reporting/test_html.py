@@ -42,7 +42,7 @@ def test_page_is_whole_and_asks_nobody(count):
     assert "translate-test" in text
     assert "Not run" in text
     for code in scores.languages:
-        assert scores.language_name(code) in text
+        assert scores.language(code).name in text
     bars = [code for code in scores.foreign() if code in scores.models[0].languages]
     assert page.count('<div class="bar"') == len(bars)
     assert page.count('<tr class="fam">') >= 1

@@ -8,8 +8,11 @@ import stat
 import pytest
 
 from mtllm_fast.reporting import print_scores, read_scores, to_markdown, write_report
+from mtllm_fast.reporting.numbers import to_csv, to_groups_csv
 from mtllm_fast.reporting.score_figure import sorted_languages
-from mtllm_fast.reporting.tables import latex_escape, tables, to_csv, to_groups_csv, to_latex
+from mtllm_fast.reporting.scores import to_latex
+from mtllm_fast.reporting.table import latex_escape
+from mtllm_fast.reporting.tables import tables
 from tests.reporting.made import make_scores
 
 SCORES = make_scores(seeds=3, alignment=True)

@@ -28,6 +28,8 @@ CODES: dict[str, str | None] = {
 
 AMERICASNLI = FolderTask(
     name="americasnli",
+    about="The task (AmericasNLI) is to say whether a second sentence follows from the first, contradicts it, or "
+    "neither, in languages of the Americas.",
     labels=("entailment", "neutral", "contradiction"),
     tables=(
         Table("premise", "hypothesis", id="id", quoted=False),

@@ -88,10 +88,10 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     names = sorted(known)
     if len(name) == 2:
         start = _ISO_639_1.get(name.lower(), name.lower())
-        own = [item for item in names if item.lower().startswith(start)]
-        if own and name not in names:
-            others = nearest(name + "_", set(names) - set(own), count)
-            return ", ".join(own[:count]) + (f", {others}" if len(own) < count else "")
+        same = [item for item in names if item.lower().startswith(start)]
+        if same and name not in names:
+            others = nearest(name + "_", set(names) - set(same), count)
+            return ", ".join(same[:count]) + (f", {others}" if len(same) < count else "")
     lower = {item.lower(): item for item in names}
     close = [lower[item] for item in difflib.get_close_matches(name.lower(), lower, n=count, cutoff=0.5)]
     return ", ".join(close or names[: 2 * count]) + ("" if close or len(names) <= 2 * count else ", ...")

@@ -40,6 +40,8 @@ _TRAIN = tuple(f"answer{i}" for i in range(1, 5))
 
 BELEBELE = FolderTask(
     name="belebele",
+    about="The task (Belebele) is to pick the right one of four answers to a question about a short passage. The same "
+    "passages are given in every language.",
     labels=("1", "2", "3", "4"),
     tables=(
         Table(

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ...data.read import TextRow
+from ...data.text_fields import has_blank, text_fields
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,11 @@ def check_rows(rows: Sequence[TextRow], train_rows: Iterable[TextRow] = ()) -> R
     counts = Counter(names)
     return RowIssues(
         rows=len(rows),
-        blank=tuple(name for name, row in zip(names, rows) if not all(text.strip() for text in _texts(row))),
+        blank=tuple(name for name, row in zip(names, rows) if has_blank(row)),
         duplicate_ids=tuple(name for name, count in counts.items() if count > 1),
         in_train=tuple(names[index] for index in overlap(rows, train_rows)),
     )
 
 
-def _texts(row: TextRow) -> tuple[str, ...]:
-    return (row.text, *(() if row.text_pair is None else (row.text_pair,)), *(row.choices or ()))
-
-
 def _key(row: TextRow) -> tuple[str, ...]:
-    return tuple(text.strip() for text in _texts(row))
+    return tuple(text.strip() for text in text_fields(row).values())

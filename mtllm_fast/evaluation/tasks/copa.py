@@ -57,6 +57,7 @@ def _kardes(id: str, text: Sequence[str]) -> Table:
 
 XCOPA = FolderTask(
     name="xcopa",
+    about="The task (XCOPA) is to pick the likelier one of two causes or effects of an event.",
     labels=("1", "2"),
     tables=(_ENGLISH, _kardes("id", ("p_translation", "a1_translation", "a2_translation"))),
     english="en",
@@ -76,6 +77,7 @@ XCOPA = FolderTask(
 
 COPA = FolderTask(
     name="copa",
+    about="The task (COPA) is to pick the likelier one of two causes or effects of an event.",
     labels=("1", "2"),
     tables=(_ENGLISH,),
     english="en",

@@ -60,8 +60,8 @@ class _Fault(Exception):
     """What is wrong with a description."""
 
 
-def _task(data: Any, path: Path, home: Path) -> FolderTask:
-    data = _mapping(data, "the file", _KEYS)
+def _task(content: object, path: Path, home: Path) -> FolderTask:
+    data = _mapping(content, "the file", _KEYS)
     kind = data.get("kind", "classification")
     if kind not in KINDS:
         raise _Fault(f"kind: {kind!r}, expected one of {', '.join(KINDS)}")
@@ -123,7 +123,7 @@ def _task(data: Any, path: Path, home: Path) -> FolderTask:
     )
 
 
-def _layouts(files: Any, languages: tuple[str, ...], english: str, shared: bool) -> list[Layout]:
+def _layouts(files: object, languages: tuple[str, ...], english: str, shared: bool) -> list[Layout]:
     if isinstance(files, str):
         for part in ("{language}", "{split}"):
             if part not in files:
@@ -135,28 +135,28 @@ def _layouts(files: Any, languages: tuple[str, ...], english: str, shared: bool)
     if set(files) <= aliases:
         everyone = languages if shared else (english,)
         return [_layout(file, split, () if "{language}" in str(file) else everyone) for split, file in files.items()]
-    found = []
+    layouts = []
     for language, paths in files.items():
         if language not in languages:
             raise _Fault(
                 f"files: {language!r} is not among the languages; nearest: {nearest(str(language), languages)}"
             )
         for split, file in _mapping(paths, f"files.{language}", aliases).items():
-            found.append(_layout(file, split, (language,)))
-    return found
+            layouts.append(_layout(file, split, (language,)))
+    return layouts
 
 
-def _layout(file: Any, split: str, languages: tuple[str, ...]) -> Layout:
+def _layout(file: object, split: str, languages: tuple[str, ...]) -> Layout:
     return Layout(_relative(file), languages=languages, splits=(canonical_split(split),), known=True)
 
 
-def _relative(path: Any) -> str:
+def _relative(path: object) -> str:
     if not isinstance(path, str) or Path(path).is_absolute():
         raise _Fault(f"files: {path!r} is no path relative to the YAML file")
     return path
 
 
-def _codes(languages: Any) -> dict[str, str | None]:
+def _codes(languages: object) -> dict[str, str | None]:
     """The set's code -> MT code."""
     if isinstance(languages, list):
         return {code: code for code in _strings(languages, "languages")}
@@ -170,7 +170,7 @@ def _codes(languages: Any) -> dict[str, str | None]:
     return dict(languages)
 
 
-def _mapping(value: Any, where: str, known: set[str]) -> dict[str, Any]:
+def _mapping(value: object, where: str, known: set[str]) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise _Fault(f"{where}: expected a mapping")
     for key in value:
@@ -179,7 +179,7 @@ def _mapping(value: Any, where: str, known: set[str]) -> dict[str, Any]:
     return dict(value)
 
 
-def _strings(value: Any, where: str) -> list[str]:
+def _strings(value: object, where: str) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(item, str | int) for item in value):
         raise _Fault(f"{where}: expected a list of names")
     for item in value:

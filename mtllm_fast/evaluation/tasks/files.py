@@ -17,6 +17,7 @@ from typing import Any
 
 from ...data.formats import MAX_ROW_BYTES, MERGED, rows_merged
 
+Record = dict[str, Any]  # column -> value
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
 ENDINGS = (*SUFFIXES, *(f"{suffix}.gz" for suffix in SUFFIXES if suffix != ".parquet"))
 
@@ -41,7 +42,7 @@ def read_text(path: Path) -> str:
         raise ValueError(f"data file {str(path)!r}: damaged gzip file: {error}") from None
 
 
-def records(path: Path, *, header: tuple[str, ...] | None = None, quoted: bool = True) -> Iterator[dict[str, Any]]:
+def records(path: Path, *, header: tuple[str, ...] | None = None, quoted: bool = True) -> Iterator[Record]:
     """The records of one file, in order.
 
     Args:
@@ -129,7 +130,7 @@ def _raw_lines(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
         yield number, line.removesuffix("\r").split(delimiter)
 
 
-def _json(path: Path) -> Iterator[dict[str, Any]]:
+def _json(path: Path) -> Iterator[Record]:
     try:
         content = json.loads(read_text(path))
     except json.JSONDecodeError as error:
@@ -140,7 +141,7 @@ def _json(path: Path) -> Iterator[dict[str, Any]]:
     yield from items
 
 
-def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
+def _jsonl(path: Path) -> Iterator[Record]:
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
@@ -153,7 +154,7 @@ def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
         yield item
 
 
-def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+def _parquet(path: Path) -> Iterator[Record]:
     import pyarrow.parquet as pq
     from pyarrow import ArrowException
 

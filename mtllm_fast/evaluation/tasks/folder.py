@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ...data.read import TextRow
 from .base import SPLITS, canonical_split, nearest
-from .files import records
+from .files import Record, records
 from .hub import HubSet, hub_configs, hub_records, hub_splits, looks_like_hub_name
 from .layout import DataFile, Layout, find
 from .table import Table
@@ -39,6 +39,7 @@ class FolderTask:
         kind: "choice" where rows have choices.
         notes: remarks on how a language is read, e.g. where the MT code is that of a near relative.
         home: the default source where there is no hub set.
+        about: what a model has to do, for readers of a report who know nothing of it.
         fixed_words: English text that stands at the end of rows in every language and is not to be translated.
     """
 
@@ -54,6 +55,7 @@ class FolderTask:
     notes: Mapping[str, str] = field(default_factory=dict)
     home: str | None = None
     fixed_words: tuple[str, ...] = ()
+    about: str = ""
 
     def __post_init__(self) -> None:
         if len(self.labels) < 2 or len(set(self.labels)) != len(self.labels):
@@ -102,17 +104,17 @@ class FolderTask:
         folder = self._folder(source)
         if folder is None:
             return self._hub(source).languages(hub_configs(str(source)))
-        found = sorted({item.language for item in find(folder, self.layouts, known=self.mt_codes)})
-        if not found:
+        languages = sorted({file.language for file in find(folder, self.layouts, known=self.mt_codes)})
+        if not languages:
             raise ValueError(f"source={str(source)!r}: no <language>/<split> files in it for the task {self.name!r}")
-        return found
+        return languages
 
     def splits(self, source: str | Path, language: str) -> tuple[str, ...]:
         folder = self._folder(source)
         if folder is None:
             return hub_splits(str(source), self._hub(source).config(language))
-        found = {item.split for item in self._files(source, folder, language)}
-        return tuple(split for split in SPLITS if split in found)
+        present = {file.split for file in self._files(source, folder, language)}
+        return tuple(split for split in SPLITS if split in present)
 
     def empty_folders(self, source: str | Path) -> list[str]:
         """Folders named like a language that hold no data file; such a language is not among `languages`."""
@@ -123,7 +125,7 @@ class FolderTask:
         codes = (
             {name for name in names if _CODE.fullmatch(name)} if self.mt_codes is None else names & set(self.mt_codes)
         )
-        return sorted(codes - {item.language for item in find(folder, self.layouts, known=self.mt_codes)})
+        return sorted(codes - {file.language for file in find(folder, self.layouts, known=self.mt_codes)})
 
     def rows(
         self, source: str | Path, language: str, split: str = "test", *, limit: int | None = None, labelled: bool = True
@@ -167,9 +169,7 @@ class FolderTask:
             table.row(record, label, code, index, where) for index, (record, label) in enumerate(islice(rows, limit))
         ]
 
-    def _chosen(
-        self, table: Table, content: list[dict[str, Any]], language: str, split: str, where: str
-    ) -> list[dict[str, Any]]:
+    def _chosen(self, table: Table, content: list[Record], language: str, split: str, where: str) -> list[Record]:
         """The records of one language and split that have a label; those without are counted."""
         if table.language is not None:
             content = [record for record in content if record[table.language] == language]
@@ -189,7 +189,7 @@ class FolderTask:
         return kept
 
     def _label_column(
-        self, folder: Path | None, table: Table, content: list[dict[str, Any]], split: str, where: str, labelled: bool
+        self, folder: Path | None, table: Table, content: list[Record], split: str, where: str, labelled: bool
     ) -> list[int | None]:
         """The class of each row, None throughout for an unlabelled split that need not be labelled."""
         values = [_or_none(record.get(table.label)) for record in content]
@@ -210,15 +210,15 @@ class FolderTask:
                 f"split={split!r}: {where!r} row {values.index(None)} has no label ({count} of {len(values)} have none)"
             )
         choice = self.kind == "choice"
-        found = [None if value is None else table.index(value, self.labels, choice) for value in values]
-        wrong = [i for i, (value, label) in enumerate(zip(values, found)) if value is not None and label is None]
+        classes = [None if value is None else table.index(value, self.labels, choice) for value in values]
+        wrong = [i for i, (value, label) in enumerate(zip(values, classes)) if value is not None and label is None]
         if wrong:
             more = f" (and {len(wrong) - 1} rows more)" if len(wrong) > 1 else ""
             right = (
                 f"{table.base} to {table.base + len(self.labels) - 1}" if choice else f"one of {', '.join(self.labels)}"
             )
             raise ValueError(f"{where!r} row {wrong[0]}: label {values[wrong[0]]!r} is not {right}{more}")
-        return found
+        return classes
 
     def _folder(self, source: str | Path) -> Path | None:
         """The local folder, or None when `source` is to be read from the hub."""
@@ -236,23 +236,23 @@ class FolderTask:
         return next(named, self.hubs[0] if self.hubs else HubSet())
 
     def _files(self, source: str | Path, folder: Path, language: str) -> list[DataFile]:
-        found = find(folder, self.layouts, language, self.mt_codes)
-        if not found:
+        files = find(folder, self.layouts, language, self.mt_codes)
+        if not files:
             if (folder / language).is_dir():
                 raise ValueError(f"language={language!r}: {str(folder / language)!r} holds no data files")
             near = nearest(language, self.languages(source))
             raise ValueError(f"language={language!r}: not in {str(source)!r}; nearest: {near}")
-        return found
+        return files
 
     def _file(self, source: str | Path, folder: Path, language: str, split: str) -> DataFile:
-        found = self._files(source, folder, language)
-        chosen = [item for item in found if item.split == split]
+        files = self._files(source, folder, language)
+        chosen = [file for file in files if file.split == split]
         if not chosen:
             place = folder / language if (folder / language).is_dir() else folder
-            has = ", ".join(dict.fromkeys(item.split for item in found))
+            has = ", ".join(dict.fromkeys(file.split for file in files))
             raise ValueError(f"split={split!r}: {str(place)!r} has only {has} for {language!r}")
         if len(chosen) > 1:
-            paths = " and ".join(str(item.path) for item in chosen)
+            paths = " and ".join(str(file.path) for file in chosen)
             raise ValueError(f"split={split!r}: {paths} could both be meant; keep one")
         return chosen[0]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .base import SPLITS, nearest
+from .files import Record
 
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -74,17 +75,17 @@ def hub_splits(name: str, config: str) -> tuple[str, ...]:
     import datasets
 
     try:
-        found = set(datasets.get_dataset_split_names(name, config))
+        names = set(datasets.get_dataset_split_names(name, config))
     except RuntimeError as error:
         if not _is_script(error):
             raise
-        found = {path.split("/")[1] for path in _converted_files(name) if path.startswith(f"{config}/")}
+        names = {path.split("/")[1] for path in _converted_files(name) if path.startswith(f"{config}/")}
     except Exception as error:
         raise _unreachable(name, error) from error
-    return tuple(split for split, aliases in SPLITS.items() if found & set(aliases))
+    return tuple(split for split, aliases in SPLITS.items() if names & set(aliases))
 
 
-def hub_records(name: str, config: str, split: str) -> list[dict[str, Any]]:
+def hub_records(name: str, config: str, split: str) -> list[Record]:
     """All records of one split; class indices are given back as label names where the set declares them.
 
     A set that still consists of a loading script is read from the hub's own parquet conversion, since no remote code
@@ -98,10 +99,10 @@ def hub_records(name: str, config: str, split: str) -> list[dict[str, Any]]:
     aliases = SPLITS[split]
     try:
         names = datasets.get_dataset_split_names(name, config)
-        found = next((alias for alias in aliases if alias in names), None)
-        if found is None:
+        alias = next((alias for alias in aliases if alias in names), None)
+        if alias is None:
             raise ValueError(f"split={split!r}: {name!r} has only {', '.join(names)} for {config!r}")
-        table = datasets.load_dataset(name, config, split=found)
+        table = datasets.load_dataset(name, config, split=alias)
     except RuntimeError as error:
         if not _is_script(error):
             raise
@@ -112,7 +113,7 @@ def hub_records(name: str, config: str, split: str) -> list[dict[str, Any]]:
         raise _unreachable(name, error) from error
     features = table.features
     classes = {column: feature for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
-    rows: list[dict[str, Any]] = []
+    rows: list[Record] = []
     for record in table:
         for column, feature in classes.items():
             value = record[column]

@@ -24,6 +24,8 @@ NOTES = {"ug": "Uyghur in Cyrillic script; read as uig_Arab, which NLLB-200 has 
 
 KARDESNLU = FolderTask(
     name="kardesnlu",
+    about="The task (Kardeş-NLU) is to say whether a second sentence follows from the first, contradicts it, or "
+    "neither, in Turkic languages.",
     labels=("entailment", "neutral", "contradiction"),
     tables=tuple(Table("s1_translation", "s2_translation", label="gold_label", id=id) for id in ("Unnamed: 0", "")),
     english="en",

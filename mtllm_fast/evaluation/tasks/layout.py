@@ -61,7 +61,7 @@ class Layout:
 
     def _glob(self, language: str | None) -> str:
         wanted = {"language": glob.escape(language) if language else "*", "split": "*"}
-        wanted["name"] = glob.escape(self.names[language]) if language in self.names else "*"  # type: ignore[index]
+        wanted["name"] = glob.escape(self.names.get(language or "", "")) or "*"
         parts = re.split(r"\{(language|split|name)\}", self.path)
         pattern = "".join(wanted[part] if i % 2 else glob.escape(part) for i, part in enumerate(parts))
         return pattern if self.path.endswith(ENDINGS) else pattern + ".*"
@@ -85,7 +85,7 @@ def find(
     Args:
         known: the languages of the task's table, None where every name is a language.
     """
-    found: dict[tuple[str, str, Path], DataFile] = {}
+    files: dict[tuple[str, str, Path], DataFile] = {}
     for layout in layouts:
         fixed = "{language}" not in layout.path
         if fixed and language is not None and language not in layout.languages:
@@ -103,5 +103,5 @@ def find(
                 if unknown or other or (language is not None and code != language):
                     continue
                 for split in splits:
-                    found.setdefault((code, split, path), DataFile(code, split, path, layout))
-    return sorted(found.values(), key=lambda item: (item.language, list(SPLITS).index(item.split), item.path))
+                    files.setdefault((code, split, path), DataFile(code, split, path, layout))
+    return sorted(files.values(), key=lambda file: (file.language, list(SPLITS).index(file.split), file.path))

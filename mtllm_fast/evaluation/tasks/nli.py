@@ -25,6 +25,8 @@ _TABLES.sort(key=lambda table: (table.header is not None, -len(table.required())
 
 NLI = FolderTask(
     name="nli",
+    about="The task (natural language inference) is to say whether a second sentence follows from the first, "
+    "contradicts it, or neither.",
     labels=XNLI.labels,
     tables=tuple(table for index, table in enumerate(_TABLES) if table not in _TABLES[:index]),
     english="en",

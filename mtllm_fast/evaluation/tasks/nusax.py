@@ -31,6 +31,8 @@ LANGUAGES: dict[str, tuple[str | None, str]] = {
 
 NUSAX = FolderTask(
     name="nusax",
+    about="The task (NusaX) is to say whether a short review or comment is positive, negative or neutral. The same "
+    "texts are given in every language.",
     labels=("negative", "neutral", "positive"),
     tables=(Table(text="text", label="label", id="id"),),
     english="english",

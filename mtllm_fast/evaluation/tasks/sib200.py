@@ -40,6 +40,7 @@ LANGUAGES = tuple(
 
 SIB200 = FolderTask(
     name="sib200",
+    about="The task (SIB-200) is to say what a sentence is about. The same sentences are given in every language.",
     labels=("science/technology", "travel", "politics", "sports", "health", "entertainment", "geography"),
     tables=(Table(text="text", label="category", id="index_id"),),
     english="eng_Latn",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.read import TextRow
-from .files import columns, kind
+from .files import Record, columns, kind
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Table:
         present = columns(path, header=self.header, quoted=self.quoted)
         return all(column in present for column in self.required())
 
-    def row(self, record: Mapping[str, Any], label: int | None, code: str, index: int, where: str) -> TextRow:
+    def row(self, record: Record, label: int | None, code: str, index: int, where: str) -> TextRow:
         """One record as a row.
 
         Raises:

@@ -34,6 +34,7 @@ CODES: dict[str, str | None] = {
 
 XNLI = FolderTask(
     name="xnli",
+    about="The task (XNLI) is to say whether a second sentence follows from the first, contradicts it, or neither.",
     labels=("entailment", "neutral", "contradiction"),
     tables=(
         Table("sentence1", "sentence2", label="gold_label", id="pairID", language="language", quoted=False),

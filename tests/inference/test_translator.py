@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mtllm_fast.data import TextRow
-from mtllm_fast.evaluation.translate_test import Translator, _batches
+from mtllm_fast.inference.translator import Translator, _batches
 
 TEXTS = [
     "The river runs past the mill.",

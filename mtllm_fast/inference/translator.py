@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..data.language import language_read
 from ..data.read import TextRow
+from ..data.text_fields import text_fields, with_text_fields
 from ..data.tokenise import StackTokenizer
 from ..models.names import is_path
-from .translations import fields, with_fields
 
 _LOGITS = 2**26  # logits that are held at once for scores: 256 MiB in float32
 
@@ -157,7 +158,7 @@ class Translator:
         Raises:
             ValueError: an unknown code, lists of different lengths, or settings out of range.
         """
-        return [found.text for found in self._translate(texts, languages, target, scored=False, **decoding)]
+        return [translation.text for translation in self._translate(texts, languages, target, scored=False, **decoding)]
 
     def translate_scored(
         self, texts: Sequence[str], languages: str | Sequence[str], target: str = "eng_Latn", **decoding: Any
@@ -191,18 +192,18 @@ class Translator:
         keys = list(rows)
         side = self.tokenizer.mt_side(list(rows.values()))
         self.truncated += side.truncated
-        found: dict[tuple[str, str], Translation] = {}
+        translations: dict[tuple[str, str], Translation] = {}
         for members in _batches([len(ids) for ids in side.ids], settings.max_tokens // settings.num_beams):
             wanted = [settings.max_new_tokens or 2 * len(side.ids[i]) + 32 for i in members]
             limits = [min(self.max_length, count) for count in wanted]
             outputs = self._generate([side.ids[i] for i in members], limits, target_id, settings, scored)
-            found.update(zip((keys[i] for i in members), outputs, strict=True))
+            translations.update(zip((keys[i] for i in members), outputs, strict=True))
             if progress is not None:
                 progress(len(members))
         out = []
         for (text, end), code in zip(parts, codes, strict=True):
-            one = found.get((text, code), Translation(text))
-            out.append(Translation(f"{one.text} {end}", one.score) if end else one)
+            translation = translations.get((text, code), Translation(text))
+            out.append(Translation(f"{translation.text} {end}", translation.score) if end else translation)
         return out
 
     def translate_rows(self, rows: Iterable[TextRow], target: str = "eng_Latn", **decoding: Any) -> list[TextRow]:
@@ -213,18 +214,18 @@ class Translator:
             ValueError: as `translate`.
         """
         rows = list(rows)
-        names = [(index, name) for index, row in enumerate(rows) for name in fields(row)]
-        texts = [text for row in rows for text in fields(row).values()]
+        names = [(index, name) for index, row in enumerate(rows) for name in text_fields(row)]
+        texts = [text for row in rows for text in text_fields(row).values()]
         codes = [str(language_read(self.tokenizer, "mt", row.language, "TextRow.language")) for row in rows]
         translated = self.translate(texts, [codes[index] for index, _ in names], target, **decoding)
-        found: list[dict[str, str]] = [{} for _ in rows]
+        translations: list[dict[str, str]] = [{} for _ in rows]
         for (index, name), text in zip(names, translated, strict=True):
-            found[index][name] = text
-        return [with_fields(row, texts, target) for row, texts in zip(rows, found, strict=True)]
+            translations[index][name] = text
+        return [with_text_fields(row, texts, target) for row, texts in zip(rows, translations, strict=True)]
 
     @torch.no_grad()
     def _generate(
-        self, sources: list[Any], limits: list[int], target_id: int, decoding: Decoding, scored: bool
+        self, sources: list[NDArray[np.int64]], limits: list[int], target_id: int, decoding: Decoding, scored: bool
     ) -> list[Translation]:
         pad, eos = self.tokenizer.mt.pad_token_id, self.tokenizer.mt.eos_token_id
         inputs, mask = self._padded(sources, pad)
@@ -258,7 +259,7 @@ class Translator:
 
     def _scores(self, inputs: torch.Tensor, mask: torch.Tensor, outputs: list[list[int]], pad: int) -> list[float]:
         """Mean log probability of the tokens after the language token, by the model without repetition control."""
-        found: list[float] = []
+        scores: list[float] = []
         longest = max(map(len, outputs))
         count = max(1, _LOGITS // (longest * self.model.config.vocab_size))
         for first in range(0, len(outputs), count):
@@ -274,10 +275,10 @@ class Translator:
             logs = chosen - torch.stack([row.float().logsumexp(-1) for row in logits])
             for ids, row in zip(outputs[part], logs.tolist(), strict=True):
                 scored = row[1 : len(ids) - 1]  # row[0] is the language token, which was forced
-                found.append(sum(scored) / max(len(scored), 1))
-        return found
+                scores.append(sum(scored) / max(len(scored), 1))
+        return scores
 
-    def _padded(self, rows: Sequence[Any], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _padded(self, rows: Sequence[NDArray[np.integer]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and attention mask (B, L) on the model's device."""
         longest = max(len(ids) for ids in rows)
         inputs = torch.full((len(rows), longest), pad, dtype=torch.long)
