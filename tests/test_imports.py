@@ -35,7 +35,6 @@ TODO = {
     "models.encoder -> models.storage",
     "models.mtllm -> models.generate",
     "models.mtllm -> models.storage",
-    "models.names -> models.fingerprint",
     "models.names -> models.storage",
     "training.automatic -> training.distributed",
     "training.finetune -> inference",
