@@ -22,6 +22,7 @@ from ..models.attention.varlen import options
 from ..models.checkpointing import recompute_layers
 from ..models.encoders import family_of
 from ..models.mtllm import MTLLMConfig
+from ..training.stage import Stage
 from .accounting import Accounting, Rates
 from .parts import forward_parts
 
@@ -258,8 +259,7 @@ def ours(
     if architecture != "cpu":
         model.encoder.model.set_attn_implementation(PACKED)
         model.llm.model.set_attn_implementation(PACKED)
-    loss = DistillationLoss(spec.loss)
-    batch = make_batch(lengths, "meta")
+    stage, batch = Stage(model, DistillationLoss(spec.loss)), make_batch(lengths, "meta")
     trained = _prepare(model)
     acc = Accounting(rates, architecture)
     if spec.base == "fp8":
@@ -274,17 +274,14 @@ def ours(
             yield
 
     with ExitStack() as parts:
-        parts.enter_context(forward_parts(model, book))
+        parts.enter_context(forward_parts(model, book, stage.loss))
         parts.enter_context(patch.object(lora, "autocast_dtype", lambda _: autocast))  # meta tensors have no autocast
         if architecture == "cpu":
             parts.enter_context(patch.object(torch.nn.functional, "scaled_dot_product_attention", _cpu_attention))
         with acc:
-            teacher = model.teacher_states(batch.llm)  # type: ignore[arg-type]
-            student = model.states(batch.mt)  # type: ignore[arg-type]
+            terms = stage(batch)
             with acc.part("loss"):
-                head = model.llm.lm_head if spec.loss.kl else None
-                terms = loss(student, teacher, batch, lm_head=head)
-                total = loss.total(terms, spec.loss.counts(batch))
+                total = stage.loss.total(terms, stage.counts(batch))
             acc.attention_pairs = squares[0]
             with acc.part("backward"):
                 total.backward()

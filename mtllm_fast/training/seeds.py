@@ -8,9 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .distill import DistillConfig
-from .finetune import FinetuneConfig
 from .run_folder import write_json
+from .stage_config import DistillConfig, FinetuneConfig
 
 Config = TypeVar("Config", FinetuneConfig, DistillConfig)
 PLACEHOLDER = "{seed}"

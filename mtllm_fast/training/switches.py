@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..inference.compile import compile_layers
 from ..models import MTLLM, LoraSettings, PackedEncoder, PackedLLM
 from ..models.adapters import check_settings
 from ..models.checkpointing import kept_bytes_per_token, layers_within, recompute_layers
+from ..models.compile import compile_layers
 from ..models.encoder import check_encoder
 from ..models.encoders import family_of
 from ..models.frozen import KINDS, PACKAGES, Fp8Linear, check_fp8_width, frozen_linears, quantize_frozen

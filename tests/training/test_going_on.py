@@ -18,8 +18,8 @@ from mtllm_fast import TextRow
 from mtllm_fast.losses import DistillationWeights
 from mtllm_fast.models import LoraSettings
 from mtllm_fast.training import AdaptConfig, FinetuneConfig, OptimSettings, adapt, finetune, trainer
-from mtllm_fast.training.adapt import AdaptStep
 from mtllm_fast.training.checkpoint import Publisher, publish
+from mtllm_fast.training.stage import Stage
 from tests.tiny import LINES
 
 ROWS = [TextRow(f"{line} {i}", id=f"row-{i}") for i, line in enumerate(LINES * 4)]
@@ -52,7 +52,7 @@ def _saved(output: Path) -> set[int]:
 
 def _stop_in(step: int, monkeypatch) -> None:
     """Ask the run to stop while it computes its `step`-th pack."""
-    plain, count = AdaptStep.forward, [0]
+    plain, count = Stage.forward, [0]
 
     def forward(self, batch):
         count[0] += 1
@@ -60,7 +60,7 @@ def _stop_in(step: int, monkeypatch) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return plain(self, batch)
 
-    monkeypatch.setattr(AdaptStep, "forward", forward)
+    monkeypatch.setattr(Stage, "forward", forward)
 
 
 def test_new_intervals_hold_after_a_resume(encoder_folder, llm_folder, tmp_path, monkeypatch) -> None:
