@@ -30,7 +30,7 @@ def make_terms(names: Iterable[str], **options: Any) -> dict[str, Term]:
         if name not in TERMS:
             raise ValueError(f"term {name!r}: expected one of {', '.join(TERMS)}")
         kind = TERMS[name]
-        own = {field.name for field in fields(kind)} if is_dataclass(kind) else set()
+        own: set[str] = {field.name for field in fields(kind)} if is_dataclass(kind) else set()
         made[name] = kind(**{key: value for key, value in options.items() if key in own})
     return made
 

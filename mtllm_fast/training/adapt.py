@@ -71,7 +71,8 @@ def check(config: AdaptConfig, data: Data) -> None:
 
 
 def build(config: AdaptConfig, data: Data, dtype: torch.dtype) -> Stage:
-    student, rows, notes, cache = starting_model(config, dtype), data.rows, {}, None
+    student, rows, cache = starting_model(config, dtype), data.rows, None
+    notes: dict[str, Any] = {}
     if isinstance(rows, RowStream) and (named := rows.language or rows.wanted.get("language_column")):
         assert student.tokenizer is not None
         language_read(student.tokenizer, "mt", named, "language")

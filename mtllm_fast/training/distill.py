@@ -45,20 +45,21 @@ def build(config: DistillConfig, data: Data, dtype: torch.dtype) -> Stage:
     head = check_teacher(adapted, taught, config.teacher)
     if config.init_from == "teacher":
         sum_settings(adapted.adapters["student"], taught.adapters["student"])
-    first = next(iter(data.rows), None)
+    first = next(iter(data.texts), None)
     if first is not None and (first.choices is not None) != (head.kind == "choice"):
         has = "choices" if first.choices is not None else "no choices"
         raise ValueError(f"teacher={config.teacher!r}: has a {head.kind} head, but the rows have {has}")
     valid_rows = in_teachers_order(head, data.labels, data.valid_rows or (), config.teacher)
-    optim, rows, cache, notes = config.train, data.rows, None, {}
+    rows, cache = data.texts, None
+    notes: dict[str, Any] = {}
     if config.teacher_cache:
         teacher = MTLLM.from_pretrained(
             config.teacher, dtype=dtype, trust_remote_code=config.trust_remote_code, llm=config.llm
         )
-        cache, report = cached_states(config.teacher_cache, rows, teacher, optim)
+        cache, report = cached_states(config.teacher_cache, rows, teacher, config.train)
         del teacher
         rows, notes["teacher_cache"] = KeyedRows(rows), asdict(report)
-        set_seed(optim.seed)  # the same run, whether the states were there or not
+        set_seed(config.train.seed)  # the same run, whether the states were there or not
     student = loaded(config, dtype)
     if config.init_from == "teacher":
         weights = read_safetensors(Path(config.teacher), "model")
@@ -67,7 +68,7 @@ def build(config: DistillConfig, data: Data, dtype: torch.dtype) -> Stage:
     return Stage(
         student, DistillationLoss(config.loss), rows, teacher=cache, adapter=TEACHER if cache is None else None,
         train_projection=config.train_projection, over_variance=config.over_variance, notes=notes,
-        validate=validation(student, valid_rows, optim.tokens, optim.bf16),
+        validate=validation(student, valid_rows, config.train),
     )  # fmt: skip
 
 

@@ -16,12 +16,12 @@ from ..losses import Objective
 from ..models import MTLLM, HeadConfig
 from .live import Watch
 from .run import TASK_ROWS, Data, StageKind, loaded, run
-from .stage import Rows, Stage
+from .stage import Stage
 from .stage_config import FinetuneConfig
 from .validation import validation
 
 
-def head_for(rows: Rows, labels: Sequence[str]) -> HeadConfig:
+def head_for(rows: Iterable[TextRow], labels: Sequence[str]) -> HeadConfig:
     """A choice head where the rows have choices, else one row per label.
 
     Raises:
@@ -42,7 +42,7 @@ def check(config: FinetuneConfig, data: Data) -> None:
 
 
 def build(config: FinetuneConfig, data: Data, dtype: torch.dtype) -> Stage:
-    head = head_for(data.rows, data.labels or ())
+    head = head_for(data.texts, data.labels or ())
     if config.model:
         student = loaded(config, dtype)
         student.set_head(head)
@@ -57,10 +57,10 @@ def build(config: FinetuneConfig, data: Data, dtype: torch.dtype) -> Stage:
             dtype=dtype,
             trust_remote_code=config.trust_remote_code,
         )
-    optim = config.train
-    validate = validation(student, data.valid_rows or (), optim.tokens, optim.bf16)
-    loss = Objective({"task": 1.0})
-    return Stage(student, loss, data.rows, train_projection=config.train_projection, validate=validate)
+    return Stage(
+        student, Objective({"task": 1.0}), data.rows, train_projection=config.train_projection,
+        validate=validation(student, data.valid_rows or (), config.train),
+    )  # fmt: skip
 
 
 FINETUNE = StageKind("finetune", FinetuneConfig, check, build, records=("labels",), shuffle=TASK_ROWS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import set_seed
 from ..data.collate import PackedDataset
 from ..data.loader import PackedLoader
 from ..data.read import TextRow
+from ..data.store import TokenStore
 from ..models import MTLLM
 from ..models.encoder import check_encoder
 from .automatic import Settled, on_gpu, settled
@@ -44,13 +45,21 @@ class Data:
     labels: Sequence[str] | None = None
     source: dict[str, Any] | None = None
 
+    @property
+    def texts(self) -> Iterable[TextRow]:
+        """The rows, for a stage that reads text. Raises ValueError where they are a token store."""
+        if isinstance(self.rows, TokenStore):
+            raise ValueError("rows: this stage reads text, not a token store")
+        return self.rows
+
 
 @dataclass(frozen=True)
 class StageKind:
     """How a stage is made from its settings; `stages.STAGES` lists them.
 
     Fields:
-        config: its settings, a dataclass with at least those that `run` reads.
+        config: its settings, a dataclass with at least encoder, llm, model, output, train, resume, include_base and
+            trust_remote_code, and lora where it can be without a model.
         check: refuses, before anything is loaded, what does not fit.
         build: the stage, from settings, data and the dtype of its base models.
         reads: settings that name what the run reads besides rows and models. records: fields of `Data` that go into

@@ -10,17 +10,20 @@ import torch.nn.functional as F
 from ..data.language import ENGLISH_CODES
 from ..data.read import TextRow
 from ..models import MTLLM
+from .automatic import settled
+from .config import OptimSettings
 from .stage import Validate
 
 
-def validation(student: MTLLM, rows: Sequence[TextRow], tokens: int, bf16: bool = False) -> Validate | None:
+def validation(student: MTLLM, rows: Sequence[TextRow], optim: OptimSettings) -> Validate | None:
     """A function that scores the student on labelled English rows: accuracy, and mean cross-entropy to settle ties.
 
-    `bf16`: under autocast, as it trains. None where there are no rows.
+    It runs with the token budget and the autocast of training. None where there are no rows.
 
     Raises:
         ValueError: a row has no label or is not English: the best checkpoint is chosen in English alone.
     """
+    optim = settled(optim)
     for index, row in enumerate(rows):
         if row.label is None:
             raise ValueError(f"valid_rows[{index}] has no label: the best checkpoint is chosen by accuracy")
@@ -31,8 +34,8 @@ def validation(student: MTLLM, rows: Sequence[TextRow], tokens: int, bf16: bool 
         # training's one import from a room to its right: scores are those that the finished model will have
         from ..inference import Engine
 
-        engine = Engine(student, max_tokens=tokens)
-        with torch.autocast(engine.device.type, torch.bfloat16, enabled=bf16):
+        engine = Engine(student, max_tokens=optim.tokens)
+        with torch.autocast(engine.device.type, torch.bfloat16, enabled=optim.bf16):
             logits = torch.from_numpy(engine.classify(rows))
         gold = torch.tensor([row.label for row in rows])
         right = (logits.argmax(-1) == gold).float().mean()

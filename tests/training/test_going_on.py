@@ -91,14 +91,8 @@ def _finetune(llm: str, output: Path, scores: list[float], monkeypatch, *, resum
             raise KeyboardInterrupt
         return {"accuracy": accuracy, "loss": 1.0}
 
-    plain = trainer.PackedTrainer.__init__
-
-    def init(self, *args, **kwargs):
-        plain(self, *args, **kwargs)
-        self.validate = validate
-
     with monkeypatch.context() as patched:
-        patched.setattr(trainer.PackedTrainer, "__init__", init)
+        patched.setitem(finetune.__globals__, "validation", lambda *_: validate)
         settings = {"max_steps": -1, "epochs": 3, "save_steps": 1000}
         config = FinetuneConfig(llm=llm, output=str(output), resume=resume, train=_optim(**{**settings, **train}))
         return finetune(config, TASK, ["good", "bad"], TASK[:4])
