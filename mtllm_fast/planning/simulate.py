@@ -154,21 +154,14 @@ def make_batch(lengths: Sequence[tuple[int, int]], device: str, vocab: tuple[int
         for side, v in zip(zip(*lengths), vocab)
     ]
     rows: tuple[list[int], list[int]] = ([], [])
-    for (n, m), start, other in zip(
-        lengths, *(side.cu_seqlens.cpu() if device != "meta" else _starts(side) for side in sides)
-    ):
+    starts = [0, 0]
+    for n, m in lengths:
         count = max(0, min(n - 2, m - 1))
-        for side_rows, first in zip(rows, (int(start), int(other))):
-            side_rows += range(first + 1, first + 1 + count)
+        for side_rows, start in zip(rows, starts):
+            side_rows += range(start + 1, start + 1 + count)
+        starts = [starts[0] + n, starts[1] + m]
     pairs = [torch.tensor(r, dtype=torch.int64).to(device) for r in rows]
     return Batch(mt=sides[0], llm=sides[1], mt_rows=pairs[0], llm_rows=pairs[1])
-
-
-def _starts(side: PackedBatch) -> list[int]:
-    starts = [0]
-    for length in side.lengths:
-        starts.append(starts[-1] + length)
-    return starts
 
 
 def static_memory(spec: StepSpec, model: nn.Module, encoder: nn.Module, llm: Any) -> dict[str, float]:

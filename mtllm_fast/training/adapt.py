@@ -19,7 +19,7 @@ from ..models import MTLLM
 from ..models.storage import local_folder, read_config
 from .live import Watch
 from .projection_fit import fit_projection
-from .run import Data, StageKind, loaded, run
+from .run import Data, StageKind, run, starting
 from .stage import Rows, Stage
 from .stage_config import AdaptConfig
 from .teacher_cache import KeyedRows, cached_states, check_cache
@@ -31,19 +31,9 @@ def starting_model(config: AdaptConfig, dtype: torch.dtype) -> MTLLM:
     Raises:
         ValueError: a model cannot be loaded, or is not one that adaptation can go on from.
     """
-    if not config.model:
-        return MTLLM.stack(
-            config.encoder,
-            config.llm,
-            causal=config.causal,
-            projection=config.projection,
-            lora=config.lora,
-            dtype=dtype,
-            trust_remote_code=config.trust_remote_code,
-        )
-    student = loaded(config, dtype)
-    assert student.llm is not None
-    student.llm.train_adapter("student")
+    student = starting(config, dtype, projection=config.projection)
+    if config.model and student.llm is not None:
+        student.llm.train_adapter("student")
     return student
 
 
@@ -83,9 +73,14 @@ def build(config: AdaptConfig, data: Data, dtype: torch.dtype) -> Stage:
             cache, report = cached_states(config.teacher_cache, rows, student, config.train)
             rows, notes["teacher_cache"] = KeyedRows(rows), asdict(report)
     return Stage(
-        student, DistillationLoss(config.loss), rows, teacher=cache, notes=notes,
-        train_projection=config.train_projection, over_variance=config.over_variance,
-    )  # fmt: skip
+        student,
+        DistillationLoss(config.loss),
+        rows,
+        teacher=cache,
+        notes=notes,
+        train_projection=config.train_projection,
+        over_variance=config.over_variance,
+    )
 
 
 ADAPT = StageKind("adapt", AdaptConfig, check, build)

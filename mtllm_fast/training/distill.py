@@ -22,7 +22,7 @@ from ..models import MTLLM
 from ..models.adapter_sum import add_to_adapter, sum_settings
 from ..models.storage import based_on, read_config, read_safetensors
 from .live import Watch
-from .run import TASK_ROWS, Data, StageKind, loaded, run
+from .run import TASK_ROWS, Data, StageKind, run, starting
 from .stage import Stage
 from .stage_config import DistillConfig
 from .task_teacher import TEACHER, add_teacher, check_teacher, in_teachers_order, teacher_config
@@ -60,16 +60,22 @@ def build(config: DistillConfig, data: Data, dtype: torch.dtype) -> Stage:
         del teacher
         rows, notes["teacher_cache"] = KeyedRows(rows), asdict(report)
         set_seed(config.train.seed)  # the same run, whether the states were there or not
-    student = loaded(config, dtype)
+    student = starting(config, dtype)
     if config.init_from == "teacher":
         weights = read_safetensors(Path(config.teacher), "model")
         add_to_adapter(student, taught.adapters["student"], weights)
     add_teacher(student, config.teacher, adapter=cache is None, llm=config.llm)
     return Stage(
-        student, DistillationLoss(config.loss), rows, teacher=cache, adapter=TEACHER if cache is None else None,
-        train_projection=config.train_projection, over_variance=config.over_variance, notes=notes,
+        student,
+        DistillationLoss(config.loss),
+        rows,
+        teacher=cache,
+        adapter=TEACHER if cache is None else None,
+        train_projection=config.train_projection,
+        over_variance=config.over_variance,
+        notes=notes,
         validate=validation(student, valid_rows, config.train),
-    )  # fmt: skip
+    )
 
 
 DISTILL = StageKind("distill", DistillConfig, check, build, reads=("teacher",), shuffle=TASK_ROWS)

@@ -13,9 +13,9 @@ import torch
 
 from ..data.read import TextRow
 from ..losses import Objective
-from ..models import MTLLM, HeadConfig
+from ..models import HeadConfig
 from .live import Watch
-from .run import TASK_ROWS, Data, StageKind, loaded, run
+from .run import TASK_ROWS, Data, StageKind, run, starting
 from .stage import Stage
 from .stage_config import FinetuneConfig
 from .validation import validation
@@ -43,24 +43,16 @@ def check(config: FinetuneConfig, data: Data) -> None:
 
 def build(config: FinetuneConfig, data: Data, dtype: torch.dtype) -> Stage:
     head = head_for(data.texts, data.labels or ())
+    student = starting(config, dtype, reader="llm" if config.llm else "encoder", head=head)
     if config.model:
-        student = loaded(config, dtype)
         student.set_head(head)
-    else:
-        student = MTLLM.stack(
-            config.encoder or None,
-            config.llm or None,
-            reader="llm" if config.llm else "encoder",
-            causal=config.causal,
-            lora=config.lora,
-            head=head,
-            dtype=dtype,
-            trust_remote_code=config.trust_remote_code,
-        )
     return Stage(
-        student, Objective({"task": 1.0}), data.rows, train_projection=config.train_projection,
+        student,
+        Objective({"task": 1.0}),
+        data.rows,
+        train_projection=config.train_projection,
         validate=validation(student, data.valid_rows or (), config.train),
-    )  # fmt: skip
+    )
 
 
 FINETUNE = StageKind("finetune", FinetuneConfig, check, build, records=("labels",), shuffle=TASK_ROWS)

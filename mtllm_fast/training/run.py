@@ -59,7 +59,7 @@ class StageKind:
 
     Fields:
         config: its settings, a dataclass with at least encoder, llm, model, output, train, resume, include_base and
-            trust_remote_code, and lora where it can be without a model.
+            trust_remote_code; lora where it need not name a model, causal where it uses `starting`.
         check: refuses, before anything is loaded, what does not fit.
         build: the stage, from settings, data and the dtype of its base models.
         reads: settings that name what the run reads besides rows and models. records: fields of `Data` that go into
@@ -115,15 +115,18 @@ def run(kind: StageKind, config: Any, data: Data, watch: Watch | None = None) ->
     return metrics
 
 
-def loaded(config: Any, dtype: torch.dtype) -> MTLLM:
-    """The model that `config.model` names. Raises ValueError where it cannot be loaded."""
-    return MTLLM.from_pretrained(
-        config.model,
-        dtype=dtype,
-        trust_remote_code=config.trust_remote_code,
-        encoder=config.encoder,
-        llm=config.llm,
-    )
+def starting(config: Any, dtype: torch.dtype, **options: Any) -> MTLLM:
+    """The model that `config.model` names, or one that is stacked anew. Raises ValueError where it cannot be loaded.
+
+    Args:
+        options: of `MTLLM.stack`, besides those that every stage has.
+    """
+    trust = config.trust_remote_code
+    if config.model:
+        encoder, llm = config.encoder, config.llm
+        return MTLLM.from_pretrained(config.model, dtype=dtype, trust_remote_code=trust, encoder=encoder, llm=llm)
+    options |= {"causal": config.causal, "lora": config.lora}
+    return MTLLM.stack(config.encoder or None, config.llm or None, dtype=dtype, trust_remote_code=trust, **options)
 
 
 def train(
