@@ -27,6 +27,7 @@ DOOR = "commands.evidence"  # to the benchmarks
 LATE = {
     "auto -> auto_config": "registered when transformers is imported, not before",
     "auto_config -> inference.pipeline": "transformers looks for a pipeline when a config is read",
+    "training.validation -> inference": "English validation scores the model as it will be used: by the Engine's packs",
     "auto_config -> models": "`import transformers` must not load the models",
 }
 # Those that are to go: delete a line with its import.
@@ -36,11 +37,6 @@ TODO = {
     "models.mtllm -> models.generate",
     "models.mtllm -> models.storage",
     "models.names -> models.storage",
-    "training.automatic -> training.distributed",
-    "training.finetune -> inference",
-    "training.live -> planning.presets",
-    "training.switches -> inference.compile",
-    "training.switches -> training.distributed",
 }
 
 

@@ -32,6 +32,7 @@ from mtllm_fast.models import MTLLM
 from mtllm_fast.models.adapters import LoraSettings
 from mtllm_fast.models.attention import NAME
 from mtllm_fast.models.heads import HeadConfig
+from mtllm_fast.training.stage import Stage
 
 from ..lengths import DISTRIBUTIONS
 from ..registry import Case, Size, Variant, Work, register
@@ -179,15 +180,10 @@ def mixed(p: Problem) -> Any:
 
 def ours(p: Problem) -> dict[str, Any]:
     """A step as the trainer takes it."""
-    loss = DistillationLoss(p.weights)
-    assert p.batch.mt is not None and p.batch.llm is not None and p.model.llm is not None
+    stage = Stage(p.model, DistillationLoss(p.weights), adapter=p.teacher)
     with mixed(p):
-        teacher = p.model.teacher_states(p.batch.llm, p.teacher)
-        student = p.model.states(p.batch.mt)
-        lm_head = p.model.llm.lm_head if p.weights.kl else None
-        terms = loss(student, teacher, p.batch, lm_head=lm_head, task_head=p.model.head)
-        total = loss.total(terms, p.weights.counts(p.batch))
-    return gradients(p, total)
+        loss = stage.step(p.batch)
+    return gradients(p, loss)
 
 
 def unfused_loss(
@@ -363,7 +359,7 @@ COMMON: dict[str, Any] = {
     "shape": shape,
     "work": work,
     "small": small,
-    "sources": ("kernels/*.py", "mtllm_fast/losses/distillation.py", "mtllm_fast/models/attention/*.py"),
+    "sources": ("kernels/*.py", "mtllm_fast/losses/*.py", "mtllm_fast/models/attention/*.py"),
 }
 
 

@@ -16,9 +16,9 @@ MARK = "zebra"  # in the row that brings the fault
 def install(fault: str) -> None:
     """Change the functions in which `fault` shows."""
     from mtllm_fast.data import collate, tokenise
-    from mtllm_fast.training.adapt import AdaptStep
+    from mtllm_fast.training.stage import Stage
 
-    plain, tokenise_readable, encode, calls = AdaptStep.forward, collate.tokenise_readable, tokenise._encode, [0]
+    plain, tokenise_readable, encode, calls = Stage.forward, collate.tokenise_readable, tokenise._encode, [0]
 
     def forward(step: Any, batch: Any) -> Any:
         calls[0] += 1
@@ -41,7 +41,7 @@ def install(fault: str) -> None:
             raise tokenise.BadText(f"the tokenizer fails on {texts[0][:40]!r}: injected")
         return encode(tokenizer, texts, *rest)
 
-    AdaptStep.forward, collate.tokenise_readable, tokenise._encode = forward, read, encoded  # type: ignore[method-assign]
+    Stage.forward, collate.tokenise_readable, tokenise._encode = forward, read, encoded  # type: ignore[method-assign]
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from mtllm_fast.losses import DistillationLoss, DistillationWeights
 from mtllm_fast.planning import Rates, StepSpec, measured_peak, ours
 from mtllm_fast.planning.accounting import Accounting
 from mtllm_fast.planning.simulate import build, make_batch
+from mtllm_fast.training.stage import Stage
 
 WIDTH, LAYERS, VOCAB = 512, 4, 16000
 LENGTHS = {
@@ -66,12 +67,10 @@ def spec(kl: bool, checkpointing: bool = False) -> StepSpec:
 def packed_step(settings: StepSpec, name: str, rates: Rates, repeats: int) -> Row:
     """This library's step."""
     lengths = LENGTHS[name]
-    model, batch, loss = build(settings, "cpu"), make_batch(lengths, "cpu"), DistillationLoss(settings.loss)
+    stage, batch = Stage(build(settings, "cpu"), DistillationLoss(settings.loss)), make_batch(lengths, "cpu")
 
     def step() -> None:
-        teacher, student = model.teacher_states(batch.llm), model.states(batch.mt)
-        terms = loss(student, teacher, batch, lm_head=model.llm.lm_head)
-        loss.total(terms, settings.loss.counts(batch)).backward()
+        stage.step(batch).backward()
 
     predicted = ours(settings, lengths, rates, "cpu")
     label = f"packed{', KL' if settings.loss.kl else ''}{', checkpointing' if settings.checkpointing else ''}"

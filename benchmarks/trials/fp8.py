@@ -30,11 +30,12 @@ from mtllm_fast import MTLLM
 from mtllm_fast.data import read_rows
 from mtllm_fast.data.batch import Batch
 from mtllm_fast.data.collate import collate
-from mtllm_fast.losses import DistillationWeights
+from mtllm_fast.losses import DistillationLoss, DistillationWeights
 from mtllm_fast.models import LoraSettings
 from mtllm_fast.models.frozen import Fp8Linear, dequantised, quantize_frozen
 from mtllm_fast.training import AdaptConfig, OptimSettings, adapt, trainer
-from mtllm_fast.training.adapt import AdaptStep, starting_model
+from mtllm_fast.training.adapt import starting_model
+from mtllm_fast.training.stage import Stage
 
 from ..common import commit, device_name, relative_error, versions, write
 
@@ -144,7 +145,7 @@ def variances(student: MTLLM, batch: Batch) -> dict[str, float]:
     return {"pooled_mse": float(pooled.var(0).mean()), "paired_mse": float(states[batch.llm_rows].var(0).mean())}
 
 
-def losses_of(step: AdaptStep, batch: Batch, dtype: torch.dtype) -> tuple[dict[str, float], Tensor]:
+def losses_of(step: Stage, batch: Batch, dtype: torch.dtype) -> tuple[dict[str, float], Tensor]:
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         terms = step(batch)
     found = {name: float(term.sum.detach() / term.count) for name, term in terms.items()}
@@ -157,7 +158,7 @@ def measured(options: Any, folder: Path, kind: str, batches: list[Batch], varian
     losses, gradients, states = [], [], []
     with patching():
         student = loaded(options, folder, dtype, change)
-        step = AdaptStep(student, WEIGHTS)
+        step = Stage(student, DistillationLoss(WEIGHTS))
         step.loss.variance = variance
         for batch in batches:
             student.zero_grad()
@@ -249,7 +250,7 @@ def validated(
     """Losses on held-out texts, means over the batches."""
     dtype, change, _ = KINDS[base]
     student = loaded(options, folder, dtype, change).eval()
-    step = AdaptStep(student, WEIGHTS)
+    step = Stage(student, DistillationLoss(WEIGHTS))
     step.loss.variance = variance
     found = [losses_of(step, batch, dtype)[0] for batch in batches]
     return {name: fmean(one[name] for one in found) for name in found[0]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -15,8 +15,10 @@ from ..data.language import ENGLISH_CODES
 from ..data.read import TextRow, read_rows
 from ..data.store import STORE_FILE, TokenStore
 from ..models.hub import check_push, push
-from ..training import AdaptConfig, DistillConfig, FinetuneConfig, OptimSettings, run_seeds
+from ..training import STAGES, AdaptConfig, DistillConfig, FinetuneConfig, OptimSettings, run_seeds
+from ..training.live import Watch
 from ..training.processes import ends_process
+from ..training.run import Data, run
 from .watch import WatchSettings
 
 Flat = tyro.conf.arg(name="")  # its fields are options without a prefix
@@ -78,18 +80,20 @@ def put_on_hub(stage: str, output: str, name: str) -> None:
         print(f"{stage}: {output} -> {push(output, name)}")
 
 
-def run_all(stage: str, config: Any, seeds: tuple[int, ...], hub: str, train: Callable[[Any], dict[str, Any]]) -> None:
-    """One run, or one per seed, and what to say of each."""
+def train(stage: str, command: Any, data: Data, watch: Watch | None) -> None:
+    """One run of a stage, or one per seed, and what to say of each."""
+    hub, seeds = command.push_to_hub, getattr(command, "seeds", ())
+    config = base_settings(command, STAGES[stage].config)
     if hub and seeds:
         raise ValueError(f"--push-to-hub {hub}: takes one model; push a seed with `mtllm convert --push-to-hub`")
     check_hub(hub, config)
     if not seeds:
-        finish(stage, config.output, train(config))
+        finish(stage, config.output, run(STAGES[stage], config, data, watch))
         put_on_hub(stage, config.output, hub)
         return
 
     def one(settings: Any) -> dict[str, Any]:
-        metrics = train(settings)
+        metrics = run(STAGES[stage], settings, data, watch)
         finish(f"{stage}, seed {settings.train.seed}", settings.output, metrics)
         return metrics
 
@@ -100,6 +104,14 @@ def run_all(stage: str, config: Any, seeds: tuple[int, ...], hub: str, train: Ca
             f"{stage}: {len(seeds)} seeds, English validation accuracy {100 * summary['mean']:.1f} %{spread} "
             f"-> {config.output}/summary.json"
         )
+
+
+def train_on_task(stage: str, command: Any) -> None:
+    """`train` on the labelled rows that the command's `source` names."""
+    source = command.source
+    rows, labels, valid = source.load()
+    watch = command.watch.watch(source.task, source.data, source.quoted)
+    train(stage, command, Data(rows, valid or (), labels, source.record()), watch)
 
 
 @dataclass
@@ -199,11 +211,8 @@ class Adapt(AdaptConfig):
 
     @ends_process()
     def run(self) -> None:
-        from ..training import adapt
-
         if not self.text:
             raise ValueError("--text is missing: name a file, folder, glob or hub dataset")
-        check_hub(self.push_to_hub, self)
         watch = self.watch.watch()
         names = ("text", "text_column", "language", "language_column", "quoted", "split", "limit")
         source = _record({name: getattr(self, name) for name in names})
@@ -228,8 +237,7 @@ class Adapt(AdaptConfig):
                 limit=self.limit,
                 quoting=self.quoted,
             )
-        finish("adapt", self.output, adapt(base_settings(self, AdaptConfig), rows, source, watch))
-        put_on_hub("adapt", self.output, self.push_to_hub)
+        train("adapt", self, Data(rows, source=source), watch)
 
 
 @dataclass
@@ -256,18 +264,7 @@ class Finetune(FinetuneConfig):
 
     @ends_process()
     def run(self) -> None:
-        from ..training import finetune
-
-        rows, labels, valid = self.source.load()
-        watch = self.watch.watch(self.source.task, self.source.data, self.source.quoted)
-        source = self.source.record()
-        run_all(
-            "finetune",
-            base_settings(self, FinetuneConfig),
-            self.seeds,
-            self.push_to_hub,
-            lambda config: finetune(config, rows, labels, valid, source, watch),
-        )
+        train_on_task("finetune", self)
 
 
 @dataclass
@@ -290,15 +287,4 @@ class Distill(DistillConfig):
 
     @ends_process()
     def run(self) -> None:
-        from ..training import distill
-
-        rows, labels, valid = self.source.load()
-        watch = self.watch.watch(self.source.task, self.source.data, self.source.quoted)
-        source = self.source.record()
-        run_all(
-            "distill",
-            base_settings(self, DistillConfig),
-            self.seeds,
-            self.push_to_hub,
-            lambda config: distill(config, rows, valid, source, watch, labels),
-        )
+        train_on_task("distill", self)

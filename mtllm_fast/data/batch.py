@@ -30,6 +30,8 @@ class Batch:
         ids: the rows' names.
         weight: 0.0 for a filler that only keeps the ranks in step, else 1.0; multiply losses and counts with it.
         place: its number among the batches of a step over all ranks.
+        targets: a sequence of token ids per row that the student is to write, or None.
+        row_weight: (B,) float, weights of the rows in terms that weigh them, or None.
     """
 
     mt: PackedBatch | None
@@ -42,6 +44,8 @@ class Batch:
     ids: tuple[str | None, ...] = ()
     weight: float = 1.0
     place: int = 0
+    targets: PackedBatch | None = None
+    row_weight: Tensor | None = None
 
     @property
     def num_rows(self) -> int:

@@ -46,6 +46,8 @@ def _rows(batch: Batch, start: int, stop: int) -> Batch:
         mt_spans=batch.mt_spans[start:stop] - mt_first if batch.mt_spans is not None else None,
         llm_spans=batch.llm_spans[start:stop] - llm_first if batch.llm_spans is not None else None,
         ids=batch.ids[start:stop],
+        targets=_packed(batch.targets, start, stop)[0],
+        row_weight=batch.row_weight[start:stop] if batch.row_weight is not None else None,
     )
 
 

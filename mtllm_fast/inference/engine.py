@@ -30,8 +30,8 @@ from ..data.tokenise import TokenizedSide
 from ..kernels import hidden_mse
 from ..models import MTLLM
 from ..models.adapters import AdaptedModel
+from ..models.compile import compile_layers
 from ..models.modes import evaluating
-from .compile import compile_layers
 from .cpu_linear import fast_linear
 from .device import check_device
 from .progress import progress_bar

@@ -1,5 +1,8 @@
-"""Distillation losses over packed batches; every term is a `(sum, count)` pair."""
+"""Loss terms over packed batches, each a `(sum, count)` pair, and the objectives that weigh them."""
 
-from .distillation import DistillationLoss, DistillationWeights, LossTerm
+from .distillation import DistillationLoss, DistillationWeights
+from .objective import Objective
+from .table import TERMS
+from .term import LossTerm
 
-__all__ = ["DistillationLoss", "DistillationWeights", "LossTerm"]
+__all__ = ["TERMS", "DistillationLoss", "DistillationWeights", "LossTerm", "Objective"]

@@ -1,4 +1,4 @@
-"""The parts of a forward pass of the stack, told apart by hooks."""
+"""The parts of a step, told apart by hooks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from ..models import MTLLM
 
 
 @contextmanager
-def forward_parts(model: MTLLM, book: Callable[[str], AbstractContextManager[None]]) -> Iterator[None]:
-    """Inside the block, "encoder", "projection", "LLM teacher" (no gradient) and "LLM student" run inside `book(name)`.
+def forward_parts(
+    model: MTLLM, book: Callable[[str], AbstractContextManager[None]], loss: nn.Module | None = None
+) -> Iterator[None]:
+    """Inside the block, "encoder", "projection", "LLM teacher" (no gradient), "LLM student" and "loss" run inside
+    `book(name)`.
 
     Where nothing wants a gradient, as in `encode`, the LLM's only pass is the student's: it reads projected states.
     """
@@ -35,7 +38,8 @@ def forward_parts(model: MTLLM, book: Callable[[str], AbstractContextManager[Non
         open_parts.pop().__exit__(None, None, None)
 
     handles = []
-    for module, name in ((model.encoder, "encoder"), (model.projection, "projection"), (model.llm, "LLM")):
+    parts = {"encoder": model.encoder, "projection": model.projection, "LLM": model.llm, "loss": loss}
+    for name, module in parts.items():
         if module is not None:
             handles += [
                 module.register_forward_pre_hook(enter(name), with_kwargs=True),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..training.live import BF16_FLOPS
 from .accounting import Rates
 
 
@@ -71,11 +72,11 @@ class Gpu:
 
 
 GPUS: dict[str, Gpu] = {
-    "A100-80GB": Gpu(312e12, 2.039e12, 80e9, "sm_80"),
-    "A100-40GB": Gpu(312e12, 1.555e12, 40e9, "sm_80"),
-    "H100": Gpu(989e12, 3.35e12, 80e9, "sm_90"),
-    "H200": Gpu(989e12, 4.8e12, 141e9, "sm_90"),
-    "B200": Gpu(2250e12, 7.7e12, 180e9, "sm_100"),
+    "A100-80GB": Gpu(BF16_FLOPS["A100"], 2.039e12, 80e9, "sm_80"),
+    "A100-40GB": Gpu(BF16_FLOPS["A100"], 1.555e12, 40e9, "sm_80"),
+    "H100": Gpu(BF16_FLOPS["H100"], 3.35e12, 80e9, "sm_90"),
+    "H200": Gpu(BF16_FLOPS["H200"], 4.8e12, 141e9, "sm_90"),
+    "B200": Gpu(BF16_FLOPS["B200"], 7.7e12, 180e9, "sm_100"),
 }
 
 

@@ -20,6 +20,7 @@ from ..data.pack import token_budget_packs
 from ..data.read import TextRow
 from ..losses import DistillationLoss, DistillationWeights
 from ..models import MTLLM
+from ..training.stage import Stage
 from .parts import forward_parts
 
 ORDER = (
@@ -100,14 +101,13 @@ def profile_steps(
         raise ValueError(f"rows, steps: need at least one of each, got {len(rows)} rows and steps={steps}")
     if mode == "adapt" and model.config.reader != "stack":
         raise ValueError(f"model: reader={model.config.reader!r} cannot be adapted; give a stack or mode='encode'")
-    sides = ("mt", "llm") if mode == "adapt" else (model.side,)
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ValueError("model: has no tokenizer; load it with MTLLM.from_pretrained or stack it from folders")
     device = next(model.parameters()).device
     clock = _Clock(device)
-    weights = loss or DistillationWeights()
-    objective = DistillationLoss(weights)
+    stage = Stage(model, DistillationLoss(loss))
+    sides = stage.sides if mode == "adapt" else (model.side,)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5) if mode == "adapt" and trained else None
     model.train(mode == "adapt")
@@ -127,7 +127,7 @@ def profile_steps(
         tokenised = tokenise_rows(taken, tokenizer, sides)
         between = clock.now()
         packs = token_budget_packs(tokenised.costs(), tokens)
-        batch = tokenised.batch(packs[0], align=mode == "adapt" and weights.needs_pairs)
+        batch = tokenised.batch(packs[0], align=mode == "adapt" and stage.align)
         # more rows than one pack holds were tokenised, so that it could be filled: their share is not this step's
         share = len(packs[0]) / count
         clock.spent["tokenise"] += share * (between - start)
@@ -144,12 +144,9 @@ def profile_steps(
                     with clock.part("pooling"):
                         model.pool(states, packed).float().cpu()
                 return batch
-            assert batch.mt is not None and batch.llm is not None and model.llm is not None
-            teacher = model.teacher_states(batch.llm)
-            student = model.states(batch.mt)
+            terms = stage(batch)
             with clock.part("loss"):
-                head = model.llm.lm_head if weights.kl else None
-                total = objective.total(objective(student, teacher, batch, lm_head=head), weights.counts(batch))
+                total = stage.loss.total(terms, stage.counts(batch))
         with clock.part("backward"):
             total.backward()
         with clock.part("optimizer"):
@@ -160,7 +157,7 @@ def profile_steps(
 
     result = StepProfile(mode, str(device))
     seconds: defaultdict[str, list[float]] = defaultdict(list)
-    with forward_parts(model, part):
+    with forward_parts(model, part, stage.loss):
         one_step()
         for _ in range(steps):
             clock.spent.clear()

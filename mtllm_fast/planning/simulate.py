@@ -22,6 +22,7 @@ from ..models.attention.varlen import options
 from ..models.checkpointing import recompute_layers
 from ..models.encoders import family_of
 from ..models.mtllm import MTLLMConfig
+from ..training.stage import Stage
 from .accounting import Accounting, Rates
 from .parts import forward_parts
 
@@ -153,21 +154,14 @@ def make_batch(lengths: Sequence[tuple[int, int]], device: str, vocab: tuple[int
         for side, v in zip(zip(*lengths), vocab)
     ]
     rows: tuple[list[int], list[int]] = ([], [])
-    for (n, m), start, other in zip(
-        lengths, *(side.cu_seqlens.cpu() if device != "meta" else _starts(side) for side in sides)
-    ):
+    starts = [0, 0]
+    for n, m in lengths:
         count = max(0, min(n - 2, m - 1))
-        for side_rows, first in zip(rows, (int(start), int(other))):
-            side_rows += range(first + 1, first + 1 + count)
+        for side_rows, start in zip(rows, starts):
+            side_rows += range(start + 1, start + 1 + count)
+        starts = [starts[0] + n, starts[1] + m]
     pairs = [torch.tensor(r, dtype=torch.int64).to(device) for r in rows]
     return Batch(mt=sides[0], llm=sides[1], mt_rows=pairs[0], llm_rows=pairs[1])
-
-
-def _starts(side: PackedBatch) -> list[int]:
-    starts = [0]
-    for length in side.lengths:
-        starts.append(starts[-1] + length)
-    return starts
 
 
 def static_memory(spec: StepSpec, model: nn.Module, encoder: nn.Module, llm: Any) -> dict[str, float]:
@@ -258,8 +252,7 @@ def ours(
     if architecture != "cpu":
         model.encoder.model.set_attn_implementation(PACKED)
         model.llm.model.set_attn_implementation(PACKED)
-    loss = DistillationLoss(spec.loss)
-    batch = make_batch(lengths, "meta")
+    stage, batch = Stage(model, DistillationLoss(spec.loss)), make_batch(lengths, "meta")
     trained = _prepare(model)
     acc = Accounting(rates, architecture)
     if spec.base == "fp8":
@@ -274,17 +267,14 @@ def ours(
             yield
 
     with ExitStack() as parts:
-        parts.enter_context(forward_parts(model, book))
+        parts.enter_context(forward_parts(model, book, stage.loss))
         parts.enter_context(patch.object(lora, "autocast_dtype", lambda _: autocast))  # meta tensors have no autocast
         if architecture == "cpu":
             parts.enter_context(patch.object(torch.nn.functional, "scaled_dot_product_attention", _cpu_attention))
         with acc:
-            teacher = model.teacher_states(batch.llm)  # type: ignore[arg-type]
-            student = model.states(batch.mt)  # type: ignore[arg-type]
+            terms = stage(batch)
             with acc.part("loss"):
-                head = model.llm.lm_head if spec.loss.kl else None
-                terms = loss(student, teacher, batch, lm_head=head)
-                total = loss.total(terms, spec.loss.counts(batch))
+                total = stage.loss.total(terms, stage.counts(batch))
             acc.attention_pairs = squares[0]
             with acc.part("backward"):
                 total.backward()

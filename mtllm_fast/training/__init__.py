@@ -1,12 +1,15 @@
 """The three stages: `adapt` (general), `finetune` (task teacher, baselines), `distill` (task distillation)."""
 
-from .adapt import AdaptConfig, adapt
+from .adapt import adapt
 from .config import OptimSettings
-from .distill import DistillConfig, distill
-from .finetune import FinetuneConfig, finetune
+from .distill import distill
+from .finetune import finetune
 from .seeds import run_seeds
+from .stage_config import AdaptConfig, DistillConfig, FinetuneConfig
+from .stages import STAGES
 
 __all__ = [
+    "STAGES",
     "AdaptConfig",
     "DistillConfig",
     "FinetuneConfig",

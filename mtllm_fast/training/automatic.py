@@ -20,6 +20,7 @@ import torch
 
 from ..kernels.gemms import has_fast_bf16
 from .config import OptimSettings
+from .engines import choose_engine
 from .processes import processes
 
 log = logging.getLogger(__name__)
@@ -122,8 +123,6 @@ def _layers(optim: OptimSettings, config: Any) -> tuple[bool, bool]:
         return False, False
     if optim.liger is None and find_spec("liger_kernel") is not None and _liger_knows(config):
         return False, True
-    from .distributed import choose_engine  # which imports modules that import this one
-
     return _can_compile() and choose_engine(optim) in ("one", "ddp"), False
 
 

@@ -19,9 +19,11 @@ from transformers.trainer_callback import ProgressCallback
 from ..data.batch import Batch
 from ..data.pack import PackedBatch
 from ..jobs.durable import write_text
+from ..losses.term import Term
 from ..models import MTLLM, PackedEncoder, PackedLLM
 
 Scores = dict[str, float]
+BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense FLOP/s, by the datasheets
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,15 @@ class ModelFlops:
     times length, width and layers forward, twice that backward, half of both where it is causal.
 
     Args:
-        student: the model in training. kl: the loss compares distributions over the vocabulary.
+        student: the model in training. terms: of its loss; those that read the LM head have products of their own.
     """
 
-    def __init__(self, student: MTLLM, kl: bool) -> None:
-        self.student, self.kl = student, kl
+    def __init__(self, student: MTLLM, terms: Iterable[Term] = ()) -> None:
+        self.student, self.terms = student, [term for term in terms if term.lm_head_products]
         self.encoder = self._part(student.encoder.model, student.encoder) if student.encoder is not None else None
         self.llm = self._part(student.llm.decoder, student.llm) if student.llm is not None else None
         self.head = 0
-        if kl and student.llm is not None:
+        if self.terms and student.llm is not None:
             self.head = student.llm.vocab_size * student.llm.hidden_size
 
     @staticmethod
@@ -85,7 +87,7 @@ class ModelFlops:
             flops += self._pass(self.llm, batch.mt, backward=True)
         if batch.llm is not None and self.llm is not None:
             flops += self._pass(self.llm, batch.llm, backward=reader == "llm")
-        return flops + 6.0 * self.head * batch.num_pairs  # teacher, student, the gradient of its states
+        return flops + 2.0 * self.head * sum(term.lm_head_products * term.count(batch) for term in self.terms)
 
     def _pass(self, part: tuple[int, int, int], packed: PackedBatch, backward: bool) -> float:
         weights, trained, width = part
@@ -100,11 +102,8 @@ def bf16_peak(device: torch.device) -> float | None:
     """FLOP/s of a GPU that is known, by its datasheet; None for any other device."""
     if device.type != "cuda":
         return None
-    from ..planning.presets import GPUS
-
-    name = torch.cuda.get_device_name(device).replace(" ", "-")
-    fitting = [gpu.flops for key, gpu in GPUS.items() if key.split("-")[0] in name]
-    return fitting[0] if fitting else None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for gpu, flops in BF16_FLOPS.items() if gpu in name), None)
 
 
 class Throughput:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+from ..data.collate import StreamCounts
 
 RECORD = "record"  # in the Trainer's state
 
@@ -70,3 +73,23 @@ class RunRecord:
             "train_loss": (self.loss + rest) / max(self.steps + self.good_steps(steps), 1),
         }
         return found if self.epoch is None else {**found, "epoch": self.epoch}
+
+
+def best_of(history: list[dict[str, float]], checkpoint: str | None) -> dict[str, Any]:
+    """Step and English accuracy of the best checkpoint, if there is one."""
+    if checkpoint is None:
+        return {}
+    step = int(Path(checkpoint).name.rsplit("-", 1)[-1])
+    (accuracy,) = {entry["eval_accuracy"] for entry in history if "eval_accuracy" in entry and entry["step"] == step}
+    return {"best_step": step, "best_eval_accuracy": accuracy}
+
+
+def data_report(counts: StreamCounts) -> dict[str, Any]:
+    """What the last epoch read, for the run's metrics."""
+    return {
+        "rows": counts.rows,
+        "truncated": dict(counts.truncated),
+        "fallbacks": dict(counts.fallbacks),
+        "packing_efficiency": round(counts.efficiency, 4),
+        "skipped_rows": sum(getattr(counts.source, name, 0) for name in ("failed", "empty")) + counts.unreadable,
+    }

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..jobs.durable import write_json
-from .distill import DistillConfig
-from .finetune import FinetuneConfig
+from .stage_config import DistillConfig, FinetuneConfig
 
 Config = TypeVar("Config", FinetuneConfig, DistillConfig)
 PLACEHOLDER = "{seed}"

@@ -11,40 +11,24 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..inference.compile import compile_layers
 from ..models import MTLLM, LoraSettings, PackedEncoder, PackedLLM
 from ..models.adapters import check_settings
 from ..models.checkpointing import kept_bytes_per_token, layers_within, recompute_layers
+from ..models.compile import compile_layers
 from ..models.encoder import check_encoder
 from ..models.encoders import family_of
 from ..models.frozen import KINDS, PACKAGES, Fp8Linear, check_fp8_width, frozen_linears, quantize_frozen
 from ..models.llm import empty_llm
 from .automatic import on_gpu, settled
 from .config import OptimSettings
+from .engines import choose_engine, optimizer_name
 
 log = logging.getLogger(__name__)
-
-# what pages its state out of the GPU's memory, by what does not
-PAGED = {
-    "adamw_torch": "paged_adamw_32bit",
-    "adamw_torch_fused": "paged_adamw_32bit",
-    "adamw_8bit": "paged_adamw_8bit",
-    "adamw_bnb_8bit": "paged_adamw_8bit",
-}
 
 
 def _needs(package: str, extra: str, what: str) -> None:
     if find_spec(package) is None:
         raise ValueError(f"{what} needs {package}: pip install 'mtllm-fast[{extra}]'")
-
-
-def optimizer_name(optim: OptimSettings) -> str:
-    """The name that transformers knows the optimizer by."""
-    if not optim.offload_optimizer or optim.optim.startswith("paged_"):
-        return optim.optim
-    if optim.optim not in PAGED:
-        raise ValueError(f"offload_optimizer with optim={optim.optim!r}: expected one of {', '.join(PAGED)}")
-    return PAGED[optim.optim]
 
 
 def check_switches(optim: OptimSettings, *, include_base: bool = False) -> None:
@@ -57,8 +41,6 @@ def check_switches(optim: OptimSettings, *, include_base: bool = False) -> None:
 
     if optim.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda': no CUDA device is visible; see `mtllm doctor`")
-    from .distributed import choose_engine  # which imports this module
-
     choose_engine(optim)
     kind, gpu = optim.base_weights, on_gpu(optim)
     name = optimizer_name(optim)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..data.collate import Batch
-from ..models.heads import segment_mean, span_mean
+from ..losses.term import Side
 from .run_folder import read_json
-
-if TYPE_CHECKING:
-    from .trainer import TrainStep
+from .stage import Stage
 
 VARIANCE_FILE = "teacher_variance.json"
 TEXTS = 512
@@ -47,36 +44,32 @@ class Variance:
 
 
 @torch.no_grad()
-def measure_variance(step: TrainStep, batches: Iterable[Batch], *, bf16: bool) -> dict[str, float]:
-    """Variance of the teacher's states behind each active MSE term, on the first `TEXTS` texts (whole packs).
+def measure_variance(stage: Stage, batches: Iterable[Batch], *, bf16: bool) -> dict[str, float]:
+    """Variance of the teacher's states that each active term compares, on the first `TEXTS` texts (whole packs).
 
     Raises:
         ValueError: the states do not differ from each other, so nothing can be divided by their variance.
     """
-    device = next(step.parameters()).device
-    active = [name for name in ("pooled_mse", "paired_mse") if step.weights.get(name)]
-    found, texts = {name: Variance() for name in active}, 0
+    device = next(stage.parameters()).device
+    variances: dict[str, Variance] = {}
+    texts = 0
     for plain in batches:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            batch, states = step.taught(plain.to(device))
-        assert batch.llm is not None
-        if "pooled_mse" in found:
-            spans = batch.llm_spans
-            pooled = segment_mean(states, batch.llm) if spans is None else span_mean(states, spans).flatten(0, 1)
-            found["pooled_mse"].add(pooled)
-        if "paired_mse" in found:
-            assert batch.llm_rows is not None
-            found["paired_mse"].add(states[batch.llm_rows])
+            batch, states = stage.taught(plain.to(device))
+        teacher = Side.of(batch, "llm", states, "teacher")
+        for name, term in stage.loss.terms.items():
+            if (rows := term.compared(teacher)) is not None:
+                variances.setdefault(name, Variance()).add(rows)
         texts += batch.num_rows
         if texts >= TEXTS:
             break
-    for name, variance in found.items():
+    for name, variance in variances.items():
         if not variance.value > 0:
             raise ValueError(
                 f"over_variance: the teacher's states for {name} do not differ in the first {texts} texts, so their "
                 "variance is no measure; give more texts or leave it out"
             )
-    return {name: variance.value for name, variance in found.items()}
+    return {name: variance.value for name, variance in variances.items()}
 
 
 def recorded_variance(folder: Path) -> dict[str, float] | None:

@@ -91,15 +91,14 @@ def _seen(rows, labels):
 def test_training_reads_what_pandas_reads(command, name, world, monkeypatch, tmp_path):
     stage, seen = COMMANDS[name].split()[0], {}
 
-    def trained(config, rows, *others):
-        seen["texts"] = [row.text for row in rows]
+    def trained(kind, config, data, watch):
+        seen["texts"] = [row.text for row in data.rows]
         if stage != "adapt":
-            labels, valid = (others[:2]) if stage == "finetune" else (others[3], others[0])
-            seen["labels"] = [labels[row.label] for row in rows]
-            seen["valid"] = _seen(valid or [], labels)
+            seen["labels"] = [data.labels[row.label] for row in data.rows]
+            seen["valid"] = _seen(data.valid_rows, data.labels)
         return {}
 
-    monkeypatch.setattr(f"mtllm_fast.training.{stage}", trained)
+    monkeypatch.setattr("mtllm_fast.commands.train.run", trained)
     command(name, " --no-quoted")
     texts, labels = _want(world)
     if name == "valid":

@@ -11,8 +11,8 @@ import torch
 
 from mtllm_fast import MTLLM, Engine, HeadConfig, LoraSettings, TextRow
 from mtllm_fast.inference import engine as module
-from mtllm_fast.inference.compile import compile_layers
 from mtllm_fast.inference.cpu_linear import OneDnnLinear, fast_linear
+from mtllm_fast.models.compile import compile_layers
 from tests.conftest import assert_matches, relative_error
 from tests.tiny import LINES
 

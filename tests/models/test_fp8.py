@@ -19,11 +19,12 @@ from mtllm_fast.kernels.fp8_linear import (
 from torch import nn
 
 from mtllm_fast import MTLLM, TextRow
+from mtllm_fast.losses import DistillationLoss
 from mtllm_fast.models.checkpointing import kept_bytes_per_token, recompute_layers
 from mtllm_fast.models.frozen import Fp8Linear, dequantised, fp8_backward, fp8_forward, quantize_frozen
 from mtllm_fast.models.lora import LoraLinear, fuse_lora
 from mtllm_fast.models.merge import merge
-from mtllm_fast.training.adapt import AdaptStep
+from mtllm_fast.training.stage import Stage
 from mtllm_fast.training.switches import apply_switches, check_layers
 from tests.models.test_lora import layer_of, relative
 from tests.tiny import LINES, build_encoder_folder, build_llm_folder
@@ -325,7 +326,7 @@ def test_teacher_states_are_the_students_without_adapters(folders) -> None:
 
 
 def test_kept_memory_and_ddp_leave_the_weights_out(folders) -> None:
-    step = AdaptStep(_student(*folders), WEIGHTS)
+    step = Stage(_student(*folders), DistillationLoss(WEIGHTS))
     dense, _ = kept_bytes_per_token(step.student.llm)
     apply_switches(step.student, _optim(base_weights="fp8"), CPU, step)
     fp8, _ = kept_bytes_per_token(step.student.llm)

@@ -28,7 +28,21 @@ VARIANCE = ("tests/training/test_start_and_scale.py::test_losses_over_the_varian
 MUTANTS: list[Mutant] = [
     *planted(
         "trainer", "mtllm_fast/training/trainer.py", STEP,
-        ("parts.append(self.step_module.weights[name] * scaled)", "parts.append(scaled)"),
+        ("inputs.weight * self.args.world_size)", "inputs.weight / 2)"),
+        ("self.model_accepts_loss_kwargs = True", "self.model_accepts_loss_kwargs = False", "transformers asks loss_is_scaled_for_ga since 5.19; versions before it ask this"),
+        ("self._term_sums[name] = self._term_sums.get(name, 0.0) + value.detach()", "self._term_sums[name] = value.detach()"),
+        ("means = {name: total / max(good, 1) for name, total in record.sums.items()}", "means = {name: total for name, total in record.sums.items()}"),
+        ("logs[\"loss\"] = sum(self.step_module.weights[name] * mean for name, mean in means.items())", "logs[\"loss\"] = sum(mean for name, mean in means.items())"),
+        ("record.loss, record.steps = record.loss + logs[\"loss\"] * good, record.steps + good", "record.loss, record.steps = record.loss + logs[\"loss\"], record.steps + 1"),
+        ("record.sums, record.since = {}, step", "record.sums, record.since = {}, 0"),
+    ),
+    *planted(
+        "trainer", "mtllm_fast/losses/objective.py", STEP,
+        ("torch.stack([self.term_weights[name] * value for name, value in values.items()])", "torch.stack([value for name, value in values.items()])"),
+        ("term.sum * (factor / max(counts[name], 1e-9))", "term.sum * (factor / max(float(term.count), 1e-9))"),
+    ),
+    *planted(
+        "trainer", "mtllm_fast/training/arguments.py", STEP,
         ("warmup_steps=round(optim.warmup * steps),", "warmup_steps=0,"),
         ("warmup_steps=round(optim.warmup * steps),", "warmup_steps=round(optim.warmup * steps) + 1,"),
         ("lr_scheduler_type=\"linear\",", "lr_scheduler_type=\"constant_with_warmup\","),
@@ -37,14 +51,6 @@ MUTANTS: list[Mutant] = [
         ("weight_decay=optim.weight_decay,", "weight_decay=0.0,"),
         ("gradient_accumulation_steps=optim.gradient_accumulation,", "gradient_accumulation_steps=1,"),
         ("learning_rate=optim.lr,", "learning_rate=optim.lr / 2,"),
-        ("scaled = term.sum * (inputs.weight * self.args.world_size / max(num_items_in_batch[name], 1e-9))", "scaled = term.sum * (inputs.weight * self.args.world_size / max(float(term.count), 1e-9))"),
-        ("scaled = term.sum * (inputs.weight * self.args.world_size / max(num_items_in_batch[name], 1e-9))", "scaled = term.sum * (inputs.weight / max(num_items_in_batch[name], 1e-9)) / 2"),
-        ("self.model_accepts_loss_kwargs = True", "self.model_accepts_loss_kwargs = False", "transformers asks loss_is_scaled_for_ga since 5.19; versions before it ask this"),
-        ("self._term_sums[name] = self._term_sums.get(name, 0.0) + scaled.detach()", "self._term_sums[name] = scaled.detach()"),
-        ("means = {name: total / max(good, 1) for name, total in record.sums.items()}", "means = {name: total for name, total in record.sums.items()}"),
-        ("logs[\"loss\"] = sum(self.step_module.weights[name] * mean for name, mean in means.items())", "logs[\"loss\"] = sum(mean for name, mean in means.items())"),
-        ("record.loss, record.steps = record.loss + logs[\"loss\"] * good, record.steps + good", "record.loss, record.steps = record.loss + logs[\"loss\"], record.steps + 1"),
-        ("record.sums, record.since = {}, step", "record.sums, record.since = {}, 0"),
         ("logging_steps=optim.log_steps,", "logging_steps=1,"),
     ),
     *planted(
@@ -58,7 +64,7 @@ MUTANTS: list[Mutant] = [
         ("scores[\"selection\"] = scores[\"accuracy\"] - 1e-4 * scores[\"loss\"] / (1 + scores[\"loss\"])", "scores[\"selection\"] = scores[\"accuracy\"] - 0.1 * scores[\"loss\"] / (1 + scores[\"loss\"])"),
     ),
     *planted(
-        "trainer", "mtllm_fast/training/trainer.py", LOADER,
+        "trainer", "mtllm_fast/training/epochs.py", LOADER,
         ("return sum(self.dataset.size(packs) for packs in self.epoch_packs)", "return sum(self.epoch_packs)"),
         ("stream = self.dataset.read_before(batch - self._batches_of_epochs())", "stream = self.dataset.read_before(batch)"),
         ("skip, epoch = max(self.start - self._batches_of_epochs(), 0), len(self.epoch_packs)", "skip, epoch = self.start, len(self.epoch_packs)"),
@@ -88,15 +94,18 @@ MUTANTS: list[Mutant] = [
         ("self._done, self._sums_before = [], dict(self._term_sums)", "self._done, self._sums_before = [], {}"),
     ),
     *planted(
-        "trainer", "mtllm_fast/training/distill.py", TEACHER,
-        ("return batch, self.student.teacher_states(batch.llm, TEACHER)", "return batch, self.student.teacher_states(batch.llm)"),
+        "trainer", "mtllm_fast/training/task_teacher.py", TEACHER,
         ("return [row if row.label is None else replace(row, label=order[row.label]) for row in rows]", "return list(rows)"),
         ("order = range(len(head.labels)) if labels is None else [head.labels.index(name) for name in labels]", "order = range(len(head.labels)) if labels is None else [list(labels).index(name) for name in head.labels]"),
         ("student.llm.add_adapter(config.adapters[\"student\"], TEACHER)", "student.llm.add_adapter(student.config.adapters[\"student\"], TEACHER)"),
     ),
     *planted(
-        "trainer", "mtllm_fast/training/adapt.py", OWN,
-        ("student = self.student.states(batch.mt)", "student = self.student.states(batch.mt) * 1.01"),
+        "trainer", "mtllm_fast/training/stage.py", TEACHER,
+        ("return batch, self.student.teacher_states(batch.llm, self.adapter)", "return batch, self.student.teacher_states(batch.llm)"),
+    ),
+    *planted(
+        "trainer", "mtllm_fast/training/stage.py", OWN,
+        ("return self.student.states(packed)", "return self.student.states(packed) * 1.01"),
     ),
     *planted(
         "trainer", "mtllm_fast/training/projection_fit.py", FIT,
@@ -123,7 +132,10 @@ MUTANTS: list[Mutant] = [
         ("return 0.0 if self.mean is None else self.squares / (self.count * len(self.mean))", "return 0.0 if self.mean is None else self.squares / self.count"),
         ("self.squares += squares + float(shift.square().sum()) * self.count * count / total", "self.squares += squares"),
         ("self.mean, self.count = self.mean + shift * (count / total), total", "self.mean, self.count = self.mean + shift, total"),
-        ("found[\"paired_mse\"].add(states[batch.llm_rows])", "found[\"paired_mse\"].add(states)"),
+    ),
+    *planted(
+        "trainer", "mtllm_fast/losses/paired_mse.py", VARIANCE,
+        ("return teacher.states[required(teacher.pair_rows)]", "return teacher.states"),
     ),
     *planted(
         "trainer", "mtllm_fast/models/encoder.py", ("tests/models/test_encoder_families.py::test_the_last_position_is_read_and_the_one_behind_it_refused",),

@@ -14,6 +14,7 @@ from mtllm_fast.losses import DistillationLoss, DistillationWeights
 from mtllm_fast.planning.accounting import Accounting
 from mtllm_fast.planning.plan import packs
 from mtllm_fast.planning.simulate import build, make_batch
+from mtllm_fast.training.stage import Stage
 
 ENCODER = M2M100Config(
     vocab_size=4000, d_model=192, encoder_layers=3, decoder_layers=1, encoder_attention_heads=4,
@@ -28,12 +29,10 @@ LENGTHS = [(10, 12), (200, 220), (33, 30), (77, 80), (77, 80)]
 
 def measured(spec, lengths):
     """Peak bytes of a second real step on the CPU."""
-    model, batch, loss = build(spec, "cpu"), make_batch(lengths, "cpu"), DistillationLoss(spec.loss)
+    stage, batch = Stage(build(spec, "cpu"), DistillationLoss(spec.loss)), make_batch(lengths, "cpu")
 
     def step():
-        teacher = model.teacher_states(batch.llm)  # first, as in training: nothing of the student is held meanwhile
-        terms = loss(model.states(batch.mt), teacher, batch, lm_head=model.llm.lm_head)
-        loss.total(terms, spec.loss.counts(batch)).backward()
+        stage.step(batch).backward()
 
     step()
     return planning.measured_peak(step)

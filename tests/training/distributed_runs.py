@@ -15,8 +15,8 @@ from mtllm_fast import TextRow
 from mtllm_fast.data.batch import Batch
 from mtllm_fast.losses import DistillationWeights
 from mtllm_fast.training import AdaptConfig, FinetuneConfig, OptimSettings, adapt, finetune, trainer
-from mtllm_fast.training.adapt import AdaptStep
 from mtllm_fast.training.processes import ends_process
+from mtllm_fast.training.stage import Stage
 from tests.tiny import LINES
 
 ROWS = [TextRow(line[: 20 + 7 * i % 41], id=f"row-{i}") for i, line in enumerate(LINES * 3)]
@@ -50,9 +50,9 @@ def run_finetune(llm: str, output: Path, **changes: Any) -> Path:
 
 def run_with_a_bad_pack(encoder: str, llm: str, output: Path) -> None:
     """The loss of rank 1 alone is not finite in the second step; `bad.json` names its rows."""
-    plain, count = AdaptStep.forward, [0]
+    plain, count = Stage.forward, [0]
 
-    def forward(self: AdaptStep, batch: Batch) -> Any:
+    def forward(self: Stage, batch: Batch) -> Any:
         terms = plain(self, batch)
         count[0] += 1
         if os.environ["RANK"] != "1" or count[0] != 2:
@@ -60,9 +60,9 @@ def run_with_a_bad_pack(encoder: str, llm: str, output: Path) -> None:
         output.with_name("bad.json").write_text(json.dumps(batch.ids))
         return {name: term._replace(sum=term.sum * float("nan")) for name, term in terms.items()}
 
-    AdaptStep.forward = forward  # type: ignore[method-assign]
+    Stage.forward = forward  # type: ignore[method-assign]
     run_adapt(encoder, llm, output, max_steps=3)
-    AdaptStep.forward = plain  # type: ignore[method-assign]
+    Stage.forward = plain  # type: ignore[method-assign]
 
 
 def main() -> None:

@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from mtllm_fast.data import PackedDataset, TextRow
-from mtllm_fast.losses import DistillationWeights
+from mtllm_fast.losses import DistillationLoss, DistillationWeights
 from mtllm_fast.models import MTLLM, LoraSettings
-from mtllm_fast.training.adapt import AdaptStep
 from mtllm_fast.training.config import OptimSettings
 from mtllm_fast.training.processes import ends_process
+from mtllm_fast.training.stage import Stage
 from mtllm_fast.training.trainer import PackedTrainer
 from tests.tiny import LINES
 
@@ -58,7 +58,9 @@ def gradient(encoder: str, llm: str, folder: str, name: str) -> None:
     rows = [TextRow(line) for line in (*LINES, *LINES[:2])]
     student.tokenizer.max_mt_tokens = student.tokenizer.max_llm_tokens = 28
     dataset = PackedDataset(rows, student.tokenizer, max_tokens=int(tokens))
-    step = AdaptStep(student, DistillationWeights(pooled_mse=1.0, paired_mse=0.5, kl=0.3, temperature=2.0))
+    step = Stage(
+        student, DistillationLoss(DistillationWeights(pooled_mse=1.0, paired_mse=0.5, kl=0.3, temperature=2.0))
+    )
     optim = OptimSettings(
         max_steps=1, tokens=int(tokens), max_length=28, gradient_accumulation=int(accumulation), clip=0.0, progress=False, report_to="none",
         device="cpu",

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from mtllm_fast import MTLLM, TextRow
 from mtllm_fast.data import PackedDataset
-from mtllm_fast.losses import DistillationWeights
+from mtllm_fast.losses import DistillationLoss, DistillationWeights
 from mtllm_fast.models import HeadConfig, LoraSettings
 from mtllm_fast.training import AdaptConfig, OptimSettings, adapt
-from mtllm_fast.training.adapt import AdaptStep
-from mtllm_fast.training.distill import DistillStep, add_teacher
+from mtllm_fast.training.stage import Stage
+from mtllm_fast.training.task_teacher import TEACHER, add_teacher
 from mtllm_fast.training.trainer import PackedTrainer
 from tests.conftest import relative_error
 from tests.tiny import LINES
@@ -61,7 +61,7 @@ class Hand:
 def _by_hand(encoder: str, llm: str, *, weighted: bool = True, warmup: int = WARMUP) -> Hand:
     """STEPS steps of PACKS packs: sums over counts, AdamW written out, a rate that rises and falls linearly."""
     student = _student(encoder, llm)
-    step = AdaptStep(student, DistillationWeights(**WEIGHTS, temperature=2.0))
+    step = Stage(student, DistillationLoss(DistillationWeights(**WEIGHTS, temperature=2.0)))
     step.train()
     packs = iter(_dataset(student))
     trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
@@ -103,7 +103,7 @@ def _moved(actual: dict[str, Tensor], expected: dict[str, Tensor], start: dict[s
 def test_the_trainer_takes_the_steps_that_a_hand_written_loop_takes(encoder_folder, llm_folder, tmp_path) -> None:
     student = _student(encoder_folder, llm_folder)
     start = {name: p.detach().clone() for name, p in student.named_parameters() if p.requires_grad}
-    step = AdaptStep(student, DistillationWeights(**WEIGHTS, temperature=2.0))
+    step = Stage(student, DistillationLoss(DistillationWeights(**WEIGHTS, temperature=2.0)))
     trainer = PackedTrainer(step, _dataset(student), _optim(), tmp_path / "run", steps=STEPS)
     (tmp_path / "run").mkdir(exist_ok=True)
     metrics = trainer.run(resume=False)
@@ -125,7 +125,7 @@ def test_the_trainer_takes_the_steps_that_a_hand_written_loop_takes(encoder_fold
 
 def test_the_means_leave_out_a_skipped_step(encoder_folder, llm_folder, tmp_path, monkeypatch) -> None:
     """The second of three steps changes nothing: the log is the mean of the first and third, each logged alone."""
-    plain = AdaptStep.forward
+    plain = Stage.forward
 
     def run(name: str, log_steps: int) -> list[dict]:
         count = [0]
@@ -138,7 +138,7 @@ def test_the_means_leave_out_a_skipped_step(encoder_folder, llm_folder, tmp_path
                     term.sum.register_hook(lambda gradient: gradient * float("nan"))
             return terms
 
-        monkeypatch.setattr(AdaptStep, "forward", forward)
+        monkeypatch.setattr(Stage, "forward", forward)
         config = AdaptConfig(
             encoder=encoder_folder, llm=llm_folder, output=str(tmp_path / name), lora=LoraSettings(dropout=0.0),
             loss=DistillationWeights(pooled_mse=1.0, paired_mse=0.5), train=_optim(max_steps=3, log_steps=log_steps),
@@ -159,7 +159,7 @@ def test_the_means_leave_out_a_skipped_step(encoder_folder, llm_folder, tmp_path
 def test_the_step_compares_the_students_own_states_with_the_teachers(encoder_folder, llm_folder) -> None:
     """Stage 1's pooled MSE from means of rows that are cut out by hand."""
     student = _student(encoder_folder, llm_folder)
-    step = AdaptStep(student, DistillationWeights(pooled_mse=1.0))
+    step = Stage(student, DistillationLoss(DistillationWeights(pooled_mse=1.0)))
     batch = next(iter(_dataset(student)))
     terms = step(batch)
     with torch.no_grad():
@@ -186,7 +186,7 @@ def teacher(tmp_path_factory, llm_folder) -> str:
 def test_the_task_teacher_teaches_without_its_dropout(encoder_folder, llm_folder, teacher) -> None:
     student = _student(encoder_folder, llm_folder)
     add_teacher(student, teacher)
-    step = DistillStep(student, DistillationWeights(pooled_mse=1.0))
+    step = Stage(student, DistillationLoss(), adapter=TEACHER)
     step.train()
     batch = next(iter(_dataset(student)))
     assert batch.llm is not None
@@ -221,10 +221,8 @@ def test_the_loss_settles_ties_alone(scores, best, encoder_folder, llm_folder, t
         return {"accuracy": accuracy, "loss": loss}
 
     student = _student(encoder_folder, llm_folder)
-    step = AdaptStep(student, DistillationWeights(pooled_mse=1.0))
+    step = Stage(student, DistillationLoss(), validate=validate)
     optim = _optim(max_steps=3)
-    trainer = PackedTrainer(
-        step, _dataset(student), optim, Path(tmp_path), steps=3, validate=validate, validate_steps=1
-    )
+    trainer = PackedTrainer(step, _dataset(student), optim, Path(tmp_path), steps=3, validate_steps=1)
     found = [trainer.evaluate()["eval_selection"] for _ in scores]
     assert found.index(max(found)) == best

@@ -11,7 +11,7 @@ from mtllm_fast.losses import DistillationWeights
 from mtllm_fast.models import LoraSettings
 from mtllm_fast.models.heads import HeadConfig
 from mtllm_fast.training import DistillConfig, OptimSettings, distill
-from mtllm_fast.training.distill import in_teachers_order
+from mtllm_fast.training.task_teacher import in_teachers_order
 from tests.tiny import LINES
 
 ROWS = [TextRow(line, label=i % 2) for i, line in enumerate(LINES)]

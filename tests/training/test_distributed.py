@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from benchmarks.studies.parallel import distance, interrupted
 from mtllm_fast import MTLLM
 from mtllm_fast.models.sharded import spread_like, whole, whole_state
-from mtllm_fast.training import distributed
-from mtllm_fast.training.distributed import CONFIGS, ParallelTrainer, choose_engine, pack_seed
+from mtllm_fast.training import engines
+from mtllm_fast.training.distributed import CONFIGS, ParallelTrainer, pack_seed
+from mtllm_fast.training.engines import choose_engine
 from mtllm_fast.training.processes import packs_per_process
 from tests.training.distributed_runs import STEPS, run_adapt, run_finetune, settings
 
@@ -206,7 +207,7 @@ def test_shipped_configurations(name: str, monkeypatch) -> None:
     """accelerate reads them, knows every field, and what it then sets chooses the engine they are named after."""
     engine = name.split("_")[0]
     _launched(name, monkeypatch)
-    monkeypatch.setattr(distributed, "find_spec", lambda package: object())
+    monkeypatch.setattr(engines, "find_spec", lambda package: object())
     assert choose_engine(settings()) == engine
     assert choose_engine(settings(parallel=engine)) == engine
     if engine != "ddp":
@@ -220,14 +221,14 @@ def test_shipped_configurations(name: str, monkeypatch) -> None:
 def test_engines_that_cannot_be_had(monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert choose_engine(settings()) == "ddp"
-    monkeypatch.setattr(distributed, "find_spec", lambda package: None)
+    monkeypatch.setattr(engines, "find_spec", lambda package: None)
     with pytest.raises(ValueError, match=r"pip install 'mtllm-fast\[deepspeed\]'"):
         choose_engine(settings(parallel="deepspeed"))
     for unknown in ({"optim": "adamw_8bit"}, {"offload_optimizer": True}):
         with pytest.raises(ValueError, match=r"with FSDP2: expected one of adamw_torch"):
             choose_engine(settings(parallel="fsdp2", **unknown))
     with monkeypatch.context() as older:
-        older.setattr(distributed, "version", lambda package: "1.13.0")
+        older.setattr(engines, "version", lambda package: "1.13.0")
         with pytest.raises(ValueError, match=r"needs accelerate 1.14 or newer, this is 1.13.0"):
             choose_engine(settings(parallel="fsdp2"))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")

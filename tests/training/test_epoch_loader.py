@@ -9,7 +9,7 @@ import pytest
 
 import mtllm_fast.data.collate as collate_module
 from mtllm_fast.data import PackedDataset, StackTokenizer, TextRow
-from mtllm_fast.training.trainer import EpochLoader
+from mtllm_fast.training.epochs import EpochLoader
 from tests.tiny import LINES, llm_tokenizer, nllb_tokenizer
 
 ROWS = [TextRow(LINES[i % len(LINES)][: 10 + i % 40], id=str(i)) for i in range(60)]

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mtllm_fast import TextRow
+from mtllm_fast.losses import DistillationLoss
 from mtllm_fast.models.checkpointing import recompute_layers
 from mtllm_fast.models.frozen import dequantised, quantize_frozen
 from mtllm_fast.training import AdaptConfig, adapt
-from mtllm_fast.training.adapt import AdaptStep
+from mtllm_fast.training.stage import Stage
 from mtllm_fast.training.switches import apply_switches
 from tests.tiny import LINES
 from tests.training.test_switches import CPU, WEIGHTS, _batch, _gradient, _optim, _saved_bytes, _student
@@ -58,7 +59,7 @@ def test_gradient_is_that_of_the_dequantised_weights(kind, encoder_folder, llm_f
 
 def test_ddp_is_told_of_weights_that_cannot_be_sent(encoder_folder, llm_folder) -> None:
     pytest.importorskip("torchao")
-    step = AdaptStep(_student(encoder_folder, llm_folder), WEIGHTS)
+    step = Stage(_student(encoder_folder, llm_folder), DistillationLoss(WEIGHTS))
     apply_switches(step.student, _optim(base_weights="int8"), CPU, step)
     left_out = set(step._ddp_params_and_buffers_to_ignore)
     assert left_out == {f"student.llm.model.model.{name}.weight" for name in _bases(step.student)}

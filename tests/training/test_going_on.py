@@ -19,7 +19,7 @@ from mtllm_fast.jobs.checkpoint import Publisher, publish
 from mtllm_fast.losses import DistillationWeights
 from mtllm_fast.models import LoraSettings
 from mtllm_fast.training import AdaptConfig, FinetuneConfig, OptimSettings, adapt, finetune, trainer
-from mtllm_fast.training.adapt import AdaptStep
+from mtllm_fast.training.stage import Stage
 from tests.tiny import LINES
 
 ROWS = [TextRow(f"{line} {i}", id=f"row-{i}") for i, line in enumerate(LINES * 4)]
@@ -52,7 +52,7 @@ def _saved(output: Path) -> set[int]:
 
 def _stop_in(step: int, monkeypatch) -> None:
     """Ask the run to stop while it computes its `step`-th pack."""
-    plain, count = AdaptStep.forward, [0]
+    plain, count = Stage.forward, [0]
 
     def forward(self, batch):
         count[0] += 1
@@ -60,7 +60,7 @@ def _stop_in(step: int, monkeypatch) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return plain(self, batch)
 
-    monkeypatch.setattr(AdaptStep, "forward", forward)
+    monkeypatch.setattr(Stage, "forward", forward)
 
 
 def test_new_intervals_hold_after_a_resume(encoder_folder, llm_folder, tmp_path, monkeypatch) -> None:
@@ -91,14 +91,8 @@ def _finetune(llm: str, output: Path, scores: list[float], monkeypatch, *, resum
             raise KeyboardInterrupt
         return {"accuracy": accuracy, "loss": 1.0}
 
-    plain = trainer.PackedTrainer.__init__
-
-    def init(self, *args, **kwargs):
-        plain(self, *args, **kwargs)
-        self.validate = validate
-
     with monkeypatch.context() as patched:
-        patched.setattr(trainer.PackedTrainer, "__init__", init)
+        patched.setitem(finetune.__globals__, "validation", lambda *_: validate)
         settings = {"max_steps": -1, "epochs": 3, "save_steps": 1000}
         config = FinetuneConfig(llm=llm, output=str(output), resume=resume, train=_optim(**{**settings, **train}))
         return finetune(config, TASK, ["good", "bad"], TASK[:4])

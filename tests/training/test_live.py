@@ -13,11 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mtllm_fast import MTLLM, TextRow, cli
 from mtllm_fast.data.collate import collate
-from mtllm_fast.losses import DistillationWeights
+from mtllm_fast.losses import DistillationLoss, DistillationWeights
 from mtllm_fast.models import LoraSettings
 from mtllm_fast.training import AdaptConfig, OptimSettings, adapt, live
-from mtllm_fast.training.adapt import AdaptStep
 from mtllm_fast.training.live import ModelFlops, Throughput, Watch, bar_text, rewind_log
+from mtllm_fast.training.stage import Stage
 from tests.evaluation.fakes import write_folder
 from tests.tiny import LINES
 
@@ -69,14 +69,14 @@ def test_a_filler_counts_nothing(stack) -> None:
 def test_flops_are_those_that_torch_counts(stack, kl) -> None:
     """All matrix products of a real step but those inside this library's own operators, and attention by its formula."""
     batch = collate(ROWS, stack.tokenizer)
-    step = AdaptStep(stack, DistillationWeights(pooled_mse=1.0, kl=kl))
+    step = Stage(stack, DistillationLoss(DistillationWeights(pooled_mse=1.0, kl=kl)))
     added_in_place = {torch.ops.aten.addmm_: lambda y, a, b, **_: 2 * a[0] * a[1] * b[1]}  # torch's own table lacks it
     with FlopCounterMode(display=False, custom_mapping=added_in_place) as counter:
         terms = step(batch)
         sum(term.sum for term in terms.values()).backward()
     stack.zero_grad()
     products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
-    flops = ModelFlops(stack, kl=bool(kl))
+    flops = ModelFlops(stack, step.loss.terms.values())
     attention, head = _attention(flops, batch), 6 * flops.head * batch.num_pairs
     expected = flops(batch) - attention - head
     assert expected == pytest.approx(products, rel=TOLERANCE)

@@ -17,8 +17,8 @@ from mtllm_fast.models.mtllm import MTLLMConfig
 from mtllm_fast.models.names import is_path, same_model
 from mtllm_fast.models.storage import local_folder
 from mtllm_fast.training import AdaptConfig, OptimSettings, adapt
-from mtllm_fast.training.adapt import AdaptStep
-from mtllm_fast.training.distill import check_teacher
+from mtllm_fast.training.stage import Stage
+from mtllm_fast.training.task_teacher import check_teacher
 from tests.tiny import LINES
 
 ROWS = [TextRow(f"{line} {i}") for i, line in enumerate(LINES * 4)]
@@ -162,13 +162,13 @@ def _logged(output: Path, name: str) -> list[float]:
 
 
 def test_a_finished_run_goes_on_with_more_steps(encoder_folder, llm_folder, tmp_path, monkeypatch) -> None:
-    seen, plain = [], AdaptStep.forward
+    seen, plain = [], Stage.forward
 
     def forward(self, batch):
         seen.append(batch.mt.input_ids.tolist())
         return plain(self, batch)
 
-    monkeypatch.setattr(AdaptStep, "forward", forward)
+    monkeypatch.setattr(Stage, "forward", forward)
     config = {"encoder": encoder_folder, "llm": llm_folder}
     _adapt(tmp_path / "whole", config=config, max_steps=7)
     whole = list(seen)

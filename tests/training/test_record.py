@@ -16,11 +16,9 @@ from mtllm_fast.data import PackedDataset
 from mtllm_fast.losses import DistillationWeights
 from mtllm_fast.models import LoraSettings
 from mtllm_fast.training import AdaptConfig, DistillConfig, FinetuneConfig, OptimSettings, adapt, distill, finetune
-from mtllm_fast.training.adapt import AdaptStep
-from mtllm_fast.training.distill import DistillStep
-from mtllm_fast.training.finetune import TaskStep
+from mtllm_fast.training.epochs import EpochLoader
 from mtllm_fast.training.live import ModelFlops
-from mtllm_fast.training.trainer import EpochLoader
+from mtllm_fast.training.stage import Stage
 from tests.tiny import LINES
 
 ROWS = [TextRow(f"{line} {i}", id=f"row-{i}") for i, line in enumerate(LINES * 4)]
@@ -50,22 +48,20 @@ def _losses(output: Path) -> dict[int, float]:
 @pytest.fixture
 def seen(monkeypatch) -> list:
     """Every batch that is trained on, and FLOPs of it."""
-    batches = []
-    for step in (AdaptStep, TaskStep):
-        plain = step.forward
+    batches, plain = [], Stage.forward
 
-        def forward(self, batch, plain=plain):
-            if batch.weight and self.training:
-                batches.append((batch, ModelFlops(self.student, kl=False)(batch)))
-            return plain(self, batch)
+    def forward(self, batch):
+        if batch.weight and self.training:
+            batches.append((batch, ModelFlops(self.student)(batch)))
+        return plain(self, batch)
 
-        monkeypatch.setattr(step, "forward", forward)
+    monkeypatch.setattr(Stage, "forward", forward)
     return batches
 
 
 def _stopped_at(step: int, monkeypatch, run) -> None:
     """`run()` with a SIGTERM in its `step`-th step of two packs."""
-    plain, count = AdaptStep.forward, [0]
+    plain, count = Stage.forward, [0]
 
     def forward(self, batch):
         count[0] += 1
@@ -74,7 +70,7 @@ def _stopped_at(step: int, monkeypatch, run) -> None:
         return plain(self, batch)
 
     with monkeypatch.context() as patched:
-        patched.setattr(AdaptStep, "forward", forward)
+        patched.setattr(Stage, "forward", forward)
         with pytest.raises(SystemExit):
             run()
 
@@ -203,15 +199,14 @@ def test_sorted_rows_are_shuffled_in_every_task_stage(
     """Rows with choices too; windows of 6 rows: without shuffling, a window has one class."""
     rows = SORTED_CHOICES if head == "choice" else SORTED_CLASSES
     batches: list = []
-    for step in (TaskStep, DistillStep):
-        plain = step.forward
+    plain = Stage.forward
 
-        def forward(self, batch, plain=plain):
-            if self.training and batch.weight:
-                batches.append(batch)
-            return plain(self, batch)
+    def forward(self, batch):
+        if self.training and batch.weight:
+            batches.append(batch)
+        return plain(self, batch)
 
-        monkeypatch.setattr(step, "forward", forward)
+    monkeypatch.setattr(Stage, "forward", forward)
     names = ("good", "bad") if head == "classification" else ()
     if stage != "finetune":
         MTLLM.stack(encoder_folder, llm_folder, lora=LoraSettings(r=2)).save_pretrained(tmp_path / "adapted")
@@ -257,7 +252,7 @@ def test_shuffled_task_training_resumes_where_it_was(llm_folder, tmp_path, monke
     run("whole")
     whole = _labels(seen)
     seen.clear()
-    plain = TaskStep.forward
+    plain = Stage.forward
 
     def forward(self, batch):
         if len(seen) == 4:
@@ -265,7 +260,7 @@ def test_shuffled_task_training_resumes_where_it_was(llm_folder, tmp_path, monke
         return plain(self, batch)
 
     with monkeypatch.context() as patched:
-        patched.setattr(TaskStep, "forward", forward)
+        patched.setattr(Stage, "forward", forward)
         with pytest.raises(SystemExit):
             run("run")
     assert len(seen) == 5

@@ -16,6 +16,7 @@ from mtllm_fast.losses import DistillationWeights
 from mtllm_fast.models import LoraSettings
 from mtllm_fast.models.adapter_sum import add_to_adapter, sum_settings
 from mtllm_fast.training import AdaptConfig, DistillConfig, FinetuneConfig, OptimSettings, adapt, distill, finetune
+from mtllm_fast.training.stage import Stage
 from mtllm_fast.training.teacher_variance import TEXTS, VARIANCE_FILE
 from tests.tiny import LINES
 
@@ -86,7 +87,7 @@ def test_losses_over_the_variance_of_the_teacher(encoder_folder, llm_folder, tmp
 def test_a_resumed_run_keeps_its_variance(encoder_folder, llm_folder, tmp_path, monkeypatch) -> None:
     """Bit for bit the run that was never stopped, although the variance would now be measured otherwise."""
     _adapt(encoder_folder, llm_folder, tmp_path / "whole", over_variance=True)
-    plain = adapt.__globals__["AdaptStep"].forward
+    plain = Stage.forward
     with monkeypatch.context() as patched:
 
         def stop(self, batch, count=[0]):  # noqa: B006
@@ -95,10 +96,10 @@ def test_a_resumed_run_keeps_its_variance(encoder_folder, llm_folder, tmp_path, 
                 raise KeyboardInterrupt
             return plain(self, batch)
 
-        patched.setattr(adapt.__globals__["AdaptStep"], "forward", stop)
+        patched.setattr(Stage, "forward", stop)
         with pytest.raises(KeyboardInterrupt):
             _adapt(encoder_folder, llm_folder, tmp_path / "run", over_variance=True)
-    measure = "mtllm_fast.training.trainer.measure_variance"
+    measure = "mtllm_fast.training.run.measure_variance"
     monkeypatch.setattr(measure, lambda *args, **kwargs: {"pooled_mse": 5.0, "paired_mse": 5.0})
     _adapt(encoder_folder, llm_folder, tmp_path / "run", over_variance=True, resume=True)
     _adapt(encoder_folder, llm_folder, tmp_path / "other", over_variance=True)
@@ -157,8 +158,7 @@ def test_stage_3_from_the_teachers_adapter_trains_and_resumes(unadapted, teacher
         return (tmp_path / output / "model.safetensors").read_bytes()
 
     whole = run("whole")
-    step = distill.__globals__["DistillStep"]
-    plain = step.forward
+    plain = Stage.forward
     with monkeypatch.context() as patched:
 
         def stop(self, batch, count=[0]):  # noqa: B006
@@ -167,7 +167,7 @@ def test_stage_3_from_the_teachers_adapter_trains_and_resumes(unadapted, teacher
                 raise KeyboardInterrupt
             return plain(self, batch)
 
-        patched.setattr(step, "forward", stop)
+        patched.setattr(Stage, "forward", stop)
         with pytest.raises(KeyboardInterrupt):
             run("run")
     assert run("run", resume=True) == whole

@@ -27,7 +27,7 @@ from mtllm_fast.losses import DistillationWeights
 from mtllm_fast.models import LoraSettings
 from mtllm_fast.training import AdaptConfig, OptimSettings, adapt
 from mtllm_fast.training import survival as survival_module
-from mtllm_fast.training.adapt import AdaptStep
+from mtllm_fast.training.stage import Stage
 from tests.tiny import LINES, llm_tokenizer, nllb_tokenizer
 
 ROWS = [TextRow(f"{line} {i}", id=f"row-{i}") for i, line in enumerate(LINES * 4)]
@@ -56,9 +56,9 @@ def _log(output: Path) -> list[dict]:
 
 @pytest.fixture
 def steps(monkeypatch) -> dict:
-    """Functions by step: `f(batch, terms)` changes what `AdaptStep.forward` gives in that step (of one pack)."""
+    """Functions by step: `f(batch, terms)` changes what `Stage.forward` gives in that step (of one pack)."""
     actions: dict = {}
-    plain, count = AdaptStep.forward, [0]
+    plain, count = Stage.forward, [0]
 
     def forward(self, batch):
         count[0] += 1
@@ -67,7 +67,7 @@ def steps(monkeypatch) -> dict:
         return terms if action is None else action(batch, terms)
 
     actions["restart_at"] = lambda step: count.__setitem__(0, step)
-    monkeypatch.setattr(AdaptStep, "forward", forward)
+    monkeypatch.setattr(Stage, "forward", forward)
     return actions
 
 
@@ -128,13 +128,13 @@ def test_a_pack_that_does_not_fit_is_split(steps, encoder_folder, llm_folder, tm
     """The step of plain SGD is the gradient, so the change of the weights tells whether it is the same."""
     settings = {"max_steps": 1, "optim": "sgd", "lr": 0.1, "warmup": 0.0, "clip": 0.0, "weight_decay": 0.0}
     settings |= {"tokens": 200, "dropout": 0.0, "gradient_accumulation": 2}
-    made, plain = [], AdaptStep.__init__
+    made, plain = [], Stage.__init__
 
-    def remember(self, *arguments):
-        plain(self, *arguments)
+    def remember(self, *arguments, **options):
+        plain(self, *arguments, **options)
         made.append(self)
 
-    monkeypatch.setattr(AdaptStep, "__init__", remember)
+    monkeypatch.setattr(Stage, "__init__", remember)
 
     def trained(name: str, **changes) -> dict[str, torch.Tensor]:
         adapt(_config(encoder_folder, llm_folder, tmp_path / name, **{**settings, **changes}), ROWS)

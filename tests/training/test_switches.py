@@ -17,7 +17,7 @@ from mtllm_fast.losses import DistillationLoss, DistillationWeights
 from mtllm_fast.models import LoraSettings
 from mtllm_fast.models.checkpointing import kept_bytes_per_token, layers_within, recompute_layers
 from mtllm_fast.training import AdaptConfig, OptimSettings, adapt
-from mtllm_fast.training.adapt import AdaptStep
+from mtllm_fast.training.stage import Stage
 from mtllm_fast.training.switches import apply_liger, apply_switches, base_dtype, check_switches, optimizer_name
 from tests.tiny import LINES
 
@@ -46,7 +46,7 @@ def _batch(student: MTLLM, lines=LINES):
 
 def _gradient(student: MTLLM, batch, seed: int = 3) -> dict[str, Tensor]:
     """Gradient of one step, dropout drawn from `seed`."""
-    step = AdaptStep(student, WEIGHTS)
+    step = Stage(student, DistillationLoss(WEIGHTS))
     student.zero_grad()
     torch.manual_seed(seed)
     terms = step(batch)
@@ -201,7 +201,7 @@ def test_bf16_base_has_a_bf16_residual_stream_and_head(encoder_folder, llm_folde
 def test_other_lengths_compile_nothing_anew(encoder_folder, llm_folder) -> None:
     from torch._dynamo.utils import counters
 
-    from mtllm_fast.inference.compile import compile_layers
+    from mtllm_fast.models.compile import compile_layers
 
     student = _student(encoder_folder, llm_folder)
     batches = [_batch(student, lines) for lines in (LINES, LINES[:2], LINES[1:], [LINES[0]] * 9, LINES[:1], LINES[5:])]
@@ -228,7 +228,7 @@ def test_only_attention_is_outside_of_the_graphs(encoder_folder, llm_folder, aga
     """Adapters, dropout and autocast are inside, also of layers that are run again in backward."""
     from torch._dynamo.utils import counters
 
-    from mtllm_fast.inference.compile import compile_layers
+    from mtllm_fast.models.compile import compile_layers
 
     student = _student(encoder_folder, llm_folder, dropout=0.1)
     batch = _batch(student)

@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from mtllm_fast import MTLLM, TextRow
 from mtllm_fast.data.collate import collate
-from mtllm_fast.losses import DistillationWeights
+from mtllm_fast.losses import DistillationLoss, DistillationWeights
 from mtllm_fast.models import HeadConfig, LoraSettings
 from mtllm_fast.models.frozen import quantize_frozen
 from mtllm_fast.training import AdaptConfig, DistillConfig, OptimSettings, adapt, distill, teacher_cache
-from mtllm_fast.training.distill import DistillStep, add_teacher
+from mtllm_fast.training.stage import Stage
+from mtllm_fast.training.task_teacher import TEACHER, add_teacher
 from mtllm_fast.training.teacher_cache import KeyedRows, open_or_build
 from tests.tiny import LINES, build_llm_folder
 
@@ -69,7 +70,7 @@ def test_cached_losses_and_gradients_are_those_of_the_teacher_on_the_fly(
         student = MTLLM.from_pretrained(adapted)
         add_teacher(student, teacher, adapter=not cached)
         weights = DistillationWeights(pooled_mse=1.0, head_kl=1.0, temperature=2.0)
-        step = DistillStep(student, weights, cache if cached else None)
+        step = Stage(student, DistillationLoss(weights), teacher=cache if cached else None, adapter=TEACHER)
         batch = collate(
             list(KeyedRows(rows)), student.tokenizer, sides=("mt",) if cached else ("mt", "llm"), align=False
         )

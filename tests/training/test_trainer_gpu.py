@@ -15,7 +15,7 @@ from mtllm_fast.data.batch import Batch
 from mtllm_fast.losses import DistillationWeights
 from mtllm_fast.models import LoraSettings
 from mtllm_fast.training import AdaptConfig, OptimSettings, adapt
-from mtllm_fast.training.adapt import AdaptStep
+from mtllm_fast.training.stage import Stage
 from tests.tiny import LINES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
@@ -54,7 +54,7 @@ def models(encoder_folder: str, llm_folder: str) -> tuple[str, str]:
 
 def test_autocast_and_copies_from_pinned_memory(models, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps, copies = [], []
-    forward, to = AdaptStep.forward, Batch.to
+    forward, to = Stage.forward, Batch.to
 
     def seen(self, batch):
         terms = forward(self, batch)
@@ -71,7 +71,7 @@ def test_autocast_and_copies_from_pinned_memory(models, tmp_path, monkeypatch: p
         copies.append((non_blocking, all(x.is_pinned() for x in tensors)))
         return to(self, device, non_blocking)
 
-    monkeypatch.setattr(AdaptStep, "forward", seen)
+    monkeypatch.setattr(Stage, "forward", seen)
     monkeypatch.setattr(Batch, "to", copied)
     losses = train(models, tmp_path / "run")
     assert len(losses) == len(steps) == 6

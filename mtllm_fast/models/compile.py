@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from ..models.attention import NAME, packed_attention
+from .attention import NAME, packed_attention
 
 
 def compile_layers(layers: Any, backend: Any = "inductor") -> None:

@@ -1,0 +1,31 @@
+"""KL of the LM head's distributions at rows that end at the same character."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .fused import FusedTerm, pair_arguments
+from .term import Given, required
+
+
+@dataclass(frozen=True)
+class LMHeadKL(FusedTerm):
+    """`tau^2 * sum_p KL(softmax(z_t / tau) || softmax(z_s / tau))` over aligned pairs; the head is frozen."""
+
+    temperature: float = 1.0
+
+    name = "kl"
+    needs = frozenset({"teacher", "pairs", "lm_head"})
+    unit = "pairs"
+    lm_head_products = 3  # teacher, student, the gradient of its states
+
+    def arguments(self, given: Given) -> dict[str, Any]:
+        head = required(given.lm_head)
+        return {
+            "head": head.weight.detach(),
+            "head_bias": None if head.bias is None else head.bias.detach(),
+            "softcap": head.softcap,
+            "temperature": self.temperature,
+            **pair_arguments(given),
+        }

@@ -1,0 +1,24 @@
+"""MSE of last hidden states at rows that end at the same character."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .fused import FusedTerm, pair_arguments
+from .term import Given, Side, required
+
+
+class PairedMSE(FusedTerm):
+    """`sum_p mean_d (s_pd - t_pd)^2` over aligned pairs."""
+
+    name = "paired_mse"
+    needs = frozenset({"teacher", "pairs"})
+    unit = "pairs"
+
+    def arguments(self, given: Given) -> dict[str, Any]:
+        return {"paired": "mse", **pair_arguments(given)}
+
+    def compared(self, teacher: Side) -> Tensor:
+        return teacher.states[required(teacher.pair_rows)]

@@ -1,0 +1,18 @@
+"""Every loss term by its name. A new one is a file and its line here."""
+
+from __future__ import annotations
+
+from .head_kl import TaskHeadKL
+from .lm_head_kl import LMHeadKL
+from .paired_mse import PairedMSE
+from .pooled_mse import PooledMSE
+from .task_ce import TaskCrossEntropy
+from .term import Term
+
+TERMS: dict[str, type[Term]] = {
+    "pooled_mse": PooledMSE,
+    "paired_mse": PairedMSE,
+    "kl": LMHeadKL,
+    "head_kl": TaskHeadKL,
+    "task": TaskCrossEntropy,
+}

@@ -1,0 +1,216 @@
+"""A run of a stage: checked before anything is loaded, recorded, trained on packs of its rows, saved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from ..data.collate import PackedDataset
+from ..data.loader import PackedLoader
+from ..data.read import TextRow
+from ..data.store import TokenStore
+from ..jobs.durable import write_json
+from ..models import MTLLM
+from ..models.encoder import check_encoder
+from .automatic import Settled, on_gpu, settled
+from .inputs import adapted_base, model_inputs
+from .live import Watch
+from .processes import processes
+from .run_folder import RunFolder
+from .stage import Rows, Stage
+from .switches import base_dtype, check_layers
+from .teacher_variance import VARIANCE_FILE, measure_variance, recorded_variance
+from .trainer import PackedTrainer
+
+TASK_ROWS = 2**20  # shuffled together: all rows of a task, but for the largest, which would not fit into memory
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a stage reads.
+
+    Fields:
+        rows: re-iterable, e.g. `read_rows(...)`, or a store.
+        valid_rows: labelled English rows; None for a stage that has none.
+        labels: label names in the order of the rows' label numbers.
+        source: where the rows come from, recorded with the run and compared on resume.
+    """
+
+    rows: Rows
+    valid_rows: Sequence[TextRow] | None = None
+    labels: Sequence[str] | None = None
+    source: dict[str, Any] | None = None
+
+    @property
+    def texts(self) -> Iterable[TextRow]:
+        """The rows, for a stage that reads text. Raises ValueError where they are a token store."""
+        if isinstance(self.rows, TokenStore):
+            raise ValueError("rows: this stage reads text, not a token store")
+        return self.rows
+
+
+@dataclass(frozen=True)
+class StageKind:
+    """How a stage is made from its settings; `stages.STAGES` lists them.
+
+    Fields:
+        config: its settings, a dataclass with at least encoder, llm, model, output, train, resume, include_base and
+            trust_remote_code; lora where it need not name a model, causal where it uses `starting`.
+        check: refuses, before anything is loaded, what does not fit.
+        build: the stage, from settings, data and the dtype of its base models.
+        reads: settings that name what the run reads besides rows and models. records: fields of `Data` that go into
+            the run's record.
+        shuffle: rows of the shuffle buffer where the settings name none.
+    """
+
+    name: str
+    config: type[Any]
+    check: Callable[[Any, Data], None]
+    build: Callable[[Any, Data, torch.dtype], Stage]
+    reads: tuple[str, ...] = ()
+    records: tuple[str, ...] = ()
+    shuffle: int = 0
+
+
+def run(kind: StageKind, config: Any, data: Data, watch: Watch | None = None) -> dict[str, Any]:
+    """Train a stage; the model ends in `config.output`.
+
+    Args:
+        watch: scores to log while training, in any language; they choose nothing.
+
+    Returns:
+        The run's metrics: final losses, seconds, rows read, truncated texts.
+
+    Raises:
+        ValueError: settings and data do not fit each other, or the output folder holds another run.
+    """
+    kind.check(config, data)
+    models = model_inputs(config.model, encoder=config.encoder, llm=config.llm)
+    optim = settled(config.train, config.output, config.resume, models.get("llm", ""), config.trust_remote_code)
+    config = replace(config, train=optim)
+    dtype = base_dtype(optim, include_base=config.include_base)
+    if config.encoder:
+        check_encoder(config.encoder, config.trust_remote_code)
+    lora = None if config.model else config.lora
+    check_layers(optim, *adapted_base(config.model, models), lora, config.trust_remote_code)
+    set_seed(optim.seed)
+    recorded = {name: list(getattr(data, name)) for name in kind.records}
+    settings = {"stage": kind.name, "source": data.source or {}, **recorded, **asdict(config)}
+    inputs: dict[str, Any] = {"rows": data.rows}
+    if data.valid_rows is not None:
+        inputs["valid_rows"] = data.valid_rows
+    inputs |= {name: getattr(config, name) for name in kind.reads} | models
+    folder = RunFolder(config.output, settings, config.resume, inputs)
+    if (done := folder.finished()) is not None:
+        return done
+    stage = kind.build(config, data, dtype)
+    metrics = train(stage, optim, folder, watch=watch, shuffle=kind.shuffle) | stage.notes
+    if stage.adapter is not None and stage.student.llm is not None:
+        stage.student.llm.remove_adapter(stage.adapter)
+    folder.finish(stage.student, metrics, include_base=config.include_base)
+    return metrics
+
+
+def starting(config: Any, dtype: torch.dtype, **options: Any) -> MTLLM:
+    """The model that `config.model` names, or one that is stacked anew. Raises ValueError where it cannot be loaded.
+
+    Args:
+        options: of `MTLLM.stack`, besides those that every stage has.
+    """
+    trust = config.trust_remote_code
+    if config.model:
+        encoder, llm = config.encoder, config.llm
+        return MTLLM.from_pretrained(config.model, dtype=dtype, trust_remote_code=trust, encoder=encoder, llm=llm)
+    options |= {"causal": config.causal, "lora": config.lora}
+    return MTLLM.stack(config.encoder or None, config.llm or None, dtype=dtype, trust_remote_code=trust, **options)
+
+
+def train(
+    stage: Stage, optim: Settled, folder: RunFolder, *, watch: Watch | None = None, shuffle: int = 0
+) -> dict[str, Any]:
+    """Pack the rows of `stage`, train it on them, and return the run's metrics with what the data held.
+
+    Where the stage has terms over their variance, it is measured on the first packs before the first step, kept in the
+    run's folder and read from there when the run is continued. Validation is once per epoch (in a shorter run, at its
+    end).
+    """
+    tokenizer = stage.student.tokenizer
+    if tokenizer is None:
+        raise ValueError("the student has no tokenizer: pass tokenizer=StackTokenizer(...) when stacking it")
+    tokenizer.max_mt_tokens = tokenizer.max_llm_tokens = optim.max_length
+    if folder.packs_per_process is not None:
+        optim = replace(optim, gradient_accumulation=folder.packs_per_process)
+    dataset = PackedDataset(
+        stage.rows,
+        tokenizer,
+        max_tokens=optim.tokens,
+        max_rows=optim.max_rows,
+        sides=stage.sides,
+        align=stage.align,
+        lookahead=optim.lookahead,
+        shuffle_buffer=shuffle if optim.shuffle_buffer is None else optim.shuffle_buffer,
+        seed=optim.seed,
+    )
+    # what is wrong with the first rows is said before anything is written
+    if next(iter(dataset), None) is None:
+        raise ValueError("the training data holds no usable row")
+    if optim.max_steps == 0:
+        folder.start()
+        return untrained(stage, optim)
+    steps, per_epoch = optim.max_steps, None
+    rows_per_epoch = length(stage.rows)
+    if steps == -1 or stage.validate is not None:
+        loader = PackedLoader(dataset, num_workers=optim.workers)
+        packs = loader.count()  # shuffling moves it little
+        rows_per_epoch = loader.counted_rows
+        per_epoch = max(math.ceil(packs / (optim.gradient_accumulation * processes())), 1)
+        steps = per_epoch * optim.epochs if steps == -1 else steps
+        per_epoch = min(per_epoch, steps)  # a run of less than an epoch is validated too
+    trainer = PackedTrainer(
+        stage,
+        dataset,
+        optim,
+        folder.folder,
+        steps=steps,
+        validate_steps=per_epoch,
+        rows_per_epoch=rows_per_epoch,
+        watch=watch,
+    )
+    variance = recorded_variance(folder.folder) if stage.over_variance else None
+    if stage.over_variance and variance is None:
+        variance = measure_variance(stage, dataset, bf16=optim.bf16)
+    folder.start()
+    trainer.extended = bool(folder.extended)
+    try:
+        if variance is None:
+            return trainer.run(folder.resume)
+        if trainer.args.should_save:
+            write_json(folder.folder / VARIANCE_FILE, variance)
+        stage.loss.variance = variance
+        return {**trainer.run(folder.resume), "teacher_variance": variance}
+    except BaseException:
+        folder.release()
+        raise
+
+
+def length(rows: Any) -> int | None:
+    """How many rows there are, None for a stream."""
+    try:
+        return len(rows)
+    except TypeError:
+        return None
+
+
+def untrained(stage: Stage, optim: Settled) -> dict[str, Any]:
+    """Metrics of a run of 0 steps, whose model is saved as it starts: its English validation score, if there is one."""
+    if stage.validate is None:
+        return {"train_runtime": 0.0}
+    if on_gpu(optim):
+        stage.student.to("cuda")
+    stage.eval()
+    return {"train_runtime": 0.0, "best_step": 0, "best_eval_accuracy": stage.validate()["accuracy"]}

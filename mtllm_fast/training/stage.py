@@ -1,0 +1,115 @@
+"""A stage: who learns, from whom, by which terms, on which rows. The one place where teacher -> student -> loss stands.
+
+Training, `mtllm profile`, `mtllm plan` and the benchmarks run this step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ..data.batch import Batch
+from ..data.read import TextRow
+from ..data.store import TokenStore
+from ..losses import LossTerm, Objective
+from ..models import MTLLM
+
+Rows = Iterable[TextRow] | TokenStore
+Validate = Callable[[], dict[str, float]]
+
+
+class Teaches(Protocol):
+    """A teacher outside of the student, such as its states on disk."""
+
+    def teach(self, batch: Batch) -> tuple[Batch, Tensor]:
+        """The batch with the teacher's side, and the teacher's states (T_llm, D) of its packed rows, no gradient."""
+        ...
+
+
+class Stage(nn.Module):
+    """One way to train: `stage(batch)` gives terms `(sum, count)`, `counts(batch)` their counts beforehand.
+
+    A stage of another shape overrides `states` (what the student reads), `taught` (who teaches) or `sides`.
+
+    Args:
+        student: the model that is trained and saved.
+        loss: its terms. They say by their needs whether a teacher runs, and whether rows are aligned.
+        rows: re-iterable texts.
+        teacher: in place of the student's own LLM.
+        adapter: with which that LLM teaches; None: the bare one. It is no part of what is saved.
+        train_projection: whether a projection is trained; None leaves it as it is.
+        over_variance: divide terms by the variance of the teacher's states that they compare.
+        validate: scores on English validation data; the best checkpoint is kept.
+        notes: what the run's metrics say besides.
+    """
+
+    def __init__(
+        self,
+        student: MTLLM,
+        loss: Objective,
+        rows: Rows = (),
+        *,
+        teacher: Teaches | None = None,
+        adapter: str | None = None,
+        train_projection: bool | None = None,
+        over_variance: bool = False,
+        validate: Validate | None = None,
+        notes: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.student, self.loss, self.rows = student, loss, rows
+        self.teacher, self.adapter = teacher, adapter
+        self.over_variance, self.validate, self.notes = over_variance, validate, notes or {}
+        if student.projection is not None and train_projection is not None:
+            student.projection.requires_grad_(train_projection)
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The tokenizations that a batch needs."""
+        own_llm = "teacher" in self.loss.needs and self.teacher is None
+        return ("mt", "llm") if own_llm else (self.student.side,)
+
+    @property
+    def align(self) -> bool:
+        """Whether a batch needs the row pairs that end at the same character."""
+        return "pairs" in self.loss.needs
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each active term."""
+        return self.loss.term_weights
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """What the terms of `batch` are divided by once summed over the whole step."""
+        return self.loss.counts(batch)
+
+    def taught(self, batch: Batch) -> tuple[Batch, Tensor]:
+        """The batch with the teacher's side, and the teacher's states of its packed rows, no gradient."""
+        if self.teacher is not None:
+            return self.teacher.teach(batch)
+        if batch.llm is None:
+            raise ValueError("batch has no 'llm' side for the teacher; collate it with sides=('mt', 'llm')")
+        return batch, self.student.teacher_states(batch.llm, self.adapter)
+
+    def states(self, batch: Batch) -> Tensor:
+        """The student's states (T, D) of the packed rows of its side."""
+        packed = batch.mt if self.student.side == "mt" else batch.llm
+        if packed is None:
+            raise ValueError(f"batch has no {self.student.side!r} side; collate it with sides=({self.student.side!r},)")
+        return self.student.states(packed)
+
+    def forward(self, batch: Batch) -> dict[str, LossTerm]:
+        """The terms of one pack. The teacher is first: nothing of the student is held meanwhile."""
+        needs, student = self.loss.needs, self.student
+        teacher = None
+        if "teacher" in needs:
+            batch, teacher = self.taught(batch)
+        states = self.states(batch)
+        lm_head = student.llm.lm_head if "lm_head" in needs and student.llm is not None else None
+        return self.loss(states, teacher, batch, lm_head=lm_head, task_head=student.head, side=student.side)
+
+    def step(self, batch: Batch) -> Tensor:
+        """The loss of a step of one pack."""
+        return self.loss.total(self(batch), self.counts(batch))

@@ -1,0 +1,144 @@
+"""Settings of the three stages, as typed dataclasses that the command line is made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from ..losses import DistillationWeights
+from ..models import LoraSettings, ProjectionConfig
+from .config import OptimSettings
+from .projection_fit import InitKind
+
+InitFrom = Literal["adapted", "teacher"]
+
+
+def _task_training() -> OptimSettings:
+    return OptimSettings(lr=1e-4, warmup=0.1, max_steps=-1, epochs=3, max_rows=32)
+
+
+@dataclass
+class AdaptConfig:
+    """General adaptation of an LLM to an MT encoder by self-distillation."""
+
+    encoder: str = ""
+    """Encoder: folder or hub name, of a family that is supported: m2m_100 (NLLB-200, M2M-100), bert
+    (multilingual-E5-small, LaBSE, mBERT), xlm-roberta and roberta (XLM-R, multilingual-E5-base and -large, BGE-M3),
+    modernbert (mmBERT), mbart (mBART-50), t5, mt5 and umt5 (mT5, uMT5, MADLAD-400)."""
+    llm: str = ""
+    """Causal LM: folder or hub name."""
+    output: str = "runs/adapt"
+    """Folder of the run; holds the model, its checkpoints and logs."""
+    causal: bool = False
+    """Keep the LLM's causal attention; the default lets every token see its whole text, as in the paper."""
+    projection: ProjectionConfig = field(default_factory=ProjectionConfig)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    loss: DistillationWeights = field(default_factory=DistillationWeights)
+    over_variance: bool = False
+    """pooled_mse and paired_mse over the variance of the teacher's states, measured on the first texts: 1.0 explains
+    nothing, and a weight means the same for every LLM."""
+    init: InitKind = "none"
+    """How the projection starts: none, at random; or fitted on pairs of tokens that end at the same character, ridge:
+    regression onto the LLM's input embeddings; softmax: to pick out the LLM's own embedding among others."""
+    init_rows: int = 2000
+    """Texts that `init` is fitted on, the first ones."""
+    teacher_cache: str = ""
+    """Folder for the teacher's pooled states, 4 bytes per text and dimension, computed once per LLM, data and settings
+    and shared by all runs, as in sweeps; without it the teacher runs in every step. For pooled_mse alone."""
+    train_projection: bool = True
+    """Train the projection too; without, it stays as it starts, for one that was fitted with `init`."""
+    train: OptimSettings = field(default_factory=OptimSettings)
+    resume: bool = False
+    """Continue the run in `output` from its newest complete checkpoint."""
+    include_base: bool = False
+    """Store the base models' weights with the result, so that its folder needs nothing else."""
+    trust_remote_code: bool = False
+    """Run the code that a model on the hub brings with it."""
+    model: str = ""
+    """An adapted MTLLM folder, whose projection and adapter training goes on from (warm start, with a new optimizer and
+    schedule); encoder and llm then say where its base models are, if not where they were. To go on with the same run,
+    use `resume`, also with more steps."""
+
+    def __post_init__(self) -> None:
+        if self.init not in get_args(InitKind):
+            raise ValueError(f"init={self.init!r}: expected one of {', '.join(get_args(InitKind))}")
+        if self.model:
+            own = AdaptConfig()
+            for name in ("causal", "projection", "lora", "init"):
+                if getattr(self, name) != getattr(own, name):
+                    raise ValueError(f"{name}={getattr(self, name)!r}: model={self.model!r} has its own")
+        if self.loss.head_kl:
+            raise ValueError(f"loss.head_kl={self.loss.head_kl}: compares task heads, which stage 1 has none of")
+        if self.init_rows < 1:
+            raise ValueError(f"init_rows={self.init_rows}: must be > 0; init='none' fits nothing")
+        if self.init != "none" and self.projection.kind != "linear":
+            raise ValueError(
+                f"init={self.init!r}: only a linear projection can be fitted, not projection.kind="
+                f"{self.projection.kind!r}"
+            )
+
+
+@dataclass
+class FinetuneConfig:
+    """Fine-tune one reader on an English task. Name exactly one of llm, encoder and model; beside model, the others
+    say where its base models are, if not where they were when it was saved."""
+
+    llm: str = ""
+    """Causal LM that reads its own tokens: the task teacher."""
+    encoder: str = ""
+    """Encoder alone, of a family that `adapt` supports: the baseline without an LLM."""
+    model: str = ""
+    """An adapted MTLLM folder: direct fine-tuning of the stack."""
+    output: str = "runs/finetune"
+    """Folder of the run; holds the model, its checkpoints and logs."""
+    causal: bool = False
+    """Keep the LLM's causal attention (for `llm`)."""
+    train_projection: bool = False
+    """Train the projection too (for `model`); the paper freezes it in the task stages."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    train: OptimSettings = field(default_factory=_task_training)
+    resume: bool = False
+    """Continue the run in `output` from its newest complete checkpoint."""
+    include_base: bool = False
+    """Store the base models' weights with the result, so that its folder needs nothing else."""
+    trust_remote_code: bool = False
+    """Run the code that a model on the hub brings with it."""
+
+
+@dataclass
+class DistillConfig:
+    """Distil a task teacher into an adapted MTLLM."""
+
+    model: str = ""
+    """Adapted MTLLM folder (from `mtllm adapt`)."""
+    teacher: str = ""
+    """Task teacher folder (from `mtllm finetune --llm`)."""
+    output: str = "runs/distill"
+    """Folder of the run; holds the model, its checkpoints and logs."""
+    teacher_cache: str = ""
+    """Folder for the teacher's pooled states, computed once per teacher, data and settings and shared by all runs;
+    without it the teacher runs in every step. For pooled_mse and head_kl."""
+    train_projection: bool = False
+    """Train the projection too; the paper freezes it in this stage."""
+    init_from: InitFrom = "adapted"
+    """The adapter that training starts from: adapted, the model's own; teacher, the sum of that and the task teacher's,
+    as one adapter of both ranks together."""
+    loss: DistillationWeights = field(default_factory=DistillationWeights)
+    over_variance: bool = False
+    """pooled_mse and paired_mse over the variance of the teacher's states, measured on the first texts: 1.0 explains
+    nothing, and a weight means the same for every LLM."""
+    train: OptimSettings = field(default_factory=_task_training)
+    resume: bool = False
+    """Continue the run in `output` from its newest complete checkpoint."""
+    include_base: bool = False
+    """Store the base models' weights with the result, so that its folder needs nothing else."""
+    trust_remote_code: bool = False
+    """Run the code that a model on the hub brings with it."""
+    encoder: str = ""
+    """Where the model's encoder is, if not where it was when the model was saved."""
+    llm: str = ""
+    """Where the LLM of model and teacher is, likewise."""
+
+    def __post_init__(self) -> None:
+        if self.init_from not in get_args(InitFrom):
+            raise ValueError(f"init_from={self.init_from!r}: expected one of {', '.join(get_args(InitFrom))}")

@@ -1,0 +1,10 @@
+"""Every stage by its name. A new one is a file and its line here."""
+
+from __future__ import annotations
+
+from .adapt import ADAPT
+from .distill import DISTILL
+from .finetune import FINETUNE
+from .run import StageKind
+
+STAGES: dict[str, StageKind] = {kind.name: kind for kind in (ADAPT, FINETUNE, DISTILL)}
