@@ -229,7 +229,7 @@ def segment_mean(
     check_bounds("cu_seqlens" if spans is None else "spans", bounds, x.device, "x")
     shape = bounds.shape[:-1] if spans is not None else (bounds.shape[0] - 1,)
     bounds = bounds.reshape(-1, 2) if spans is not None else bounds
-    mean, _ = ops.run_segment_mean(x, bounds, pooling, name, float(eps))
+    mean, _ = ops.segment_mean(x=x, bounds=bounds, pooling=pooling, norm=name, eps=float(eps))
     if norm_weight is not None:
         mean = mean * norm_weight.to(mean.dtype)
     if norm_bias is not None:
@@ -276,10 +276,11 @@ def pooled_mse(
     norm_weight, norm_bias = gathered("norm_weight", norm_weight), gathered("norm_bias", norm_bias)
     name = check_norm(norm, norm_weight, norm_bias, eps, student)
     graded = torch.is_grad_enabled()
-    total, *_ = ops.run_hidden_loss(
-        student, teacher.detach(), bounds_s, bounds_t, pooling, flat, name, norm_weight, float(eps), None, None, None,
-        "mse", False, graded and student.requires_grad,
-        graded and norm_weight is not None and norm_weight.requires_grad,
+    total, *_ = ops.hidden_loss(
+        student=student, teacher=teacher.detach(), bounds_s=bounds_s, bounds_t=bounds_t, pooling=pooling,
+        segment_weight=flat, norm=name, norm_weight=norm_weight, eps=float(eps),
+        need_dx=graded and student.requires_grad,
+        need_norm=graded and norm_weight is not None and norm_weight.requires_grad,
     )  # fmt: skip
     if norm_bias is not None:
         total = total + 0.0 * norm_bias.to(total.dtype).sum()
@@ -319,8 +320,8 @@ def paired_mse(
         raise ValueError(f"kind is {kind!r}, but must be 'mse' or 'cosine'")
     dtype = accumulation_dtype(student.dtype)
     flat = None if weight is None else weight.detach().to(dtype)
-    _, total, *_ = ops.run_hidden_loss(
-        student, teacher.detach(), None, None, "mean", None, "none", None, 0.0, rows_s, rows_t, flat, kind, rows_sorted,
-        torch.is_grad_enabled() and student.requires_grad, False,
+    _, total, *_ = ops.hidden_loss(
+        student=student, teacher=teacher.detach(), rows_s=rows_s, rows_t=rows_t, pair_weight=flat, kind=kind,
+        rows_sorted=rows_sorted, need_dx=torch.is_grad_enabled() and student.requires_grad,
     )  # fmt: skip
     return total, torch.full_like(total, rows_s.shape[0]) if flat is None else flat.sum()

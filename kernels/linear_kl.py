@@ -154,9 +154,11 @@ def teacher_moments(
     check_vector("bias_s", bias_s, v_s, "the student vocabulary", device, "bias")
     check_vector("rows", rows, 0 if rows is None else rows.numel(), "row numbers", device, "rows")
     heads = (None if x is None else x.detach()[:vocab] for x in (w_t, w_s, bias_t, bias_s))
+    head_t, head_s, bias_t, bias_s = heads
     m, entropy, bias_mean = ops.moments_of(
-        h_t.detach(), *heads, rows, float(temperature), 0.0 if softcap is None else float(softcap)
-    )
+        h_t=h_t.detach(), w_t=head_t, w_s=head_s, bias_t=bias_t, bias_s=bias_s, rows=rows,
+        temperature=float(temperature), softcap=float(softcap or 0.0),
+    )  # fmt: skip
     return TeacherMoments(m if dtype is None else m.to(dtype), entropy, bias_mean, float(temperature), vocab)
 
 
@@ -256,8 +258,11 @@ def linear_kl(
 
     graded = torch.is_grad_enabled()
     weight = None if row_weight is None else row_weight.detach().to(accumulation_dtype(h_s.dtype))
-    selection = (rows_s, rows_t, weight, -1 if num_valid is None else num_valid)
-    tau, scale = float(temperature), float(temperature) ** 2 if scale_by_t2 else 1.0
+    shared = {
+        "h_s": h_s, "rows_s": rows_s, "rows_t": rows_t, "row_weight": weight,
+        "num_valid": -1 if num_valid is None else num_valid, "temperature": float(temperature),
+        "scale": float(temperature) ** 2 if scale_by_t2 else 1.0, "need_dh": graded and h_s.requires_grad,
+    }  # fmt: skip
     if form == "moments":
         vocab = common_vocabulary(w_s.shape[0], teacher.vocab_size if teacher else w_s.shape[0], vocab_size, "teacher")
         if divergence != FORWARD:
@@ -270,26 +275,25 @@ def linear_kl(
             assert h_t is not None
             own_head = (w_s, bias_s) if w_t is None else (w_t, bias_t)
             teacher = teacher_moments(
-                h_t, own_head[0], tau, w_s=None if w_t is None else w_s, bias_t=own_head[1], bias_s=bias_s,
+                h_t, own_head[0], temperature, w_s=None if w_t is None else w_s, bias_t=own_head[1], bias_s=bias_s,
                 vocab_size=vocab_size,
             )  # fmt: skip
             vocab = teacher.vocab_size
-        check_moments(teacher, w_s, vocab, tau, pairs, rows_t, device)
-        total, values, _ = ops.run_moment_step(
-            h_s, narrowed(w_s), narrowed(bias_s), teacher.m, teacher.entropy, teacher.bias_mean, *selection,
-            tau, scale, graded and h_s.requires_grad,
+        check_moments(teacher, w_s, vocab, float(temperature), pairs, rows_t, device)
+        total, values, _ = ops.moment_step(
+            **shared, w_s=narrowed(w_s), bias_s=narrowed(bias_s), m=teacher.m, entropy=teacher.entropy,
+            bias_mean=teacher.bias_mean,
         )  # fmt: skip
     else:
         assert h_t is not None
         if rows_t is None and h_t.shape[0] != pairs:
             raise ValueError(f"h_t has {h_t.shape[0]} rows for {pairs} pairs; pass rows_t to say which belong together")
         vocab = common_vocabulary(w_s.shape[0], (w_s if w_t is None else w_t).shape[0], vocab_size, "w_t")
-        constants = (narrowed(None if x is None else x.detach()) for x in (w_t, bias_t))
-        w_t, bias_t = constants
-        total, values, *_ = ops.run_difference(
-            h_s, narrowed(w_s), h_t.detach(), w_t, narrowed(bias_s), bias_t, *selection, tau, scale,
-            0.0 if softcap is None else float(softcap), divergence, float(beta), graded and h_s.requires_grad,
-            graded and w_s.requires_grad, graded and bias_s is not None and bias_s.requires_grad,
+        w_t, bias_t = (narrowed(None if x is None else x.detach()) for x in (w_t, bias_t))
+        total, values, *_ = ops.difference(
+            **shared, w_s=narrowed(w_s), h_t=h_t.detach(), w_t=w_t, bias_s=narrowed(bias_s), bias_t=bias_t,
+            softcap=float(softcap or 0.0), divergence=divergence, beta=float(beta),
+            need_dw=graded and w_s.requires_grad, need_db=graded and bias_s is not None and bias_s.requires_grad,
         )  # fmt: skip
     count = torch.full_like(total, pairs) if weight is None else weight.sum()
     return (total, count.detach(), values.detach()) if per_row else (total, count.detach())

@@ -172,17 +172,17 @@ def packed_projection(
     if not abs(scale) < float("inf"):
         raise ValueError(f"scale is {scale}, but must be a finite number")
 
-    out_dtype = weight.dtype if dtype is None else dtype
-    normed = (name, norm_weight, norm_bias, float(eps))
+    layer = {"x": x, "rows": rows, "norm": name, "norm_weight": norm_weight, "norm_bias": norm_bias, "eps": float(eps)}
     if hidden_weight is not None:
         need_pre = torch.is_grad_enabled() and any(
             v is not None and v.requires_grad for v in (x, hidden_weight, hidden_bias, norm_weight, norm_bias)
         )
-        x, _ = ops.run_packed_linear(
-            x, rows, hidden_weight, hidden_bias, *normed, 1.0, activation, None, None, None, weight.dtype, need_pre
+        hidden, _ = ops.packed_linear(
+            **layer, w=hidden_weight, bias=hidden_bias, activation=activation, dtype=weight.dtype, need_pre=need_pre
         )
-        rows, normed = None, ("none", None, None, 0.0)
-    y, _ = ops.run_packed_linear(
-        x, rows, weight, bias, *normed, float(scale), "none", cu_seqlens, prefix, suffix, out_dtype, False
-    )
+        layer = {"x": hidden}
+    y, _ = ops.packed_linear(
+        **layer, w=weight, bias=bias, scale=float(scale), cu_seqlens=cu_seqlens, prefix=prefix, suffix=suffix,
+        dtype=weight.dtype if dtype is None else dtype,
+    )  # fmt: skip
     return y
