@@ -118,6 +118,7 @@ class DistillationLoss(nn.Module):
                 paired="mse" if weights.paired_mse else None,
                 rows_s=batch.mt_rows if weights.needs_pairs else None,
                 rows_t=batch.llm_rows if weights.needs_pairs else None,
+                rows_sorted=True,
                 head=lm_head.weight.detach() if weights.kl and lm_head else None,
                 head_bias=lm_head.bias.detach() if weights.kl and lm_head and lm_head.bias is not None else None,
                 temperature=weights.temperature,
