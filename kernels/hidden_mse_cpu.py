@@ -20,6 +20,7 @@ from .segments import check_values, segment_ranges
 if TYPE_CHECKING:
     from .hidden_mse_ops import HiddenLoss, SegmentMean, StateGradient
 
+STATISTICS = {"none": 0, "rms": 1, "layer": 2}  # of a row: 1/rms; 1/std and mean
 BLOCK_VALUES = 1 << 18  # values per block: 1 MiB of fp32
 
 
@@ -54,7 +55,7 @@ def _segment_sums(x: Tensor, bounds: Tensor, pooling: str, norm: str, eps: float
     lengths = (ends - starts).long()
     rows, offsets = _covered_rows(starts, ends)
     count, width = starts.shape[0], x.shape[1]
-    stats = x.new_zeros({"none": 0, "rms": 1, "layer": 2}[norm], x.shape[0], dtype=dtype)
+    stats = x.new_zeros(STATISTICS[norm], x.shape[0], dtype=dtype)
     sums = x.new_zeros(count, width, dtype=dtype)
     if rows.numel() == 0 or width == 0:
         return sums, lengths, stats

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .device_checks import debugging, require, require_rows
+from .device_checks import debugging, require, require_rows, require_triton_dtype
+from .hidden_mse_cpu import STATISTICS
 from .hidden_mse_triton import check_bounds, pair_values, pool_compare, pool_finish, pool_rows, state_gradient
 from .segments import SPANS, Partition, assert_values, partition
 from .tiles import HIDDEN_MSE, HiddenMSETiles, row_of
@@ -27,8 +28,7 @@ def power_of_two(n: int) -> int:
 
 def _checked(x: Tensor, name: str) -> Tensor:
     """x with unit stride along the width."""
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"{name} is {x.dtype}, but on {x.device.type} the kernels take float32, bfloat16 or float16")
+    require_triton_dtype(name, x)
     if x.shape[1] > MAX_WIDTH:
         raise ValueError(f"{name} is {x.shape[1]} wide, but the kernels take at most {MAX_WIDTH}")
     return x if x.stride(1) == 1 else x.contiguous()
@@ -58,7 +58,7 @@ def _pool(x: Tensor, parts: Partition, norm: str, eps: float, store_stats: bool,
     """(partial sums (slots, D) fp32, statistics (n, T))."""
     width = x.shape[1]
     partial = x.new_empty(parts.slots(tiles.piece), width, dtype=torch.float32)
-    stats = x.new_empty({"none": 0, "rms": 1, "layer": 2}[norm], x.shape[0] if store_stats else 0, dtype=torch.float32)
+    stats = x.new_empty(STATISTICS[norm], x.shape[0] if store_stats else 0, dtype=torch.float32)
     block = power_of_two(width)
     tile = tiles.for_width(block, x.element_size())
     pool_rows[(partial.shape[0],)](

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import hidden_mse_cpu
 from .gemms import accumulation_dtype
+from .hidden_mse_cpu import STATISTICS
 from .linear_kl_ops import dtype_if, scaled_gradients
 from .op import Op, Registered
 from .segments import SPANS
@@ -23,7 +24,6 @@ from .segments import SPANS
 Two = tuple[Tensor, Tensor]
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-STATISTICS = {"none": 0, "rms": 1, "layer": 2}  # rows of `stats`: 1/rms; 1/std and mean
 
 
 def segments_of(bounds: Tensor, pooling: str) -> int:

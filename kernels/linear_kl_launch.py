@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .device_checks import require, require_rows
+from .device_checks import require, require_rows, require_triton_dtype
 from .gemms import kept_dtype, mm_f32, mm_f32_add
 from .linear_kl_triton import exp_rows, finish_moments, kl_rows
 from .tiles import LINEAR_KL, LinearKLTiles, padded_vocabulary, row_of
@@ -100,11 +100,6 @@ def _padded_bias(bias: Tensor | None, like: Tensor) -> Tensor:
     )
 
 
-def _require_triton_dtype(h: Tensor) -> None:
-    if h.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"h_s is {h.dtype}, but on {h.device.type} linear_kl takes float32, bfloat16 or float16")
-
-
 def difference_triton(
     a: Difference, tiles: LinearKLTiles | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -114,7 +109,7 @@ def difference_triton(
     which writes dW in its own dtype where it is the only one.
     """
     h_s, w_s, h_t, w_t, need_dh, need_dw, need_db = a.h_s, a.w_s, a.h_t, a.w_t, a.need_dh, a.need_dw, a.need_db
-    _require_triton_dtype(h_s)
+    require_triton_dtype("h_s", h_s)
     tiles = tiles or row_of(LINEAR_KL, h_s.device)
     require_rows(a.rows_s, h_s.shape[0], "rows_s")
     require_rows(a.rows_t, h_t.shape[0], "rows_t")
@@ -187,7 +182,7 @@ def difference_triton(
 def teacher_moments_triton(a: MomentsOf, tiles: LinearKLTiles | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """As `moments_cpu.teacher_moments_cpu`, 2 GEMMs and one row kernel per chunk."""
     h_t, w_t, rows, count = a.h_t, a.w_t, a.rows, a.count
-    _require_triton_dtype(h_t)
+    require_triton_dtype("h_t", h_t)
     tiles = tiles or row_of(LINEAR_KL, h_t.device)
     require_rows(rows, h_t.shape[0], "rows")
     values = w_t if a.w_s is None else a.w_s
@@ -217,7 +212,7 @@ def teacher_moments_triton(a: MomentsOf, tiles: LinearKLTiles | None = None) -> 
 def moment_step_triton(a: MomentStep, tiles: LinearKLTiles | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """As `moments_cpu.moment_step_cpu`, 2 GEMMs and two row kernels per chunk."""
     h_s, w_s, need_dh, m = a.h_s, a.w_s, a.need_dh, a.m.contiguous()
-    _require_triton_dtype(h_s)
+    require_triton_dtype("h_s", h_s)
     tiles = tiles or row_of(LINEAR_KL, h_s.device)
     require_rows(a.rows_s, h_s.shape[0], "rows_s")
     require_rows(a.rows_t, m.shape[0], "rows_t")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .device_checks import require_rows
+from .device_checks import require_rows, require_triton_dtype
 from .hidden_mse_launch import MAX_WIDTH, power_of_two
 from .packed_projection_cpu import ACTIVATIONS, gathered_rows, place_boundaries, result_rows
 from .packed_projection_triton import fold_norm, norm_rows, projection_gemm
@@ -48,9 +48,8 @@ def packed_linear_triton(
 ) -> tuple[Tensor, Tensor]:
     """As `packed_projection_cpu.packed_linear_cpu`; `fused` overrides the choice of the tile table."""
     tiles = tiles or row_of(PACKED_PROJECTION, a.x.device)
-    for name, value in (("x", a.x), ("weight", a.w)):
-        if value.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise TypeError(f"{name} is {value.dtype}, but on {value.device.type} the kernels take fp32, bf16 or fp16")
+    require_triton_dtype("x", a.x)
+    require_triton_dtype("weight", a.w)
     width = a.w.shape[1]
     if width > MAX_WIDTH:
         raise ValueError(f"x is {width} wide, but the kernels take at most {MAX_WIDTH}")
