@@ -54,7 +54,7 @@ class Op(Generic[Result]):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> dict[str, Tensor | None]:
-        """Gradients of the arguments by name, of those of the results (None: 0). `ctx.needs`: which are asked for."""
+        """Gradients of the arguments by name, given those of the results (None: 0); `ctx.needs` says which are used."""
         raise NotImplementedError
 
 
@@ -131,20 +131,25 @@ class Registered(Generic[Result]):
         return call(*inputs)
 
     def _declared(self, inputs: tuple[Any, ...]) -> Op[Result]:
-        return self.declaration(**dict(zip(self.names, inputs, strict=True)))
+        declared = object.__new__(self.declaration)  # the constructor of a frozen dataclass takes 4 µs for 16 fields
+        vars(declared).update(zip(self.names, inputs, strict=True))
+        return declared
 
     def _kernel(self, method: Callable[[Op[Result]], Result]) -> Callable[..., Result]:
         def kernel(*inputs: Any) -> Result:
-            device = next(x.device for x in inputs if isinstance(x, Tensor))
+            device = next(x.device.type for x in inputs if isinstance(x, Tensor))
+            if not torch.is_autocast_enabled(device):
+                return method(self._declared(inputs))
             # An enclosing autocast region would round the fp32 GEMMs in here to 16 bits.
-            with torch.autocast(device.type, enabled=False):
+            with torch.autocast(device, enabled=False):
                 return method(self._declared(inputs))
 
         return kernel
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
         ctx.set_materialize_grads(False)  # or backward would allocate zeros for outputs that have no derivative
-        self._declared(inputs).save(ctx, output)
+        if not self._gradient_of:
+            self._declared(inputs).save(ctx, output)
 
     def _backward(self, ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         if self._gradient_of:
@@ -155,7 +160,7 @@ class Registered(Generic[Result]):
         ctx.needs = dict(zip(self.names, ctx.needs_input_grad))
         found = self.declaration.backward(ctx, *gradients)
         assert found.keys() <= ctx.needs.keys(), found.keys()
-        return tuple(found.get(name) for name in self.names)
+        return tuple(found.get(name) if needed else None for name, needed in ctx.needs.items())
 
     def _refuse_tangents(self, *_: Any) -> None:
         raise NotImplementedError(

@@ -91,7 +91,7 @@ class PackedLinear(Op[Two]):
         )  # fmt: skip
         gradients = {"x": dx, "w": dw, "bias": db, "prefix": d_prefix, "suffix": d_suffix}
         gradients |= {"norm_weight": d_norm[0], "norm_bias": d_norm[1]}
-        return {name: g.to(ctx.dtypes.get(name, g.dtype)) for name, g in gradients.items() if need[name]}
+        return {name: g.to(ctx.dtypes.get(name, g.dtype)) for name, g in gradients.items()}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -239,7 +239,7 @@ MUTANTS: list[Mutant] = [
         "kernels", "kernels/distillation_loss.py", JOINT,
         ("hidden_mse_ops.scales_of(student, grad_pooled, grad_paired, grad_kl)",
          "hidden_mse_ops.scales_of(student, grad_paired, grad_pooled, grad_kl)"),
-        ("gradients = scaled_gradients(grad_kl, ctx.dtypes, (dw, db))", "gradients = scaled_gradients(grad_kl, ctx.dtypes, (2 * dw, db))"),
+        ("gradients = scaled_gradients(grad_kl, ctx.dtypes, (dw, db))", "gradients = scaled_gradients(u.new_ones(()), ctx.dtypes, (dw, db))"),
         ("softcap=float(softcap or 0.0),", "softcap=0.0,"),
         ("scale=tau**2 if scale_by_t2 else 1.0,", "scale=tau if scale_by_t2 else 1.0,"),
         ("need_db=graded and head_bias is not None and head_bias.requires_grad,", "need_db=graded and head is not None and head_bias is not None and head.requires_grad,"),
