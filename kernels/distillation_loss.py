@@ -23,8 +23,8 @@ from .hidden_mse import KINDS, both_bounds, check_pairs, check_two_sides, pooled
 from .linear_kl_checks import check_moments, check_options, check_side, common_vocabulary, gathered
 from .linear_kl_cpu import FORWARD
 from .linear_kl_ops import dtype_if, scaled_gradients
-from .moments import TENSORS, TeacherMoments
-from .op import Op, Registered
+from .moments import TeacherMoments
+from .op import Op, Registered, needs_gradient
 from .segments import SPANS
 
 
@@ -204,8 +204,6 @@ def distillation_loss(
         pairs = None if pair_weight is None else pair_weight.detach().to(dtype)
     if paired is not None and paired not in KINDS:
         raise ValueError(f"paired is {paired!r}, but must be None, 'mse' or 'cosine'")
-    graded = torch.is_grad_enabled()
-    tau = float(temperature)
     if head is not None:
         check_options(temperature, softcap, FORWARD, 0.0, "auto")
         check_side("student", student, "head", head, student.device)
@@ -218,22 +216,33 @@ def distillation_loss(
                 raise ValueError(
                     f"softcap is {softcap}, but the moment form needs logits that are linear in the states"
                 )
-            if graded and (head.requires_grad or (head_bias is not None and head_bias.requires_grad)):
+            if needs_gradient(head) or needs_gradient(head_bias):
                 raise ValueError("head or head_bias requires a gradient, but the moment form needs a frozen head")
             vocab = common_vocabulary(head.shape[0], moments.vocab_size, None, "moments")
             assert rows_s is not None
-            check_moments(moments, head, vocab, tau, rows_s.shape[0], rows_t, student.device)
+            check_moments(moments, head, vocab, float(temperature), rows_s.shape[0], rows_t, student.device)
     elif moments is not None:
         raise ValueError("moments is given, but head is None")
-    cached = {} if moments is None else {name: getattr(moments, name) for name in TENSORS}
+    need = {"need_dx": needs_gradient(student), "need_dw": needs_gradient(head), "need_db": needs_gradient(head_bias)}
     sums = _distillation(
-        student=student, teacher=teacher.detach(), bounds_s=bounds_s, bounds_t=bounds_t, pooling=pooling,
-        segment_weight=flat, rows_s=rows_s, rows_t=rows_t, pair_weight=pairs, kind=paired or "",
-        rows_sorted=rows_sorted, head=head, bias=head_bias, **cached, num_valid=-1 if num_valid is None else num_valid,
-        temperature=tau, scale=tau**2 if scale_by_t2 else 1.0, softcap=float(softcap or 0.0),
-        need_dx=graded and student.requires_grad, need_dw=graded and head is not None and head.requires_grad,
-        need_db=graded and head_bias is not None and head_bias.requires_grad,
-    )  # fmt: skip
+        student=student,
+        teacher=teacher.detach(),
+        bounds_s=bounds_s,
+        bounds_t=bounds_t,
+        pooling=pooling,
+        segment_weight=flat,
+        rows_s=rows_s,
+        rows_t=rows_t,
+        pair_weight=pairs,
+        kind=paired or "",
+        rows_sorted=rows_sorted,
+        head=head,
+        bias=head_bias,
+        **({} if moments is None else moments.tensors()),
+        **linear_kl_ops.scalars(temperature, scale_by_t2, num_valid),
+        softcap=float(softcap or 0.0),
+        **need,
+    )
     terms: list[tuple[Tensor, Tensor] | None] = [None, None, None]
     if bounds_s is not None and bounds_t is not None:
         terms[0] = (sums[0], pooled_count(bounds_s, bounds_t, flat, dtype, pooling == SPANS))

@@ -54,6 +54,13 @@ def scaled_gradients(
     }
 
 
+def scalars(temperature: float, scale_by_t2: bool, num_valid: int | None) -> dict[str, float]:
+    """Arguments of the ops over pairs, of those of the public functions."""
+    tau = float(temperature)
+    scale = tau**2 if scale_by_t2 else 1.0
+    return {"num_valid": -1 if num_valid is None else num_valid, "temperature": tau, "scale": scale}
+
+
 class OverPairs:
     """An op over row pairs."""
 

@@ -35,6 +35,10 @@ from .device_checks import on_device_of_arguments
 Result = TypeVar("Result")
 
 
+def needs_gradient(x: Tensor | None) -> bool:
+    return x is not None and x.requires_grad and torch.is_grad_enabled()
+
+
 class Op(Generic[Result]):
     """Base of a declaration. Its fields are the arguments in the order of the schema, which has no defaults."""
 

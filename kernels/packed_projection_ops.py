@@ -84,11 +84,12 @@ class PackedLinear(Op[Two]):
         if dy is None:
             return {}
         names = ("x", "rows", "w", "norm_weight", "norm_bias", "cu_seqlens", "pre")
-        need = ctx.needs
+        saved, asked = dict(zip(names, ctx.saved_tensors)), ctx.needs
+        need = {"need_dx": asked["x"], "need_dw": asked["w"], "need_db": asked["bias"]}
+        need["need_norm"] = asked["norm_weight"] or asked["norm_bias"]
         dx, dw, db, d_norm, d_prefix, d_suffix = packed_linear_backward(
-            dy=dy.contiguous(), **dict(zip(names, ctx.saved_tensors)), **ctx.layer, need_dx=need["x"],
-            need_dw=need["w"], need_db=need["bias"], need_norm=need["norm_weight"] or need["norm_bias"],
-        )  # fmt: skip
+            dy=dy.contiguous(), **saved, **ctx.layer, **need
+        )
         gradients = {"x": dx, "w": dw, "bias": db, "prefix": d_prefix, "suffix": d_suffix}
         gradients |= {"norm_weight": d_norm[0], "norm_bias": d_norm[1]}
         return {name: g.to(ctx.dtypes.get(name, g.dtype)) for name, g in gradients.items()}
