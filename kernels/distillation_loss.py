@@ -24,7 +24,7 @@ from .linear_kl_checks import check_moments, check_options, check_side, common_v
 from .linear_kl_cpu import FORWARD
 from .linear_kl_ops import dtype_if, scaled_gradients
 from .moments import TeacherMoments
-from .op import Op, Registered, needs_gradient
+from .op import Kept, Op, Registered, needs_gradient
 from .segments import SPANS
 
 
@@ -103,41 +103,24 @@ class Distillation(Op[Eight]):
         db = pooled.new_empty(vocab if self.need_db else 0)
         return pooled, paired, pooled.new_empty(()), u, pair_stats, dh, self._kept(vocab if self.need_dw else 0), db
 
-    def save(self, ctx: Any, output: Eight) -> None:
-        ctx.pooling, ctx.kind, ctx.rows_sorted, ctx.need_dx = self.pooling, self.kind, self.rows_sorted, self.need_dx
-        ctx.has_head = self.head is not None
-        ctx.dtypes = {"head": dtype_if(self.need_dw, self.head), "bias": dtype_if(self.need_db, self.bias)}
-        # Only row pairs need the states again.
-        states = (self.student, self.teacher) if self.kind else (hidden_mse_ops.shape_of(self.student), None)
-        pairs = self.rows_s, self.rows_t, self.pair_weight
-        ctx.save_for_backward(*states, self.bounds_s, *pairs, *output[3:])
+    def keep(self, output: Eight) -> Kept:
+        _, _, _, u, pair_stats, dh, dw, db = output
+        made = {"u": u if self.bounds_s is not None else None, "pair_stats": pair_stats, "head": dw, "bias": db}
+        made |= {"stats": u.new_empty(0, 1), "more": dh if self.head is not None else None}
+        dtypes = {"head": dtype_if(self.need_dw, self.head), "bias": dtype_if(self.need_db, self.bias)}
+        given = {"bounds": self.bounds_s, "pooling": self.pooling, "need_dx": self.need_dx}
+        if self.kind:  # only row pairs need the states again
+            names = ("student", "teacher", "rows_s", "rows_t", "pair_weight", "kind", "rows_sorted")
+            given |= {name: getattr(self, name) for name in names}
+        return {"student": hidden_mse_ops.shape_of(self.student), "dtypes": dtypes, **made, **given}
 
     @staticmethod
     def backward(
-        ctx: Any, grad_pooled: Tensor | None, grad_paired: Tensor | None, grad_kl: Tensor | None, *_: Tensor | None
+        kept: Kept, grad_pooled: Tensor | None, grad_paired: Tensor | None, grad_kl: Tensor | None, *_: Tensor | None
     ) -> dict[str, Tensor | None]:
-        student, teacher, bounds_s, rows_s, rows_t, pair_weight, u, pair_stats, dh, dw, db = ctx.saved_tensors
-        pooled = bounds_s is not None and grad_pooled is not None
-        paired = bool(ctx.kind) and grad_paired is not None
-        kl = ctx.has_head and grad_kl is not None
-        gradients = scaled_gradients(grad_kl, ctx.dtypes, (dw, db))
-        if ctx.need_dx and (pooled or paired or kl):
-            gradients["student"] = hidden_mse_ops.state_gradient(
-                scales=hidden_mse_ops.scales_of(student, grad_pooled, grad_paired, grad_kl),
-                student=student,
-                teacher=teacher,
-                u=u if pooled else None,
-                bounds=bounds_s,
-                pooling=ctx.pooling,
-                stats=u.new_empty(0, 1),
-                rows_s=rows_s if paired else None,
-                rows_t=rows_t,
-                pair_weight=pair_weight,
-                pair_stats=pair_stats,
-                kind=ctx.kind or "mse",
-                rows_sorted=ctx.rows_sorted,
-                more=dh if kl else None,
-            )
+        gradients = scaled_gradients(grad_kl, kept)
+        if kept["need_dx"]:
+            gradients["student"] = hidden_mse_ops.gradient_of_states(kept, grad_pooled, grad_paired, grad_kl)
         return gradients
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from . import hidden_mse_cpu
 from .gemms import accumulation_dtype
 from .hidden_mse_cpu import STATISTICS
 from .linear_kl_ops import dtype_if, scaled_gradients
-from .op import Op, Registered
+from .op import Kept, Op, Registered
 from .segments import SPANS
 
 Two = tuple[Tensor, Tensor]
@@ -55,22 +54,21 @@ class SegmentMean(Op[Two]):
             x.new_empty((STATISTICS[self.norm], x.shape[0]), dtype=dtype),
         )
 
-    def save(self, ctx: Any, output: Two) -> None:
-        ctx.pooling, ctx.norm = self.pooling, self.norm
-        ctx.save_for_backward(shape_of(self.x) if self.norm == "none" else self.x, self.bounds, output[1])
+    def keep(self, output: Two) -> Kept:
+        x = shape_of(self.x) if self.norm == "none" else self.x
+        return {"student": x, "bounds": self.bounds, "pooling": self.pooling, "norm": self.norm, "stats": output[1]}
 
     @staticmethod
-    def backward(ctx: Any, grad_mean: Tensor | None, _: Tensor | None) -> dict[str, Tensor | None]:
+    def backward(kept: Kept, grad_mean: Tensor | None, _: Tensor | None) -> dict[str, Tensor | None]:
         if grad_mean is None:
             return {}
-        x, bounds, stats = ctx.saved_tensors
-        if ctx.pooling == SPANS:
+        bounds = kept["bounds"]
+        if kept["pooling"] == SPANS:
             lengths = bounds[:, 1] - bounds[:, 0]
         else:
-            lengths = bounds.diff() if ctx.pooling == "mean" else bounds.diff().clamp(max=1)
+            lengths = bounds.diff() if kept["pooling"] == "mean" else bounds.diff().clamp(max=1)
         u = (grad_mean / lengths.clamp(min=1).unsqueeze(1)).contiguous()
-        pooled = {"u": u, "bounds": bounds, "pooling": ctx.pooling, "norm": ctx.norm, "stats": stats}
-        return {"x": state_gradient(scales=u.new_ones(3), student=x, pair_stats=stats[:0], **pooled)}
+        return {"x": gradient_of_states({**kept, "u": u, "pair_stats": kept["stats"][:0]}, u.new_ones(()))}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -129,39 +127,27 @@ class HiddenLoss(Op[Six]):
         pair_stats = empty(2, pairs if self.kind == "cosine" else 0) if self.rows_s is not None else empty(0, 1)
         return empty(), empty(), u, stats, pair_stats, d_norm
 
-    def save(self, ctx: Any, output: Six) -> None:
+    def keep(self, output: Six) -> Kept:
         _, _, u, stats, pair_stats, d_norm = output
-        ctx.pooling, ctx.norm, ctx.kind, ctx.rows_sorted = self.pooling, self.norm, self.kind, self.rows_sorted
-        ctx.need_dx, ctx.dtypes = self.need_dx, {"norm_weight": dtype_if(self.need_norm, self.norm_weight)}
         # Only row pairs need the states again, and a norm those of the student.
         student = self.student if self.rows_s is not None or self.norm != "none" else shape_of(self.student)
         teacher = self.teacher if self.rows_s is not None else None
-        pairs = self.rows_s, self.rows_t, self.pair_weight
-        ctx.save_for_backward(student, teacher, self.bounds_s, *pairs, u, stats, pair_stats, d_norm)
+        made = {"student": student, "teacher": teacher, "stats": stats, "pair_stats": pair_stats}
+        names = ("pooling", "norm", "rows_s", "rows_t", "pair_weight", "kind", "rows_sorted", "need_dx")
+        dtypes = {"norm_weight": dtype_if(self.need_norm, self.norm_weight)}
+        given = {"bounds": self.bounds_s, **{name: getattr(self, name) for name in names}}
+        pooled = {"u": u if self.bounds_s is not None else None, "norm_weight": d_norm, "dtypes": dtypes}
+        return {**made, **given, **pooled}
 
     @staticmethod
     def backward(
-        ctx: Any, grad_pooled: Tensor | None, grad_paired: Tensor | None, *_: Tensor | None
+        kept: Kept, grad_pooled: Tensor | None, grad_paired: Tensor | None, *_: Tensor | None
     ) -> dict[str, Tensor | None]:
-        student, teacher, bounds_s, rows_s, rows_t, pair_weight, u, stats, pair_stats, d_norm = ctx.saved_tensors
-        gradients = scaled_gradients(grad_pooled, ctx.dtypes, [d_norm[0]] if ctx.dtypes["norm_weight"] else [])
-        if ctx.need_dx and (grad_pooled is not None or grad_paired is not None):
-            gradients["student"] = state_gradient(
-                scales=scales_of(student, grad_pooled, grad_paired, None),
-                student=student,
-                teacher=teacher,
-                u=u if bounds_s is not None and grad_pooled is not None else None,
-                bounds=bounds_s,
-                pooling=ctx.pooling,
-                norm=ctx.norm,
-                stats=stats,
-                rows_s=rows_s if grad_paired is not None else None,
-                rows_t=rows_t,
-                pair_weight=pair_weight,
-                pair_stats=pair_stats,
-                kind=ctx.kind,
-                rows_sorted=ctx.rows_sorted,
-            )
+        gradients = scaled_gradients(grad_pooled, kept)
+        if (d_norm := gradients["norm_weight"]) is not None:
+            gradients["norm_weight"] = d_norm[0]
+        if kept["need_dx"]:
+            gradients["student"] = gradient_of_states(kept, grad_pooled, grad_paired)
         return gradients
 
 
@@ -201,11 +187,19 @@ class StateGradient(Op[Tensor]):
         return self.student.new_empty(self.student.shape)
 
 
-def scales_of(like: Tensor, *gradients: Tensor | None) -> Tensor:
-    """The incoming scalars of the pooled term, the pairs and `more` as one (3,) tensor; without a gradient it is 0."""
-    dtype = accumulation_dtype(like.dtype)
-    zero = like.new_zeros((), dtype=dtype)
-    return torch.stack([zero if g is None else g.to(dtype) for g in gradients])
+def gradient_of_states(
+    kept: Kept, pooled: Tensor | None, paired: Tensor | None = None, more: Tensor | None = None
+) -> Tensor | None:
+    """`state_gradient` of those of its arguments that `kept` has, times incoming scalars of the pooled term, the pairs
+    and `more`; without a scalar (None) a part is left out."""
+    given = {name: kept[name] for name in state_gradient.names if name in kept}
+    parts = {"u": pooled, "rows_s": paired, "more": more}
+    given |= {name: given.get(name) if scalar is not None else None for name, scalar in parts.items()}
+    if all(given[name] is None for name in parts):
+        return None
+    dtype = accumulation_dtype(given["student"].dtype)
+    zero = given["student"].new_zeros((), dtype=dtype)
+    return state_gradient(scales=torch.stack([zero if s is None else s.to(dtype) for s in parts.values()]), **given)
 
 
 def shape_of(x: Tensor) -> Tensor:

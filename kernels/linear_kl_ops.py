@@ -6,16 +6,14 @@ the forward made by the incoming scalar. Arguments are validated by `linear_kl.p
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import linear_kl_cpu, moments_cpu
 from .gemms import accumulation_dtype, kept_dtype
-from .op import Op, Registered
+from .op import Kept, Op, Registered
 
 Three = tuple[Tensor, Tensor, Tensor]
 Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -43,14 +41,12 @@ def dtype_if(needed: bool, x: Tensor | None) -> torch.dtype | None:
     return x.dtype if needed and x is not None else None
 
 
-def scaled_gradients(
-    by: Tensor | None, dtypes: dict[str, torch.dtype | None], gradients: Iterable[Tensor]
-) -> dict[str, Tensor | None]:
-    """Gradients for an incoming scalar `by`, of those for 1, in the order and the dtypes of the arguments that `dtypes`
-    names; None: not needed."""
+def scaled_gradients(by: Tensor | None, kept: Kept) -> dict[str, Tensor | None]:
+    """Gradients for an incoming scalar `by` of the arguments that kept["dtypes"] names with their dtypes (None: not
+    needed); in `kept` are those for 1."""
     return {
-        name: None if by is None or dtype is None else scale_gradient(gradient=gradient, by=by, dtype=dtype)
-        for (name, dtype), gradient in zip(dtypes.items(), gradients)
+        name: None if by is None or dtype is None else scale_gradient(gradient=kept[name], by=by, dtype=dtype)
+        for name, dtype in kept["dtypes"].items()
     }
 
 
@@ -121,17 +117,17 @@ class Difference(Op[Five], OverPairs):
             h_s.new_empty(vocab if self.need_db else 0, dtype=dtype),
         )
 
-    def save(self, ctx: Any, output: Five) -> None:
-        ctx.dtypes = {
+    def keep(self, output: Five) -> Kept:
+        dtypes = {
             "h_s": dtype_if(self.need_dh, self.h_s),
             "w_s": dtype_if(self.need_dw, self.w_s),
             "bias_s": dtype_if(self.need_db, self.bias_s),
         }
-        ctx.save_for_backward(*output[2:])
+        return {"dtypes": dtypes, **dict(zip(dtypes, output[2:]))}
 
     @staticmethod
-    def backward(ctx: Any, total: Tensor | None, *_: Tensor | None) -> dict[str, Tensor | None]:
-        return scaled_gradients(total, ctx.dtypes, ctx.saved_tensors)
+    def backward(kept: Kept, total: Tensor | None, *_: Tensor | None) -> dict[str, Tensor | None]:
+        return scaled_gradients(total, kept)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -168,13 +164,12 @@ class MomentStep(Op[Three], OverPairs):
             h_s.new_empty((h_s.shape[0] if self.need_dh else 0, h_s.shape[1]), dtype=kept_dtype(h_s.dtype)),
         )
 
-    def save(self, ctx: Any, output: Three) -> None:
-        ctx.dtypes = {"h_s": dtype_if(self.need_dh, self.h_s)}
-        ctx.save_for_backward(output[2])
+    def keep(self, output: Three) -> Kept:
+        return {"dtypes": {"h_s": dtype_if(self.need_dh, self.h_s)}, "h_s": output[2]}
 
     @staticmethod
-    def backward(ctx: Any, total: Tensor | None, *_: Tensor | None) -> dict[str, Tensor | None]:
-        return scaled_gradients(total, ctx.dtypes, ctx.saved_tensors)
+    def backward(kept: Kept, total: Tensor | None, *_: Tensor | None) -> dict[str, Tensor | None]:
+        return scaled_gradients(total, kept)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -8,9 +8,9 @@
         def cpu(self) -> Tensor: ...               # the kernels; `cuda` imports its launcher when it is called
         def cuda(self) -> Tensor: ...
         def fake(self) -> Tensor: ...              # shapes and dtypes
-        def save(self, ctx, y) -> None: ...        # what backward needs
+        def keep(self, y): return {"by": self.by}  # for backward
         @staticmethod
-        def backward(ctx, dy): return {"x": ctx.by * dy}
+        def backward(kept, dy): return {"x": kept["by"] * dy}
 
     scale = Registered(Scale, "scale", errors="scale")  # torch.ops.mtllm_fast.scale; called as scale(x=x, by=2.0)
 
@@ -33,6 +33,7 @@ from torch.autograd import forward_ad
 from .device_checks import on_device_of_arguments
 
 Result = TypeVar("Result")
+Kept = dict[str, Any]
 
 
 def needs_gradient(x: Tensor | None) -> bool:
@@ -53,12 +54,13 @@ class Op(Generic[Result]):
         """Empty tensors in the shapes and dtypes of the results."""
         raise NotImplementedError
 
-    def save(self, ctx: Any, output: Result) -> None:
-        """Keep what `backward` needs."""
+    def keep(self, output: Result) -> Kept:
+        """What `backward` needs, by name: arguments, results, anything."""
+        raise NotImplementedError
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> dict[str, Tensor | None]:
-        """Gradients of the arguments by name, given those of the results (None: 0); `ctx.needs` says which are used."""
+    def backward(kept: Kept, *gradients: Any) -> dict[str, Tensor | None]:
+        """Gradients of the arguments by name, given those of the results (None: 0); kept["needs"]: which are used."""
         raise NotImplementedError
 
 
@@ -152,8 +154,12 @@ class Registered(Generic[Result]):
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
         ctx.set_materialize_grads(False)  # or backward would allocate zeros for outputs that have no derivative
-        if not self._gradient_of:
-            self._declared(inputs).save(ctx, output)
+        if self._gradient_of:
+            return
+        kept = self._declared(inputs).keep(output)
+        ctx.tensors = [name for name, value in kept.items() if isinstance(value, Tensor)]
+        ctx.save_for_backward(*(kept.pop(name) for name in ctx.tensors))
+        ctx.others = kept
 
     def _backward(self, ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         if self._gradient_of:
@@ -161,10 +167,11 @@ class Registered(Generic[Result]):
                 f"{self._gradient_of} has no second derivative: its gradient cannot be differentiated again (gradient "
                 "penalties, torch.func.hessian, grad of grad)"
             )
-        ctx.needs = dict(zip(self.names, ctx.needs_input_grad))
-        found = self.declaration.backward(ctx, *gradients)
-        assert found.keys() <= ctx.needs.keys(), found.keys()
-        return tuple(found.get(name) if needed else None for name, needed in ctx.needs.items())
+        needs = dict(zip(self.names, ctx.needs_input_grad))
+        kept = {**ctx.others, **dict(zip(ctx.tensors, ctx.saved_tensors)), "needs": needs}
+        found = self.declaration.backward(kept, *gradients)
+        assert found.keys() <= needs.keys(), found.keys()
+        return tuple(found.get(name) if needed else None for name, needed in needs.items())
 
     def _refuse_tangents(self, *_: Any) -> None:
         raise NotImplementedError(

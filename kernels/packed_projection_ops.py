@@ -6,14 +6,13 @@ Arguments are validated by `packed_projection.py`; values of row numbers and bou
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import packed_projection_cpu as shared
 from .gemms import accumulation_dtype
-from .op import Op, Registered
+from .op import Kept, Op, Registered
 
 Two = tuple[Tensor, Tensor]
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -70,29 +69,26 @@ class PackedLinear(Op[Two]):
         w, out = self.w, self.w.shape[0]
         return w.new_empty((self.total, out), dtype=self.dtype), w.new_empty((self.tokens if self.need_pre else 0, out))
 
-    def save(self, ctx: Any, output: Two) -> None:
-        ctx.layer = {"norm": self.norm, "eps": self.eps, "scale": self.scale, "activation": self.activation}
-        ctx.layer["before"], ctx.layer["after"] = self.boundaries
-        ctx.layer["per_sequence"] = [e is not None and e.dim() == 3 for e in (self.prefix, self.suffix)]
+    def keep(self, output: Two) -> Kept:
+        names = ("x", "rows", "w", "norm", "norm_weight", "norm_bias", "eps", "scale", "activation", "cu_seqlens")
+        linear = {name: getattr(self, name) for name in names}
+        linear["before"], linear["after"] = self.boundaries
+        linear["per_sequence"] = [e is not None and e.dim() == 3 for e in (self.prefix, self.suffix)]
         summed = ("bias", "norm_weight", "norm_bias", "prefix", "suffix")
-        ctx.dtypes = {name: x.dtype for name in summed if (x := getattr(self, name)) is not None}
-        norm = self.norm_weight, self.norm_bias
-        ctx.save_for_backward(self.x, self.rows, self.w, *norm, self.cu_seqlens, output[1])
+        dtypes = {name: x.dtype for name in summed if (x := getattr(self, name)) is not None}
+        return {**linear, "pre": output[1], "dtypes": dtypes}
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> dict[str, Tensor | None]:
+    def backward(kept: Kept, dy: Tensor | None, _: Tensor | None) -> dict[str, Tensor | None]:
         if dy is None:
             return {}
-        names = ("x", "rows", "w", "norm_weight", "norm_bias", "cu_seqlens", "pre")
-        saved, asked = dict(zip(names, ctx.saved_tensors)), ctx.needs
+        asked, dtypes = kept.pop("needs"), kept.pop("dtypes")
         need = {"need_dx": asked["x"], "need_dw": asked["w"], "need_db": asked["bias"]}
         need["need_norm"] = asked["norm_weight"] or asked["norm_bias"]
-        dx, dw, db, d_norm, d_prefix, d_suffix = packed_linear_backward(
-            dy=dy.contiguous(), **saved, **ctx.layer, **need
-        )
+        dx, dw, db, d_norm, d_prefix, d_suffix = packed_linear_backward(dy=dy.contiguous(), **kept, **need)
         gradients = {"x": dx, "w": dw, "bias": db, "prefix": d_prefix, "suffix": d_suffix}
         gradients |= {"norm_weight": d_norm[0], "norm_bias": d_norm[1]}
-        return {name: g.to(ctx.dtypes.get(name, g.dtype)) for name, g in gradients.items()}
+        return {name: g.to(dtypes.get(name, g.dtype)) for name, g in gradients.items()}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -26,15 +26,14 @@ class Affine(Op[Tensor]):
     def fake(self) -> Tensor:
         return self.x.new_empty(self.x.shape[0], self.w.shape[1])
 
-    def save(self, ctx, output: Tensor) -> None:
-        ctx.by = self.by
-        ctx.save_for_backward(self.x, self.w)
+    def keep(self, output: Tensor):
+        return {"x": self.x, "w": self.w, "by": self.by}
 
     @staticmethod
-    def backward(ctx, dy):
-        x, w = ctx.saved_tensors
-        asked.append(ctx.needs)
-        return {wrong or "w": x.T @ dy * ctx.by, "x": dy @ w.T * ctx.by, "shift": dy.sum(0)}
+    def backward(kept, dy):
+        asked.append(kept["needs"])
+        dy_by = dy * kept["by"]
+        return {wrong or "w": kept["x"].T @ dy_by, "x": dy_by @ kept["w"].T, "shift": dy.sum(0)}
 
 
 asked: list[dict[str, bool]] = []
