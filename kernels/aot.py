@@ -18,7 +18,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import linear_kl_triton
-from .aot_cases import fp8_linear_cases, hidden_mse_cases, packed_projection_cases
-from .tiles import LINEAR_KL, RowTile
+from .aot_cases import Case, fp8_linear_cases, hidden_mse_cases, linear_kl_cases, packed_projection_cases
 
 ARCHITECTURES = {
     "sm_80": (GPUTarget("cuda", 80, 32), 166_912),
@@ -40,31 +37,6 @@ BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 COLUMNS = ("arch", "kernel", "specialisation", "tile", "regs", "stack", "LDL/STL", "shared", "128-bit", "HGMMA",
            "LDGSTS", "loops")  # fmt: skip
 INSTRUCTION = r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?"  # its address and predicate in nvdisasm's text
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel in one specialisation.
-
-    Attributes:
-        kernel: the jitted function.
-        label: what is special about it.
-        types: argument types by name, as in Triton signatures; the others are constexprs.
-        constexprs: values of the constexpr arguments.
-        tile: warps and stages.
-        divisible: arguments that are multiples of 16 (for pointers: 16-byte aligned), as at run time.
-        gemm: the kernel contains `tl.dot`.
-        rows: it reads rows, as wide as can be; a kernel over bounds does not.
-    """
-
-    kernel: Any
-    label: str
-    types: dict[str, str]
-    constexprs: dict[str, Any]
-    tile: RowTile
-    divisible: tuple[str, ...]
-    gemm: bool = False
-    rows: bool = True
 
 
 @dataclass(frozen=True)
@@ -91,89 +63,11 @@ class Report:
     problems: tuple[str, ...]
 
 
-def linear_kl_cases(arch: str) -> Iterator[Case]:
-    """All specialisations of the linear_kl kernels that a run on `arch` can ask for, up to unused flag combinations."""
-    tiles = LINEAR_KL.get(arch, LINEAR_KL["default"])
-    floats = ("inv_temperature", "softcap", "scale", "beta", "grad_scale", "e_scale")
-
-    def case(kernel: Any, label: str, halves: dict[str, str], tile: RowTile, **constexprs: Any) -> Case:
-        types = {}
-        for name in kernel.arg_names:
-            if name in constexprs:
-                types[name] = "constexpr"
-            elif name.endswith("_ptr"):
-                types[name] = "*" + halves.get(name, "i64" if name == "rows_ptr" else "fp32")
-            else:
-                types[name] = "fp32" if name in floats else "i32"
-        divisible = tuple(
-            n for n, t in types.items() if t[0] == "*" or n.startswith("stride") or n in ("padded", "width")
-        )
-        return Case(kernel, label, types, constexprs, tile, divisible)
-
-    rows, exps, finish = tiles.kl_rows, tiles.exp_rows, tiles.finish_moments
-    for divergence in ("forward", "reverse", "jsd"):
-        for dtype in ("bf16", "fp16", "fp32") if divergence == "forward" else ("bf16",):
-            for extras in (False, True):
-                yield case(
-                    linear_kl_triton.kl_rows,
-                    f"{divergence} {dtype}{' +bias +softcap +weight' if extras else ''}",
-                    {"grad_ptr": dtype},
-                    rows,
-                    DIVERGENCE=divergence,
-                    HAS_BIAS_S=extras,
-                    HAS_BIAS_T=extras,
-                    HAS_WEIGHT=extras,
-                    HAS_SOFTCAP=extras,
-                    NEED_GRAD=True,
-                    BARRIER=dtype != "fp32",
-                    BLOCK_V=rows.block,
-                )
-    yield case(
-        linear_kl_triton.kl_rows,
-        "forward bf16, trained head",
-        {"grad_ptr": "bf16"},
-        rows,
-        DIVERGENCE="forward",
-        HAS_BIAS_S=False,
-        HAS_BIAS_T=False,
-        HAS_WEIGHT=False,
-        HAS_SOFTCAP=False,
-        NEED_GRAD=True,
-        BARRIER=False,
-        BLOCK_V=rows.block,
-    )
-    for dtype in ("bf16", "fp16", "fp32"):
-        for teacher in (False, True):
-            yield case(
-                linear_kl_triton.exp_rows,
-                f"{'teacher +bias +softcap' if teacher else 'student'} {dtype}",
-                {"e_ptr": dtype},
-                exps,
-                HAS_BIAS=teacher,
-                HAS_VALUE_BIAS=teacher,
-                HAS_SOFTCAP=teacher,
-                WANT_ENTROPY=teacher,
-                BARRIER=dtype != "fp32",
-                BLOCK_V=exps.block,
-            )
-    for dtype in ("bf16", "fp32"):
-        yield case(
-            linear_kl_triton.finish_moments,
-            f"{dtype} +rows +weight",
-            {"x_ptr": dtype, "dx_ptr": dtype},
-            finish,
-            HAS_ROWS=True,
-            HAS_WEIGHT=True,
-            NEED_GRAD=True,
-            BLOCK_D=finish.block,
-        )
-
-
 CASES: tuple[Callable[[str], Iterator[Case]], ...] = (
     linear_kl_cases,
-    partial(hidden_mse_cases, Case),
-    partial(packed_projection_cases, Case),
-    partial(fp8_linear_cases, Case),
+    hidden_mse_cases,
+    packed_projection_cases,
+    fp8_linear_cases,
 )
 
 

@@ -25,6 +25,11 @@ def on_device_of_arguments(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return launch
 
 
+def require_triton_dtype(name: str, x: Tensor) -> None:
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"{name} is {x.dtype}, but on {x.device.type} the kernels take float32, bfloat16 or float16")
+
+
 def require(good: Tensor, message: str, error: type[Exception] = ValueError) -> None:
     """Fail with `message` unless the one-element `good` is true.
 

@@ -11,18 +11,20 @@ the three write three tensors and autograd adds them, 9 T D against (3 + pairs) 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import hidden_mse_ops, linear_kl_ops
-from .autodiff import differentiable
 from .gemms import accumulation_dtype, kept_dtype
 from .hidden_mse import KINDS, both_bounds, check_pairs, check_two_sides, pooled_count
 from .linear_kl_checks import check_moments, check_options, check_side, common_vocabulary, gathered
 from .linear_kl_cpu import FORWARD
+from .linear_kl_ops import dtype_if, scaled_gradients
 from .moments import TeacherMoments
+from .op import Kept, Op, Registered, needs_gradient
 from .segments import SPANS
 
 
@@ -34,114 +36,95 @@ class DistillationTerms(NamedTuple):
     kl: tuple[Tensor, Tensor] | None
 
 
-@torch.library.custom_op("mtllm_fast::distillation_loss", mutates_args=())
-def _distillation(
-    student: Tensor,  # (T_s, D)
-    teacher: Tensor,  # (T_t, D)
-    bounds_s: Tensor | None,
-    bounds_t: Tensor | None,
-    pooling: str,
-    segment_weight: Tensor | None,  # (S,)
-    rows_s: Tensor | None,  # (P,)
-    rows_t: Tensor | None,  # (P,)
-    pair_weight: Tensor | None,  # (P,)
-    kind: str,  # "": no paired term
-    rows_sorted: bool,
-    head: Tensor | None,  # (V, D); None: no KL
-    bias: Tensor | None,  # (V,)
-    m: Tensor | None,  # (N, D) teacher moments; None: difference form
-    entropy: Tensor | None,  # (N,)
-    bias_mean: Tensor | None,  # (N,)
-    num_valid: int,
-    temperature: float,
-    scale: float,
-    softcap: float,
-    need_dx: bool,
-    need_dw: bool,
-    need_db: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Distillation(Op[Eight]):
     """pooled (), paired (), kl (), u (S, D), pair_stats (2, P), dh (T_s, D), dw (V, D), db (V,)."""
-    pooled, paired, _, _, u, _, pair_stats, _ = hidden_mse_ops.hidden_loss(
-        student, teacher, bounds_s, bounds_t, pooling, segment_weight, "none", None, 0.0,
-        rows_s if kind else None, rows_t, pair_weight, kind or "mse", rows_sorted, need_dx, False,
-    )  # fmt: skip
-    kl = pooled.new_zeros(())
-    dh, dw = (student.new_empty(0, student.shape[1], dtype=kept_dtype(student.dtype)) for _ in range(2))
-    db = pooled.new_empty(0)
-    selection = (rows_s, rows_t, pair_weight, num_valid)
-    if head is not None and m is not None:
-        assert entropy is not None and bias_mean is not None
-        kl, _, dh = linear_kl_ops.moment_step(
-            student, head, bias, m, entropy, bias_mean, *selection, temperature, scale, need_dx
-        )
-    elif head is not None:
-        kl, _, dh, dw, db = linear_kl_ops.difference(
-            student, head, teacher, None, bias, None, *selection, temperature, scale, softcap, FORWARD, 0.5, need_dx,
-            need_dw, need_db,
-        )  # fmt: skip
-    return pooled, paired, kl, u, pair_stats, dh, dw, db
+
+    student: Tensor  # (T_s, D)
+    teacher: Tensor  # (T_t, D)
+    bounds_s: Tensor | None = None
+    bounds_t: Tensor | None = None
+    pooling: str = "mean"
+    segment_weight: Tensor | None = None  # (S,)
+    rows_s: Tensor | None = None  # (P,)
+    rows_t: Tensor | None = None  # (P,)
+    pair_weight: Tensor | None = None  # (P,)
+    kind: str = ""  # "": no paired term
+    rows_sorted: bool = False
+    head: Tensor | None = None  # (V, D); None: no KL
+    bias: Tensor | None = None  # (V,)
+    m: Tensor | None = None  # (N, D) teacher moments; None: difference form
+    entropy: Tensor | None = None  # (N,)
+    bias_mean: Tensor | None = None  # (N,)
+    num_valid: int = -1
+    temperature: float = 1.0
+    scale: float = 1.0
+    softcap: float = 0.0
+    need_dx: bool = False
+    need_dw: bool = False
+    need_db: bool = False
+
+    def hidden(self) -> dict[str, Any]:
+        """Arguments of `hidden_loss`."""
+        names = ("student", "teacher", "bounds_s", "bounds_t", "pooling", "segment_weight", "need_dx")
+        pairs = ("rows_s", "rows_t", "pair_weight", "kind", "rows_sorted") if self.kind else ()
+        return {name: getattr(self, name) for name in (*names, *pairs)}
+
+    def step(self) -> dict[str, Any]:
+        """Arguments that both forms of the KL share."""
+        names = ("rows_s", "rows_t", "num_valid", "temperature", "scale")
+        shared = {"h_s": self.student, "w_s": self.head, "bias_s": self.bias, "row_weight": self.pair_weight}
+        return {**shared, "need_dh": self.need_dx, **{name: getattr(self, name) for name in names}}
+
+    def cpu(self) -> Eight:
+        pooled, paired, u, _, pair_stats, _ = hidden_mse_ops.hidden_loss.raw(**self.hidden())
+        kl = pooled.new_zeros(())
+        dh, dw = (self._kept(0) for _ in range(2))
+        db = pooled.new_empty(0)
+        if self.head is not None and self.m is not None:
+            teacher = {"m": self.m, "entropy": self.entropy, "bias_mean": self.bias_mean}
+            kl, _, dh = linear_kl_ops.moment_step.raw(**self.step(), **teacher)
+        elif self.head is not None:
+            kl, _, dh, dw, db = linear_kl_ops.difference.raw(
+                **self.step(), h_t=self.teacher, softcap=self.softcap, need_dw=self.need_dw, need_db=self.need_db
+            )
+        return pooled, paired, kl, u, pair_stats, dh, dw, db
+
+    def _kept(self, rows: int) -> Tensor:
+        return self.student.new_empty((rows, self.student.shape[1]), dtype=kept_dtype(self.student.dtype))
+
+    def fake(self) -> Eight:
+        pooled, paired, u, _, pair_stats, _ = hidden_mse_ops.HiddenLoss(**self.hidden()).fake()
+        vocab = 0 if self.head is None or self.m is not None else self.head.shape[0]
+        dh = self._kept(self.student.shape[0] if self.head is not None and self.need_dx else 0)
+        db = pooled.new_empty(vocab if self.need_db else 0)
+        return pooled, paired, pooled.new_empty(()), u, pair_stats, dh, self._kept(vocab if self.need_dw else 0), db
+
+    def keep(self, output: Eight) -> Kept:
+        _, _, _, u, pair_stats, dh, dw, db = output
+        made = {"u": u if self.bounds_s is not None else None, "pair_stats": pair_stats, "head": dw, "bias": db}
+        made |= {"stats": u.new_empty(0, 1), "more": dh if self.head is not None else None}
+        dtypes = {"head": dtype_if(self.need_dw, self.head), "bias": dtype_if(self.need_db, self.bias)}
+        given = {"bounds": self.bounds_s, "pooling": self.pooling, "need_dx": self.need_dx}
+        if self.kind:  # only row pairs need the states again
+            names = ("student", "teacher", "rows_s", "rows_t", "pair_weight", "kind", "rows_sorted")
+            given |= {name: getattr(self, name) for name in names}
+        return {"student": hidden_mse_ops.shape_of(self.student), "dtypes": dtypes, **made, **given}
+
+    @staticmethod
+    def backward(
+        kept: Kept, grad_pooled: Tensor | None, grad_paired: Tensor | None, grad_kl: Tensor | None, *_: Tensor | None
+    ) -> dict[str, Tensor | None]:
+        gradients = scaled_gradients(grad_kl, kept)
+        if kept["need_dx"]:
+            gradients["student"] = hidden_mse_ops.gradient_of_states(kept, grad_pooled, grad_paired, grad_kl)
+        return gradients
 
 
-@_distillation.register_fake
-def _(
-    student, teacher, bounds_s, bounds_t, pooling, segment_weight, rows_s, rows_t, pair_weight, kind, rows_sorted, head,
-    bias, m, entropy, bias_mean, num_valid, temperature, scale, softcap, need_dx, need_dw, need_db,
-):  # fmt: skip
-    dtype = accumulation_dtype(student.dtype)
-    width = student.shape[1]
-    u_shape: tuple[int, ...] = (0, 0)
-    if bounds_s is not None:
-        u_shape = (bounds_s.shape[0] - int(pooling != SPANS) if need_dx else 0, width)
-    stats_shape: tuple[int, ...] = (0, 1)
-    if kind:
-        stats_shape = (2, rows_s.shape[0] if kind == "cosine" else 0)
-    with_head, vocab = head is not None, 0 if head is None else head.shape[0]
-    differs = with_head and m is None
-    return (
-        student.new_empty((), dtype=dtype),
-        student.new_empty((), dtype=dtype),
-        student.new_empty((), dtype=dtype),
-        student.new_empty(u_shape, dtype=dtype),
-        student.new_empty(stats_shape, dtype=dtype),
-        student.new_empty((student.shape[0] if with_head and need_dx else 0, width), dtype=kept_dtype(student.dtype)),
-        student.new_empty((vocab if differs and need_dw else 0, width), dtype=kept_dtype(student.dtype)),
-        student.new_empty(vocab if differs and need_db else 0, dtype=dtype),
-    )
-
-
-def _save(ctx, inputs, output):
-    student, teacher, bounds_s, _, ctx.pooling, _, rows_s, rows_t, pair_weight, ctx.kind, ctx.rows_sorted = inputs[:11]
-    head, bias = inputs[11:13]
-    ctx.has_head, ctx.bias_dtype = head is not None, None if bias is None else bias.dtype
-    ctx.need_dx, ctx.need_dw, ctx.need_db = inputs[-3:]
-    _, _, _, u, pair_stats, dh, dw, db = output
-    ctx.set_materialize_grads(False)
-    # Only row pairs need the states again.
-    student, teacher = (student, teacher) if ctx.kind else (hidden_mse_ops.shape_of(student), None)
-    ctx.save_for_backward(student, teacher, bounds_s, rows_s, rows_t, pair_weight, u, pair_stats, dh, dw, db)
-
-
-def _backward(ctx, grad_pooled, grad_paired, grad_kl, *_unused):
-    student, teacher, bounds_s, rows_s, rows_t, pair_weight, u, pair_stats, dh, dw, db = ctx.saved_tensors
-    gradients: list[Tensor | None] = [None] * 23
-    pooled = bounds_s is not None and grad_pooled is not None
-    paired = bool(ctx.kind) and grad_paired is not None
-    kl = ctx.has_head and grad_kl is not None
-    if ctx.need_dx and (pooled or paired or kl):
-        gradients[0] = hidden_mse_ops.gradient_of_states(
-            hidden_mse_ops.scales_of(student, grad_pooled, grad_paired, grad_kl), student, teacher,
-            u if pooled else None, bounds_s, ctx.pooling, "none", u.new_empty(0, 1),
-            rows_s if paired else None, rows_t, pair_weight, pair_stats, ctx.kind or "mse", ctx.rows_sorted,
-            dh if kl else None,
-        )  # fmt: skip
-    if kl and ctx.need_dw:
-        gradients[11] = linear_kl_ops.scaled_gradient(dw, grad_kl, student.dtype)
-    if kl and ctx.need_db:
-        gradients[12] = linear_kl_ops.scaled_gradient(db, grad_kl, ctx.bias_dtype)
-    return tuple(gradients)
-
-
-_run = differentiable(_distillation, _save, _backward, "distillation_loss")
+_distillation = Registered(Distillation, "distillation_loss", errors="distillation_loss")
 
 
 def distillation_loss(
@@ -204,8 +187,6 @@ def distillation_loss(
         pairs = None if pair_weight is None else pair_weight.detach().to(dtype)
     if paired is not None and paired not in KINDS:
         raise ValueError(f"paired is {paired!r}, but must be None, 'mse' or 'cosine'")
-    graded = torch.is_grad_enabled()
-    tau = float(temperature)
     if head is not None:
         check_options(temperature, softcap, FORWARD, 0.0, "auto")
         check_side("student", student, "head", head, student.device)
@@ -218,21 +199,33 @@ def distillation_loss(
                 raise ValueError(
                     f"softcap is {softcap}, but the moment form needs logits that are linear in the states"
                 )
-            if graded and (head.requires_grad or (head_bias is not None and head_bias.requires_grad)):
+            if needs_gradient(head) or needs_gradient(head_bias):
                 raise ValueError("head or head_bias requires a gradient, but the moment form needs a frozen head")
             vocab = common_vocabulary(head.shape[0], moments.vocab_size, None, "moments")
             assert rows_s is not None
-            check_moments(moments, head, vocab, tau, rows_s.shape[0], rows_t, student.device)
+            check_moments(moments, head, vocab, float(temperature), rows_s.shape[0], rows_t, student.device)
     elif moments is not None:
         raise ValueError("moments is given, but head is None")
-    sums = _run(
-        student, teacher.detach(), bounds_s, bounds_t, pooling, flat, rows_s, rows_t, pairs, paired or "", rows_sorted,
-        head, head_bias, *((None, None, None) if moments is None else (moments.m, moments.entropy, moments.bias_mean)),
-        -1 if num_valid is None else num_valid, tau, tau**2 if scale_by_t2 else 1.0,
-        0.0 if softcap is None else float(softcap), graded and student.requires_grad,
-        graded and head is not None and head.requires_grad,
-        graded and head_bias is not None and head_bias.requires_grad,
-    )  # fmt: skip
+    need = {"need_dx": needs_gradient(student), "need_dw": needs_gradient(head), "need_db": needs_gradient(head_bias)}
+    sums = _distillation(
+        student=student,
+        teacher=teacher.detach(),
+        bounds_s=bounds_s,
+        bounds_t=bounds_t,
+        pooling=pooling,
+        segment_weight=flat,
+        rows_s=rows_s,
+        rows_t=rows_t,
+        pair_weight=pairs,
+        kind=paired or "",
+        rows_sorted=rows_sorted,
+        head=head,
+        bias=head_bias,
+        **({} if moments is None else moments.tensors()),
+        **linear_kl_ops.scalars(temperature, scale_by_t2, num_valid),
+        softcap=float(softcap or 0.0),
+        **need,
+    )
     terms: list[tuple[Tensor, Tensor] | None] = [None, None, None]
     if bounds_s is not None and bounds_t is not None:
         terms[0] = (sums[0], pooled_count(bounds_s, bounds_t, flat, dtype, pooling == SPANS))

@@ -18,13 +18,14 @@ Bytes: 3 per element of x to quantise it, 1 of q and w, 2 of y. FLOPs: 2 T K N.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .device_checks import on_device_of_arguments
+from .op import Op, Registered
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
@@ -68,59 +69,61 @@ def _widened(q: Tensor) -> Tensor:
     return _values().index_select(0, q.int().view(-1)).view(q.shape)
 
 
-@torch.library.custom_op("mtllm_fast::quantise_rows", mutates_args=(), device_types="cpu")
-def quantise_rows(
-    x: Tensor,  # (T, K)
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class QuantiseRows(Op[tuple[Tensor, Tensor]]):
     """(bytes (T, K) of q, scales (T,) fp32), see `reference_rows`; torch's checks of ops have no e4m3."""
-    q, scale = reference_rows(x)
-    return q.view(torch.uint8), scale
+
+    x: Tensor  # (T, K)
+
+    def cpu(self) -> tuple[Tensor, Tensor]:
+        q, scale = reference_rows(self.x)
+        return q.view(torch.uint8), scale
+
+    def cuda(self) -> tuple[Tensor, Tensor]:
+        from .fp8_linear_triton import quantise_rows_triton
+
+        return quantise_rows_triton(self.x)
+
+    def fake(self) -> tuple[Tensor, Tensor]:
+        x = self.x
+        return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-@quantise_rows.register_kernel("cuda")
-@on_device_of_arguments
-def _(x):
-    from .fp8_linear_triton import quantise_rows_triton
-
-    return quantise_rows_triton(x)
-
-
-@quantise_rows.register_fake
-def _(x):
-    return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(x.shape[0], dtype=torch.float32)
-
-
-@torch.library.custom_op("mtllm_fast::fp8_product", mutates_args=(), device_types="cpu")
-def fp8_product(
-    q: Tensor,  # (T, K) uint8, the bytes of e4m3
-    scale: Tensor,  # (T,) fp32
-    w: Tensor,  # (N, K) uint8
-    w_scale: Tensor,  # (N,) fp32
-    fast: bool,
-) -> Tensor:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Fp8Product(Op[Tensor]):
     """y (T, N) bf16. fast: sums in the tensor cores' own registers, of about 14 bits; without effect on the CPU.
 
     On the CPU the operands are widened to bf16, which has all of e4m3's numbers: bf16 products with sums in fp32, which
     scales that are powers of two leave as they are.
     """
-    with torch.autocast("cpu", enabled=False):
-        y = F.linear(_widened(q), _widened(w))
-    return y.mul_(scale[:, None]).mul_(w_scale)
+
+    q: Tensor  # (T, K) uint8, the bytes of e4m3
+    scale: Tensor  # (T,) fp32
+    w: Tensor  # (N, K) uint8
+    w_scale: Tensor  # (N,) fp32
+    fast: bool
+
+    def cpu(self) -> Tensor:
+        return F.linear(_widened(self.q), _widened(self.w)).mul_(self.scale[:, None]).mul_(self.w_scale)
+
+    def cuda(self) -> Tensor:
+        if not self.q.shape[0]:
+            return self.fake()
+        q, w, scales = self.q.view(FP8), self.w.view(FP8), (self.scale[:, None], self.w_scale[None])
+        # only bf16 results are to be had on every GPU with fp8
+        return torch._scaled_mm(q, w.t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=self.fast)
+
+    def fake(self) -> Tensor:
+        return self.q.new_empty(self.q.shape[0], self.w.shape[0], dtype=torch.bfloat16)
 
 
-@fp8_product.register_kernel("cuda")
-@on_device_of_arguments
-def _(q, scale, w, w_scale, fast):
-    if not q.shape[0]:
-        return q.new_empty(0, w.shape[0], dtype=torch.bfloat16)
-    # only bf16 results are to be had on every GPU with fp8
-    q, w = q.view(FP8), w.view(FP8)
-    return torch._scaled_mm(q, w.t(), scale[:, None], w_scale[None], out_dtype=torch.bfloat16, use_fast_accum=fast)
+_quantise_rows = Registered(QuantiseRows, "quantise_rows")
+fp8_product = Registered(Fp8Product, "fp8_product")
 
 
-@fp8_product.register_fake
-def _(q, scale, w, w_scale, fast):
-    return q.new_empty(q.shape[0], w.shape[0], dtype=torch.bfloat16)
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(bytes (T, K) of x (T, K) in e4m3, scales (T,) fp32), see `reference_rows`."""
+    return _quantise_rows(x=x)
 
 
 def fp8_linear(x: Tensor, w: Tensor, w_scale: Tensor, *, fast: bool) -> Tensor:
@@ -137,4 +140,4 @@ def fp8_linear(x: Tensor, w: Tensor, w_scale: Tensor, *, fast: bool) -> Tensor:
     if width % MULTIPLE or out % MULTIPLE:
         raise ValueError(f"w is {out} x {depth}: fp8 products take multiples of {MULTIPLE}")
     q, scale = quantise_rows(x)
-    return fp8_product(q, scale, w, w_scale, fast).to(x.dtype)
+    return fp8_product(q=q, scale=scale, w=w, w_scale=w_scale, fast=fast).to(x.dtype)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device_checks import require_triton_dtype
 from .hidden_mse_launch import MAX_WIDTH, power_of_two
 
 
@@ -61,8 +62,7 @@ def quantise_rows_triton(x: Tensor, block: int | None = None) -> tuple[Tensor, T
     Raises:
         TypeError: x is of a dtype that the kernel does not read.
     """
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"x is {x.dtype}, but on {x.device.type} the kernel takes float32, bfloat16 or float16")
+    require_triton_dtype("x", x)
     x = x if x.stride(1) == 1 else x.contiguous()
     rows, width = x.shape
     q = x.new_empty(rows, width, dtype=torch.float8_e4m3fn)

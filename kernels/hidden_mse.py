@@ -24,6 +24,7 @@ from torch import Tensor
 from . import hidden_mse_ops as ops
 from .gemms import accumulation_dtype
 from .linear_kl_checks import check_local, gathered
+from .op import needs_gradient
 from .segments import POOLINGS, SPANS, check_bounds, segment_ranges
 
 NORMS = ("none", "rms", "layer")
@@ -229,7 +230,7 @@ def segment_mean(
     check_bounds("cu_seqlens" if spans is None else "spans", bounds, x.device, "x")
     shape = bounds.shape[:-1] if spans is not None else (bounds.shape[0] - 1,)
     bounds = bounds.reshape(-1, 2) if spans is not None else bounds
-    mean, _ = ops.run_segment_mean(x, bounds, pooling, name, float(eps))
+    mean, _ = ops.segment_mean(x=x, bounds=bounds, pooling=pooling, norm=name, eps=float(eps))
     if norm_weight is not None:
         mean = mean * norm_weight.to(mean.dtype)
     if norm_bias is not None:
@@ -275,12 +276,10 @@ def pooled_mse(
     )
     norm_weight, norm_bias = gathered("norm_weight", norm_weight), gathered("norm_bias", norm_bias)
     name = check_norm(norm, norm_weight, norm_bias, eps, student)
-    graded = torch.is_grad_enabled()
-    total, *_ = ops.run_hidden_loss(
-        student, teacher.detach(), bounds_s, bounds_t, pooling, flat, name, norm_weight, float(eps), None, None, None,
-        "mse", False, graded and student.requires_grad,
-        graded and norm_weight is not None and norm_weight.requires_grad,
-    )  # fmt: skip
+    pooled = {"bounds_s": bounds_s, "bounds_t": bounds_t, "pooling": pooling, "segment_weight": flat}
+    normed = {"norm": name, "norm_weight": norm_weight, "eps": float(eps)}
+    need = {"need_dx": needs_gradient(student), "need_norm": needs_gradient(norm_weight)}
+    total, *_ = ops.hidden_loss(student=student, teacher=teacher.detach(), **pooled, **normed, **need)
     if norm_bias is not None:
         total = total + 0.0 * norm_bias.to(total.dtype).sum()
     return total, pooled_count(bounds_s, bounds_t, flat, total.dtype, pooling == SPANS)
@@ -319,8 +318,7 @@ def paired_mse(
         raise ValueError(f"kind is {kind!r}, but must be 'mse' or 'cosine'")
     dtype = accumulation_dtype(student.dtype)
     flat = None if weight is None else weight.detach().to(dtype)
-    _, total, *_ = ops.run_hidden_loss(
-        student, teacher.detach(), None, None, "mean", None, "none", None, 0.0, rows_s, rows_t, flat, kind, rows_sorted,
-        torch.is_grad_enabled() and student.requires_grad, False,
-    )  # fmt: skip
+    pairs = {"rows_s": rows_s, "rows_t": rows_t, "pair_weight": flat, "kind": kind, "rows_sorted": rows_sorted}
+    states = {"student": student, "teacher": teacher.detach(), "need_dx": needs_gradient(student)}
+    _, total, *_ = ops.hidden_loss(**states, **pairs)
     return total, torch.full_like(total, rows_s.shape[0]) if flat is None else flat.sum()

@@ -7,6 +7,8 @@ that stay in cache: fresh pages cost more than the arithmetic.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +17,10 @@ from .gemms import accumulation_dtype
 from .linear_kl_cpu import check_rows
 from .segments import check_values, segment_ranges
 
+if TYPE_CHECKING:
+    from .hidden_mse_ops import HiddenLoss, SegmentMean, StateGradient
+
+STATISTICS = {"none": 0, "rms": 1, "layer": 2}  # of a row: 1/rms; 1/std and mean
 BLOCK_VALUES = 1 << 18  # values per block: 1 MiB of fp32
 
 
@@ -49,7 +55,7 @@ def _segment_sums(x: Tensor, bounds: Tensor, pooling: str, norm: str, eps: float
     lengths = (ends - starts).long()
     rows, offsets = _covered_rows(starts, ends)
     count, width = starts.shape[0], x.shape[1]
-    stats = x.new_zeros({"none": 0, "rms": 1, "layer": 2}[norm], x.shape[0], dtype=dtype)
+    stats = x.new_zeros(STATISTICS[norm], x.shape[0], dtype=dtype)
     sums = x.new_zeros(count, width, dtype=dtype)
     if rows.numel() == 0 or width == 0:
         return sums, lengths, stats
@@ -75,39 +81,23 @@ def _segment_sums(x: Tensor, bounds: Tensor, pooling: str, norm: str, eps: float
     return sums, lengths, stats
 
 
-def segment_mean_cpu(
-    x: Tensor,  # (T, D)
-    bounds: Tensor,  # (S + 1,) or (S, 2)
-    pooling: str,
-    norm: str,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def segment_mean_cpu(a: SegmentMean) -> tuple[Tensor, Tensor]:
     """Mean (S, D) of each segment's rows, normalised without weight and bias; 1/rms, or 1/std and mean, per row."""
-    sums, lengths, stats = _segment_sums(x, bounds, pooling, norm, eps)
+    sums, lengths, stats = _segment_sums(a.x, a.bounds, a.pooling, a.norm, a.eps)
     return sums.div_(lengths.clamp(min=1).unsqueeze(1)), stats
 
 
-def pooled_cpu(
-    student: Tensor,  # (T_s, D)
-    teacher: Tensor,  # (T_t, D)
-    bounds_s: Tensor,
-    bounds_t: Tensor,
-    pooling: str,
-    weight: Tensor | None,  # (S,)
-    norm: str,
-    norm_weight: Tensor | None,  # (D,)
-    eps: float,
-    need_dx: bool,
-    need_norm: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def pooled_cpu(a: HiddenLoss) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Values (S,), u (S, D) = d Σ weight · value / d (one row's share of the mean), statistics, norm weight's gradient.
 
     The norm's weight is applied to means, not to rows, and its bias is the same on both sides and drops out.
     """
+    assert a.bounds_s is not None and a.bounds_t is not None
+    student, weight, norm_weight, need_norm = a.student, a.segment_weight, a.norm_weight, a.need_norm
     dtype = accumulation_dtype(student.dtype)
     width = student.shape[1]
-    mean_s, lengths_s, stats = _segment_sums(student, bounds_s, pooling, norm, eps)
-    mean_t, lengths_t, _ = _segment_sums(teacher, bounds_t, pooling, norm, eps)
+    mean_s, lengths_s, stats = _segment_sums(student, a.bounds_s, a.pooling, a.norm, a.eps)
+    mean_t, lengths_t, _ = _segment_sums(a.teacher, a.bounds_t, a.pooling, a.norm, a.eps)
     share = lengths_s.clamp(min=1).to(dtype).unsqueeze(1)
     mean_s.div_(share)
     difference = mean_t.div_(lengths_t.clamp(min=1).to(dtype).unsqueeze(1)).neg_().add_(mean_s)
@@ -125,21 +115,16 @@ def pooled_cpu(
     d_norm = push.new_zeros(1 if need_norm else 0, width).sum(0, keepdim=True)
     if need_norm:
         d_norm = (mean_s.masked_fill(~counts.unsqueeze(1), 0.0) * push).sum(0, keepdim=True)
-    if not need_dx:
+    if not a.need_dx:
         return values, push.new_empty(0, width), stats[:, :0].clone(), d_norm
     u = push.div_(share)
     return values, u if norm_weight is None else u.mul_(norm_weight.to(dtype)), stats, d_norm
 
 
-def pairs_cpu(
-    student: Tensor,  # (T_s, D)
-    teacher: Tensor,  # (T_t, D)
-    rows_s: Tensor,  # (P,)
-    rows_t: Tensor,  # (P,)
-    weight: Tensor | None,  # (P,)
-    kind: str,
-) -> tuple[Tensor, Tensor]:
+def pairs_cpu(a: HiddenLoss) -> tuple[Tensor, Tensor]:
     """Values (P,) and, for the cosine, 1 / (|s| |t|) and cos / |s|² (2, P); 0 where the weight is 0."""
+    assert a.rows_s is not None and a.rows_t is not None
+    student, teacher, rows_s, rows_t, weight, kind = a.student, a.teacher, a.rows_s, a.rows_t, a.pair_weight, a.kind
     check_rows(rows_s, student.shape[0], "rows_s")
     check_rows(rows_t, teacher.shape[0], "rows_t")
     dtype = accumulation_dtype(student.dtype)
@@ -167,35 +152,21 @@ def pairs_cpu(
     return values, stats
 
 
-def state_gradient_cpu(
-    scales: Tensor,  # (3,)
-    student: Tensor,  # (T, D)
-    teacher: Tensor | None,  # (T_t, D)
-    u: Tensor | None,  # (S, D)
-    bounds: Tensor | None,
-    pooling: str,
-    norm: str,
-    stats: Tensor,  # (n, T)
-    rows_s: Tensor | None,  # (P,)
-    rows_t: Tensor | None,  # (P,)
-    pair_weight: Tensor | None,  # (P,)
-    pair_stats: Tensor,  # (2, P)
-    kind: str,
-    rows_sorted: bool,
-    more: Tensor | None,  # (T, D)
-) -> Tensor:
+def state_gradient_cpu(a: StateGradient) -> Tensor:
     """scales[0] · (pooled part from u) + scales[1] · (row pairs) + scales[2] · more, in the dtype of the states.
 
     Every block of rows is finished while it is in cache. A pair whose row is named twice adds to the same row.
     """
+    scales, student, u, norm, stats, more = a.scales, a.student, a.u, a.norm, a.stats, a.more
+    rows_s, pair_weight, pair_stats = a.rows_s, a.pair_weight, a.pair_stats
     dtype = accumulation_dtype(student.dtype)
     rows, width = student.shape
     dx = student.new_empty(rows, width)
     block = block_rows(width)
     own = None
     if u is not None:
-        assert bounds is not None
-        starts, ends = segment_ranges(bounds, pooling)
+        assert a.bounds is not None
+        starts, ends = segment_ranges(a.bounds, a.pooling)
         covered, _ = _covered_rows(starts, ends)
         # Row S of u holds the zeros of rows that belong to no segment.
         own = torch.full((rows,), u.shape[0], dtype=torch.int64)
@@ -206,9 +177,9 @@ def state_gradient_cpu(
         dead = (u == 0).all(1) if norm != "none" else None
     order = edges = factor = None
     if rows_s is not None and rows_s.shape[0] > 0:
-        if rows_sorted and bool((rows_s[1:] < rows_s[:-1]).any()):
+        if a.rows_sorted and bool((rows_s[1:] < rows_s[:-1]).any()):
             raise ValueError("rows_s must ascend when rows_sorted is True")
-        order = torch.arange(rows_s.shape[0]) if rows_sorted else torch.argsort(rows_s, stable=True)
+        order = torch.arange(rows_s.shape[0]) if a.rows_sorted else torch.argsort(rows_s, stable=True)
         factor = scales[1].expand(order.shape[0])
         if pair_weight is not None:
             kept = pair_weight[order] != 0
@@ -234,13 +205,13 @@ def state_gradient_cpu(
         else:
             total.zero_()
         if order is not None and edges is not None and factor is not None and edges[index] < edges[index + 1]:
-            assert teacher is not None and rows_t is not None
+            assert a.teacher is not None and a.rows_t is not None
             part = slice(edges[index], edges[index + 1])
             pair = order[part]
             s = student.index_select(0, targets[part]).to(dtype)
-            t = teacher.index_select(0, rows_t[pair]).to(dtype)
+            t = a.teacher.index_select(0, a.rows_t[pair]).to(dtype)
             scale = factor[part].unsqueeze(1)
-            if kind == "mse":
+            if a.kind == "mse":
                 s.sub_(t).mul_(scale * (2.0 / width))
             else:
                 s.mul_(pair_stats[1, pair].unsqueeze(1)).addcmul_(t, pair_stats[0, pair].unsqueeze(1), value=-1.0)

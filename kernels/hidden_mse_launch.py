@@ -5,19 +5,21 @@ Tests run these functions on CPU tensors in the Triton interpreter.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from .device_checks import debugging, require, require_rows
+from .device_checks import debugging, require, require_rows, require_triton_dtype
+from .hidden_mse_cpu import STATISTICS
 from .hidden_mse_triton import check_bounds, pair_values, pool_compare, pool_finish, pool_rows, state_gradient
 from .segments import SPANS, Partition, assert_values, partition
-from .tiles import HIDDEN_MSE, HiddenMSETiles, architecture
+from .tiles import HIDDEN_MSE, HiddenMSETiles, row_of
+
+if TYPE_CHECKING:
+    from .hidden_mse_ops import HiddenLoss, SegmentMean, StateGradient
 
 MAX_WIDTH = 16384  # a row of fp32 in the registers of 16 warps
-
-
-def _tiles(device: torch.device) -> HiddenMSETiles:
-    return HIDDEN_MSE.get(architecture(), HIDDEN_MSE["default"]) if device.type == "cuda" else HIDDEN_MSE["default"]
 
 
 def power_of_two(n: int) -> int:
@@ -26,8 +28,7 @@ def power_of_two(n: int) -> int:
 
 def _checked(x: Tensor, name: str) -> Tensor:
     """x with unit stride along the width."""
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"{name} is {x.dtype}, but on {x.device.type} the kernels take float32, bfloat16 or float16")
+    require_triton_dtype(name, x)
     if x.shape[1] > MAX_WIDTH:
         raise ValueError(f"{name} is {x.shape[1]} wide, but the kernels take at most {MAX_WIDTH}")
     return x if x.stride(1) == 1 else x.contiguous()
@@ -57,7 +58,7 @@ def _pool(x: Tensor, parts: Partition, norm: str, eps: float, store_stats: bool,
     """(partial sums (slots, D) fp32, statistics (n, T))."""
     width = x.shape[1]
     partial = x.new_empty(parts.slots(tiles.piece), width, dtype=torch.float32)
-    stats = x.new_empty({"none": 0, "rms": 1, "layer": 2}[norm], x.shape[0] if store_stats else 0, dtype=torch.float32)
+    stats = x.new_empty(STATISTICS[norm], x.shape[0] if store_stats else 0, dtype=torch.float32)
     block = power_of_two(width)
     tile = tiles.for_width(block, x.element_size())
     pool_rows[(partial.shape[0],)](
@@ -69,19 +70,12 @@ def _pool(x: Tensor, parts: Partition, norm: str, eps: float, store_stats: bool,
     return partial, stats
 
 
-def segment_mean_triton(
-    x: Tensor,  # (T, D)
-    bounds: Tensor,  # (S + 1,) or (S, 2)
-    pooling: str,
-    norm: str,
-    eps: float,
-    tiles: HiddenMSETiles | None = None,
-) -> tuple[Tensor, Tensor]:
+def segment_mean_triton(a: SegmentMean, tiles: HiddenMSETiles | None = None) -> tuple[Tensor, Tensor]:
     """As `hidden_mse_cpu.segment_mean_cpu`."""
-    x, tiles = _checked(x, "x"), tiles or _tiles(x.device)
-    _require_bounds(pooling, (bounds, x.shape[0]))
-    parts = partition(bounds, pooling, x.shape[0], x.device)
-    partial, stats = _pool(x, parts, norm, eps, True, tiles)
+    x, tiles = _checked(a.x, "x"), tiles or row_of(HIDDEN_MSE, a.x.device)
+    _require_bounds(a.pooling, (a.bounds, x.shape[0]))
+    parts = partition(a.bounds, a.pooling, x.shape[0], x.device)
+    partial, stats = _pool(x, parts, a.norm, a.eps, True, tiles)
     mean = x.new_empty(parts.segments, x.shape[1], dtype=torch.float32)
     block = min(power_of_two(x.shape[1]), tiles.finish_block)
     if mean.numel():
@@ -93,37 +87,23 @@ def segment_mean_triton(
     return mean, stats
 
 
-def pooled_triton(
-    student: Tensor,  # (T_s, D)
-    teacher: Tensor,  # (T_t, D)
-    bounds_s: Tensor,
-    bounds_t: Tensor,
-    pooling: str,
-    weight: Tensor | None,  # (S,)
-    norm: str,
-    norm_weight: Tensor | None,  # (D,)
-    eps: float,
-    need_dx: bool,
-    need_norm: bool,
-    tiles: HiddenMSETiles | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def pooled_triton(a: HiddenLoss, tiles: HiddenMSETiles | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `hidden_mse_cpu.pooled_cpu`: values (S,), u (S, D), statistics, gradient of the norm's weight (1, D)."""
-    student, teacher, tiles = (
-        _checked(student, "student"),
-        _checked(teacher, "teacher"),
-        tiles or _tiles(student.device),
-    )
+    assert a.bounds_s is not None and a.bounds_t is not None
+    student, teacher = _checked(a.student, "student"), _checked(a.teacher, "teacher")
+    tiles = tiles or row_of(HIDDEN_MSE, student.device)
+    weight, norm_weight = a.segment_weight, a.norm_weight
     width = student.shape[1]
     sides = []
-    _require_bounds(pooling, (bounds_s, student.shape[0]), (bounds_t, teacher.shape[0]))
-    for x, bounds in ((student, bounds_s), (teacher, bounds_t)):
-        parts = partition(bounds, pooling, x.shape[0], x.device)
-        sides.append((parts, *_pool(x, parts, norm, eps, x is student and need_dx, tiles)))
+    _require_bounds(a.pooling, (a.bounds_s, student.shape[0]), (a.bounds_t, teacher.shape[0]))
+    for x, bounds in ((student, a.bounds_s), (teacher, a.bounds_t)):
+        parts = partition(bounds, a.pooling, x.shape[0], x.device)
+        sides.append((parts, *_pool(x, parts, a.norm, a.eps, x is student and a.need_dx, tiles)))
     (parts_s, partial_s, stats), (parts_t, partial_t, _) = sides
     count = parts_s.segments
     values = student.new_empty(count, dtype=torch.float32)
-    u = student.new_empty(count if need_dx else 0, width, dtype=torch.float32)
-    mean, push = (student.new_empty(count if need_norm else 0, width, dtype=torch.float32) for _ in range(2))
+    u = student.new_empty(count if a.need_dx else 0, width, dtype=torch.float32)
+    mean, push = (student.new_empty(count if a.need_norm else 0, width, dtype=torch.float32) for _ in range(2))
     if count:
         pool_compare[(count,)](
             partial_s, partial_t, parts_s.edges, parts_t.edges,
@@ -132,28 +112,19 @@ def pooled_triton(
             values if weight is None else weight.float(),
             values if norm_weight is None else norm_weight.float().contiguous(), values, u, mean, push,
             width, parts_s.rows, parts_t.rows, parts_s.intervals, parts_t.intervals,
-            HAS_WEIGHT=weight is not None, HAS_NORM_WEIGHT=norm_weight is not None, NEED_U=need_dx, NEED_NORM=need_norm,
-            IS_CU_S=parts_s.position is None, IS_CU_T=parts_t.position is None,
+            HAS_WEIGHT=weight is not None, HAS_NORM_WEIGHT=norm_weight is not None, NEED_U=a.need_dx,
+            NEED_NORM=a.need_norm, IS_CU_S=parts_s.position is None, IS_CU_T=parts_t.position is None,
             PIECE=tiles.piece, BLOCK_D=min(power_of_two(width), tiles.compare_block), num_warps=8,
         )  # fmt: skip
     return values, u, stats, (mean * push).sum(0, keepdim=True)
 
 
-def pairs_triton(
-    student: Tensor,  # (T_s, D)
-    teacher: Tensor,  # (T_t, D)
-    rows_s: Tensor,  # (P,)
-    rows_t: Tensor,  # (P,)
-    weight: Tensor | None,  # (P,)
-    kind: str,
-    tiles: HiddenMSETiles | None = None,
-) -> tuple[Tensor, Tensor]:
+def pairs_triton(a: HiddenLoss, tiles: HiddenMSETiles | None = None) -> tuple[Tensor, Tensor]:
     """As `hidden_mse_cpu.pairs_cpu`: values (P,), statistics (2, P) of the cosine."""
-    student, teacher, tiles = (
-        _checked(student, "student"),
-        _checked(teacher, "teacher"),
-        tiles or _tiles(student.device),
-    )
+    assert a.rows_s is not None and a.rows_t is not None
+    student, teacher = _checked(a.student, "student"), _checked(a.teacher, "teacher")
+    tiles = tiles or row_of(HIDDEN_MSE, student.device)
+    rows_s, rows_t, weight, kind = a.rows_s, a.rows_t, a.pair_weight, a.kind
     pairs, width = rows_s.shape[0], student.shape[1]
     for name, rows, x in (("rows_s", rows_s, student), ("rows_t", rows_t, teacher)):
         require_rows(rows, x.shape[0], name)
@@ -170,35 +141,20 @@ def pairs_triton(
     return values, stats
 
 
-def state_gradient_triton(
-    scales: Tensor,  # (3,) fp32
-    student: Tensor,  # (T, D)
-    teacher: Tensor | None,
-    u: Tensor | None,  # (S, D)
-    bounds: Tensor | None,
-    pooling: str,
-    norm: str,
-    stats: Tensor,
-    rows_s: Tensor | None,
-    rows_t: Tensor | None,
-    pair_weight: Tensor | None,
-    pair_stats: Tensor,
-    kind: str,
-    rows_sorted: bool,
-    more: Tensor | None,  # (T, D)
-    tiles: HiddenMSETiles | None = None,
-) -> Tensor:
+def state_gradient_triton(a: StateGradient, tiles: HiddenMSETiles | None = None) -> Tensor:
     """As `hidden_mse_cpu.state_gradient_cpu`, one kernel; rows named twice are added in the order of the pairs."""
-    student, tiles = _checked(student, "student"), tiles or _tiles(student.device)
+    student, tiles = _checked(a.student, "student"), tiles or row_of(HIDDEN_MSE, a.student.device)
+    scales, teacher, u, more = a.scales, a.teacher, a.u, None if a.more is None else _checked(a.more, "more")
+    rows_s, rows_t, pair_weight = a.rows_s, a.rows_t, a.pair_weight
     rows, width = student.shape
-    parts = partition(None if u is None else bounds, pooling, rows, student.device)
+    parts = partition(None if u is None else a.bounds, a.pooling, rows, student.device)
     dx = student.new_empty(rows, width)
     pair_order = pair_edges = parts.edges
     has_pairs = rows_s is not None and rows_s.shape[0] > 0
     if has_pairs:
         assert rows_s is not None and rows_t is not None and teacher is not None
         teacher = _checked(teacher, "teacher")
-        if rows_sorted:
+        if a.rows_sorted:
             require((rows_s[1:] >= rows_s[:-1]).all(), "rows_s must ascend when rows_sorted is True")
             pair_order, ascending = torch.arange(rows_s.shape[0], device=rows_s.device), rows_s
         else:
@@ -206,16 +162,15 @@ def state_gradient_triton(
         pair_edges = torch.searchsorted(ascending, torch.arange(rows + 1, device=rows_s.device, dtype=rows_s.dtype))
     block = power_of_two(width)
     tile = tiles.for_width(block, student.element_size())
-    more = None if more is None else _checked(more, "more")
     state_gradient[(parts.slots(tiles.gradient_piece),)](
         dx, student, student if teacher is None else teacher, scales if u is None else u,
         student if more is None else more, scales, parts.edges, parts.edges if parts.order is None else parts.order,
-        stats, pair_edges, pair_order, parts.edges if rows_t is None else rows_t,
-        scales if pair_weight is None else pair_weight.float(), pair_stats,
+        a.stats, pair_edges, pair_order, parts.edges if rows_t is None else rows_t,
+        scales if pair_weight is None else pair_weight.float(), a.pair_stats,
         student.stride(0), 0 if teacher is None else teacher.stride(0), 0 if more is None else more.stride(0),
         width, rows, parts.intervals, parts.segments, 0 if rows_s is None else rows_s.shape[0],
-        NORM="none" if u is None else norm, HAS_POOL=u is not None, HAS_PAIRS=has_pairs,
-        HAS_WEIGHT=pair_weight is not None, COSINE=kind == "cosine", HAS_MORE=more is not None,
+        NORM="none" if u is None else a.norm, HAS_POOL=u is not None, HAS_PAIRS=has_pairs,
+        HAS_WEIGHT=pair_weight is not None, COSINE=a.kind == "cosine", HAS_MORE=more is not None,
         IS_CU=parts.order is None, PIECE=tiles.gradient_piece, STAGES=min(tile.stages, 3), BLOCK_D=block,
         num_warps=tile.num_warps,
     )  # fmt: skip

@@ -46,6 +46,7 @@ from .linear_kl_checks import (
 )
 from .linear_kl_cpu import FORWARD, JSD, REVERSE
 from .moments import TeacherMoments
+from .op import needs_gradient
 
 
 def reference(
@@ -154,9 +155,9 @@ def teacher_moments(
     check_vector("bias_s", bias_s, v_s, "the student vocabulary", device, "bias")
     check_vector("rows", rows, 0 if rows is None else rows.numel(), "row numbers", device, "rows")
     heads = (None if x is None else x.detach()[:vocab] for x in (w_t, w_s, bias_t, bias_s))
-    m, entropy, bias_mean = ops.moments_of(
-        h_t.detach(), *heads, rows, float(temperature), 0.0 if softcap is None else float(softcap)
-    )
+    sides = dict(zip(("w_t", "w_s", "bias_t", "bias_s"), heads))
+    options = {"temperature": float(temperature), "softcap": float(softcap or 0.0)}
+    m, entropy, bias_mean = ops.moments_of(h_t=h_t.detach(), **sides, rows=rows, **options)
     return TeacherMoments(m if dtype is None else m.to(dtype), entropy, bias_mean, float(temperature), vocab)
 
 
@@ -254,43 +255,36 @@ def linear_kl(
     def narrowed(x: Tensor | None) -> Tensor | None:
         return x if x is None or x.shape[0] == vocab else x[:vocab]
 
-    graded = torch.is_grad_enabled()
     weight = None if row_weight is None else row_weight.detach().to(accumulation_dtype(h_s.dtype))
-    selection = (rows_s, rows_t, weight, -1 if num_valid is None else num_valid)
-    tau, scale = float(temperature), float(temperature) ** 2 if scale_by_t2 else 1.0
+    shared: dict[str, Any] = {"h_s": h_s, "rows_s": rows_s, "rows_t": rows_t, "row_weight": weight}
+    shared |= {"need_dh": needs_gradient(h_s), **ops.scalars(temperature, scale_by_t2, num_valid)}
     if form == "moments":
         vocab = common_vocabulary(w_s.shape[0], teacher.vocab_size if teacher else w_s.shape[0], vocab_size, "teacher")
         if divergence != FORWARD:
             raise ValueError(f"divergence is {divergence!r}, but the moment form computes only 'forward'")
         if softcap is not None:
             raise ValueError(f"softcap is {softcap}, but the moment form needs logits that are linear in the states")
-        if graded and (w_s.requires_grad or (bias_s is not None and bias_s.requires_grad)):
+        if needs_gradient(w_s) or needs_gradient(bias_s):
             raise ValueError("w_s or bias_s requires a gradient, but the moment form needs a frozen student head")
         if teacher is None:
             assert h_t is not None
             own_head = (w_s, bias_s) if w_t is None else (w_t, bias_t)
             teacher = teacher_moments(
-                h_t, own_head[0], tau, w_s=None if w_t is None else w_s, bias_t=own_head[1], bias_s=bias_s,
+                h_t, own_head[0], temperature, w_s=None if w_t is None else w_s, bias_t=own_head[1], bias_s=bias_s,
                 vocab_size=vocab_size,
             )  # fmt: skip
             vocab = teacher.vocab_size
-        check_moments(teacher, w_s, vocab, tau, pairs, rows_t, device)
-        total, values, _ = ops.run_moment_step(
-            h_s, narrowed(w_s), narrowed(bias_s), teacher.m, teacher.entropy, teacher.bias_mean, *selection,
-            tau, scale, graded and h_s.requires_grad,
-        )  # fmt: skip
+        check_moments(teacher, w_s, vocab, float(temperature), pairs, rows_t, device)
+        total, values, _ = ops.moment_step(**shared, w_s=narrowed(w_s), bias_s=narrowed(bias_s), **teacher.tensors())
     else:
         assert h_t is not None
         if rows_t is None and h_t.shape[0] != pairs:
             raise ValueError(f"h_t has {h_t.shape[0]} rows for {pairs} pairs; pass rows_t to say which belong together")
         vocab = common_vocabulary(w_s.shape[0], (w_s if w_t is None else w_t).shape[0], vocab_size, "w_t")
-        constants = (narrowed(None if x is None else x.detach()) for x in (w_t, bias_t))
-        w_t, bias_t = constants
-        total, values, *_ = ops.run_difference(
-            h_s, narrowed(w_s), h_t.detach(), w_t, narrowed(bias_s), bias_t, *selection, tau, scale,
-            0.0 if softcap is None else float(softcap), divergence, float(beta), graded and h_s.requires_grad,
-            graded and w_s.requires_grad, graded and bias_s is not None and bias_s.requires_grad,
-        )  # fmt: skip
+        w_t, bias_t = (narrowed(None if x is None else x.detach()) for x in (w_t, bias_t))
+        shared |= {"h_t": h_t.detach(), "w_s": narrowed(w_s), "w_t": w_t, "bias_s": narrowed(bias_s), "bias_t": bias_t}
+        shared |= {"need_dw": needs_gradient(w_s), "need_db": needs_gradient(bias_s), "softcap": float(softcap or 0.0)}
+        total, values, *_ = ops.difference(**shared, divergence=divergence, beta=float(beta))
     count = torch.full_like(total, pairs) if weight is None else weight.sum()
     return (total, count.detach(), values.detach()) if per_row else (total, count.detach())
 

@@ -7,31 +7,30 @@ Tests run these functions on CPU tensors in the Triton interpreter, where the GE
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from .device_checks import require, require_rows
+from .device_checks import require, require_rows, require_triton_dtype
 from .gemms import kept_dtype, mm_f32, mm_f32_add
 from .linear_kl_triton import exp_rows, finish_moments, kl_rows
-from .tiles import LINEAR_KL, LinearKLTiles, architecture
+from .tiles import LINEAR_KL, LinearKLTiles, padded_vocabulary, row_of
+
+if TYPE_CHECKING:
+    from .linear_kl_ops import Difference, MomentsOf, MomentStep, OverPairs
 
 # fp16 cannot hold probabilities below 6e-8, so they are stored times 2^10, which leaves room for the p (r - K) of the
 # reverse KL; bf16 and fp32 have the range.
 FP16_SCALE = 1024.0
 
 
-def _tiles(device: torch.device) -> LinearKLTiles:
-    return LINEAR_KL.get(architecture(), LINEAR_KL["default"]) if device.type == "cuda" else LINEAR_KL["default"]
-
-
 class _Pairs:
     """Row pairs in the order they are computed: weight 0 last, and cut off there where `num_valid` says so."""
 
-    def __init__(
-        self, total: int, rows_s: Tensor | None, rows_t: Tensor | None, weight: Tensor | None, num_valid: int,
-        dtype: torch.dtype,
-    ):  # fmt: skip
-        self.total, self.count = total, total
+    def __init__(self, a: OverPairs):
+        self.total = self.count = a.pairs
+        rows_s, rows_t, weight, num_valid = a.rows_s, a.rows_t, a.row_weight, a.num_valid
         self.rows_s, self.rows_t, self.weight = rows_s, rows_t, weight
         self.order: Tensor | None = None
         self.relative, self.peak = weight, torch.ones(())
@@ -45,7 +44,7 @@ class _Pairs:
         self.relative = self.weight
         self.rows_s = order if rows_s is None else rows_s[order]
         self.rows_t = order if rows_t is None else rows_t[order]
-        if dtype != torch.float16:
+        if a.h_s.dtype != torch.float16:
             return
         # The largest weight, 1 where there is none: what is left of a weight must fit into 16 bits next to a state.
         peak = torch.nn.functional.pad(self.weight.abs(), (0, 1)).amax()
@@ -85,11 +84,6 @@ class _Pairs:
         dh.index_put_((self.rows_s[start:stop].long(),), dx, accumulate=True)
 
 
-def _padded(vocab: int) -> int:
-    """Row stride of a logits buffer: a multiple of 128 bytes, so that rows start where wide loads and GEMMs like it."""
-    return -(-vocab // 64) * 64
-
-
 def _half_view(buffer: Tensor, vocab: int, dtype: torch.dtype) -> tuple[Tensor, float]:
     """The rows of an fp32 buffer seen as (C, V) of `dtype` in the same memory, and the factor on what is stored."""
     if dtype == torch.float32:
@@ -99,60 +93,41 @@ def _half_view(buffer: Tensor, vocab: int, dtype: torch.dtype) -> tuple[Tensor, 
 
 def _padded_bias(bias: Tensor | None, like: Tensor) -> Tensor:
     """A bias as the kernels read it, fp32 and padded; any tensor will do where there is none."""
-    return like if bias is None else torch.nn.functional.pad(bias.float(), (0, _padded(bias.shape[0]) - bias.shape[0]))
-
-
-def _require_triton_dtype(h: Tensor) -> None:
-    if h.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"h_s is {h.dtype}, but on {h.device.type} linear_kl takes float32, bfloat16 or float16")
+    return (
+        like
+        if bias is None
+        else torch.nn.functional.pad(bias.float(), (0, padded_vocabulary(bias.shape[0]) - bias.shape[0]))
+    )
 
 
 def difference_triton(
-    h_s: Tensor,  # (T_s, D)
-    w_s: Tensor,  # (V, D)
-    h_t: Tensor,  # (T_t, D_t)
-    w_t: Tensor | None,  # (V, D_t)
-    bias_s: Tensor | None,  # (V,)
-    bias_t: Tensor | None,  # (V,)
-    rows_s: Tensor | None,  # (P,)
-    rows_t: Tensor | None,  # (P,)
-    row_weight: Tensor | None,  # (P,)
-    num_valid: int,
-    temperature: float,
-    scale: float,
-    softcap: float,
-    divergence: str,
-    beta: float,
-    need_dh: bool,
-    need_dw: bool,
-    need_db: bool,
-    tiles: LinearKLTiles | None = None,
+    a: Difference, tiles: LinearKLTiles | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `linear_kl_cpu.difference_cpu`, 3 GEMMs and one row kernel per chunk.
 
     For a head that trains, the gradients of the logits are kept over many chunks (`tiles.rows_of_dw`) for one GEMM,
     which writes dW in its own dtype where it is the only one.
     """
-    _require_triton_dtype(h_s)
-    tiles = tiles or _tiles(h_s.device)
-    require_rows(rows_s, h_s.shape[0], "rows_s")
-    require_rows(rows_t, h_t.shape[0], "rows_t")
-    pairs = _Pairs(h_s.shape[0] if rows_s is None else rows_s.shape[0], rows_s, rows_t, row_weight, num_valid,
-                   h_s.dtype)  # fmt: skip
+    h_s, w_s, h_t, w_t, need_dh, need_dw, need_db = a.h_s, a.w_s, a.h_t, a.w_t, a.need_dh, a.need_dw, a.need_db
+    require_triton_dtype("h_s", h_s)
+    tiles = tiles or row_of(LINEAR_KL, h_s.device)
+    require_rows(a.rows_s, h_s.shape[0], "rows_s")
+    require_rows(a.rows_t, h_t.shape[0], "rows_t")
+    pairs = _Pairs(a)
     vocab, width = w_s.shape
     store = need_dh or need_dw or need_db
     values = h_s.new_empty(pairs.count, dtype=torch.float32)
     dh = pairs.gradient(h_s, need_dh)
     db = h_s.new_zeros(vocab if need_db else 0, dtype=torch.float32)
     chunk = max(1, min(tiles.chunk_rows, pairs.count))
-    buffer = h_s.new_empty(2 * chunk, _padded(vocab), dtype=torch.float32)
+    buffer = h_s.new_empty(2 * chunk, padded_vocabulary(vocab), dtype=torch.float32)
     dx = h_s.new_empty(chunk if need_dh else 0, width, dtype=torch.float32)
     kept = tiles.rows_of_dw(pairs.count, width, h_s.dtype) if need_dw else 0
     once = kept >= pairs.count
     dw = h_s.new_empty((vocab if need_dw else 0, width), dtype=kept_dtype(w_s.dtype) if once else torch.float32)
     gradients, x_kept = h_s.new_empty(kept, buffer.shape[1]), h_s.new_empty(kept, width)
-    bias_t = bias_s if w_t is None else bias_t
-    bias_s_ptr, bias_t_ptr = _padded_bias(bias_s, values), _padded_bias(bias_t, values)
+    bias_t = a.bias_s if w_t is None else a.bias_t
+    bias_s_ptr, bias_t_ptr = _padded_bias(a.bias_s, values), _padded_bias(bias_t, values)
 
     for start in range(0, pairs.count, chunk):
         stop = min(start + chunk, pairs.count)
@@ -172,15 +147,14 @@ def difference_triton(
         kl_rows[(n,)](
             z_s, z_t, grad, bias_s_ptr, bias_t_ptr, values if weights is None else weights, values[start:stop],
             z_s.stride(0), z_t.stride(0), grad.stride(0), vocab, buffer.shape[1],
-            1.0 / temperature, softcap, scale, beta, grad_scale,
-            DIVERGENCE=divergence, HAS_BIAS_S=bias_s is not None, HAS_BIAS_T=bias_t is not None,
-            HAS_WEIGHT=weights is not None, HAS_SOFTCAP=softcap > 0, NEED_GRAD=store,
-            BARRIER=grad.dtype != torch.float32 and not need_dw, BLOCK_V=tiles.kl_rows.block,
-            num_warps=tiles.kl_rows.num_warps, num_stages=tiles.kl_rows.num_stages,
+            1.0 / a.temperature, a.softcap, a.scale, a.beta, grad_scale,
+            DIVERGENCE=a.divergence, HAS_BIAS_S=a.bias_s is not None, HAS_BIAS_T=bias_t is not None,
+            HAS_WEIGHT=weights is not None, HAS_SOFTCAP=a.softcap > 0, NEED_GRAD=store,
+            BARRIER=grad.dtype != torch.float32 and not need_dw, BLOCK_V=tiles.kl_rows.block, **tiles.kl_rows.launch,
         )  # fmt: skip
         if not store:
             continue
-        factor = scale / (temperature * grad_scale)
+        factor = a.scale / (a.temperature * grad_scale)
         if need_dh:
             mm_f32(grad, w_s, out=dx[:n])
             row_factor = factor if weights is None else (weights * factor).unsqueeze(1)
@@ -205,80 +179,52 @@ def difference_triton(
     return *pairs.reduce(values), dh.to(kept_dtype(h_s.dtype)), dw.to(kept_dtype(w_s.dtype)), db
 
 
-def teacher_moments_triton(
-    h_t: Tensor,  # (T_t, D_t)
-    w_t: Tensor,  # (V, D_t)
-    w_s: Tensor | None,  # (V, D)
-    bias_t: Tensor | None,  # (V,)
-    bias_s: Tensor | None,  # (V,)
-    rows: Tensor | None,  # (N,)
-    temperature: float,
-    softcap: float,
-    tiles: LinearKLTiles | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def teacher_moments_triton(a: MomentsOf, tiles: LinearKLTiles | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """As `moments_cpu.teacher_moments_cpu`, 2 GEMMs and one row kernel per chunk."""
-    _require_triton_dtype(h_t)
-    tiles = tiles or _tiles(h_t.device)
+    h_t, w_t, rows, count = a.h_t, a.w_t, a.rows, a.count
+    require_triton_dtype("h_t", h_t)
+    tiles = tiles or row_of(LINEAR_KL, h_t.device)
     require_rows(rows, h_t.shape[0], "rows")
-    count = h_t.shape[0] if rows is None else rows.shape[0]
-    values = w_t if w_s is None else w_s
+    values = w_t if a.w_s is None else a.w_s
     vocab = w_t.shape[0]
     m = h_t.new_empty(count, values.shape[1], dtype=torch.float32)
     lse, entropy, inv_sum = (h_t.new_empty(count, dtype=torch.float32) for _ in range(3))
     bias_mean = h_t.new_zeros(count, dtype=torch.float32)
     chunk = max(1, min(tiles.chunk_rows, count))
-    buffer = h_t.new_empty(chunk, _padded(vocab), dtype=torch.float32)
-    bias_ptr, value_bias_ptr = _padded_bias(bias_t, lse), _padded_bias(bias_s, lse)
+    buffer = h_t.new_empty(chunk, padded_vocabulary(vocab), dtype=torch.float32)
+    bias_ptr, value_bias_ptr = _padded_bias(a.bias_t, lse), _padded_bias(a.bias_s, lse)
     for start in range(0, count, chunk):
-        stop = min(start + chunk, count)
-        x = h_t[start:stop] if rows is None else h_t.index_select(0, rows[start:stop])
-        z = buffer[: stop - start]
+        part = slice(start, min(start + chunk, count))
+        x = h_t[part] if rows is None else h_t.index_select(0, rows[part])
+        z = buffer[: x.shape[0]]
         mm_f32(x.contiguous(), w_t.t(), out=z[:, :vocab])
         e, e_scale = _half_view(z, vocab, h_t.dtype)
-        exp_rows[(stop - start,)](
-            z, e, bias_ptr, value_bias_ptr, lse[start:stop], inv_sum[start:stop], entropy[start:stop],
-            bias_mean[start:stop], z.stride(0), e.stride(0), vocab, buffer.shape[1],
-            1.0 / temperature, softcap, e_scale,
-            HAS_BIAS=bias_t is not None, HAS_VALUE_BIAS=bias_s is not None, HAS_SOFTCAP=softcap > 0, WANT_ENTROPY=True,
-            BARRIER=e.dtype != torch.float32, BLOCK_V=tiles.exp_rows.block,
-            num_warps=tiles.exp_rows.num_warps, num_stages=tiles.exp_rows.num_stages,
+        exp_rows[(x.shape[0],)](
+            z, e, bias_ptr, value_bias_ptr, lse[part], inv_sum[part], entropy[part], bias_mean[part],
+            z.stride(0), e.stride(0), vocab, buffer.shape[1], 1.0 / a.temperature, a.softcap, e_scale,
+            HAS_BIAS=a.bias_t is not None, HAS_VALUE_BIAS=a.bias_s is not None, HAS_SOFTCAP=a.softcap > 0,
+            WANT_ENTROPY=True, BARRIER=e.dtype != torch.float32, BLOCK_V=tiles.exp_rows.block, **tiles.exp_rows.launch,
         )  # fmt: skip
-        mm_f32(e, values, out=m[start:stop])
+        mm_f32(e, values, out=m[part])
     return m.mul_(inv_sum.unsqueeze(1)), entropy, bias_mean
 
 
-def moment_step_triton(
-    h_s: Tensor,  # (T_s, D)
-    w_s: Tensor,  # (V, D)
-    bias_s: Tensor | None,  # (V,)
-    m: Tensor,  # (N, D)
-    entropy: Tensor,  # (N,)
-    bias_mean: Tensor,  # (N,)
-    rows_s: Tensor | None,  # (P,)
-    rows_t: Tensor | None,  # (P,)
-    row_weight: Tensor | None,  # (P,)
-    num_valid: int,
-    temperature: float,
-    scale: float,
-    need_dh: bool,
-    tiles: LinearKLTiles | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def moment_step_triton(a: MomentStep, tiles: LinearKLTiles | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """As `moments_cpu.moment_step_cpu`, 2 GEMMs and two row kernels per chunk."""
-    _require_triton_dtype(h_s)
-    tiles = tiles or _tiles(h_s.device)
-    require_rows(rows_s, h_s.shape[0], "rows_s")
-    require_rows(rows_t, m.shape[0], "rows_t")
-    pairs = _Pairs(h_s.shape[0] if rows_s is None else rows_s.shape[0], rows_s, rows_t, row_weight, num_valid,
-                   h_s.dtype)  # fmt: skip
+    h_s, w_s, need_dh, m = a.h_s, a.w_s, a.need_dh, a.m.contiguous()
+    require_triton_dtype("h_s", h_s)
+    tiles = tiles or row_of(LINEAR_KL, h_s.device)
+    require_rows(a.rows_s, h_s.shape[0], "rows_s")
+    require_rows(a.rows_t, m.shape[0], "rows_t")
+    pairs = _Pairs(a)
     vocab, width = w_s.shape
     values, lse, inv_sum = (h_s.new_empty(pairs.count, dtype=torch.float32) for _ in range(3))
     dh = pairs.gradient(h_s, need_dh)
     chunk = max(1, min(tiles.chunk_rows, pairs.count))
-    buffer = h_s.new_empty(chunk, _padded(vocab), dtype=torch.float32)
+    buffer = h_s.new_empty(chunk, padded_vocabulary(vocab), dtype=torch.float32)
     added = h_s.new_empty(chunk if need_dh and pairs.rows_s is not None else 0, width, dtype=torch.float32)
     ew = h_s.new_empty(chunk if need_dh else 0, width, dtype=torch.float32)
-    bias_ptr = _padded_bias(bias_s, lse)
-    m = m.contiguous()
+    bias_ptr = _padded_bias(a.bias_s, lse)
     for start in range(0, pairs.count, chunk):
         stop = min(start + chunk, pairs.count)
         n = stop - start
@@ -288,10 +234,9 @@ def moment_step_triton(
         e, e_scale = _half_view(z, vocab, h_s.dtype)
         exp_rows[(n,)](
             z, e, bias_ptr, bias_ptr, lse[start:stop], inv_sum[start:stop], lse, lse,
-            z.stride(0), e.stride(0), vocab, buffer.shape[1], 1.0 / temperature, 0.0, e_scale,
-            HAS_BIAS=bias_s is not None, HAS_VALUE_BIAS=False, HAS_SOFTCAP=False, WANT_ENTROPY=False,
-            BARRIER=e.dtype != torch.float32, BLOCK_V=tiles.exp_rows.block,
-            num_warps=tiles.exp_rows.num_warps, num_stages=tiles.exp_rows.num_stages,
+            z.stride(0), e.stride(0), vocab, buffer.shape[1], 1.0 / a.temperature, 0.0, e_scale,
+            HAS_BIAS=a.bias_s is not None, HAS_VALUE_BIAS=False, HAS_SOFTCAP=False, WANT_ENTROPY=False,
+            BARRIER=e.dtype != torch.float32, BLOCK_V=tiles.exp_rows.block, **tiles.exp_rows.launch,
         )  # fmt: skip
         if need_dh:
             mm_f32(e, w_s, out=ew[:n])
@@ -299,12 +244,11 @@ def moment_step_triton(
         rows = None if pairs.rows_t is None else pairs.rows_t[start:stop].contiguous()
         dx = dh[start:stop] if pairs.rows_s is None else added[:n]
         finish_moments[(n,)](
-            ew, inv_sum[start:stop], lse[start:stop], x, m, entropy, bias_mean, lse if rows is None else rows,
+            ew, inv_sum[start:stop], lse[start:stop], x, m, a.entropy, a.bias_mean, lse if rows is None else rows,
             lse if weights is None else weights, values[start:stop], dx, start,
-            width, x.stride(0), m.stride(0), width, width, 1.0 / temperature, scale,
+            width, x.stride(0), m.stride(0), width, width, 1.0 / a.temperature, a.scale,
             HAS_ROWS=rows is not None, HAS_WEIGHT=weights is not None, NEED_GRAD=need_dh,
-            BLOCK_D=tiles.finish_moments.block,
-            num_warps=tiles.finish_moments.num_warps, num_stages=tiles.finish_moments.num_stages,
+            BLOCK_D=tiles.finish_moments.block, **tiles.finish_moments.launch,
         )  # fmt: skip
         if need_dh and pairs.rows_s is not None:
             pairs.add(dh, dx, start, stop)

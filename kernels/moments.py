@@ -52,6 +52,10 @@ class TeacherMoments:
     def __len__(self) -> int:
         return self.m.shape[0]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """m, entropy and bias_mean by name."""
+        return {name: getattr(self, name) for name in TENSORS}
+
     @property
     def device(self) -> torch.device:
         return self.m.device
@@ -84,7 +88,7 @@ class TeacherMoments:
         """Write a safetensors file."""
         from safetensors.torch import save_file
 
-        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in TENSORS}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
         metadata = {"temperature": repr(self.temperature), "vocab_size": str(self.vocab_size)}
         save_file(tensors, os.fspath(path), metadata=metadata)
 

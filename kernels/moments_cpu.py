@@ -4,13 +4,17 @@ and sum (apart, as in `linear_kl_cpu`), so that no `(C, V)` buffer exists at all
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from . import tiles
 from .gemms import accumulation_dtype, cpu_nt, kept_dtype
-from .linear_kl_cpu import Head, Pairs, block_softmax, check_rows, gradient_rows, take
-from .tiles import CpuChunks
+from .linear_kl_cpu import Head, Pairs, block_softmax, check_rows, take
+
+if TYPE_CHECKING:
+    from .linear_kl_ops import MomentsOf, MomentStep
 
 
 class RunningMoments:
@@ -58,25 +62,15 @@ class RunningMoments:
         self.top, self.total = top, total
 
 
-def teacher_moments_cpu(
-    h_t: Tensor,  # (T_t, D_t)
-    w_t: Tensor,  # (V, D_t)
-    w_s: Tensor | None,  # (V, D)
-    bias_t: Tensor | None,  # (V,)
-    bias_s: Tensor | None,  # (V,)
-    rows: Tensor | None,  # (N,)
-    temperature: float,
-    softcap: float,
-    sizes: CpuChunks | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def teacher_moments_cpu(a: MomentsOf) -> tuple[Tensor, Tensor, Tensor]:
     """m (N, D), entropy (N,), bias_mean (N,)."""
-    dtype = accumulation_dtype(h_t.dtype)
-    sizes = sizes or tiles.LINEAR_KL_CPU
-    check_rows(rows, h_t.shape[0], "rows")
-    count = h_t.shape[0] if rows is None else rows.shape[0]
-    head = Head(w_t, bias_t, sizes.block_v, temperature, softcap)
-    values = head if w_s is None else Head(w_s, None, sizes.block_v, 1.0, 0.0)
-    value_bias = None if bias_s is None else bias_s.to(dtype)
+    dtype = accumulation_dtype(a.h_t.dtype)
+    sizes = tiles.LINEAR_KL_CPU
+    check_rows(a.rows, a.h_t.shape[0], "rows")
+    count = a.count
+    head = Head(a.w_t, a.bias_t, sizes.block_v, a.temperature, a.softcap)
+    values = head if a.w_s is None else Head(a.w_s, None, sizes.block_v, 1.0, 0.0)
+    value_bias = None if a.bias_s is None else a.bias_s.to(dtype)
     width = values.weight.shape[1]
     m = torch.empty(count, width, dtype=dtype)
     entropy, bias_mean = torch.empty(count, dtype=dtype), torch.empty(count, dtype=dtype)
@@ -84,64 +78,48 @@ def teacher_moments_cpu(
     scratch = torch.empty(min(chunk, count) * head.width, dtype=dtype)
     for start in range(0, count, chunk):
         stop = min(start + chunk, count)
-        x = head.states(take(h_t, rows, start, stop, dtype))
+        x = head.states(take(a.h_t, a.rows, start, stop, dtype))
         running = RunningMoments(stop - start, width, scratch, teacher=True)
         for v0, v1 in head.ranges:
             block_bias = None if value_bias is None else value_bias[v0:v1]
-            running.add(head.logits(x, v0, v1), values.block(v0, v1), block_bias, bias_t is not None)
+            running.add(head.logits(x, v0, v1), values.block(v0, v1), block_bias, a.bias_t is not None)
         m[start:stop] = running.mean
         entropy[start:stop] = (running.total.log() - running.below).squeeze(1)
         bias_mean[start:stop] = running.bias_mean.squeeze(1)
     return m, entropy, bias_mean
 
 
-def moment_step_cpu(
-    h_s: Tensor,  # (T_s, D)
-    w_s: Tensor,  # (V, D)
-    bias_s: Tensor | None,  # (V,)
-    m: Tensor,  # (N, D)
-    entropy: Tensor,  # (N,)
-    bias_mean: Tensor,  # (N,)
-    rows_s: Tensor | None,  # (P,)
-    rows_t: Tensor | None,  # (P,)
-    row_weight: Tensor | None,  # (P,)
-    temperature: float,
-    scale: float,
-    need_dh: bool,
-    sizes: CpuChunks | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def moment_step_cpu(a: MomentStep) -> tuple[Tensor, Tensor, Tensor]:
     """(Σ weight · value, values (P,), dh (T_s, D)) of the forward KL against cached teacher rows."""
+    h_s, need_dh = a.h_s, a.need_dh
     dtype = accumulation_dtype(h_s.dtype)
-    sizes = sizes or tiles.LINEAR_KL_CPU
-    check_rows(rows_s, h_s.shape[0], "rows_s")
-    check_rows(rows_t, m.shape[0], "rows_t")
-    pairs = Pairs(h_s.shape[0] if rows_s is None else rows_s.shape[0], rows_s, rows_t, row_weight)
+    sizes = tiles.LINEAR_KL_CPU
+    check_rows(a.rows_s, h_s.shape[0], "rows_s")
+    check_rows(a.rows_t, a.m.shape[0], "rows_t")
+    pairs = Pairs(a)
     values = torch.empty(pairs.count, dtype=dtype)
     width = h_s.shape[1]
-    dh = gradient_rows(h_s, pairs, need_dh)
-    head = Head(w_s, bias_s, sizes.block_v, temperature, 0.0)
+    dh = pairs.gradient(h_s, need_dh)
+    head = Head(a.w_s, a.bias_s, sizes.block_v, a.temperature, 0.0)
     chunk = 2 * sizes.chunk_rows
     scratch = torch.empty(min(chunk, pairs.count) * head.width, dtype=dtype)
     for start in range(0, pairs.count, chunk):
         stop = min(start + chunk, pairs.count)
         x = take(h_s, pairs.rows_s, start, stop, dtype)
-        m_t, h_t, b_t = (take(part, pairs.rows_t, start, stop, dtype) for part in (m, entropy, bias_mean))
+        m_t, h_t, b_t = (take(part, pairs.rows_t, start, stop, dtype) for part in (a.m, a.entropy, a.bias_mean))
         running = RunningMoments(stop - start, width if need_dh else 0, scratch, teacher=False)
         scaled = head.states(x)
         for v0, v1 in head.ranges:
             z = head.logits(scaled, v0, v1)
-            running.add(z, head.block(v0, v1) if need_dh else None, None, bias_s is not None)
+            running.add(z, head.block(v0, v1) if need_dh else None, None, a.bias_s is not None)
         dot = (m_t * x).sum(1) + b_t
         # The two large numbers first: their difference is exact.
-        far, near = running.top.squeeze(1) - dot / temperature, running.total.log().squeeze(1) - h_t
-        values[start:stop] = (far + near) * scale
+        far, near = running.top.squeeze(1) - dot / a.temperature, running.total.log().squeeze(1) - h_t
+        values[start:stop] = (far + near) * a.scale
         if not need_dh:
             continue
-        dx = running.mean.sub_(m_t).mul_(scale / temperature)
+        dx = running.mean.sub_(m_t).mul_(a.scale / a.temperature)
         if pairs.weight is not None:
             dx.mul_(pairs.weight[start:stop, None])
-        if pairs.rows_s is None:
-            dh[start:stop] = dx
-        else:
-            dh.index_add_(0, pairs.rows_s[start:stop], dx)
+        pairs.add(dh, dx, start, stop)
     return *pairs.reduce(values), dh.to(kept_dtype(h_s.dtype))

@@ -21,6 +21,7 @@ from torch import Tensor
 from . import packed_projection_ops as ops
 from .hidden_mse import check_norm, check_vector, normalise
 from .linear_kl_checks import autocast, check_local, gathered
+from .op import needs_gradient
 from .packed_projection_cpu import ACTIVATIONS
 from .segments import check_bounds
 
@@ -172,17 +173,13 @@ def packed_projection(
     if not abs(scale) < float("inf"):
         raise ValueError(f"scale is {scale}, but must be a finite number")
 
-    out_dtype = weight.dtype if dtype is None else dtype
-    normed = (name, norm_weight, norm_bias, float(eps))
+    layer = {"x": x, "rows": rows, "norm": name, "norm_weight": norm_weight, "norm_bias": norm_bias, "eps": float(eps)}
     if hidden_weight is not None:
-        need_pre = torch.is_grad_enabled() and any(
-            v is not None and v.requires_grad for v in (x, hidden_weight, hidden_bias, norm_weight, norm_bias)
+        need_pre = any(map(needs_gradient, (x, hidden_weight, hidden_bias, norm_weight, norm_bias)))
+        hidden, _ = ops.packed_linear(
+            **layer, w=hidden_weight, bias=hidden_bias, activation=activation, dtype=weight.dtype, need_pre=need_pre
         )
-        x, _ = ops.run_packed_linear(
-            x, rows, hidden_weight, hidden_bias, *normed, 1.0, activation, None, None, None, weight.dtype, need_pre
-        )
-        rows, normed = None, ("none", None, None, 0.0)
-    y, _ = ops.run_packed_linear(
-        x, rows, weight, bias, *normed, float(scale), "none", cu_seqlens, prefix, suffix, out_dtype, False
-    )
+        layer = {"x": hidden}
+    ends = {"cu_seqlens": cu_seqlens, "prefix": prefix, "suffix": suffix, "dtype": dtype or weight.dtype}
+    y, _ = ops.packed_linear(**layer, w=weight, bias=bias, scale=float(scale), **ends)
     return y

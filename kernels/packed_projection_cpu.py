@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +13,9 @@ from .gemms import accumulation_dtype, cpu_nt, cpu_tn, mm_f32_add
 from .hidden_mse_cpu import normalised
 from .linear_kl_cpu import check_rows
 from .segments import assert_values, check_values
+
+if TYPE_CHECKING:
+    from .packed_projection_ops import PackedLinear, PackedLinearBackward
 
 BLOCK_ROWS = 512  # rows per GEMM on the CPU: enough to pay for packing the weight, few enough to stay in cache
 
@@ -41,10 +46,21 @@ def check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
         raise ValueError(f"cu_seqlens ends at {int(cu_seqlens[-1])}, but there are {tokens} tokens")
 
 
-def place_boundaries(y: Tensor, rows: Tensor, embeddings: Tensor) -> None:
-    """y[rows (B, n)] = embeddings, (n, D) for every sequence or (B, n, D)."""
-    values = embeddings.to(y.dtype).expand(*rows.shape, y.shape[1]).reshape(-1, y.shape[1])
-    y.index_copy_(0, rows.flatten(), values)
+def result_rows(a: PackedLinear) -> tuple[Tensor, Tensor, Tensor] | None:
+    """`boundary_rows` of a call, checked; None where it has no boundary rows."""
+    if not any(a.boundaries):
+        return None
+    assert a.cu_seqlens is not None
+    check_boundaries(a.cu_seqlens, a.tokens)
+    return boundary_rows(a.cu_seqlens, a.tokens, *a.boundaries)
+
+
+def place_boundaries(y: Tensor, a: PackedLinear, prefix_rows: Tensor, suffix_rows: Tensor) -> None:
+    """y[rows (B, n)] = embeddings, (n, D) for every sequence or (B, n, D), of prefix and suffix."""
+    for embeddings, rows in ((a.prefix, prefix_rows), (a.suffix, suffix_rows)):
+        if embeddings is not None:
+            values = embeddings.to(y.dtype).expand(*rows.shape, y.shape[1]).reshape(-1, y.shape[1])
+            y.index_copy_(0, rows.flatten(), values)
 
 
 def gathered_rows(x: Tensor, rows: Tensor | None, start: int, stop: int) -> Tensor:
@@ -57,57 +73,34 @@ def _linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, w, bias)
 
 
-def packed_linear_cpu(
-    x: Tensor,  # (N, E)
-    rows: Tensor | None,  # (T,)
-    w: Tensor,  # (D, E)
-    bias: Tensor | None,  # (D,)
-    norm: str,
-    norm_weight: Tensor | None,  # (E,)
-    norm_bias: Tensor | None,  # (E,)
-    eps: float,
-    scale: float,
-    activation: str,
-    cu_seqlens: Tensor | None,  # (B + 1,)
-    prefix: Tensor | None,  # (n, D) or (B, n, D)
-    suffix: Tensor | None,
-    dtype: torch.dtype,
-    need_pre: bool,
-) -> tuple[Tensor, Tensor]:
+def packed_linear_cpu(a: PackedLinear) -> tuple[Tensor, Tensor]:
     """scale · act(norm(x[rows]) wᵀ + bias) between the boundary rows (T_out, D), and the argument of act (T, D)."""
+    x, rows, w, scale, activation, tokens, need_pre = a.x, a.rows, a.w, a.scale, a.activation, a.tokens, a.need_pre
     check_rows(rows, x.shape[0], "rows")
-    tokens = x.shape[0] if rows is None else rows.shape[0]
-    bias = None if bias is None else bias.to(w.dtype)
+    bias = None if a.bias is None else a.bias.to(w.dtype)
     pre = w.new_empty(tokens if need_pre else 0, w.shape[0])
-    before, after = (0 if e is None else e.shape[-2] for e in (prefix, suffix))
-    out_rows = None
-    if before + after:
-        assert cu_seqlens is not None
-        check_boundaries(cu_seqlens, tokens)
-        out_rows, prefix_rows, suffix_rows = boundary_rows(cu_seqlens, tokens, before, after)
-        y = w.new_empty(tokens + (cu_seqlens.shape[0] - 1) * (before + after), w.shape[0], dtype=dtype)
-        for embeddings, at in ((prefix, prefix_rows), (suffix, suffix_rows)):
-            if embeddings is not None:
-                place_boundaries(y, at, embeddings)
-    elif norm == "none" and activation == "none" and dtype == w.dtype:
+    placed = result_rows(a)
+    if placed is None and a.norm == "none" and activation == "none" and a.dtype == w.dtype:
         y = _linear(gathered_rows(x, rows, 0, tokens).to(w.dtype), w, bias)
         return (y if scale == 1.0 else y.mul_(scale)), pre
-    else:
-        y = w.new_empty(tokens, w.shape[0], dtype=dtype)
+    y = w.new_empty(a.total, w.shape[0], dtype=a.dtype)
+    if placed is not None:
+        place_boundaries(y, a, *placed[1:])
     for start in range(0, tokens, BLOCK_ROWS):
         stop = min(start + BLOCK_ROWS, tokens)
         block = gathered_rows(x, rows, start, stop)
-        if norm != "none":
-            block = weighted(normalised(block.to(accumulation_dtype(x.dtype)), norm, eps)[0], norm_weight, norm_bias)
+        if a.norm != "none":
+            unit, _, _ = normalised(block.to(accumulation_dtype(x.dtype)), a.norm, a.eps)
+            block = weighted(unit, a.norm_weight, a.norm_bias)
         z = _linear(block.to(w.dtype), w, bias)
         if need_pre:
             pre[start:stop] = z
         z = ACTIVATIONS[activation](z)
         z = z if scale == 1.0 else z.mul_(scale) if activation == "none" else z * scale
-        if out_rows is None:
+        if placed is None:
             y[start:stop] = z
         else:
-            y.index_copy_(0, out_rows[start:stop], z.to(dtype))
+            y.index_copy_(0, placed[0][start:stop], z.to(a.dtype))
     return y, pre
 
 
@@ -127,41 +120,23 @@ def _through_activation(dy: Tensor, z: Tensor, activation: str) -> Tensor:
     return torch.ops.aten.silu_backward(dy, z)
 
 
-def packed_linear_backward(
-    dy: Tensor,  # (T_out, D)
-    x: Tensor,  # (N, E)
-    rows: Tensor | None,  # (T,)
-    w: Tensor,  # (D, E)
-    norm: str,
-    norm_weight: Tensor | None,  # (E,)
-    norm_bias: Tensor | None,  # (E,)
-    eps: float,
-    scale: float,
-    activation: str,
-    pre: Tensor,  # (T, D)
-    cu_seqlens: Tensor | None,
-    before: int,
-    after: int,
-    per_sequence: list[bool],
-    need_dx: bool,
-    need_dw: bool,
-    need_db: bool,
-    need_norm: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def packed_linear_backward(a: PackedLinearBackward) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx (N, E), dw (D, E), db (D,), d_norm (2, E) of weight and bias, d_prefix, d_suffix; fp32 sums.
 
     Normalised rows are computed again, block by block: saving them would cost as much memory as the encoder states.
     """
+    dy, x, rows, w, norm, norm_weight, norm_bias = a.dy, a.x, a.rows, a.w, a.norm, a.norm_weight, a.norm_bias
+    need_dx, need_dw, need_db, need_norm = a.need_dx, a.need_dw, a.need_db, a.need_norm
     dtype = accumulation_dtype(w.dtype)
     tokens = x.shape[0] if rows is None else rows.shape[0]
     out_rows = None
     boundaries = [dy.new_empty(0, dy.shape[1], dtype=dtype) for _ in range(2)]
-    if before + after:
-        assert cu_seqlens is not None
-        out_rows, *placed = boundary_rows(cu_seqlens, tokens, before, after)
+    if a.before + a.after:
+        assert a.cu_seqlens is not None
+        out_rows, *placed = boundary_rows(a.cu_seqlens, tokens, a.before, a.after)
         for index, at in enumerate(placed):
             taken = dy.index_select(0, at.flatten()).view(*at.shape, dy.shape[1]).to(dtype)
-            boundaries[index] = taken if per_sequence[index] else taken.sum(0)
+            boundaries[index] = taken if a.per_sequence[index] else taken.sum(0)
     width_out, width = w.shape
     dw = w.new_zeros((width_out if need_dw else 0, width), dtype=dtype)
     db = w.new_zeros(width_out if need_db else 0, dtype=dtype)
@@ -172,16 +147,16 @@ def packed_linear_backward(
         stop = min(start + block, tokens)
         dz = dy[start:stop] if out_rows is None else dy.index_select(0, out_rows[start:stop])
         dz = dz.to(w.dtype)
-        if scale != 1.0:
-            dz = dz * scale if out_rows is None else dz.mul_(scale)
-        if activation != "none":
-            dz = _through_activation(dz, pre[start:stop], activation)
+        if a.scale != 1.0:
+            dz = dz * a.scale if out_rows is None else dz.mul_(a.scale)
+        if a.activation != "none":
+            dz = _through_activation(dz, a.pre[start:stop], a.activation)
         if need_db:
             db += dz.sum(0, dtype=dtype)
         if not (need_dw or need_dx or need_norm):
             continue
         taken = gathered_rows(x, rows, start, stop)
-        unit, rstd, _ = normalised(taken.to(dtype), norm, eps) if norm != "none" else (taken, None, None)
+        unit, rstd, _ = normalised(taken.to(dtype), norm, a.eps) if norm != "none" else (taken, None, None)
         if need_dw:
             changes = norm_weight is not None or norm_bias is not None
             own = unit.clone() if changes and (need_dx or need_norm) else unit

@@ -1,156 +1,143 @@
-"""The torch.library side of `packed_projection`: one linear layer with everything around it, and its derivative.
+"""The ops of `packed_projection`: one linear layer with everything around it, and its derivative.
 
 Arguments are validated by `packed_projection.py`; values of row numbers and bounds in the kernels.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from . import packed_projection_cpu as shared
-from .autodiff import differentiable, once_only
-from .device_checks import on_device_of_arguments
 from .gemms import accumulation_dtype
+from .op import Kept, Op, Registered
 
-
-@torch.library.custom_op("mtllm_fast::packed_linear", mutates_args=(), device_types="cpu")
-def packed_linear(
-    x: Tensor,  # (N, E)
-    rows: Tensor | None,  # (T,)
-    w: Tensor,  # (D, E)
-    bias: Tensor | None,  # (D,)
-    norm: str,
-    norm_weight: Tensor | None,  # (E,)
-    norm_bias: Tensor | None,  # (E,)
-    eps: float,
-    scale: float,
-    activation: str,
-    cu_seqlens: Tensor | None,  # (B + 1,)
-    prefix: Tensor | None,  # (n, D) or (B, n, D)
-    suffix: Tensor | None,
-    dtype: torch.dtype,
-    need_pre: bool,
-) -> tuple[Tensor, Tensor]:
-    """scale · act(norm(x[rows]) wᵀ + bias) between the boundary rows (T_out, D), and act's argument (T or 0, D)."""
-    with torch.autocast("cpu", enabled=False):
-        return shared.packed_linear_cpu(
-            x, rows, w, bias, norm, norm_weight, norm_bias, eps, scale, activation, cu_seqlens, prefix, suffix, dtype,
-            need_pre,
-        )  # fmt: skip
-
-
-@packed_linear.register_kernel("cuda")
-@on_device_of_arguments
-def _(
-    x, rows, w, bias, norm, norm_weight, norm_bias, eps, scale, activation, cu_seqlens, prefix, suffix, dtype, need_pre
-):  # fmt: skip
-    from . import packed_projection_launch
-
-    with torch.autocast("cuda", enabled=False):
-        return packed_projection_launch.packed_linear_triton(
-            x, rows, w, bias, norm, norm_weight, norm_bias, eps, scale, activation, cu_seqlens, prefix, suffix, dtype,
-            need_pre,
-        )  # fmt: skip
+Two = tuple[Tensor, Tensor]
+Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _length(embeddings: Tensor | None) -> int:
     return 0 if embeddings is None else embeddings.shape[-2]
 
 
-@packed_linear.register_fake
-def _(
-    x, rows, w, bias, norm, norm_weight, norm_bias, eps, scale, activation, cu_seqlens, prefix, suffix, dtype, need_pre
-):  # fmt: skip
-    tokens = x.shape[0] if rows is None else rows.shape[0]
-    extra = _length(prefix) + _length(suffix)
-    total = tokens + (cu_seqlens.shape[0] - 1) * extra if extra else tokens
-    return w.new_empty((total, w.shape[0]), dtype=dtype), w.new_empty((tokens if need_pre else 0, w.shape[0]))
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedLinear(Op[Two]):
+    """scale · act(norm(x[rows]) wᵀ + bias) between the boundary rows (T_out, D), and act's argument (T or 0, D)."""
+
+    x: Tensor  # (N, E)
+    rows: Tensor | None = None  # (T,)
+    w: Tensor  # (D, E)
+    bias: Tensor | None = None  # (D,)
+    norm: str = "none"
+    norm_weight: Tensor | None = None  # (E,)
+    norm_bias: Tensor | None = None  # (E,)
+    eps: float = 0.0
+    scale: float = 1.0
+    activation: str = "none"
+    cu_seqlens: Tensor | None = None  # (B + 1,)
+    prefix: Tensor | None = None  # (n, D) or (B, n, D)
+    suffix: Tensor | None = None
+    dtype: torch.dtype
+    need_pre: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return (self.x if self.rows is None else self.rows).shape[0]
+
+    @property
+    def boundaries(self) -> tuple[int, int]:
+        """Rows before and after each sequence."""
+        return _length(self.prefix), _length(self.suffix)
+
+    @property
+    def total(self) -> int:
+        """Rows of the result."""
+        extra = sum(self.boundaries)
+        return self.tokens + ((self.cu_seqlens.shape[0] - 1) * extra if self.cu_seqlens is not None else 0)
+
+    def cpu(self) -> Two:
+        return shared.packed_linear_cpu(self)
+
+    def cuda(self) -> Two:
+        from .packed_projection_launch import packed_linear_triton
+
+        return packed_linear_triton(self)
+
+    def fake(self) -> Two:
+        w, out = self.w, self.w.shape[0]
+        return w.new_empty((self.total, out), dtype=self.dtype), w.new_empty((self.tokens if self.need_pre else 0, out))
+
+    def keep(self, output: Two) -> Kept:
+        names = ("x", "rows", "w", "norm", "norm_weight", "norm_bias", "eps", "scale", "activation", "cu_seqlens")
+        linear = {name: getattr(self, name) for name in names}
+        linear["before"], linear["after"] = self.boundaries
+        linear["per_sequence"] = [e is not None and e.dim() == 3 for e in (self.prefix, self.suffix)]
+        summed = ("bias", "norm_weight", "norm_bias", "prefix", "suffix")
+        dtypes = {name: x.dtype for name in summed if (x := getattr(self, name)) is not None}
+        return {**linear, "pre": output[1], "dtypes": dtypes}
+
+    @staticmethod
+    def backward(kept: Kept, dy: Tensor | None, _: Tensor | None) -> dict[str, Tensor | None]:
+        if dy is None:
+            return {}
+        asked, dtypes = kept.pop("needs"), kept.pop("dtypes")
+        need = {"need_dx": asked["x"], "need_dw": asked["w"], "need_db": asked["bias"]}
+        need["need_norm"] = asked["norm_weight"] or asked["norm_bias"]
+        dx, dw, db, d_norm, d_prefix, d_suffix = packed_linear_backward(dy=dy.contiguous(), **kept, **need)
+        gradients = {"x": dx, "w": dw, "bias": db, "prefix": d_prefix, "suffix": d_suffix}
+        gradients |= {"norm_weight": d_norm[0], "norm_bias": d_norm[1]}
+        return {name: g.to(dtypes.get(name, g.dtype)) for name, g in gradients.items()}
 
 
-@torch.library.custom_op("mtllm_fast::packed_linear_backward", mutates_args=())
-def packed_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    rows: Tensor | None,
-    w: Tensor,
-    norm: str,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    scale: float,
-    activation: str,
-    pre: Tensor,
-    cu_seqlens: Tensor | None,
-    before: int,
-    after: int,
-    per_sequence: list[bool],
-    need_dx: bool,
-    need_dw: bool,
-    need_db: bool,
-    need_norm: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedLinearBackward(Op[Six]):
     """dx, dw, db, d_norm (2, E), d_prefix, d_suffix; one that is not needed has no elements."""
-    with torch.autocast(dy.device.type, enabled=False):
-        return shared.packed_linear_backward(
-            dy, x, rows, w, norm, norm_weight, norm_bias, eps, scale, activation, pre, cu_seqlens, before, after,
-            per_sequence, need_dx, need_dw, need_db, need_norm,
-        )  # fmt: skip
+
+    dy: Tensor  # (T_out, D)
+    x: Tensor  # (N, E)
+    rows: Tensor | None = None  # (T,)
+    w: Tensor  # (D, E)
+    norm: str = "none"
+    norm_weight: Tensor | None = None  # (E,)
+    norm_bias: Tensor | None = None  # (E,)
+    eps: float = 0.0
+    scale: float = 1.0
+    activation: str = "none"
+    pre: Tensor  # (T, D)
+    cu_seqlens: Tensor | None = None
+    before: int = 0
+    after: int = 0
+    per_sequence: list[bool]
+    need_dx: bool = False
+    need_dw: bool = False
+    need_db: bool = False
+    need_norm: bool = False
+
+    def cpu(self) -> Six:
+        return shared.packed_linear_backward(self)
+
+    def fake(self) -> Six:
+        dtype = accumulation_dtype(self.w.dtype)
+        width_out, width = self.w.shape
+
+        def boundary(length: int, own: bool) -> Tensor:
+            shape: tuple[int, ...] = (0, width_out)
+            if self.before + self.after:
+                assert self.cu_seqlens is not None
+                shape = (self.cu_seqlens.shape[0] - 1, length, width_out) if own else (length, width_out)
+            return self.dy.new_empty(shape, dtype=dtype)
+
+        return (
+            self.x.new_empty((self.x.shape[0] if self.need_dx else 0, width)),
+            self.w.new_empty((width_out if self.need_dw else 0, width)),
+            self.w.new_empty(width_out if self.need_db else 0, dtype=dtype),
+            self.w.new_empty((2, width if self.need_norm else 0), dtype=dtype),
+            boundary(self.before, self.per_sequence[0]),
+            boundary(self.after, self.per_sequence[1]),
+        )
 
 
-@packed_linear_backward.register_fake
-def _(
-    dy, x, rows, w, norm, norm_weight, norm_bias, eps, scale, activation, pre, cu_seqlens, before, after, per_sequence,
-    need_dx, need_dw, need_db, need_norm,
-):  # fmt: skip
-    dtype = accumulation_dtype(w.dtype)
-    width_out, width = w.shape
-
-    def boundary(length: int, own: bool) -> Tensor:
-        shape: tuple[int, ...] = (0, width_out)
-        if before + after:
-            shape = (cu_seqlens.shape[0] - 1, length, width_out) if own else (length, width_out)
-        return dy.new_empty(shape, dtype=dtype)
-
-    return (
-        x.new_empty((x.shape[0] if need_dx else 0, width)),
-        w.new_empty((width_out if need_dw else 0, width)),
-        w.new_empty(width_out if need_db else 0, dtype=dtype),
-        w.new_empty((2, width if need_norm else 0), dtype=dtype),
-        boundary(before, per_sequence[0]),
-        boundary(after, per_sequence[1]),
-    )
-
-
-run_backward = once_only(packed_linear_backward, "packed_projection")
-
-
-def _save(ctx, inputs, output):
-    x, rows, w, bias, ctx.norm, norm_weight, norm_bias, ctx.eps, ctx.scale, ctx.activation, cu_seqlens, *rest = inputs
-    prefix, suffix, _, _ = rest
-    ctx.lengths = (_length(prefix), _length(suffix))
-    ctx.per_sequence = [e is not None and e.dim() == 3 for e in (prefix, suffix)]
-    ctx.dtypes = [None if v is None else v.dtype for v in (bias, norm_weight, norm_bias, prefix, suffix)]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, rows, w, norm_weight, norm_bias, cu_seqlens, output[1])
-
-
-def _backward(ctx, dy, _):
-    gradients: list[Tensor | None] = [None] * 15
-    if dy is None:
-        return tuple(gradients)
-    x, rows, w, norm_weight, norm_bias, cu_seqlens, pre = ctx.saved_tensors
-    need = ctx.needs_input_grad
-    dx, dw, db, d_norm, d_prefix, d_suffix = run_backward(
-        dy.contiguous(), x, rows, w, ctx.norm, norm_weight, norm_bias, ctx.eps, ctx.scale, ctx.activation, pre,
-        cu_seqlens, *ctx.lengths, ctx.per_sequence, need[0], need[2], need[3], need[5] or need[6],
-    )  # fmt: skip
-    found = {0: dx, 2: dw, 3: db, 5: d_norm[0], 6: d_norm[1], 11: d_prefix, 12: d_suffix}
-    dtypes = dict(zip((3, 5, 6, 11, 12), ctx.dtypes))
-    for index, gradient in found.items():
-        if need[index]:
-            gradients[index] = gradient.to(dtypes.get(index) or gradient.dtype)
-    return tuple(gradients)
-
-
-run_packed_linear = differentiable(packed_linear, _save, _backward, "packed_projection")
+packed_linear = Registered(PackedLinear, "packed_linear", errors="packed_projection")
+packed_linear_backward = Registered(PackedLinearBackward, "packed_linear_backward", gradient_of="packed_projection")

@@ -7,8 +7,11 @@ or one GEMM call (CPU) handles at a time. An architecture that has no row of its
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,11 @@ class RowTile:
     num_warps: int
     num_stages: int = 1
 
+    @property
+    def launch(self) -> dict[str, int]:
+        """Options of a launch."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
 
 @dataclass(frozen=True)
 class LinearKLTiles:
@@ -70,6 +78,11 @@ class LinearKLTiles:
         if all_fit or pairs <= self.head_rows:
             return pairs
         return max(1, self.head_rows // self.chunk_rows) * self.chunk_rows
+
+
+def padded_vocabulary(vocab: int) -> int:
+    """Row stride of a logits buffer: a multiple of 128 bytes, so that rows start where wide loads and GEMMs like it."""
+    return -(-vocab // 64) * 64
 
 
 _WIDE = LinearKLTiles(1024, RowTile(2048, 8), RowTile(4096, 8), RowTile(1024, 4))
@@ -172,6 +185,13 @@ PACKED_PROJECTION: dict[str, ProjectionTiles] = {
     "sm_100": ProjectionTiles(_DEEP, _DEEP, 512),
     "gfx942": ProjectionTiles(_HIP, _HIP, 2048),
 }
+
+
+def row_of(table: dict[str, Row], key: str | torch.device) -> Row:
+    """The row of an architecture, or of the GPU that tensors on a device are on."""
+    if isinstance(key, torch.device):
+        key = architecture() if key.type == "cuda" else "default"
+    return table.get(key, table["default"])
 
 
 def architecture() -> str:

@@ -162,12 +162,13 @@ def packed_rows(p: Problem, out: dict[str, Tensor]) -> dict[str, Tensor]:
 def triton_forward(library: bool, p: Problem) -> dict[str, Tensor]:
     """The forward by our Triton GEMM, or by our kernels around the library's (the tile table chooses between them)."""
     from mtllm_fast.kernels import packed_projection_launch as launch
+    from mtllm_fast.kernels.packed_projection_ops import PackedLinear
 
-    y = launch.packed_linear_triton(
-        p.encoder.flatten(0, 1), p.rows, p.weight, p.bias, "layer", p.norm_weight, p.norm_bias, 1e-5, 0.5, "none", p.cu,
-        p.prefix, None, p.weight.dtype, False, not library,
-    )[0]  # fmt: skip
-    return {"embeddings": y}
+    call = PackedLinear(
+        x=p.encoder.flatten(0, 1), rows=p.rows, w=p.weight, bias=p.bias, norm="layer", norm_weight=p.norm_weight,
+        norm_bias=p.norm_bias, eps=1e-5, scale=0.5, cu_seqlens=p.cu, prefix=p.prefix, dtype=p.weight.dtype,
+    )  # fmt: skip
+    return {"embeddings": launch.packed_linear_triton(call, fused=not library)[0]}
 
 
 def bare_gemm(p: Problem) -> Tensor:

@@ -45,12 +45,13 @@ def unfused(p: Problem) -> dict[str, Any]:
 def forward(library: bool, p: Problem) -> dict[str, Tensor]:
     """The forward by our Triton GEMM, or by our norm kernel and the library's product."""
     from mtllm_fast.kernels import packed_projection_launch as launch
+    from mtllm_fast.kernels.packed_projection_ops import PackedLinear
 
-    y, _ = launch.packed_linear_triton(
-        p.packed_encoder, None, p.weight, p.bias, "layer", p.norm_weight, p.norm_bias, 1e-5, 1.0, "none",
-        None, None, None, p.weight.dtype, False, not library,
+    call = PackedLinear(
+        x=p.packed_encoder, w=p.weight, bias=p.bias, norm="layer", norm_weight=p.norm_weight, norm_bias=p.norm_bias,
+        eps=1e-5, dtype=p.weight.dtype,
     )  # fmt: skip
-    return {"embeddings": y}
+    return {"embeddings": launch.packed_linear_triton(call, fused=not library)[0]}
 
 
 def exact(p: Problem) -> dict[str, Tensor]:

@@ -129,10 +129,10 @@ def _count(node: Any, moved: Traffic) -> None:
         return
     if not isinstance(node, ExternKernelSchedulerNode):
         moved.elementwise["fused"] += node.get_read_write_buffers_sizes()
-    elif node.node.op_overload is lora_products._opoverload:
+    elif node.node.op_overload is lora_products.op._opoverload:
         (origin,) = (o for o in node.node.origins if o.target is node.node.op_overload)
         with _disable_current_modes(), moved:  # as the operator itself does it
-            lora_products._init_fn(*(_on_meta(argument) for argument in origin.args))
+            lora_products.op._init_fn(*(_on_meta(argument) for argument in origin.args))
     elif node.node.python_kernel_name in ("extern_kernels.mm", "extern_kernels.bmm"):
         moved.products["mm"] += node.get_read_write_buffers_sizes()
     elif node.node.python_kernel_name == "aten.randint.low_out":  # the seeds of dropout

@@ -24,7 +24,8 @@ class Batch:
 
     Fields:
         mt, llm: the packed sides, or None where a side was not asked for.
-        mt_rows, llm_rows: (P,) int64, packed rows of `mt` and `llm` that end at the same character, or None.
+        mt_rows, llm_rows: (P,) int64, packed rows of `mt` and `llm` that end at the same character, or None; mt_rows
+            ascend.
         labels: (B,) int64, or None where the rows have none.
         mt_spans, llm_spans: (B, C, 2) int64, packed rows [start, end) of each choice, or None.
         ids: the rows' names.

@@ -37,4 +37,5 @@ def fused(terms: Mapping[str, FusedTerm], given: Given) -> dict[str, LossTerm]:
 
 
 def pair_arguments(given: Given) -> dict[str, Any]:
-    return {"rows_s": given.student.pair_rows, "rows_t": required(given.teacher).pair_rows}
+    """`align_rows` gives rows that ascend, so the backward need not sort them."""
+    return {"rows_s": given.student.pair_rows, "rows_t": required(given.teacher).pair_rows, "rows_sorted": True}

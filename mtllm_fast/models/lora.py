@@ -10,7 +10,8 @@ that is more than plain LoRA.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -19,23 +20,36 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..kernels.op import Op, Registered
 from .frozen import Fp8Linear, autocast_dtype, fp8_backward, fp8_forward
 
 
-def _products(x: Tensor, w: Tensor, bias: Tensor | None, low: Tensor, b: Tensor, scale: float) -> Tensor:
-    """x wᵀ + bias + scale · low bᵀ, the second product added to the first in place."""
-    return F.linear(x, w, bias).addmm_(low, b.t(), alpha=scale)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Products(Op[Tensor]):
+    """x wᵀ + bias + scale · low bᵀ, the second product added to the first in place.
+
+    An op because Inductor, which leaves it whole, would add out of place: one more copy.
+    """
+
+    x: Tensor  # (T, K)
+    w: Tensor  # (N, K)
+    bias: Tensor | None = None  # (N,)
+    low: Tensor  # (T, r)
+    b: Tensor  # (N, r)
+    scale: float = 1.0
+
+    def cpu(self) -> Tensor:
+        return F.linear(self.x, self.w, self.bias).addmm_(self.low, self.b.t(), alpha=self.scale)
+
+    def fake(self) -> Tensor:
+        return self.x.new_empty(self.x.shape[0], self.w.shape[0])
 
 
-@torch.library.custom_op("mtllm_fast::lora_products", mutates_args=())
-def lora_products(x: Tensor, w: Tensor, bias: Tensor | None, low: Tensor, b: Tensor, scale: float) -> Tensor:
-    """`_products` as an operator that a compiler leaves whole: Inductor adds out of place, which is one more copy."""
-    return _products(x, w, bias, low, b, scale)
+lora_products = Registered(Products, "lora_products")
 
 
-@lora_products.register_fake
-def _(x: Tensor, w: Tensor, bias: Tensor | None, low: Tensor, b: Tensor, scale: float) -> Tensor:
-    return x.new_empty(x.shape[0], w.shape[0])
+def _products(**arguments: Any) -> Tensor:
+    return lora_products(**arguments) if torch.compiler.is_compiling() else Products(**arguments).cpu()
 
 
 class LoraProduct(torch.autograd.Function):
@@ -56,7 +70,7 @@ class LoraProduct(torch.autograd.Function):
         low = F.linear(x if dropped is None else dropped, a)
         if w_scale is not None:
             return fp8_forward(x, w, w_scale, bias).addmm_(low, b.t(), alpha=scale), low
-        return _products_here()(x, w, bias, low, b, scale), low
+        return _products(x=x, w=w, bias=bias, low=low, b=b, scale=scale), low
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -77,7 +91,7 @@ class LoraProduct(torch.autograd.Function):
         dx, rest = None, (None,) * 7
         if keep is None:
             if need_x and scale_t is None:
-                dx = _products_here()(dy, w.t(), None, d_low, a.t(), 1.0)
+                dx = _products(x=dy, w=w.t(), low=d_low, b=a.t())
             elif need_x:
                 dx = fp8_backward(dy, w, scale_t).addmm_(d_low, a)
             return dx, None, None, d_low.t() @ x if need_a else None, db, *rest
@@ -85,10 +99,6 @@ class LoraProduct(torch.autograd.Function):
         if need_x:
             dx = (dy @ w if scale_t is None else fp8_backward(dy, w, scale_t)).addcmul_(d_low @ a, keep)
         return dx, None, None, d_low.t() @ (x * keep) if need_a else None, db, *rest
-
-
-def _products_here() -> Callable[..., Tensor]:
-    return lora_products if torch.compiler.is_compiling() else _products
 
 
 class LoraLinear(PeftLinear):  # type: ignore[misc]

@@ -8,7 +8,6 @@ bandwidth. Fused ops of this library are single operators here; what they alloca
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -94,6 +93,7 @@ class Accounting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        named = {**dict(zip((argument.name for argument in func._schema.arguments), args)), **kwargs}
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         known = {x.untyped_storage() for x in inputs}
         name = func.namespace + "::" + func._schema.name.split("::")[1]
@@ -101,7 +101,7 @@ class Accounting(TorchDispatchMode):
             self._seen.add(storage)  # made before the block: not ours to count
         out = func(*args, **kwargs)
         if name in SCRATCH:
-            self.scratch(SCRATCH[name](self.architecture, *args, **kwargs))
+            self.scratch(SCRATCH[name](architecture=self.architecture, **named))
         outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         fresh = [x for x in outputs if x.untyped_storage() not in known]
         for x in fresh:
@@ -109,7 +109,7 @@ class Accounting(TorchDispatchMode):
         mutates = func._schema.is_mutable
         if not fresh and not mutates:
             return out  # a view
-        flops = self._count_flops(func, name, args, kwargs, out)
+        flops = FLOPS[name](**named) if name in FLOPS else self._count_flops(func, name, args, kwargs, out)
         self.flops[self._part] += int(flops)
         if self.rates is not None:
             touched = sum(map(_bytes, inputs)) + sum(map(_bytes, fresh if not mutates else outputs))
@@ -124,8 +124,6 @@ class Accounting(TorchDispatchMode):
         return out
 
     def _count_flops(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> float:
-        if name in FLOPS:
-            return FLOPS[name](*args, **kwargs)
         if name.startswith("torch_attn::"):
             q = args[1] if "backward" in name else args[0]
             factor = 10 if "backward" in name else 4
@@ -138,50 +136,44 @@ def _bytes(x: Tensor) -> int:
     return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
 
 
-def _linear_flops(x: Tensor, rows: Tensor | None, weight: Tensor, *_: Any, **__: Any) -> float:
-    return 2.0 * (x if rows is None else rows).shape[0] * weight.numel()
+# The costs below name the arguments they need as the schemas of the operators do.
+def _linear_flops(*, x: Tensor, rows: Tensor | None, w: Tensor, **_: Any) -> float:
+    return 2.0 * (x if rows is None else rows).shape[0] * w.numel()
 
 
-def _linear_backward_flops(dy: Tensor, x: Tensor, rows: Tensor | None, weight: Tensor, *rest: Any, **_: Any) -> float:
-    need_dx, need_dw = rest[-4], rest[-3]
-    return 2.0 * (x if rows is None else rows).shape[0] * weight.numel() * (int(need_dx) + int(need_dw))
+def _linear_backward_flops(*, need_dx: bool, need_dw: bool, **linear: Any) -> float:
+    return _linear_flops(**linear) * (int(need_dx) + int(need_dw))
 
 
-def _distillation(args: tuple[Any, ...]) -> tuple[int, Tensor | None, bool, bool, bool]:
-    """(row pairs, head, moment form, need_dx, need_dw) of `mtllm_fast::distillation_loss`."""
-    student, rows, head, moments = args[0], args[6], args[11], args[13]
-    return (student if rows is None else rows).shape[0], head, moments is not None, args[20], args[21]
-
-
-def _distillation_flops(*args: Any) -> float:
-    pairs, head, moments, need_dx, need_dw = _distillation(args)
-    if head is None:
+def _distillation_flops(
+    *, rows_s: Tensor | None, head: Tensor | None, m: Tensor | None, need_dx: bool, need_dw: bool, **_: Any
+) -> float:
+    if head is None or rows_s is None:
         return 0.0
-    gemms = (1 if moments else 2) + int(need_dx) + int(need_dw)
-    return 2.0 * pairs * head.numel() * gemms
+    gemms = (2 if m is None else 1) + int(need_dx) + int(need_dw)
+    return 2.0 * rows_s.shape[0] * head.numel() * gemms
 
 
-def _distillation_scratch(architecture: str, *args: Any) -> float:
+def _distillation_scratch(
+    *, architecture: str, rows_s: Tensor | None, head: Tensor | None, m: Tensor | None, need_dx: bool, **_: Any
+) -> float:
     """Logits buffers and chunk gradients of `linear_kl`, as its launcher and its CPU path allocate them."""
-    pairs, head, moments, need_dx, _ = _distillation(args)
-    if head is None or not pairs:
+    if head is None or rows_s is None or not rows_s.shape[0]:
         return 0.0
-    vocab, width = head.shape
+    pairs, (vocab, width), sides = rows_s.shape[0], head.shape, 2 if m is None else 1
     if architecture == "cpu":
         sizes, item = tiles.LINEAR_KL_CPU, 8 if head.dtype == torch.float64 else 4
         rows, block = sizes.rows_for(pairs, vocab, item), min(sizes.block_v, vocab)
-        buffers = rows * block if moments else 2 * rows * (vocab + 3 * block)
+        buffers = 2 * rows * (vocab + 3 * block) if m is None else rows * block
         return float(item * (buffers + 8 * rows * width))
-    table = tiles.LINEAR_KL
-    chunk = min(table.get(architecture, table["default"]).chunk_rows, pairs)
-    padded = math.ceil(vocab / 16) * 16
-    logits = 4 * chunk * padded * (1 if moments else 2)
-    chunk_rows = chunk * width * (4 + 2 * (1 if moments else 4))
+    chunk = min(tiles.row_of(tiles.LINEAR_KL, architecture).chunk_rows, pairs)
+    logits = 4 * chunk * tiles.padded_vocabulary(vocab) * sides
+    chunk_rows = chunk * width * (12 if m is None else 6)
     return float(logits + chunk_rows + pairs * width * head.element_size() * int(need_dx))
 
 
-def _added_product_flops(y: Tensor, a: Tensor, b: Tensor, **_: Any) -> float:
-    return 2.0 * a.numel() * b.shape[1]
+def _added_product_flops(*, mat1: Tensor, mat2: Tensor, **_: Any) -> float:
+    return 2.0 * mat1.numel() * mat2.shape[1]
 
 
 FLOPS: dict[str, Cost] = {

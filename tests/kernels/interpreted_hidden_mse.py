@@ -13,6 +13,7 @@ import torch
 from mtllm_fast.kernels import hidden_mse_launch as launch
 from mtllm_fast.kernels import hidden_mse_ops as ops
 from mtllm_fast.kernels.hidden_mse import reference_mean
+from mtllm_fast.kernels.hidden_mse_ops import HiddenLoss, SegmentMean, StateGradient
 from mtllm_fast.kernels.tiles import HiddenMSETiles
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,25 +39,24 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 def run_pooled(student, teacher, bounds_s, bounds_t, pooling="mean", weight=None, norm=None, norm_weight=None, eps=1e-6,
                norm_bias=None, tiles=TILES):  # fmt: skip
-    norm = norm or "none"
-    values, u, stats, d_norm = launch.pooled_triton(
-        student, teacher, bounds_s, bounds_t, pooling, weight, norm, norm_weight, eps, True, norm_weight is not None,
-        tiles,
-    )  # fmt: skip
-    dx = launch.state_gradient_triton(
-        ONE, student, None, u, bounds_s, pooling, norm, stats, None, None, None, stats[:0], "mse", False, None, tiles
-    )
+    shared = {"student": student, "pooling": pooling, "norm": norm or "none"}
+    sides = {"teacher": teacher, "bounds_s": bounds_s, "bounds_t": bounds_t, "segment_weight": weight}
+    need = {"need_dx": True, "need_norm": norm_weight is not None}
+    call = HiddenLoss(**shared, **sides, **need, norm_weight=norm_weight, eps=eps)
+    values, u, stats, d_norm = launch.pooled_triton(call, tiles)
+    call = StateGradient(**shared, scales=ONE, u=u, bounds=bounds_s, stats=stats, pair_stats=stats[:0])
+    dx = launch.state_gradient_triton(call, tiles)
     found = {"total": (values if weight is None else values * weight).sum(), "dx": dx, "values": values}
     return found if norm_weight is None else {**found, "d_norm": d_norm[0]}
 
 
 def run_paired(student, teacher, rows_s, rows_t, weight, kind, rows_sorted=False, more=None):
-    values, stats = launch.pairs_triton(student, teacher, rows_s, rows_t, weight, kind, TILES)
+    states = {"student": student, "teacher": teacher, "kind": kind, "rows_sorted": rows_sorted}
+    shared = {**states, "rows_s": rows_s, "rows_t": rows_t, "pair_weight": weight}
+    values, stats = launch.pairs_triton(HiddenLoss(**shared), TILES)
     scales = torch.tensor([0.0, 1.0, 2.0])
-    dx = launch.state_gradient_triton(
-        scales, student, teacher, None, None, "mean", "none", stats[:0], rows_s, rows_t, weight, stats, kind,
-        rows_sorted, more, TILES,
-    )  # fmt: skip
+    call = StateGradient(**shared, scales=scales, stats=stats[:0], pair_stats=stats, more=more)
+    dx = launch.state_gradient_triton(call, TILES)
     return {"total": (values if weight is None else values * weight).sum(), "dx": dx}
 
 
@@ -97,10 +97,11 @@ def test_spans(norm):
     options.pop("norm_bias", None)
     got, exact = (f(student, teacher, own, other, **options) for f in (run_pooled, exact_pooled))
     check_all(got, exact, torch.float32)
-    mean, _ = launch.segment_mean_triton(student, own, "spans", "none", 1e-6, TILES)
+    mean, _ = launch.segment_mean_triton(SegmentMean(x=student, bounds=own, pooling="spans"), TILES)
     check(mean, reference_mean(student.double(), own, "spans"), 1e-5)
+    overlapping = SegmentMean(x=student, bounds=torch.tensor([[0, 4], [3, 5]]), pooling="spans")
     with pytest.raises(RuntimeError, match="overlap"):
-        launch.segment_mean_triton(student, torch.tensor([[0, 4], [3, 5]]), "spans", "none", 1e-6, TILES)
+        launch.segment_mean_triton(overlapping, TILES)
 
 
 @pytest.mark.parametrize("kind", ["mse", "cosine"])
@@ -120,15 +121,14 @@ def test_all_parts_of_the_gradient_at_once():
     student, teacher, *bounds = states("edges")
     rows_s, rows_t, weight = pairs(student, teacher, 40)
     more = torch.randn_like(student)
-    _, u, stats, _ = launch.pooled_triton(
-        student, teacher, *bounds, "mean", None, "none", None, 0.0, True, False, TILES
-    )
-    _, pair_stats = launch.pairs_triton(student, teacher, rows_s, rows_t, weight, "cosine", TILES)
+    shared = {"student": student, "teacher": teacher, "kind": "cosine"}
+    shared |= {"rows_s": rows_s, "rows_t": rows_t, "pair_weight": weight}
+    call = HiddenLoss(**shared, bounds_s=bounds[0], bounds_t=bounds[1], need_dx=True)
+    _, u, stats, _ = launch.pooled_triton(call, TILES)
+    _, pair_stats = launch.pairs_triton(call, TILES)
     scales = torch.tensor([0.3, 0.5, 0.7])
-    got = launch.state_gradient_triton(
-        scales, student, teacher, u, bounds[0], "mean", "none", stats, rows_s, rows_t, weight, pair_stats, "cosine",
-        False, more, TILES,
-    )  # fmt: skip
+    made = {"u": u, "bounds": bounds[0], "stats": stats, "pair_stats": pair_stats, "more": more}
+    got = launch.state_gradient_triton(StateGradient(**shared, scales=scales, **made), TILES)
     exact = 0.3 * exact_pooled(student, teacher, *bounds)["dx"] + 0.7 * more.double()
     exact += 0.5 * exact_paired(student, teacher, rows_s, rows_t, weight, "cosine")["dx"]
     check(got, exact, 1e-5)
@@ -187,25 +187,30 @@ def test_bitwise_repeatable_and_independent_of_what_empty_holds():
 
 def test_bad_values_are_asserted_on_the_device():
     x = torch.randn(8, 4)
+
+    def mean(bounds, pooling="mean"):
+        launch.segment_mean_triton(SegmentMean(x=x, bounds=torch.as_tensor(bounds), pooling=pooling), TILES)
+
     for bad in ([1, 4, 8], [0, 6, 4], [0, 6, 9]):
         with pytest.raises(RuntimeError, match="cu_seqlens must start at 0"):
-            launch.segment_mean_triton(x, torch.tensor(bad), "mean", "none", 1e-6, TILES)
+            mean(bad)
     for bad in ([[3, 2]], [[0, 2], [-1, 3]], [[0, 2], [5, 9]]):
         with pytest.raises(RuntimeError, match="spans must be ascending and be within the 8 rows"):
-            launch.segment_mean_triton(x, torch.tensor(bad), "spans", "none", 1e-6, TILES)
+            mean(bad, "spans")
     good, many = torch.tensor([0, 8]), torch.arange(1501) // 200  # more bounds than one block of the check
-    launch.segment_mean_triton(x, many, "mean", "none", 1e-6, TILES)
+    mean(many)
     many[1400] = 3
     with pytest.raises(RuntimeError, match="cu_seqlens must start at 0"):
-        launch.segment_mean_triton(x, many, "mean", "none", 1e-6, TILES)
-    for bounds in ((good, good + 1), (good, torch.tensor([0, 9])), (torch.tensor([0, 9]), good)):
+        mean(many)
+    for own, other in ((good, good + 1), (good, torch.tensor([0, 9])), (torch.tensor([0, 9]), good)):
         with pytest.raises(RuntimeError, match="end within the 8 and 8 rows"):
-            launch.pooled_triton(x, x, *bounds, "mean", None, "none", None, 1e-6, True, False, TILES)
+            launch.pooled_triton(HiddenLoss(student=x, teacher=x, bounds_s=own, bounds_t=other, need_dx=True), TILES)
     rows = torch.tensor([0, 8])
     with pytest.raises(RuntimeError, match="rows_t holds a row number outside 0 to 7"):
-        launch.pairs_triton(x, x, torch.tensor([0, 1]), rows, None, "mse", TILES)
+        launch.pairs_triton(HiddenLoss(student=x, teacher=x, rows_s=torch.tensor([0, 1]), rows_t=rows), TILES)
+    wide, first = x.double(), rows[:1]
     with pytest.raises(TypeError, match="student is"):
-        launch.pairs_triton(x.double(), x.double(), rows[:1], rows[:1], None, "mse", TILES)
+        launch.pairs_triton(HiddenLoss(student=wide, teacher=wide, rows_s=first, rows_t=first), TILES)
 
 
 def test_bounds_of_both_sides_take_one_kernel_and_one_assertion(monkeypatch):
@@ -241,11 +246,11 @@ def test_cuda_kernels_of_the_ops_return_what_their_fakes_say(monkeypatch):
     for first, second in ((pooled, paired), (pooled, unpaired), (nothing, paired)):
         for need in (True, False):
             arguments = (student, teacher, *first, *second, need, need and first is pooled)
-            compare_with_fake(ops.hidden_loss, arguments)
-    compare_with_fake(ops.segment_mean, (student, bounds[0], "last", "rms", 1e-5))
+            compare_with_fake(ops.hidden_loss.op, arguments)
+    compare_with_fake(ops.segment_mean.op, (student, bounds[0], "last", "rms", 1e-5))
     u, stats = torch.randn(7, 24), torch.rand(2, student.shape[0])
     arguments = (torch.ones(3), student, teacher, u, bounds[0], "mean", "layer", stats)
-    compare_with_fake(ops.state_gradient, (*arguments, *paired[:3], torch.rand(2, 12), "cosine", False, student))
+    compare_with_fake(ops.state_gradient.op, (*arguments, *paired[:3], torch.rand(2, 12), "cosine", False, student))
 
 
 def compare_with_fake(op, arguments):

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from mtllm_fast.kernels import linear_kl_launch as launch
+from mtllm_fast.kernels.linear_kl_ops import Difference, MomentsOf, MomentStep
 from mtllm_fast.kernels.tiles import LinearKLTiles, RowTile
 
 from tests.kernels.linear_kl_cases import LIMITS, check, large_case, make_case
@@ -19,16 +20,25 @@ TILES = LinearKLTiles(4, RowTile(64, 1), RowTile(128, 1), RowTile(16, 1))
 WIDE = {torch.bfloat16: 1.25}
 FLAGS = ("separate", "bias", "rows", "weights")
 NAMES = ("total", "values", "dh", "dw", "db")
+CACHED = ("m", "entropy", "bias_mean")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 def difference(case, *, num_valid: int = -1, tiles=TILES, need=(True, True, True), scale=None):
     o = case.options
-    tau, divergence = o.get("temperature", 1.0), o.get("divergence", "forward")
-    tensors = (case.h_s, case.w_s, case.h_t, case.w_t, o.get("bias_s"), o.get("bias_t"))
-    options = (tau, scale or tau**2, o.get("softcap", 0.0), divergence, o.get("beta", 0.5), *need)
-    rows = (o.get("rows_s"), o.get("rows_t"), o.get("row_weight"), num_valid)
-    return dict(zip(NAMES, launch.difference_triton(*tensors, *rows, *options, tiles=tiles)))
+    needed = dict(zip(("need_dh", "need_dw", "need_db"), need))
+    arguments = {"h_s": case.h_s, "w_s": case.w_s, "h_t": case.h_t, "w_t": case.w_t, **o, **needed}
+    call = Difference(**arguments, scale=scale or o.get("temperature", 1.0) ** 2, num_valid=num_valid)
+    return dict(zip(NAMES, launch.difference_triton(call, tiles)))
+
+
+def moments(h_t, w_t, **options):
+    return dict(zip(CACHED, launch.teacher_moments_triton(MomentsOf(h_t=h_t, w_t=w_t, **options), TILES)))
+
+
+def step(case, cached, **options):
+    call = MomentStep(h_s=case.h_s, w_s=case.w_s, **cached, **{"need_dh": True, **options})
+    return launch.moment_step_triton(call, TILES)
 
 
 def compare(case, **extra) -> None:
@@ -177,35 +187,32 @@ def test_moments(dtype, on):
     o, exact = case.options, case.exact()
     limit = LIMITS[dtype] * {torch.bfloat16: 1.25, torch.float16: 2.0}.get(dtype, 1.0)
     of_values = min(limit, 2e-3)
-    head = (case.w_s, None, o.get("bias_s")) if case.w_t is None else (case.w_t, case.w_s, o.get("bias_t"))
+    head = {"w_t": case.w_s, "bias_t": o.get("bias_s")}
+    if case.w_t is not None:
+        head = {"w_t": case.w_t, "w_s": case.w_s, "bias_t": o.get("bias_t")}
     for cached_rows in (False, True):
         rows = o.get("rows_t") if cached_rows else None
-        m = launch.teacher_moments_triton(case.h_t, *head, o.get("bias_s"), rows, 1.6, 0.0, tiles=TILES)
-        rows_t = None if cached_rows else o.get("rows_t")
-        valid = int((o["row_weight"] != 0).sum()) if "row_weight" in o and cached_rows else -1
-        selection = (o.get("rows_s"), rows_t, o.get("row_weight"), valid)
-        total, values, dh = launch.moment_step_triton(
-            case.h_s, case.w_s, o.get("bias_s"), *m, *selection, 1.6, 1.6**2, True, tiles=TILES
-        )
+        cached = moments(case.h_t, **head, bias_s=o.get("bias_s"), rows=rows, temperature=1.6)
+        options = {name: o.get(name) for name in ("bias_s", "rows_s", "row_weight")}
+        options |= {"rows_t": None if cached_rows else o.get("rows_t"), "temperature": 1.6, "scale": 1.6**2}
+        if "row_weight" in o and cached_rows:
+            options["num_valid"] = int((o["row_weight"] != 0).sum())
+        total, values, dh = step(case, cached, **options)
         check(total, exact["total"], of_values)
         check(values, exact["values"], of_values)
         check(dh * 0.5, exact["dh"], limit)
-        without = launch.moment_step_triton(
-            case.h_s, case.w_s, o.get("bias_s"), *m, *selection, 1.6, 1.6**2, False, tiles=TILES
-        )
-        assert torch.equal(without[0], total)
+        assert torch.equal(step(case, cached, **options, need_dh=False)[0], total)
 
 
 def test_teacher_entropy_with_soft_capping():
     case = small(bias=True)
     z = (case.h_t @ case.w_s.t() + case.options["bias_s"]).double()
     p = torch.softmax(3 * torch.tanh(z / 3) / 1.5, -1)
-    m, entropy, bias_mean = launch.teacher_moments_triton(
-        case.h_t, case.w_s, None, case.options["bias_s"], case.options["bias_s"], None, 1.5, 3.0, tiles=TILES
-    )
-    check(m, p @ case.w_s.double(), 1e-5)
-    check(entropy, -(p * p.log()).sum(-1), 1e-5)
-    check(bias_mean, p @ case.options["bias_s"].double(), 1e-5)
+    bias = case.options["bias_s"]
+    got = moments(case.h_t, case.w_s, bias_t=bias, bias_s=bias, temperature=1.5, softcap=3.0)
+    check(got["m"], p @ case.w_s.double(), 1e-5)
+    check(got["entropy"], -(p * p.log()).sum(-1), 1e-5)
+    check(got["bias_mean"], p @ bias.double(), 1e-5)
 
 
 def test_a_class_that_cannot_be_said_has_no_part_in_the_mean_bias():
@@ -214,7 +221,7 @@ def test_a_class_that_cannot_be_said_has_no_part_in_the_mean_bias():
     bias[3] = -torch.inf
     kept = torch.arange(len(bias)) != 3
     p = torch.softmax((case.h_t @ case.w_s.t() + bias).double(), -1)
-    _, _, mean = launch.teacher_moments_triton(case.h_t, case.w_s, None, bias, bias, None, 1.0, 0.0, tiles=TILES)
+    mean = moments(case.h_t, case.w_s, bias_t=bias, bias_s=bias)["bias_mean"]
     check(mean, p[:, kept] @ bias[kept].double(), 1e-5)
 
 
@@ -253,12 +260,10 @@ def test_moments_at_large_logits(kind):
     case = large_case(kind, pairs=6)
     tau = case.options.get("temperature", 1.0)
     log_p = (case.h_t.double() / tau).log_softmax(-1)
-    m = launch.teacher_moments_triton(case.h_t, case.w_s, None, None, None, None, tau, 0.0, tiles=TILES)
-    check(m[0], log_p.exp(), 7e-5 if kind == "low" else 1e-5)
-    check(m[1], -(log_p.exp() * log_p).sum(-1), 7e-5 if kind == "low" else 1e-5)
-    _, _, dh = launch.moment_step_triton(
-        case.h_s, case.w_s, None, *m, None, None, None, -1, tau, tau**2, True, tiles=TILES
-    )
+    cached = moments(case.h_t, case.w_s, temperature=tau)
+    check(cached["m"], log_p.exp(), 7e-5 if kind == "low" else 1e-5)
+    check(cached["entropy"], -(log_p.exp() * log_p).sum(-1), 7e-5 if kind == "low" else 1e-5)
+    dh = step(case, cached, temperature=tau, scale=tau**2)[2]
     check(dh * 0.5, case.exact()["dh"], 7e-5 if kind == "low" else 1e-5)
 
 
@@ -268,9 +273,7 @@ def test_rows_named_twice_are_added_in_fp32(dtype):
     case.options |= {"rows_s": torch.zeros(100, dtype=torch.int64), "rows_t": torch.arange(100)}
     exact, limit = case.exact()["dh"][:1], LIMITS[dtype] * WIDE.get(dtype, 1.0)
     check(difference(case)["dh"][:1] * 0.5, exact, limit)
-    m = launch.teacher_moments_triton(case.h_t, case.w_s, None, None, None, None, 1.0, 0.0, tiles=TILES)
-    rows = (case.options["rows_s"], case.options["rows_t"], None, -1)
-    dh = launch.moment_step_triton(case.h_s, case.w_s, None, *m, *rows, 1.0, 1.0, True, tiles=TILES)[2]
+    dh = step(case, moments(case.h_t, case.w_s), rows_s=case.options["rows_s"], rows_t=case.options["rows_t"])[2]
     check(dh[:1] * 0.5, exact, limit)
 
 
@@ -286,11 +289,7 @@ def test_small_weights_in_fp16_are_kept_for_loss_scaling():
     assert got["dh"].dtype == got["dw"].dtype == torch.float32
     for key in ("dh", "dw", "db"):
         check(got[key] * 0.5e8, exact[key], LIMITS[torch.float16])
-    m = launch.teacher_moments_triton(
-        case.h_t, case.w_s, None, case.options["bias_s"], case.options["bias_s"], None, 1.0, 0.0, tiles=TILES
-    )
-    rows = (None, None, case.options["row_weight"], -1)
-    dh = launch.moment_step_triton(case.h_s, case.w_s, case.options["bias_s"], *m, *rows, 1.0, 1.0, True, tiles=TILES)[
-        2
-    ]
+    bias = case.options["bias_s"]
+    cached = moments(case.h_t, case.w_s, bias_t=bias, bias_s=bias)
+    dh = step(case, cached, bias_s=bias, row_weight=case.options["row_weight"])[2]
     check(dh * 0.5e8, exact["dh"], 2 * LIMITS[torch.float16])

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from mtllm_fast.kernels import packed_projection_launch as launch
-from mtllm_fast.kernels.packed_projection_ops import packed_linear
+from mtllm_fast.kernels.packed_projection_ops import PackedLinear, packed_linear
 from mtllm_fast.kernels.tiles import GemmTile, ProjectionTiles
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -20,13 +20,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 def run(case, fused, **changes):
-    c = {"activation": "none", "scale": 1.0, **case, **changes}
-    w = c["weight"]
+    c = {"eps": 1e-5, **case, **changes}
+    x, w = c.pop("x"), c.pop("weight")
+    c["norm"] = c.get("norm") or "none"
     return launch.packed_linear_triton(
-        c["x"].reshape(-1, c["x"].shape[-1]), c.get("rows"), w, c.get("bias"), c.get("norm") or "none",
-        c.get("norm_weight"), c.get("norm_bias"), 1e-5, c["scale"], c["activation"], c.get("cu_seqlens"),
-        c.get("prefix"), c.get("suffix"), w.dtype, c.get("need_pre", False), fused, TILES,
-    )  # fmt: skip
+        PackedLinear(x=x.reshape(-1, x.shape[-1]), w=w, dtype=w.dtype, **c), fused, TILES
+    )
 
 
 def exact(case):
@@ -83,7 +82,7 @@ def test_the_library_needs_no_pass_over_the_result(changes, dtype):
 def test_which_product_is_chosen(monkeypatch):
     """The library's unless it needs a pass over a result of a narrow input."""
     taken = []
-    monkeypatch.setattr(launch, "_fused", lambda *_: taken.append("fused"))
+    monkeypatch.setattr(launch, "_fused", lambda *_: taken.append("fused") or (None, None))
     real = launch._library
     monkeypatch.setattr(launch, "_library", lambda *a: taken.append("library") or real(*a))
     case = make(dtype=torch.bfloat16, norm="layer", boundaries=True, scale=2.0)
@@ -111,9 +110,9 @@ def test_cuda_kernel_of_the_op_returns_what_its_fake_says(boundaries, need_pre, 
     ends = (c.get("cu_seqlens"), c.get("prefix"), c.get("suffix"))
     arguments = (c["x"].view(-1, 24), c["rows"], c["weight"], c["bias"], "layer", c["norm_weight"], c["norm_bias"])
     arguments += (1e-5, 1.0, "gelu" if need_pre else "none", *ends, torch.float32, need_pre)
-    got = packed_linear._backend_fns["cuda"](*arguments)
+    got = packed_linear.op._backend_fns["cuda"](*arguments)
     with FakeTensorMode() as mode:
-        said = packed_linear(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+        said = packed_linear.op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
     assert [(x.shape, x.dtype) for x in got] == [(x.shape, x.dtype) for x in said]
 
 

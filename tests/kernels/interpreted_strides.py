@@ -11,7 +11,10 @@ import torch
 from mtllm_fast.kernels import hidden_mse_launch as hidden
 from mtllm_fast.kernels import linear_kl_launch as kl
 from mtllm_fast.kernels import packed_projection_launch as projection
+from mtllm_fast.kernels.hidden_mse_ops import HiddenLoss, SegmentMean, StateGradient
+from mtllm_fast.kernels.linear_kl_ops import Difference, MomentsOf, MomentStep
 from mtllm_fast.kernels.linear_kl_triton import exp_rows, finish_moments, kl_rows
+from mtllm_fast.kernels.packed_projection_ops import PackedLinear
 from mtllm_fast.kernels.tiles import GemmTile, HiddenMSETiles, LinearKLTiles, ProjectionTiles, RowTile
 from torch import Tensor
 
@@ -39,24 +42,14 @@ def test_pooled(norm):
     student, teacher = normal(9, 5), normal(11, 5, seed=1)
     bounds, weight = (cu([2, 0, 6]), cu([3, 1, 7])), torch.tensor([0.5, 1.0, -2.0])
     scale = None if norm == "none" else normal(5, seed=2)
-    values, u, stats, d_norm = hidden.pooled_triton(
-        apart(student, 2),
-        apart(teacher, 3),
-        *bounds,
-        "mean",
-        weight,
-        norm,
-        scale,
-        1e-2,
-        True,
-        scale is not None,
-        HIDDEN,
-    )
+    sides = {"teacher": apart(teacher, 3), "bounds_s": bounds[0], "bounds_t": bounds[1], "segment_weight": weight}
+    need = {"need_dx": True, "need_norm": scale is not None}
+    call = HiddenLoss(student=apart(student, 2), **sides, norm=norm, norm_weight=scale, eps=1e-2, **need)
+    values, u, stats, d_norm = hidden.pooled_triton(call, HIDDEN)
     more = normal(9, 5, seed=3)
-    dx = hidden.state_gradient_triton(
-        torch.tensor([0.7, 0.0, 0.3]), apart(student, 2), None, u, bounds[0], "mean", norm, stats, None, None, None,
-        stats[:0], "mse", False, apart(more, 4), HIDDEN,
-    )  # fmt: skip
+    made = {"u": u, "bounds": bounds[0], "stats": stats, "pair_stats": stats[:0], "more": apart(more, 4)}
+    call = StateGradient(scales=torch.tensor([0.7, 0.0, 0.3]), student=apart(student, 2), norm=norm, **made)
+    dx = hidden.state_gradient_triton(call, HIDDEN)
     options = {"weight": weight, "norm": None if norm == "none" else norm, "eps": 1e-2}
     options |= {} if scale is None else {"norm_weight": scale}
     exact = exact_pooled(student, teacher, *bounds, **options)
@@ -70,12 +63,11 @@ def test_pooled(norm):
 def test_pairs(kind):
     student, teacher = normal(6, 5), normal(7, 5, seed=1)
     rows_s, rows_t, weight = torch.tensor([5, 0, 5, 2]), torch.tensor([6, 1, 1, 0]), torch.tensor([1.0, 0.0, -0.5, 2.0])
-    views = apart(student, 2), apart(teacher, 3)
-    values, stats = hidden.pairs_triton(*views, rows_s, rows_t, weight, kind, HIDDEN)
-    dx = hidden.state_gradient_triton(
-        torch.tensor([0.0, 0.5, 0.0]), *views, None, None, "mean", "none", stats[:0], rows_s, rows_t, weight, stats,
-        kind, False, None, HIDDEN,
-    )  # fmt: skip
+    shared = {"student": apart(student, 2), "teacher": apart(teacher, 3), "kind": kind}
+    shared |= {"rows_s": rows_s, "rows_t": rows_t, "pair_weight": weight}
+    values, stats = hidden.pairs_triton(HiddenLoss(**shared), HIDDEN)
+    call = StateGradient(**shared, scales=torch.tensor([0.0, 0.5, 0.0]), stats=stats[:0], pair_stats=stats)
+    dx = hidden.state_gradient_triton(call, HIDDEN)
     exact = exact_paired(student, teacher, rows_s, rows_t, weight, kind)
     check((values * weight).sum(), exact["total"], 1e-5)
     check(dx, 0.5 * exact["dx"], 1e-5)
@@ -83,7 +75,7 @@ def test_pairs(kind):
 
 def test_segment_mean():
     x = normal(9, 5)
-    mean, _ = hidden.segment_mean_triton(apart(x, 2), cu([2, 6]), "mean", "none", 0.0, HIDDEN)
+    mean, _ = hidden.segment_mean_triton(SegmentMean(x=apart(x, 2), bounds=cu([2, 6])), HIDDEN)
     check(mean, torch.stack([x[:2].double().mean(0), x[2:8].double().mean(0)]), 1e-6)
 
 
@@ -93,10 +85,11 @@ def test_projection(norm, fused):
     x, w, rows = normal(7, 5), normal(6, 5, seed=1), torch.tensor([6, 0, 3])
     norm_weight, norm_bias = normal(5, seed=2), normal(5, seed=3)
     shift = None if norm != "layer" else norm_bias
-    got, _ = projection.packed_linear_triton(
-        apart(x, 2), rows, apart(w, 3), None, norm, None if norm == "none" else norm_weight, shift, 1e-2, 1.0, "none",
-        None, None, None, torch.float32, False, fused, ProjectionTiles(TILE, TILE, 9999),
+    call = PackedLinear(
+        x=apart(x, 2), rows=rows, w=apart(w, 3), norm=norm, norm_weight=None if norm == "none" else norm_weight,
+        norm_bias=shift, eps=1e-2, dtype=torch.float32,
     )  # fmt: skip
+    got, _ = projection.packed_linear_triton(call, fused, ProjectionTiles(TILE, TILE, 9999))
     own = x[rows].double()
     if norm == "rms":
         own = torch.nn.functional.rms_norm(own, (5,), norm_weight.double(), 1e-2)
@@ -110,10 +103,11 @@ def test_linear_kl_with_one_gradient(need):
     case = make_case(pairs=6, width=8, vocab=70, bias=True, separate=True, row_weight=torch.linspace(-1, 1.5, 6))
     exact, o = case.exact(), case.options
     tiles = LinearKLTiles(4, RowTile(32, 1), RowTile(32, 1), RowTile(4, 1))
-    got = kl.difference_triton(
-        apart(case.h_s, 2), apart(case.w_s, 3), apart(case.h_t, 1), apart(case.w_t, 5), o["bias_s"], o["bias_t"], None,
-        None, o["row_weight"], -1, 1.0, 1.0, 0.0, "forward", 0.5, *need, tiles=tiles,
+    call = Difference(
+        h_s=apart(case.h_s, 2), w_s=apart(case.w_s, 3), h_t=apart(case.h_t, 1), w_t=apart(case.w_t, 5), **o,
+        **dict(zip(("need_dh", "need_dw", "need_db"), need)),
     )  # fmt: skip
+    got = kl.difference_triton(call, tiles)
     check(got[0], exact["total"], 1e-5)
     wanted = need.index(True)
     check(got[2 + wanted] * 0.5, exact[("dh", "dw", "db")[wanted]], 1e-5)
@@ -197,11 +191,12 @@ def test_cached_moments_with_columns_apart():
     case = make_case(pairs=6, width=8, vocab=70, bias=True)
     bias, exact = case.options["bias_s"], case.exact()
     tiles = LinearKLTiles(4, RowTile(32, 1), RowTile(32, 1), RowTile(4, 1))
-    head = (apart(case.w_s, 3), None, bias, bias)
-    m, *scalars = kl.teacher_moments_triton(apart(case.h_t, 2), *head, None, 1.0, 0.0, tiles=tiles)
+    head = {"w_t": apart(case.w_s, 3), "bias_t": bias, "bias_s": bias}
+    m, entropy, bias_mean = kl.teacher_moments_triton(MomentsOf(h_t=apart(case.h_t, 2), **head), tiles)
     wide = torch.full((6, 16), torch.nan)
     wide[:, ::2] = m
-    step = (apart(case.h_s, 1), apart(case.w_s, 3), bias, wide[:, ::2], *scalars, None, None, None, -1, 1.0, 1.0, True)
-    total, _, dh = kl.moment_step_triton(*step, tiles=tiles)
+    cached = {"m": wide[:, ::2], "entropy": entropy, "bias_mean": bias_mean}
+    step = MomentStep(h_s=apart(case.h_s, 1), w_s=apart(case.w_s, 3), bias_s=bias, **cached, need_dh=True)
+    total, _, dh = kl.moment_step_triton(step, tiles)
     check(total, exact["total"], 1e-5)
     check(dh * 0.5, exact["dh"], 1e-5)

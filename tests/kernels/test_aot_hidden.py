@@ -19,7 +19,7 @@ STREAMING = {"pool_rows", "state_gradient", "pair_values", "norm_rows"}
 
 
 def cases(arch: str) -> list[aot.Case]:
-    return [*hidden_mse_cases(aot.Case, arch), *packed_projection_cases(aot.Case, arch)]
+    return [*hidden_mse_cases(arch), *packed_projection_cases(arch)]
 
 
 def named(kernel: str, part: str, arch: str = "sm_90") -> aot.Case:
@@ -101,10 +101,10 @@ def test_rows_are_addressed_in_64_bits():
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
 def test_rows_to_fp8_round_to_nearest_and_saturate(arch):
-    for case in fp8_linear_cases(aot.Case, arch):
+    for case in fp8_linear_cases(arch):
         assert aot.inspect(case, arch).problems == ()
         if "16384" in case.label:
             code = aot.compile_case(case, arch).asm
             assert "cvt.rn.satfinite.e4m3x2.f32" in code["ptx"]
             assert "arith.extsi" in code["ttir"]  # rows are addressed in 64 bits
-    assert not list(fp8_linear_cases(aot.Case, "sm_80"))
+    assert not list(fp8_linear_cases("sm_80"))

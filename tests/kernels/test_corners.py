@@ -328,28 +328,28 @@ def test_fakes_in_every_dtype(dtype):
     rows = (o["rows_s"], o["rows_t"], None, -1)
     tensors = (case.h_s, case.w_s, case.h_t, case.w_t, o["bias_s"], o["bias_t"])
     for need in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
-        same_as_fake(kl.difference, (*tensors, *rows, 2.0, 4.0, 0.0, "forward", 0.5, *need))
+        same_as_fake(kl.difference.op, (*tensors, *rows, 2.0, 4.0, 0.0, "forward", 0.5, *need))
     teacher = (case.h_t, case.w_t, case.w_s, o["bias_t"], o["bias_s"], o["rows_t"], 2.0, 0.0)
-    same_as_fake(kl.moments_of, teacher)
-    cached = kl.moments_of(*teacher)
+    same_as_fake(kl.moments_of.op, teacher)
+    cached = kl.moments_of.op(*teacher)
     for need in (True, False):
         same_as_fake(
-            kl.moment_step, (case.h_s, case.w_s, o["bias_s"], *cached, o["rows_s"], None, None, -1, 2.0, 4.0, need)
+            kl.moment_step.op, (case.h_s, case.w_s, o["bias_s"], *cached, o["rows_s"], None, None, -1, 2.0, 4.0, need)
         )
     student, teacher_states, *bounds = states("tiny", width=8, dtype=dtype)
     rows_s, rows_t, weight = pairs(student, teacher_states, 9)
-    same_as_fake(hidden.segment_mean, (student, bounds[0], "mean", "layer", 1e-5))
+    same_as_fake(hidden.segment_mean.op, (student, bounds[0], "mean", "layer", 1e-5))
     paired = (rows_s, rows_t, weight, "cosine", False)
     norm = torch.ones(8, dtype=dtype)
     for need in (True, False):
         same_as_fake(
-            hidden.hidden_loss,
+            hidden.hidden_loss.op,
             (student, teacher_states, *bounds, "mean", torch.ones(32), "rms", norm, 1e-5, *paired, need, need),
         )
         head, bias = torch.randn(20, 8).to(dtype), torch.randn(20).to(dtype)
         for kind in ("", "mse", "cosine"):
             same_as_fake(
-                _distillation,
+                _distillation.op,
                 (student, teacher_states, *bounds, "mean", None, rows_s, rows_t, weight, kind, False, head, bias, None,
                  None, None, -1, 2.0, 4.0, 0.0, need, need, need),
             )  # fmt: skip

@@ -7,6 +7,7 @@ import torch
 from mtllm_fast.kernels import distillation_loss, linear_kl, packed_projection, paired_mse, pooled_mse, segment_mean
 from mtllm_fast.kernels import packed_projection_launch as launch
 from mtllm_fast.kernels.hidden_mse import reference_mean
+from mtllm_fast.kernels.packed_projection_ops import PackedLinear
 
 from tests.kernels.hidden_cases import (
     LENGTHS,
@@ -106,10 +107,8 @@ def test_both_paths_of_the_projection(fused, dtype, mean):
         dtype=dtype, norm="layer", width=1024, out=512, padded=False, mean=mean if dtype == torch.float16 else 0.5
     )
     c = {k: moved(v) for k, v in case.items()}
-    y, _ = launch.packed_linear_triton(
-        c["x"], None, c["weight"], c["bias"], "layer", c["norm_weight"], c["norm_bias"], 1e-5, 1.0, "none", None, None,
-        None, dtype, False, fused,
-    )  # fmt: skip
+    c["w"], normed = c.pop("weight"), {"norm": "layer", "eps": 1e-5}
+    y, _ = launch.packed_linear_triton(PackedLinear(**{**c, **normed}, dtype=dtype), fused)
     right = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in case.items()}
     check(y, packed_projection(**right), 3 * LIMITS[dtype])
 

@@ -24,24 +24,25 @@ def problem():
 def test_opcheck_of_the_losses():
     student, teacher, bounds, rows_s, rows_t, weight = problem()
     for norm in ("none", "layer"):
-        torch.library.opcheck(ops.segment_mean, (student, bounds[0], "mean", norm, 1e-5))
-    torch.library.opcheck(ops.segment_mean, (student, SPANS, "spans", "rms", 1e-5))
+        torch.library.opcheck(ops.segment_mean.op, (student, bounds[0], "mean", norm, 1e-5))
+    torch.library.opcheck(ops.segment_mean.op, (student, SPANS, "spans", "rms", 1e-5))
     scale = torch.ones(8, requires_grad=True)
     for kind in ("mse", "cosine"):
         paired = (rows_s, rows_t, weight, kind, False)
         torch.library.opcheck(
-            ops.hidden_loss, (student, teacher, *bounds, "last", torch.ones(7), "rms", scale, 1e-5, *paired, True, True)
+            ops.hidden_loss.op,
+            (student, teacher, *bounds, "last", torch.ones(7), "rms", scale, 1e-5, *paired, True, True),
         )
     nothing = (None, None, None, "mse", False)
     torch.library.opcheck(
-        ops.hidden_loss, (student, teacher, SPANS, SPANS, "spans", None, "none", None, 0.0, *nothing, True, False)
+        ops.hidden_loss.op, (student, teacher, SPANS, SPANS, "spans", None, "none", None, 0.0, *nothing, True, False)
     )
     torch.library.opcheck(
-        ops.hidden_loss, (student, teacher, None, None, "mean", None, "none", None, 0.0, *paired, True, False)
+        ops.hidden_loss.op, (student, teacher, None, None, "mean", None, "none", None, 0.0, *paired, True, False)
     )
     u, stats = torch.randn(7, 8), torch.rand(2, student.shape[0])
     torch.library.opcheck(
-        ops.state_gradient,
+        ops.state_gradient.op,
         (torch.ones(3), student.detach(), teacher, u, bounds[0], "mean", "layer", stats, rows_s, rows_t, weight,
          torch.rand(2, 9), "cosine", False, torch.randn(student.shape)),
     )  # fmt: skip
@@ -50,12 +51,12 @@ def test_opcheck_of_the_losses():
     fixed = (-1, 2.0, 4.0, 0.0)
     for kind in ("", "mse", "cosine"):
         torch.library.opcheck(
-            _distillation,
+            _distillation.op,
             (student, teacher, *bounds, "mean", None, rows_s, rows_t, weight, kind, False, head, bias, None, None, None,
              *fixed, True, True, True),
         )  # fmt: skip
     torch.library.opcheck(
-        _distillation,
+        _distillation.op,
         (student, teacher, None, None, "mean", None, rows_s, rows_t, weight, "mse", False, None, None, None, None, None,
          *fixed, True, False, False),
     )  # fmt: skip
@@ -72,13 +73,13 @@ def test_opcheck_of_the_projection():
                 e.requires_grad_()
         arguments = (x, c["rows"], *leaves[:2], "layer", *leaves[2:], 1e-5, 1.7)
         torch.library.opcheck(
-            projection_ops.packed_linear,
+            projection_ops.packed_linear.op,
             (*arguments, "none" if boundaries else "gelu", *ends, torch.float32, not boundaries),
         )
         rows, tokens = c["rows"], c["rows"].shape[0]
         total = tokens + (7 * 3 if boundaries else 0)
         torch.library.opcheck(
-            projection_ops.packed_linear_backward,
+            projection_ops.packed_linear_backward.op,
             (torch.randn(total, 8), x.detach(), rows, leaves[0].detach(), "layer", leaves[2].detach(),
              leaves[3].detach(), 1e-5, 1.7, "none", torch.empty(0, 8), ends[0], 2 * boundaries, 1 * boundaries,
              [False, boundaries], True, True, True, True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -100,9 +101,9 @@ def test_addresses_beyond_2_to_the_31():
     h_s = (h_t.float() + 0.3 * torch.randn(8200, 16, device="cuda", generator=g)).bfloat16()
     w = torch.randn(262144, 16, device="cuda", generator=g).bfloat16()
     whole = tiles.LinearKLTiles(8200, tiles.RowTile(2048, 8), tiles.RowTile(4096, 8), tiles.RowTile(1024, 4))
-    options = (None,) * 6 + (-1, 1.0, 1.0, 0.0, "forward", 0.5, True, False, False)
-    _, values, dh, _, _ = linear_kl_launch.difference_triton(h_s, w, h_t, *options, tiles=whole)
-    last = linear_kl_launch.difference_triton(h_s[-8:], w, h_t[-8:], *options)
+    all_rows = ops.Difference(h_s=h_s, w_s=w, h_t=h_t, need_dh=True)
+    _, values, dh, _, _ = linear_kl_launch.difference_triton(all_rows, whole)
+    last = linear_kl_launch.difference_triton(replace(all_rows, h_s=h_s[-8:], h_t=h_t[-8:]))
     check(values[-8:], last[1].double().cpu(), 1e-5)
     # two shapes of GEMM may round a few of the 128 bf16 entries apart, half a percent each; a wrong address is off by all
     check(dh[-8:], last[2].double().cpu(), 4e-3)
@@ -114,5 +115,5 @@ def test_compile_and_opcheck():
     eager = linear_kl(h_s, w_s, h_t)[0]
     fused = torch.compile(lambda h: linear_kl(h, w_s, h_t)[0], fullgraph=True)(h_s)
     assert torch.equal(eager, fused)
-    none = (None,) * 6
-    torch.library.opcheck(ops.difference, (h_s, w_s, h_t, *none, -1, 1.0, 1.0, 0.0, "forward", 0.5, True, True, False))
+    inputs = ops.difference.inputs(h_s=h_s, w_s=w_s, h_t=h_t, need_dh=True, need_dw=True)
+    torch.library.opcheck(ops.difference.op, inputs)

@@ -18,14 +18,14 @@ def test_opcheck():
         biases = (o.get("bias_s"), o.get("bias_t"))
         for divergence in ("forward", "jsd"):
             options = (2.0, 4.0, 3.0, divergence, 0.5, True, True, bool(flags))
-            torch.library.opcheck(ops.difference, (h_s, w_s, h_t, w_t, *biases, *rows, *options))
+            torch.library.opcheck(ops.difference.op, (h_s, w_s, h_t, w_t, *biases, *rows, *options))
         head, bias = w_s.detach(), None if biases[0] is None else biases[0].detach()
         teacher = (h_t, head if w_t is None else w_t, None if w_t is None else head, biases[1], bias, None, 2.0, 0.0)
-        torch.library.opcheck(ops.moments_of, teacher)
-        cached = ops.moments_of(*teacher)
-        torch.library.opcheck(ops.moment_step, (h_s, head, bias, *cached, *rows, 2.0, 4.0, True))
+        torch.library.opcheck(ops.moments_of.op, teacher)
+        cached = ops.moments_of.op(*teacher)
+        torch.library.opcheck(ops.moment_step.op, (h_s, head, bias, *cached, *rows, 2.0, 4.0, True))
     torch.library.opcheck(
-        ops.scale_gradient, (torch.randn(3, 2, dtype=torch.bfloat16), torch.tensor(0.3), torch.float16)
+        ops.scale_gradient.op, (torch.randn(3, 2, dtype=torch.bfloat16), torch.tensor(0.3), torch.float16)
     )
 
 

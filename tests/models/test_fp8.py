@@ -8,6 +8,7 @@ import pytest
 import torch
 from mtllm_fast.kernels.fp8_linear import (
     FP8,
+    _quantise_rows,
     dequantised_rows,
     fp8_linear,
     fp8_product,
@@ -172,8 +173,8 @@ def test_widths_that_the_hardware_lacks(width, out) -> None:
 
 def test_opcheck_and_one_graph() -> None:
     x, (w, scale) = torch.randn(6, 32), quantise_rows(torch.randn(16, 32))
-    torch.library.opcheck(quantise_rows, (x,))
-    torch.library.opcheck(fp8_product, (*quantise_rows(x), w, scale, True))
+    torch.library.opcheck(_quantise_rows.op, (x,))
+    torch.library.opcheck(fp8_product.op, (*quantise_rows(x), w, scale, True))
     ours, _ = lora_over_fp8(width=32, out=48)
     compiled = torch.compile(lambda x: ours(x), backend="aot_eager", fullgraph=True)
     found = []

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, M2M100Config
 from mtllm_fast import planning
 from mtllm_fast.cli import main
 from mtllm_fast.losses import DistillationLoss, DistillationWeights
-from mtllm_fast.planning.accounting import Accounting
+from mtllm_fast.planning.accounting import SCRATCH, Accounting
 from mtllm_fast.planning.plan import packs
 from mtllm_fast.planning.simulate import build, make_batch
 from mtllm_fast.training.stage import Stage
@@ -192,3 +192,34 @@ def test_the_gpu_of_a_plan_is_this_machines(monkeypatch, name: str, memory: floa
     monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: name)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda *_: type("P", (), {"total_memory": memory}))
     assert planning.this_gpu() == planned
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_scratch_grows_with_the_vocabulary_as_the_launchers_buffers_do(cached, monkeypatch):
+    """What `linear_kl`'s launcher allocates on a GPU, without its kernels and products; rows of logits are padded."""
+    pytest.importorskip("triton")
+    from mtllm_fast.kernels import linear_kl_launch as launch
+    from mtllm_fast.kernels import linear_kl_ops as ops
+
+    for kernel in ("kl_rows", "exp_rows", "finish_moments"):
+        monkeypatch.setattr(launch, kernel, {(24,): lambda *_, **__: None})
+    monkeypatch.setattr(launch, "mm_f32", lambda a, b, out: out)
+    states, rows, one = torch.zeros(30, 8, dtype=torch.bfloat16), torch.arange(24), torch.zeros(30)
+
+    def of_launcher(vocab: int) -> int:
+        head = torch.zeros(vocab, 8, dtype=torch.bfloat16)
+        common = {"h_s": states, "w_s": head, "rows_s": rows, "rows_t": rows, "need_dh": True}
+        if not cached:
+            return planning.measured_peak(lambda: launch.difference_triton(ops.Difference(**common, h_t=states)))
+        moments = {"m": torch.zeros(30, 8), "entropy": one, "bias_mean": one}
+        return planning.measured_peak(lambda: launch.moment_step_triton(ops.MomentStep(**common, **moments)))
+
+    def predicted(vocab: int) -> float:
+        head = torch.empty(vocab, 8, dtype=torch.bfloat16, device="meta")
+        arguments = {"head": head, "m": one if cached else None, "rows_s": rows, "need_dx": True}
+        return SCRATCH["mtllm_fast::distillation_loss"](architecture="default", **arguments)
+
+    assert of_launcher(65) - of_launcher(64) == (1 if cached else 2) * 24 * 64 * 4
+    for vocab in (17, 65, 1000, 1025):
+        assert predicted(vocab) - predicted(64) == of_launcher(vocab) - of_launcher(64)
+    assert of_launcher(1000) == pytest.approx(predicted(1000), rel=0.05)
