@@ -32,8 +32,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtllm_fast.data.batch import Batch, TokenizedRows, check_sides, tokenise_readable
+from mtllm_fast.data.layout import TokenizedSide
 from mtllm_fast.data.read import TextRow
-from mtllm_fast.data.tokenise import StackTokenizer, TokenizedSide
+from mtllm_fast.data.tokenise import StackTokenizer
 from mtllm_fast.disk import MARKER, FolderLock, difference, mark_complete
 
 STORE_FILE = "store.json"

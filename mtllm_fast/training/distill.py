@@ -21,9 +21,10 @@ from ..data.read import TextRow
 from ..losses import DistillationLoss, DistillationWeights, LossTerm
 from ..models import MTLLM
 from ..models.adapter_sum import add_to_adapter, sum_settings
+from ..models.fingerprint import same_model
 from ..models.heads import HeadConfig
 from ..models.mtllm import MTLLMConfig
-from ..models.names import is_path, same_model
+from ..models.names import is_path
 from ..models.storage import based_on, read_config, read_safetensors
 from .automatic import settled
 from .config import OptimSettings
