@@ -118,8 +118,8 @@ class TokenizedRows:
 
 
 def tokenise_rows(rows: Sequence[TextRow], tokenizer: StackTokenizer, sides: Sequence[str]) -> TokenizedRows:
-    made = {side: tokenizer.side(side, rows) for side in sides}
-    return TokenizedRows(made, [row.label for row in rows], [row.id for row in rows])
+    tokenized = {side: tokenizer.side(side, rows) for side in sides}
+    return TokenizedRows(tokenized, [row.label for row in rows], [row.id for row in rows])
 
 
 def tokenise_readable(

@@ -212,6 +212,8 @@ def test_packs_of_about_equal_size():
     assert max(sizes) <= 300
     assert len(sizes) == -(-sum(lengths) // 300)
     assert min(sizes) > 0.85 * max(sizes)
+    assert [len(pack) for pack in consecutive_packs([(3,)] * 110, 300, even=True)] == [55, 55]
+    assert [len(pack) for pack in consecutive_packs([(3,)] * 110, 300)] == [100, 10]
 
 
 def test_rows_of_different_kinds_share_no_pack():

@@ -49,6 +49,9 @@ class Electra(EncoderFamily):
     def layers(self, encoder: Any) -> Any:
         return encoder.encoder.layer
 
+    def final_norm(self, encoder: Any) -> nn.Module | None:
+        return None
+
     def layers_root(self, encoder: Any) -> nn.Module:
         return encoder.encoder
 
@@ -104,6 +107,7 @@ def test_a_family_from_outside(electra_folder: str, llm_folder: str, tmp_path: P
     model.save_pretrained(tmp_path / "stack")
     expected = torch.from_numpy(Engine(model).encode(LINES))
     assert_matches(torch.from_numpy(Engine(MTLLM.from_pretrained(tmp_path / "stack")).encode(LINES)), expected, 1e-6)
+    Engine(MTLLM.stack(electra_folder, reader="encoder"), compile=True)  # finds the layers under their own name
     model.states(batch).square().sum().backward()
     assert model.projection.layers.weight.grad.abs().max() > 0
 

@@ -6,6 +6,7 @@ from .planted import Mutant, planted
 
 ALIGN = ("tests/data/test_align.py", "tests/data/test_collate.py")
 PACK = ("tests/data/test_pack.py",)
+INPUTS = ("tests/models/test_inputs.py",)
 BALANCE = ("tests/data/test_balance.py",)
 COLLATE = ("tests/data/test_collate.py", "tests/data/test_stream.py::test_every_row_once_and_within_the_budget")
 STREAM = (
@@ -56,7 +57,20 @@ MUTANTS: list[Mutant] = [
         ("order = np.lexsort((-cost_NS.sum(axis=1), -cost_NS.max(axis=1)))", "order = np.lexsort((cost_NS.sum(axis=1), cost_NS.max(axis=1)))"),
         ("if (peak := cost_NS.max()) > max_tokens:", "if (peak := cost_NS.max()) > max_tokens + 1:"),
         ("return [sorted(pack) for pack in packs]", "return packs"),
+        ("size = (len(pack) + 1) * max(grown) if padded else max(grown)", "size = (len(pack) + 1) * max(cost) if padded else max(grown)"),
+        ("size = (len(pack) + 1) * max(grown) if padded else max(grown)", "size = (len(pack) + 1) * max(grown) if padded else min(grown)"),
+        ("full = -(-total // max(-(-total // max_tokens), 1))", "full = max_tokens"),
+        ("(kinds is not None and kinds[row] != kinds[pack[0]])", "False"),
         ("if not np.array_equal(self.cu_seqlens.numpy(), expected):", "if len(self.cu_seqlens) != len(expected):"),
+    ),
+    *planted(
+        "data", "mtllm_fast/models/inputs.py", INPUTS,
+        ("_embedded(reader.llm, before), _embedded(reader.llm, after))", "_embedded(reader.llm, after), _embedded(reader.llm, before))"),
+        ("kept = offset < np.repeat(lengths.ravel(), counts)", "kept = offset <= np.repeat(lengths.ravel(), counts)"),
+        ("part = np.repeat(np.tile(np.arange(3), count), counts)[kept]", "part = np.repeat(np.tile(np.arange(3), count), counts)[: kept.sum()]"),
+        ("ids[rows] = tokens.input_ids.repeat(count // tokens.num_sequences)", "pass"),
+        ("PackedBatch.from_flat(ids, lengths.sum(1).tolist())", "PackedBatch.from_flat(ids, lengths.sum(1)[::-1].tolist())"),
+        ("return embeds if tokens.num_sequences == 1 else tokens.pad_states(embeds)", "return embeds.detach() if tokens.num_sequences == 1 else tokens.pad_states(embeds)"),
     ),
     *planted(
         "data", "mtllm_fast/data/balance.py", BALANCE,

@@ -35,6 +35,9 @@ class Bert(EncoderFamily):
     def layers(self, encoder: Any) -> nn.ModuleList:
         return encoder.encoder.layer
 
+    def final_norm(self, encoder: Any) -> nn.Module | None:
+        return None
+
     def layers_root(self, encoder: Any) -> nn.Module:
         return encoder.encoder
 

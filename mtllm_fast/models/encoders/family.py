@@ -40,9 +40,9 @@ class EncoderFamily(ABC):
     def layers(self, encoder: Any) -> nn.ModuleList:
         """The encoder's layers, a ModuleList."""
 
+    @abstractmethod
     def final_norm(self, encoder: Any) -> nn.Module | None:
         """The norm that ends the encoder, LayerNorm or RMSNorm; None where the last layer ends in its own."""
-        return None
 
     def layers_root(self, encoder: Any) -> nn.Module:
         """The module whose linear layers "all-linear" adapters mean."""
