@@ -12,7 +12,6 @@ from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 from typing import Any
 
-MODEL_TYPE = "mtllm"
 _AUTO = "transformers.models.auto.configuration_auto"
 
 

@@ -7,13 +7,11 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from .auto import MODEL_TYPE
-
 
 class MTLLMPreTrainedConfig(PreTrainedConfig):
     """The labels of an MTLLM; reading one registers the model and tokenizer classes (`inference.pipeline`)."""
 
-    model_type = MODEL_TYPE
+    model_type = "mtllm"  # models.config has it too, which is not to be imported for this
 
     def __init__(self, head: dict[str, Any] | None = None, **kwargs: Any) -> None:
         from .models import MTLLMConfig
@@ -32,4 +30,4 @@ class MTLLMPreTrainedConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
 
-AutoConfig.register(MODEL_TYPE, MTLLMPreTrainedConfig, exist_ok=True)
+AutoConfig.register(MTLLMPreTrainedConfig.model_type, MTLLMPreTrainedConfig, exist_ok=True)

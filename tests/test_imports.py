@@ -28,15 +28,6 @@ LATE = {
     "auto -> auto_config": "registered when transformers is imported, not before",
     "auto_config -> inference.pipeline": "transformers looks for a pipeline when a config is read",
     "training.validation -> inference": "English validation scores the model as it will be used: by the Engine's packs",
-    "auto_config -> models": "`import transformers` must not load the models",
-}
-# Those that are to go: delete a line with its import.
-TODO = {
-    "models.encoder -> models.mtllm",
-    "models.encoder -> models.storage",
-    "models.mtllm -> models.generate",
-    "models.mtllm -> models.storage",
-    "models.names -> models.storage",
 }
 
 
@@ -142,8 +133,8 @@ def wrong(known: dict[str, Path]) -> set[str]:
 
 def test_imports_point_one_way_and_make_no_circles() -> None:
     bad = wrong(modules(REPO))
-    assert sorted(bad - LATE.keys() - TODO) == [], "these point right in ROOMS, or close a circle"
-    assert sorted((LATE.keys() | TODO) - bad) == [], "these are no longer there, or in order: delete them in the tables"
+    assert sorted(bad - LATE.keys()) == [], "these point right in ROOMS, or close a circle"
+    assert sorted(LATE.keys() - bad) == [], "these are no longer there, or in order: delete them in the table"
 
 
 def test_what_is_late_stands_within_a_function() -> None:

@@ -15,10 +15,10 @@ MARK = "zebra"  # in the row that brings the fault
 
 def install(fault: str) -> None:
     """Change the functions in which `fault` shows."""
-    from mtllm_fast.data import collate, tokenise
+    from mtllm_fast.data import collate, text_tokens
     from mtllm_fast.training.stage import Stage
 
-    plain, tokenise_readable, encode, calls = Stage.forward, collate.tokenise_readable, tokenise._encode, [0]
+    plain, tokenise_readable, encode, calls = Stage.forward, collate.tokenise_readable, text_tokens._encode, [0]
 
     def forward(step: Any, batch: Any) -> Any:
         calls[0] += 1
@@ -38,10 +38,10 @@ def install(fault: str) -> None:
 
     def encoded(tokenizer: Any, texts: list[str], *rest: Any) -> Any:
         if fault == "tokenizer" and any(MARK in text for text in texts):
-            raise tokenise.BadText(f"the tokenizer fails on {texts[0][:40]!r}: injected")
+            raise text_tokens.BadText(f"the tokenizer fails on {texts[0][:40]!r}: injected")
         return encode(tokenizer, texts, *rest)
 
-    Stage.forward, collate.tokenise_readable, tokenise._encode = forward, read, encoded  # type: ignore[method-assign]
+    Stage.forward, collate.tokenise_readable, text_tokens._encode = forward, read, encoded  # type: ignore[method-assign]
 
 
 def main() -> None:

@@ -10,10 +10,11 @@ if TYPE_CHECKING:
     from mtllm_fast.data.align import align_rows
     from mtllm_fast.data.batch import Batch
     from mtllm_fast.data.collate import PackedDataset
+    from mtllm_fast.data.layout import TokenizedSide
     from mtllm_fast.data.loader import PackedLoader
     from mtllm_fast.data.pack import PackedBatch, token_budget_packs
     from mtllm_fast.data.read import RowStream, TextRow, read_rows
-    from mtllm_fast.data.tokenise import StackTokenizer, TokenizedSide
+    from mtllm_fast.data.tokenise import StackTokenizer
 
 _HOME = {
     "align_rows": "align",
@@ -26,7 +27,7 @@ _HOME = {
     "PackedDataset": "collate",
     "PackedLoader": "loader",
     "StackTokenizer": "tokenise",
-    "TokenizedSide": "tokenise",
+    "TokenizedSide": "layout",
 }
 
 __all__ = [

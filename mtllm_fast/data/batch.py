@@ -1,7 +1,7 @@
 """A batch: rows as the two models read them, packed and aligned."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mtllm_fast.data.align import align_rows
+from mtllm_fast.data.layout import TokenizedSide
 from mtllm_fast.data.pack import PackedBatch
 from mtllm_fast.data.read import TextRow
-from mtllm_fast.data.tokenise import BadText, StackTokenizer, TokenizedSide
+from mtllm_fast.data.text_tokens import BadText
+from mtllm_fast.data.tokenise import StackTokenizer
 
 SIDES = ("mt", "llm")
 
@@ -57,13 +59,20 @@ class Batch:
     def num_pairs(self) -> int:
         return self.mt_rows.shape[0] if self.mt_rows is not None else 0
 
+    def side(self, name: str) -> PackedBatch:
+        """The packed side "mt" or "llm". Raises ValueError where the batch was made without it."""
+        packed = self.mt if name == "mt" else self.llm
+        if packed is None:
+            raise ValueError(f"batch has no {name!r} side; collate it with sides=({name!r},)")
+        return packed
+
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Batch":
         return self._moved(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         return self._moved(lambda x: x.pin_memory())
 
-    def _moved(self, move: Any) -> "Batch":
+    def _moved(self, move: Callable[[Any], Any]) -> "Batch":
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return Batch(**{k: move(v) if isinstance(v, Tensor | PackedBatch) else v for k, v in fields.items()})
 
@@ -114,8 +123,8 @@ class TokenizedRows:
 
 
 def tokenise_rows(rows: Sequence[TextRow], tokenizer: StackTokenizer, sides: Sequence[str]) -> TokenizedRows:
-    made = {side: tokenizer.mt_side(rows) if side == "mt" else tokenizer.llm_side(rows) for side in sides}
-    return TokenizedRows(made, [row.label for row in rows], [row.id for row in rows])
+    tokenized = {side: tokenizer.side(side, rows) for side in sides}
+    return TokenizedRows(tokenized, [row.label for row in rows], [row.id for row in rows])
 
 
 def tokenise_readable(

@@ -114,8 +114,8 @@ class StreamCounts:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "StreamCounts":
-        made: dict[str, Any] = {n: Counter(value) if isinstance(value, dict) else value for n, value in state.items()}
-        return cls(**made)
+        values: dict[str, Any] = {n: Counter(one) if isinstance(one, dict) else one for n, one in state.items()}
+        return cls(**values)
 
 
 class PackedDataset(IterableDataset):
@@ -175,15 +175,17 @@ class PackedDataset(IterableDataset):
                     f"max_tokens {max_tokens} is below the tokenizer's max_{side}_tokens {limit}: "
                     "a row of that length would fit in no batch"
                 )
-        at_least = {"max_rows": 1, "lookahead": 1, "shuffle_buffer": 0, "seed": 0, "epoch": 0, "world_size": 1}
-        at_least["accumulation"] = 1
-        given = {"max_rows": 1 if max_rows is None else max_rows, "lookahead": 1 if lookahead is None else lookahead}
-        given["seed"] = seed
-        given |= {"shuffle_buffer": shuffle_buffer, "epoch": epoch, "world_size": world_size}
-        given["accumulation"] = accumulation
-        for name, least in at_least.items():
-            if given[name] < least:
-                raise ValueError(f"{name} must be at least {least}, got {given[name]}")
+        for name, value, least in (
+            ("max_rows", max_rows, 1),
+            ("lookahead", lookahead, 1),
+            ("shuffle_buffer", shuffle_buffer, 0),
+            ("seed", seed, 0),
+            ("epoch", epoch, 0),
+            ("world_size", world_size, 1),
+            ("accumulation", accumulation, 1),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in [0, world_size {world_size}), got {rank}")
         if isinstance(rows, TokenStore):
@@ -312,7 +314,7 @@ class PackedDataset(IterableDataset):
             expected = self.counters.windows
             assert window.index == expected, f"window {window.index} arrived in place of {expected}"
             self._starts.append(self.counters.state())
-            self._count(window)
+            self._count(window, window.rows)
             for pack, cost in zip(window.packs, window.costs):
                 if turn >= start:
                     step.append(_Pack(window.rows, pack, cost))
@@ -332,18 +334,17 @@ class PackedDataset(IterableDataset):
             batch = pack.rows.batch(pack.index, self.align)
             yield dataclasses.replace(batch, weight=pack.weight, place=place)
 
-    def _count(self, window: Window) -> None:
-        assert window.rows is not None
+    def _count(self, window: Window, rows: TokenizedRows | StoredRows) -> None:
         counts = self.counters
         counts.windows += 1
-        counts.rows += len(window.rows)
+        counts.rows += len(rows)
         counts.packs += len(window.packs)
         counts.budget += len(window.packs) * self.max_tokens
         counts.fallbacks.update(window.fallbacks)
         for name, reason in window.bad[: max(_SHOWN - counts.unreadable, 0)]:
             logger.warning("row %s is left out: %s", name, reason)
         counts.unreadable += len(window.bad)
-        for name, (tokens, truncated) in window.rows.totals().items():
+        for name, (tokens, truncated) in rows.totals().items():
             counts.tokens[name] += tokens
             counts.truncated[name] += truncated
 

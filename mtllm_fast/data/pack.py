@@ -4,9 +4,10 @@
 no kernel launch waits for the device to learn `max_seqlen` or the number of tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import add
 
 import numpy as np
 import torch
@@ -70,20 +71,24 @@ class PackedBatch:
         if len(sequences) == 0:
             raise ValueError("sequences must hold at least one sequence, got none")
         arrays = [_flat_ids(i, sequence) for i, sequence in enumerate(sequences)]
-        lengths = np.array([len(a) for a in arrays], dtype=np.int64)
+        ids = np.concatenate(arrays)
+        if ids.size and ids.min() < 0:
+            raise ValueError(f"sequences must hold token ids >= 0, got {ids.min()}")
+        return cls.from_flat(torch.from_numpy(ids), [len(a) for a in arrays])
+
+    @classmethod
+    def from_flat(cls, ids: Tensor, row_lengths: Sequence[int]) -> "PackedBatch":
+        """B >= 1 sequences of these lengths that lie end to end in `ids` (T,) int64, which stays where it is."""
+        lengths = np.array(row_lengths, dtype=np.int64)
         ends = np.cumsum(lengths)
         total = int(ends[-1])
         if total >= 2**31:
             raise ValueError(f"sequences hold {total} tokens, cu_seqlens (int32) addresses less than 2**31")
-        cu_seqlens = np.zeros(len(arrays) + 1, dtype=np.int32)
+        cu_seqlens = np.zeros(len(lengths) + 1, dtype=np.int32)
         cu_seqlens[1:] = ends
-        ids = np.concatenate(arrays)
-        if total and ids.min() < 0:
-            raise ValueError(f"sequences must hold token ids >= 0, got {ids.min()}")
         positions = np.arange(total, dtype=np.int64) - np.repeat(ends - lengths, lengths)
-        return cls(
-            torch.from_numpy(ids), torch.from_numpy(cu_seqlens), torch.from_numpy(positions), tuple(lengths.tolist())
-        )
+        places = (torch.from_numpy(cu_seqlens).to(ids.device), torch.from_numpy(positions).to(ids.device))
+        return cls(ids, *places, tuple(lengths.tolist()))
 
     @classmethod
     def from_padded(cls, input_ids: Tensor, attention_mask: Tensor) -> "PackedBatch":
@@ -244,3 +249,43 @@ def token_budget_packs(
         if full or (room_KS[pack] < smallest).any():
             open_packs = open_packs[open_packs != pack]
     return [sorted(pack) for pack in packs]
+
+
+def consecutive_packs(
+    costs: Sequence[tuple[int, ...]],
+    max_tokens: int,
+    *,
+    padded: bool = False,
+    even: bool = False,
+    kinds: Sequence[int] | None = None,
+) -> Iterator[list[int]]:
+    """Cut rows, in their order, into packs that stay within a token budget on every side; a longer row stands alone.
+
+    Args:
+        costs: as in `token_budget_packs`.
+        padded: the budget is for rows padded to the longest of their pack.
+        even: packs of about equal size (of one side): no small one at the end, and few different sizes.
+        kinds: rows of different kinds share no pack.
+
+    Yields:
+        Row indices of each pack.
+    """
+    full = max_tokens
+    if even:
+        total = sum(tokens for (tokens,) in costs)
+        full = -(-total // max(-(-total // max_tokens), 1))
+    pack: list[int] = []
+    held: tuple[int, ...] = ()
+    for row, cost in enumerate(costs):
+        if pack:
+            grown = tuple(map(max if padded else add, held, cost))
+            size = (len(pack) + 1) * max(grown) if padded else max(grown)
+            if size > max_tokens or max(held) >= full or (kinds is not None and kinds[row] != kinds[pack[0]]):
+                yield pack
+                pack, grown = [], cost
+        else:
+            grown = cost
+        pack.append(row)
+        held = grown
+    if pack:
+        yield pack

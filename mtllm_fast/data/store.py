@@ -35,8 +35,9 @@ from ..jobs.durable import MARKER, FolderLock, difference, mark_complete, replac
 from ..jobs.fingerprint import sha256_of, sha256_of_json
 from ..jobs.ledger import differing
 from .batch import Batch, TokenizedRows, check_sides, tokenise_readable
+from .layout import TokenizedSide
 from .read import TextRow
-from .tokenise import StackTokenizer, TokenizedSide
+from .tokenise import StackTokenizer
 
 STORE_FILE = "store.json"
 BEGUN_FILE = "begun.json"

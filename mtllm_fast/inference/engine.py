@@ -7,10 +7,7 @@ Windows and packs depend on the rows and the options alone, so a run that goes o
 
 from __future__ import annotations
 
-import logging
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -23,22 +20,20 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..data.batch import Batch, TokenizedRows
+from ..data.batch import Batch
 from ..data.language import language_read, reads_language
 from ..data.read import TextRow, UnusableRow
-from ..data.tokenise import TokenizedSide
 from ..kernels import hidden_mse
 from ..models import MTLLM
-from ..models.adapters import AdaptedModel
 from ..models.compile import compile_layers
 from ..models.modes import evaluating
+from ..models.readers import LLMReader
 from .cpu_linear import fast_linear
 from .device import check_device
 from .progress import progress_bar
 from .quantize import Quantization, check_quantization, quantize_layers
 from .texts import Classified, OnBadText, check_on_bad_text, text_rows
-
-logger = logging.getLogger(__name__)
+from .windows import Window, WindowReader
 
 Pooling = Literal["mean", "first", "last"]
 POOLINGS: tuple[Pooling, ...] = ("mean", "first", "last")
@@ -53,18 +48,6 @@ class EncodedWindow:
     ids: list[str | None]
     languages: list[str | None]
     truncated: int  # rows that were cut to the tokenizer's limit
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A window on the host, ready to run."""
-
-    index: int
-    ids: list[str | None]
-    languages: list[str | None]
-    truncated: int
-    batches: list[Batch]
-    place: NDArray[np.int64]  # (n,) which row of the batches, one after the other, is each row of the window; -1: none
 
 
 class Engine:
@@ -109,8 +92,7 @@ class Engine:
             check_quantization(quantize)
         if isinstance(model, str | Path):
             model = MTLLM.from_pretrained(model)
-        if model.tokenizer is None:
-            raise ValueError("model: has no tokenizer; load it with MTLLM.from_pretrained or stack it from folders")
+        self.tokenizer = model.require_tokenizer()
         self.model = model.to(device) if device else model
         self.device = next(model.parameters()).device
         self.max_tokens = max_tokens or default_budget(model)
@@ -118,17 +100,14 @@ class Engine:
         self.truncated = 0
         self.compiled = compile
         if merge_adapters or quantize:
-            for part in self._parts():
+            for part in model.bases.values():
                 part.merge_adapter(keep=not quantize)
         if quantize:
-            for part in self._parts():
+            for part in model.bases.values():
                 quantize_layers(part.layers_root, quantize)
         if compile:
-            for part in self._parts():
-                compile_layers(part.layers_root.layers)
-
-    def _parts(self) -> list[AdaptedModel]:
-        return [part for part in (self.model.encoder, self.model.llm) if part is not None]
+            for part in model.bases.values():
+                compile_layers(part.layers)
 
     def encoder_mean(self, rows: Iterable[TextRow]) -> Tensor:
         """Mean (E,), float32, over texts of their mean encoder states, without `model.shift`.
@@ -139,18 +118,17 @@ class Engine:
         Raises:
             ValueError: the model reads through no encoder, or there are no texts.
         """
-        encoder = self.model.encoder
-        if self.model.side != "mt" or encoder is None:
+        reader = self.model.reader
+        if isinstance(reader, LLMReader):
             raise ValueError("encoder_mean: reader='llm' reads through no encoder")
 
         def run(batch: Batch) -> Tensor:
-            assert batch.mt is not None
-            alone = self.model.config.reader == "encoder"
-            return self.model.pool(encoder(batch.mt) if alone else self.model.encoder_states(batch.mt), batch.mt)
+            packed = batch.side("mt")
+            return self.model.pool(self.model.encoder_states(packed), packed)
 
         before, self.model.shift = (self.model.shift, self.truncated), None
         try:
-            parts = [window.values for window in self._windows(rows, run, encoder.hidden_size, "fail")]
+            parts = [window.values for window in self._windows(rows, run, reader.encoder.hidden_size, "fail")]
         finally:
             self.model.shift, self.truncated = before
         if not parts:
@@ -159,7 +137,7 @@ class Engine:
 
     def unmerge_adapters(self) -> None:
         """Undo `merge_adapters`: the base weights are bit for bit what they were."""
-        for part in self._parts():
+        for part in self.model.bases.values():
             part.unmerge_adapter()
 
     def encode(
@@ -236,8 +214,7 @@ class Engine:
         check_on_bad_text(on_bad_text)
 
         def pooled(batch: Batch) -> Tensor:
-            packed = batch.mt if self.model.side == "mt" else batch.llm
-            assert packed is not None
+            packed = batch.side(self.model.side)
             states = self.model.states(packed)
             vectors = (
                 self.model.pool(states, packed)
@@ -282,8 +259,7 @@ class Engine:
             plain = chain(first, rest)
             if not first or isinstance(first[0], TextRow):
                 return self._logits(plain)
-            assert self.model.tokenizer is not None
-            if reads_language(self.model.tokenizer, self.model.side):
+            if reads_language(self.tokenizer, self.model.side):
                 raise TypeError("languages is missing: pass one MT code for all texts, or one per text")
         labels = self.model.config.labels
         if labels is None:
@@ -300,8 +276,7 @@ class Engine:
         return Classified(names, probabilities, tuple(labels))
 
     def _languages(self, given: str | Iterable[str] | None) -> str | Iterable[str] | None:
-        assert self.model.tokenizer is not None
-        return language_read(self.model.tokenizer, self.model.side, given, "languages")
+        return language_read(self.tokenizer, self.model.side, given, "languages")
 
     def _logits(self, rows: Iterable[TextRow], on_bad_text: OnBadText = "fail") -> NDArray[np.float32]:
         head = self.model.head
@@ -341,14 +316,16 @@ class Engine:
         on_bad_text: OnBadText,
         skip: Callable[[int], bool] | None = None,
     ) -> Iterator[EncodedWindow]:
-        for window in self._prepared(rows, on_bad_text, skip):
+        pin = self.device.type == "cuda"
+        reader = WindowReader(self.tokenizer, self.model.side, self.window, self.max_tokens, self.ahead, pin)
+        for window in reader.read(rows, on_bad_text, skip):
             with evaluating(self.model):
                 values = self._run(window, run, width)
             self._check_finite(window, values)
             self.truncated += window.truncated
             yield EncodedWindow(window.index, values, window.ids, window.languages, window.truncated)
 
-    def _check_finite(self, window: _Prepared, values: NDArray[np.float32]) -> None:
+    def _check_finite(self, window: Window, values: NDArray[np.float32]) -> None:
         # a choice that a row does not have scores -inf
         bad = np.flatnonzero((np.isnan(values) | np.isposinf(values)).any(1) | np.isneginf(values).all(1))
         if self.model.head is None or self.model.head.config.kind != "choice":
@@ -356,84 +333,12 @@ class Engine:
         bad = bad[window.place[bad] >= 0]
         if len(bad):
             raise ValueError(
-                f"{self._named(window.index, int(bad[0]), window.ids)}: the model gives NaN or infinite numbers for it"
+                f"{window.named(int(bad[0]))}: the model gives NaN or infinite numbers for it"
                 f"{f', and for {len(bad) - 1} more near it' if len(bad) > 1 else ''}; is its dtype wide enough?"
             )
 
-    def _named(self, window: int, place: int, ids: list[str | None]) -> str:
-        name = "" if ids[place] is None else f" (id {ids[place]!r})"
-        return f"row {window * self.window + place}{name}"
-
-    def _prepared(
-        self, rows: Iterable[TextRow | UnusableRow], on_bad_text: OnBadText, skip: Callable[[int], bool] | None
-    ) -> Iterator[_Prepared]:
-        """The windows of a stream, prepared in order by one background thread."""
-        stream = iter(rows)
-        index = -1
-
-        def following() -> _Prepared | None:
-            nonlocal index
-            while True:
-                index += 1
-                chunk = list(islice(stream, self.window))
-                if not chunk:
-                    return None
-                if skip is None or not skip(index):
-                    return self._prepare(index, chunk, on_bad_text)
-
-        if self.ahead == 0:
-            while (prepared := following()) is not None:
-                yield prepared
-            return
-        # one worker: the rows are read and given out in order, whatever the timing
-        with ThreadPoolExecutor(1, thread_name_prefix="mtllm-tokenise") as pool:
-            waiting: deque[Future[_Prepared | None]] = deque(pool.submit(following) for _ in range(self.ahead))
-            while (prepared := waiting.popleft().result()) is not None:
-                waiting.append(pool.submit(following))
-                yield prepared
-
-    def _prepare(self, index: int, rows: list[TextRow | UnusableRow], on_bad_text: OnBadText) -> _Prepared:
-        tokenizer, name = self.model.tokenizer, self.model.side
-        assert tokenizer is not None
-        usable = [(k, row) for k, row in enumerate(rows) if isinstance(row, TextRow)]
-        side = (tokenizer.mt_side if name == "mt" else tokenizer.llm_side)([row for _, row in usable], ends=False)
-        ids = [row.id for row in rows]
-        places = np.array([k for k, _ in usable], np.int64)
-        lengths = np.array([len(tokens) for tokens in side.ids], np.int64)
-        if len(empty := places[lengths == 0]):
-            first_empty = self._named(index, int(empty[0]), ids)
-            if on_bad_text == "fail":
-                raise ValueError(f"{first_empty}: its text has no token; on_bad_text='nan' gives it a row of NaN")
-            logger.warning(
-                "%d rows have no token, so there is nothing to read; the first is %s", len(empty), first_empty
-            )
-            kept = np.flatnonzero(lengths)
-            spans = [side.spans[i] for i in kept] if side.spans else None
-            side, places = TokenizedSide([side.ids[i] for i in kept], [], side.truncated, spans), places[kept]
-        place = np.full(len(rows), -1, np.int64)
-        prepared = _Prepared(index, ids, [row.language for row in rows], side.truncated, [], place)
-        if not len(places):
-            return prepared
-        first, inverse = _distinct(side)
-        lengths = np.array([len(side.ids[i]) for i in first])
-        choices = np.array([len(side.spans[i]) if side.spans else 0 for i in first])
-        # rows of similar length share a pack, so that attention pads little where the backend has to pad
-        order = np.lexsort((-lengths, choices))
-        among = np.empty(len(order), np.int64)
-        among[order] = np.arange(len(order))
-        place[places] = among[inverse]
-        tokenised = TokenizedRows({name: side}, [None] * len(places), [None] * len(places))
-        batches = [
-            tokenised.batch([first[k] for k in pack], align=False)
-            for pack in _packs(order.tolist(), lengths.tolist(), choices.tolist(), self.max_tokens)
-        ]
-        if self.device.type == "cuda":
-            batches = [batch.pin_memory() for batch in batches]
-        prepared.batches.extend(batches)
-        return prepared
-
     @torch.no_grad()
-    def _run(self, window: _Prepared, run: Callable[[Batch], Tensor], width: int) -> NDArray[np.float32]:
+    def _run(self, window: Window, run: Callable[[Batch], Tensor], width: int) -> NDArray[np.float32]:
         # one copy to the host per window: until then the device is never waited for
         with nullcontext() if self.compiled else fast_linear(self.device):
             results = [run(batch.to(self.device, non_blocking=True)).float() for batch in window.batches]
@@ -449,35 +354,6 @@ def default_budget(model: MTLLM) -> int:
     if next(model.parameters()).device.type != "cpu":
         return 8192
     return min(max(2**19 // model.hidden_size, 512), 8192)
-
-
-def _distinct(side: TokenizedSide) -> tuple[list[int], list[int]]:
-    """(index of the first of each group of equal rows, group of every row)."""
-    groups: dict[bytes, int] = {}
-    first: list[int] = []
-    inverse: list[int] = []
-    for index, ids in enumerate(side.ids):
-        key = ids.tobytes() if side.spans is None else ids.tobytes() + b"|" + side.spans[index].tobytes()
-        group = groups.setdefault(key, len(first))
-        if group == len(first):
-            first.append(index)
-        inverse.append(group)
-    return first, inverse
-
-
-def _packs(order: list[int], lengths: list[int], choices: list[int], max_tokens: int) -> Iterator[list[int]]:
-    """Cut `order` into packs of about equal size within the budget, and where the number of choices changes."""
-    tokens = sum(lengths)
-    share = -(-tokens // -(-tokens // max_tokens))  # no small pack at the end, and few different sizes
-    pack: list[int] = []
-    total = 0
-    for k in order:
-        if pack and (total >= share or total + lengths[k] > max_tokens or choices[k] != choices[pack[0]]):
-            yield pack
-            pack, total = [], 0
-        pack.append(k)
-        total += lengths[k]
-    yield pack
 
 
 def _widened(part: NDArray[np.float32], width: int) -> NDArray[np.float32]:

@@ -158,7 +158,7 @@ class MTLLMTokenizer:
             )
         found = [TextRow(one, language or self.language, pair) for one, pair in zip(texts, pairs)]
         rows = rows_read(found, self.stack, self.side, "language")
-        side = self.stack.mt_side(rows) if self.side == "mt" else self.stack.llm_side(rows)
+        side = self.stack.side(self.side, rows)
         for index, tokens in enumerate(side.ids):
             if not len(tokens):
                 raise ValueError(f"text[{index}] has no token, so there is nothing to read")

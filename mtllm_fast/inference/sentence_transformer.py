@@ -101,7 +101,7 @@ class MTLLMModule(InputModule):
         assert tokenizer is not None
         found = [as_row(item, prompt or "", language or self.language) for item in inputs]
         rows = rows_read(found, tokenizer, self.model.side, "language")
-        side = tokenizer.mt_side(rows) if self.model.side == "mt" else tokenizer.llm_side(rows)
+        side = tokenizer.side(self.model.side, rows)
         if empty := sum(not len(ids) for ids in side.ids):
             logger.warning("%d inputs have no token, so there is nothing to read: their embeddings are zeros", empty)
         ids, mask = PackedBatch.from_sequences(side.ids).to_padded(self.tokenizer.pad_token_id or 0)

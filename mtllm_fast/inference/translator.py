@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..data.language import language_read
+from ..data.pack import consecutive_packs
 from ..data.read import TextRow
 from ..data.text_fields import text_fields, with_text_fields
 from ..data.tokenise import StackTokenizer
@@ -193,7 +194,11 @@ class Translator:
         side = self.tokenizer.mt_side(list(rows.values()))
         self.truncated += side.truncated
         translations: dict[tuple[str, str], Translation] = {}
-        for members in _batches([len(ids) for ids in side.ids], settings.max_tokens // settings.num_beams):
+        order = sorted(range(len(keys)), key=lambda index: (-len(side.ids[index]), index))
+        packs = consecutive_packs(
+            [(len(side.ids[i]),) for i in order], settings.max_tokens // settings.num_beams, padded=True
+        )
+        for members in ([order[k] for k in pack] for pack in packs):
             wanted = [settings.max_new_tokens or 2 * len(side.ids[i]) + 32 for i in members]
             limits = [min(self.max_length, count) for count in wanted]
             outputs = self._generate([side.ids[i] for i in members], limits, target_id, settings, scored)
@@ -293,13 +298,3 @@ def _split_end(text: str, keep: Sequence[str]) -> tuple[str, str]:
     """A text without the ending of `keep` that it has, and that ending."""
     end = next((end for end in keep if text.endswith(" " + end)), "")
     return (text[: -len(end) - 1], end) if end else (text, "")
-
-
-def _batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of padded size at most `max_tokens` (a longer single row runs alone), longest first."""
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    start = 0
-    while start < len(order):
-        count = max(1, max_tokens // max(lengths[order[start]], 1))
-        yield order[start : start + count]
-        start += count

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,9 +101,10 @@ class AdaptedModel(nn.Module):
         return self.model
 
     @property
-    def layers(self) -> Any:
-        """Its layers, a ModuleList."""
-        return self.layers_root.layers
+    def layers(self) -> nn.ModuleList:
+        """Its layers."""
+        root: Any = self.layers_root
+        return root.layers
 
     def _linear_names(self) -> list[str]:
         names = {name for name, module in self.layers_root.named_modules() if isinstance(module, nn.Linear)}
@@ -309,7 +311,7 @@ class AdaptedModel(nn.Module):
         state = whole_state(self.model)
         return {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
 
-    def save(self, folder: Any) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write `bare_state` as safetensors so that `from_pretrained` reads it back."""
         state = self.bare_state()
         if writes(self.model):

@@ -21,8 +21,8 @@ def recompute_layers(model: AdaptedModel, count: int | None = None) -> None:
     # its name before transformers 5.23
     enable = getattr(model.model, "activation_checkpointing_enable", None) or model.model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-    layers = model.layers
-    for index, layer in enumerate(layers):
+    layer: Any
+    for index, layer in enumerate(model.layers):
         layer.gradient_checkpointing = count is None or index < count
 
 

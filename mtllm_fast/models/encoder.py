@@ -15,8 +15,9 @@ from ..data.pack import PackedBatch
 from ..data.tokenise import StackTokenizer
 from .adapters import AdaptedModel
 from .attention import NAME, AttentionPlan
+from .config import MTLLMConfig
 from .encoders import family_of
-from .loading import load_config, load_pretrained
+from .loading import base_tokenizer, load_config, load_pretrained
 
 
 def check_encoder(name: str, trust_remote_code: bool = False) -> Any:
@@ -45,16 +46,7 @@ def fit_tokenizer(tokenizer: StackTokenizer, config: Any, name: str) -> None:
             f"tokenizer: has {count} MT tokens, but encoder {name!r} has embeddings for {family.vocab_size(config)}: "
             "it belongs to another encoder"
         )
-    if family.language_codes and not tokenizer.languages:
-        raise ValueError(
-            f"tokenizer: has no language codes, but encoder {name!r} ({config.model_type}) begins every text with one: "
-            "take the tokenizer that was trained with it"
-        )
-    if config.model_type == "mbart" and tokenizer.ends_with_language:
-        raise ValueError(
-            f"tokenizer: ends a text with its language (mBART-25), but encoder {name!r} would be given it at the "
-            "beginning (mBART-50): take an mBART-50"
-        )
+    family.check_tokenizer(tokenizer, name)
     tokenizer.mt_positions = family.max_positions(config)
 
 
@@ -119,7 +111,7 @@ class PackedEncoder(AdaptedModel):
         return self.family.layers_root(self.model)
 
     @property
-    def layers(self) -> Any:
+    def layers(self) -> nn.ModuleList:
         return self.family.layers(self.model)
 
     @property
@@ -162,9 +154,6 @@ def describe_encoder(name: str) -> list[str]:
     Raises:
         ValueError: as `check_encoder`.
     """
-    from .mtllm import MTLLMConfig
-    from .storage import base_tokenizer
-
     config = check_encoder(name)
     family = family_of(config)
     limit = family.max_positions(config)

@@ -2,8 +2,8 @@
 
     [BOS]  before  text  after  ->  continuation
 
-`before` and `after` are the LLM's own tokens, `text` is what the MT encoder reads, in any of its languages.
-MindMerger (arXiv 2405.17386) and LangBridge (arXiv 2401.10695) feed their LLMs this way.
+`before` and `after` are the LLM's own tokens, `text` is what the MT encoder reads, in any of its languages; see
+`inputs`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data.language import language_read
 from ..data.pack import PackedBatch
 from ..data.read import TextRow
+from ..data.tokenise import StackTokenizer
 from .attention import NAME
+from .inputs import compose
 from .llm import PackedLLM, forget_lengths
 from .modes import evaluating
+from .readers import StackReader
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -29,45 +34,11 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: MTLLM,
-    texts: Sequence[str],
-    languages: str | Sequence[str] | None = None,
-    *,
-    before: str | Sequence[str] = "",
-    after: str | Sequence[str] = "",
-    bos: bool = True,
-    batch_size: int = 16,
-    generation_config: GenerationConfig | None = None,
-    **options: Any,
+    model: MTLLM, texts: Sequence[str], languages: str | Sequence[str] | None = None, **options: Any
 ) -> list[str]:
-    """Continuations of N texts, written by the LLM, in their order.
-
-    Args:
-        model: reader "stack", causal LLM.
-        texts: N texts; languages: one MT code for all, or one per text; encoders with languages need them.
-        before, after: prompt in the LLM's own tokens around each text, one for all or one per text. Special tokens
-            written in them count as such, so that a chat template can be given here; those in `texts` never do.
-        bos: start with the LLM's BOS token, where its tokenizer writes one and `before` does not begin with it.
-        batch_size: texts generated together, left-padded to the longest; texts of similar length share a batch.
-        generation_config, options: as in `transformers.GenerationMixin.generate` (`max_new_tokens`, `num_beams`, ...).
-            With `num_return_sequences` n the result holds n continuations of each text, one after the other.
-
-    Raises:
-        ValueError: the model cannot generate, an empty text, an unknown language, or lists of different lengths.
-    """
-    ids = generate_ids(
-        model,
-        texts,
-        languages,
-        before=before,
-        after=after,
-        bos=bos,
-        batch_size=batch_size,
-        generation_config=generation_config,
-        **options,
-    )
-    assert model.tokenizer is not None
-    return model.tokenizer.llm.batch_decode(ids, skip_special_tokens=True)
+    """Continuations of N texts, written by the LLM, in their order; arguments and errors of `generate_ids`."""
+    ids = generate_ids(model, texts, languages, **options)
+    return model.require_tokenizer().llm.batch_decode(ids, skip_special_tokens=True)
 
 
 @torch.no_grad()
@@ -83,15 +54,29 @@ def generate_ids(
     generation_config: GenerationConfig | None = None,
     **options: Any,
 ) -> list[list[int]]:
-    """As `generate`, but the new token ids of each continuation, without padding and with the end token."""
+    """The new token ids of continuations of N texts, in their order, without padding and with the end token.
+
+    Args:
+        model: reader "stack", causal LLM.
+        texts: N texts; languages: one MT code for all, or one per text; encoders with languages need them.
+        before, after: prompt in the LLM's own tokens around each text, one for all or one per text. Special tokens
+            written in them count as such, so that a chat template can be given here; those in `texts` never do.
+        bos: start with the LLM's BOS token, where its tokenizer writes one and `before` does not begin with it.
+        batch_size: texts generated together, left-padded to the longest; texts of similar length share a batch.
+        generation_config, options: as in `transformers.GenerationMixin.generate` (`max_new_tokens`, `num_beams`, ...).
+            With `num_return_sequences` n the result holds n continuations of each text, one after the other.
+
+    Raises:
+        ValueError: the model cannot generate, an empty text, an unknown language, or lists of different lengths.
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be >= 1")
     with evaluating(model):
         prompts = soft_prompts(model, texts, languages, before=before, after=after, bos=bos, batch_size=batch_size)
-        assert model.llm is not None
+        packed_llm = model.require_llm()
         order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
         results: list[list[list[int]]] = [[] for _ in prompts]
-        with cached_attention(model.llm) as llm:
+        with cached_attention(packed_llm) as llm:
             configs = (generation_config, llm.generation_config)  # transformers fills the gaps of the first likewise
             ends = end_tokens(options.get("eos_token_id", first_set("eos_token_id", configs)))
             if first_set("pad_token_id", configs) is None:
@@ -99,8 +84,8 @@ def generate_ids(
             for start in range(0, len(order), batch_size):
                 members = order[start : start + batch_size]
                 lengths = [len(prompts[index]) for index in members]
-                check_lengths(model.llm, lengths, new_tokens(options, configs, max(lengths)))
-                forget_lengths(model.llm.decoder)  # of the batch before
+                check_lengths(packed_llm, lengths, new_tokens(options, configs, max(lengths)))
+                forget_lengths(packed_llm.decoder)  # of the batch before
                 embeds, mask = left_padded([prompts[index] for index in members])
                 output = llm.generate(
                     inputs_embeds=embeds, attention_mask=mask, generation_config=generation_config, **options
@@ -121,10 +106,8 @@ def soft_prompts(
     bos: bool = True,
     batch_size: int = 16,
 ) -> list[Tensor]:
-    """What the LLM reads for each text: N input embeddings (L, D) in its dtype. Arguments as in `generate`."""
-    check(model)
-    tokenizer, encoder, llm = model.tokenizer, model.encoder, model.llm
-    assert tokenizer is not None and encoder is not None and llm is not None and model.projection is not None
+    """What the LLM reads for each text: N input embeddings (L, D) in its dtype. Arguments as in `generate_ids`."""
+    stack, tokenizer = check(model)
     if isinstance(texts, str):
         raise TypeError("texts: got one str; pass a list of texts")
     languages = language_read(tokenizer, "mt", languages, "languages")
@@ -133,21 +116,20 @@ def soft_prompts(
     for index, text in enumerate(texts):
         if not text.strip():
             raise ValueError(f"texts[{index}] is empty")
-    table = llm.model.get_input_embeddings()
-    device = table.weight.device
-    prefix = list(tokenizer._llm_prefix) if bos else []
+    device = stack.llm.model.get_input_embeddings().weight.device
+    prefix = tokenizer.llm_prefix if bos else []
 
-    def embedded(ids: list[int]) -> Tensor:
-        return table(torch.tensor(ids, dtype=torch.int64, device=device)).to(llm.model.dtype)
+    def packed(ids: Sequence[Sequence[int] | NDArray[np.int64]]) -> PackedBatch:
+        return PackedBatch.from_sequences(ids).to(device)
 
     prompts: list[Tensor] = []
     for start in range(0, len(texts), batch_size):
         part = slice(start, start + batch_size)
-        side = tokenizer.mt_side([TextRow(text, code) for text, code in zip(texts[part], codes[part])])
-        packed = PackedBatch.from_sequences(side.ids).to(device)
-        for one, head, tail in zip(model.projected(packed).split(packed.lengths), starts[part], ends[part]):
-            opening = with_prefix(prefix, own_ids(model, head))
-            prompts.append(torch.cat([embedded(opening), one, embedded(own_ids(model, tail))]))
+        side = tokenizer.mt_side([TextRow(text, code) for text, code in zip(texts[part], codes[part])], ends=False)
+        opening = packed([with_prefix(prefix, tokenizer.llm_ids(text)) for text in starts[part]])
+        closing = packed([tokenizer.llm_ids(text) for text in ends[part]])
+        inputs = compose(stack, packed(side.ids), opening, closing)
+        prompts += inputs.embeds.split(inputs.batch.lengths)
     return prompts
 
 
@@ -167,16 +149,18 @@ def cached_attention(llm: PackedLLM) -> Iterator[Any]:
         llm.model.set_attn_implementation(NAME)
 
 
-def check(model: MTLLM) -> None:
-    """Raise ValueError where `model` cannot generate."""
-    if model.config.reader != "stack":
+def check(model: MTLLM) -> tuple[StackReader, StackTokenizer]:
+    """The parts that generation needs. Raises ValueError where `model` cannot generate."""
+    stack, tokenizer = model.reader, model.tokenizer
+    if not isinstance(stack, StackReader):
         raise ValueError(
             f"model: reader={model.config.reader!r} has no encoder before an LLM; generation needs 'stack'"
         )
-    if model.llm is None or not model.llm.causal:
+    if not stack.llm.causal:
         raise ValueError("model: its LLM is bidirectional; generation needs one stacked with causal=True")
-    if model.tokenizer is None or model.tokenizer.mt is None or model.tokenizer.llm is None:
+    if tokenizer is None or tokenizer.mt is None or tokenizer.llm is None:
         raise ValueError("model: generation needs the tokenizers of both the encoder and the LLM")
+    return stack, tokenizer
 
 
 def per_text(name: str, value: str | Sequence[str], count: int) -> list[str]:
@@ -185,11 +169,6 @@ def per_text(name: str, value: str | Sequence[str], count: int) -> list[str]:
     if len(values) != count:
         raise ValueError(f"{name}: {len(values)} values for {count} texts")
     return values
-
-
-def own_ids(model: MTLLM, text: str) -> list[int]:
-    assert model.tokenizer is not None
-    return list(model.tokenizer.llm(text, add_special_tokens=False)["input_ids"]) if text else []
 
 
 def with_prefix(prefix: list[int], ids: list[int]) -> list[int]:
@@ -246,6 +225,5 @@ def until_end(ids: list[int], ends: set[int]) -> list[int]:
 
 def pad_token(model: MTLLM, ends: set[int]) -> int:
     """A token to pad finished rows with, for LLMs that define none."""
-    assert model.tokenizer is not None
-    own = model.tokenizer.llm.pad_token_id
+    own = model.require_tokenizer().llm.pad_token_id
     return own if own is not None else min(ends, default=0)

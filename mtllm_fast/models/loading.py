@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.tokenise import StackTokenizer
+from .config import MTLLMConfig
+from .encoders import family_of
 from .names import check_folder
 
 
@@ -37,8 +41,6 @@ def load_pretrained(role: str, name: str, dtype: torch.dtype | None = None, trus
             family, or a weight is NaN or infinite.
     """
     from transformers import AutoModelForCausalLM
-
-    from .encoders import family_of
 
     config = load_config(role, name, trust_remote_code)
     folder = Path(name)
@@ -76,6 +78,56 @@ def empty_llm(name: str, trust_remote_code: bool = False) -> Any:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
         raise _cannot("llm", name, error) from error
+
+
+def base_tokenizer(config: MTLLMConfig, max_mt_tokens: int = 512, max_llm_tokens: int = 512) -> StackTokenizer:
+    """The tokenizers that lie beside the base models.
+
+    Raises:
+        ValueError: a base model was made in memory, or its folder holds no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    def load_one(role: str, name: str | None) -> Any:
+        if name is None:
+            raise ValueError(
+                f"tokenizer: pass a StackTokenizer, the {role} was made in memory and has no tokenizer beside it"
+            )
+        check_folder(role, name)
+        try:
+            return AutoTokenizer.from_pretrained(name, use_fast=True)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"{role}={name!r}: no tokenizer can be loaded from it: {reason}") from error
+
+    mt = load_one("encoder", config.encoder) if config.reader != "llm" else None
+    llm = load_one("llm", config.llm) if config.reader != "encoder" else None
+    return StackTokenizer(mt, llm, max_mt_tokens=max_mt_tokens, max_llm_tokens=max_llm_tokens)
+
+
+def read_safetensors(folder: Path, stem: str) -> dict[str, Tensor]:
+    """All tensors of `stem`.safetensors or of its shards. Raises ValueError for missing or damaged files."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    index = folder / f"{stem}.safetensors.index.json"
+    names = (
+        sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if index.is_file()
+        else [f"{stem}.safetensors"]
+    )
+    state: dict[str, Tensor] = {}
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"model={str(folder)!r}: {name} is missing, the model is incomplete")
+        try:
+            part = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"model={str(folder)!r}: {name} is damaged or cut short ({error})") from error
+        check_finite(f"model={str(folder)!r}: {name}", part.items())
+        state.update(part)
+    return state
 
 
 def check_finite(what: str, tensors: Iterable[tuple[str, Tensor]], folder: Path | None = None, stem: str = "") -> None:

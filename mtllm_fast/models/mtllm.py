@@ -11,9 +11,9 @@ Source of the method: arXiv 2406.12739.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,40 +22,25 @@ from ..data.pack import PackedBatch
 from ..data.tokenise import StackTokenizer
 from .adapters import LoraSettings
 from .attention import check_backend
+from .checkpointing import recompute_layers
+from .config import READERS, MTLLMConfig, Reader
 from .encoder import PackedEncoder
+from .generate import generate
 from .heads import HeadConfig, TaskHead, segment_mean, span_mean
+from .hub import check_push, push
 from .llm import PackedLLM
+from .loading import base_tokenizer
 from .modes import evaluating
 from .projection import Projection, ProjectionConfig
+from .readers import EncoderReader, LLMReader, Side, StackReader, TextReader
+from .storage import load, save
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from ..data.collate import Batch
+    from ..data.batch import Batch
 
-Reader = Literal["stack", "llm", "encoder"]
-READERS: tuple[Reader, ...] = ("stack", "llm", "encoder")
-
-
-@dataclass
-class MTLLMConfig:
-    """Everything needed to rebuild a model around its base models.
-
-    encoder, llm: folder or hub name of the base models (None where they are stored inside the model's own folder).
-    """
-
-    reader: Reader = "stack"
-    encoder: str | None = None
-    llm: str | None = None
-    causal: bool = False
-    projection: ProjectionConfig = field(default_factory=ProjectionConfig)
-    adapters: dict[str, LoraSettings] = field(default_factory=dict)
-    head: HeadConfig | None = None
-
-    @property
-    def labels(self) -> list[str] | None:
-        """The head's label names in logit order, None without a classification head."""
-        return list(self.head.labels) if self.head and self.head.kind == "classification" else None
+Part = TypeVar("Part")
 
 
 class MTLLMOutput(NamedTuple):
@@ -98,8 +83,7 @@ class MTLLM(nn.Module):
         self.changed: set[str] = set()
         self.shift: Tensor | None = None
         self.projection: Projection | None = None
-        if config.reader == "stack":
-            assert encoder is not None and llm is not None
+        if config.reader == "stack" and encoder is not None and llm is not None:
             device = next(encoder.parameters()).device
             self.projection = Projection(
                 encoder.hidden_size, llm.hidden_size, config.projection, len(encoder.layers)
@@ -107,9 +91,8 @@ class MTLLM(nn.Module):
         self.head: TaskHead | None = None
         if config.head:
             self.set_head(config.head)
-        for base in (encoder, llm):
-            if base is not None:
-                base.requires_grad_(False)
+        for base in self.bases.values():
+            base.requires_grad_(False)
         for name, settings in config.adapters.items():
             self.backbone.add_adapter(settings, name)
         if config.adapters:
@@ -140,8 +123,6 @@ class MTLLM(nn.Module):
         Raises:
             ValueError: a name is not a model, or a model of a family that is not supported.
         """
-        from .storage import base_tokenizer
-
         if isinstance(encoder, str):
             packed_encoder: PackedEncoder | None = PackedEncoder.from_pretrained(
                 encoder, dtype, trust_remote_code=trust_remote_code
@@ -175,15 +156,16 @@ class MTLLM(nn.Module):
 
     @torch.no_grad()
     def _scale_projection(self) -> None:
-        if self.projection is None or self.encoder is None or self.llm is None:
+        stack = self.reader
+        if not isinstance(stack, StackReader):
             return
         # states of random tokens: only their scale matters, and it is set by the encoder's final norm
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(4, self.encoder.vocab_size, (8, 16), generator=generator)
-        device = next(self.encoder.parameters()).device
-        with evaluating(self.encoder):
-            states = self.encoder(PackedBatch.from_sequences(ids.tolist()).to(device))
-        self.projection.scale_output(states, self.llm.embedding_std())
+        ids = torch.randint(4, stack.encoder.vocab_size, (8, 16), generator=generator)
+        device = next(stack.encoder.parameters()).device
+        with evaluating(stack.encoder):
+            states = stack.encoder(PackedBatch.from_sequences(ids.tolist()).to(device))
+        stack.projection.scale_output(states, stack.llm.embedding_std())
 
     @classmethod
     def from_pretrained(
@@ -206,12 +188,9 @@ class MTLLM(nn.Module):
         Raises:
             ValueError: the folder is no MTLLM model, its files are damaged, or a base model cannot be found.
         """
-        from .storage import load
-
         check_backend(attention)
-        model = load(
-            folder, dtype=dtype, trust_remote_code=trust_remote_code, encoder_name=encoder or None, llm_name=llm or None
-        )
+        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+        model = load(cls, folder, encoder_name=encoder or None, llm_name=llm or None, **options)
         model.attention = attention
         return model
 
@@ -222,8 +201,6 @@ class MTLLM(nn.Module):
             include_base: also write the base models' weights, so that the folder needs nothing else. By default only
                 where a base model was made in memory and has no name to be found by.
         """
-        from .storage import save
-
         save(self, Path(folder), include_base=include_base)
 
     @property
@@ -236,21 +213,56 @@ class MTLLM(nn.Module):
 
     @attention.setter
     def attention(self, name: str | None) -> None:
-        for part in (self.encoder, self.llm):
-            if part is not None:
-                part.attention = name
+        for base in self.bases.values():
+            base.attention = name
 
     @property
-    def side(self) -> Literal["mt", "llm"]:
+    def reader(self) -> TextReader:
+        """Who reads the text, with the parts that it has."""
+        if self.config.reader == "llm":
+            return LLMReader(self.require_llm())
+        encoder = self._required(self.encoder, "encoder")
+        if self.config.reader == "encoder":
+            return EncoderReader(encoder, self.shift)
+        return StackReader(encoder, self._required(self.projection, "projection"), self.require_llm(), self.shift)
+
+    def require_stack(self) -> StackReader:
+        """The reader, where it is the stack of both. Raises ValueError where it is not."""
+        reader = self.reader
+        if not isinstance(reader, StackReader):
+            raise ValueError(f"model: reader={self.config.reader!r} is no stack of an encoder and an LLM")
+        return reader
+
+    def require_llm(self) -> PackedLLM:
+        """`llm`. Raises ValueError where there is none."""
+        return self._required(self.llm, "llm")
+
+    def require_tokenizer(self) -> StackTokenizer:
+        """`tokenizer`. Raises ValueError where there is none."""
+        if self.tokenizer is None:
+            raise ValueError("model: has no tokenizer; load it with MTLLM.from_pretrained or stack it from folders")
+        return self.tokenizer
+
+    def _required(self, part: Part | None, name: str) -> Part:
+        if part is None:
+            raise ValueError(f"model: reader={self.config.reader!r} has no {name}")
+        return part
+
+    @property
+    def bases(self) -> dict[str, PackedEncoder | PackedLLM]:
+        """The base models by role, "encoder" and "llm", those that there are."""
+        parts = (("encoder", self.encoder), ("llm", self.llm))
+        return {role: part for role, part in parts if part is not None}
+
+    @property
+    def side(self) -> Side:
         """Which tokens the model reads."""
-        return "llm" if self.config.reader == "llm" else "mt"
+        return self.reader.side
 
     @property
     def backbone(self) -> PackedEncoder | PackedLLM:
         """The base model whose states are pooled and which carries the adapters."""
-        part = self.encoder if self.config.reader == "encoder" else self.llm
-        assert part is not None
-        return part
+        return self.reader.backbone
 
     @property
     def hidden_size(self) -> int:
@@ -272,9 +284,9 @@ class MTLLM(nn.Module):
     @contextmanager
     def teacher(self, adapter: str | None = None) -> Iterator[None]:
         """Run the LLM inside the block as the teacher: adapter `adapter` (None: none) and no dropout."""
-        assert self.llm is not None
+        llm = self.require_llm()
         self.adopt_adapters()
-        with evaluating(self.llm), self.llm.adapter(adapter):
+        with evaluating(llm), llm.adapter(adapter):
             yield
 
     def adopt_adapters(self) -> None:
@@ -286,8 +298,8 @@ class MTLLM(nn.Module):
         """
         if hasattr(self, "peft_config"):
             raise ValueError("model: peft was given the whole stack; give it the backbone, e.g. model.llm.model")
-        for role, part in (("encoder", self.encoder), ("llm", self.llm)):
-            found = part.adopt_adapters() if part is not None else {}
+        for role, part in self.bases.items():
+            found = part.adopt_adapters()
             if found and part is not self.backbone:
                 raise ValueError(f"{role}: peft put {', '.join(found)} into it; only the backbone's adapters are saved")
             self.config.adapters |= found
@@ -296,34 +308,22 @@ class MTLLM(nn.Module):
         """Last hidden states (T, D) of the packed rows of `side`."""
         if not batch.num_tokens:  # transformers' layers cannot be called on nothing
             return torch.zeros(0, self.hidden_size, dtype=self.dtype, device=batch.device)
-        if self.config.reader == "llm":
-            assert self.llm is not None
-            return self.llm(batch)
-        assert self.encoder is not None
-        if self.config.reader == "encoder":
-            return self._shifted(self.encoder(batch))
-        assert self.llm is not None
-        return self.llm(batch, embeds=self.projected(batch))
+        return self.reader.states(batch)
 
     def encoder_states(self, batch: PackedBatch) -> Tensor:
-        """States (T, E) of the packed MT tokens that the projection reads: before the encoder's final norm."""
-        assert self.encoder is not None
-        fusion = self.projection.fusion if self.projection is not None else None
-        trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.encoder.parameters())
-        with torch.set_grad_enabled(trained):
-            if fusion is None:
-                return self._shifted(self.encoder(batch, final_norm=False))
-            states = self.encoder.all_states(batch)
-        return self._shifted(self.projection.fuse(states))  # type: ignore[union-attr]
+        """States (T, E) of the packed MT tokens that are read on: before the encoder's final norm in a stack.
 
-    def _shifted(self, states: Tensor) -> Tensor:
-        return states if self.shift is None else states + self.shift.to(states)
+        Raises:
+            ValueError: the model reads through no encoder.
+        """
+        reader = self.reader
+        if isinstance(reader, LLMReader):
+            raise ValueError("model: reader='llm' reads through no encoder")
+        return reader.encoder_states(batch)
 
     def projected(self, batch: PackedBatch) -> Tensor:
-        """What the LLM reads in place of embeddings, (T, D) of its dtype: the projected encoder states of `batch`."""
-        assert self.encoder is not None and self.projection is not None and self.llm is not None
-        # the residual stream keeps the LLM's dtype
-        return self.projection(self.encoder_states(batch), self.encoder.final_norm, self.llm.model.dtype)
+        """What the LLM of a stack reads in place of embeddings, (T, D): the projected encoder states of `batch`."""
+        return self.require_stack().projected(batch)
 
     @torch.no_grad()
     def teacher_states(self, batch: PackedBatch, adapter: str | None = None) -> Tensor:
@@ -332,10 +332,8 @@ class MTLLM(nn.Module):
         Args:
             adapter: None for the bare LLM (stage 1), "teacher" for the task teacher's adapter (stage 3).
         """
-        if self.llm is None:
-            raise ValueError("teacher_states needs the LLM: reader='encoder' has none")
         with self.teacher(adapter):
-            return self.llm(batch)
+            return self.require_llm()(batch)
 
     def pool(self, states: Tensor, batch: PackedBatch, spans: Tensor | None = None) -> Tensor:
         """Mean states: (B, D) per sequence, or (B, C, D) per choice span; float32."""
@@ -349,9 +347,8 @@ class MTLLM(nn.Module):
         """
         if self.head is None:
             raise ValueError("the model has no task head: train one with `mtllm finetune` or `mtllm distill`")
-        packed, spans = (batch.mt, batch.mt_spans) if self.side == "mt" else (batch.llm, batch.llm_spans)
-        if packed is None:
-            raise ValueError(f"batch has no {self.side!r} side; collate it with sides=({self.side!r},)")
+        side = self.side
+        packed, spans = batch.side(side), batch.mt_spans if side == "mt" else batch.llm_spans
         choice = self.head.config.kind == "choice"
         return self.head(self.pool(self.states(packed), packed, spans if choice else None))
 
@@ -377,9 +374,7 @@ class MTLLM(nn.Module):
         return MTLLMOutput(states, pooled, logits)
 
     def generate(self, texts: Sequence[str], languages: str | Sequence[str] | None = None, **options: Any) -> list[str]:
-        """What the LLM writes after reading `texts` through the encoder; options of `models.generate.generate`."""
-        from .generate import generate
-
+        """What the LLM writes after reading `texts` through the encoder; options of `models.generate.generate_ids`."""
         return generate(self, texts, languages, **options)
 
     @property
@@ -409,15 +404,13 @@ class MTLLM(nn.Module):
         Raises:
             ValueError: any of transformers' options but use_reentrant=False, which is how it is done.
         """
-        from .checkpointing import recompute_layers
-
         for name, value in (gradient_checkpointing_kwargs or {}).items():
             if (name, value) != ("use_reentrant", False):
                 raise ValueError(
                     f"gradient_checkpointing_kwargs: {name}={value!r}; only use_reentrant=False is supported"
                 )
-        for part in (self.encoder, self.llm):
-            if part is not None and (part is self.backbone or any(p.requires_grad for p in part.parameters())):
+        for part in self.bases.values():
+            if part is self.backbone or any(p.requires_grad for p in part.parameters()):
                 recompute_layers(part)
 
     def push_to_hub(self, name: str, *, private: bool = True) -> str:
@@ -426,10 +419,6 @@ class MTLLM(nn.Module):
         Raises:
             ValueError: no hub name, or nobody logged in. OSError: the hub refuses or cannot be reached.
         """
-        from tempfile import TemporaryDirectory
-
-        from .hub import check_push, push
-
         check_push(name)
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, include_base=True)

@@ -25,9 +25,9 @@ from .adapters import LoraSettings
 from .encoder import PackedEncoder
 from .encoders import MODEL_TYPES, family_of
 from .llm import PackedLLM
+from .loading import read_safetensors
 from .mtllm import MTLLM, MTLLMConfig
 from .projection import ProjectionConfig
-from .storage import read_safetensors
 
 MODEL_TYPE = "nllb-llm2vec"
 ADAPTER = "student"
@@ -88,12 +88,12 @@ def load_nllb_llm2vec(
     )
     config = MTLLMConfig(reader="stack", causal=False, adapters={ADAPTER: adapters} if adapters else {})
     model = MTLLM(config, PackedEncoder(encoder), PackedLLM(llm), tokenizer)
-    assert model.projection is not None and model.llm is not None
-    model.projection.layers.load_state_dict(part("projection."))
+    stack = model.require_stack()
+    stack.projection.layers.load_state_dict(part("projection."))
     if adapters:
         lora = part("llm.", lora=True)
         named = {re.sub(r"\.lora_([AB])\.", rf".lora_\1.{ADAPTER}.", name): tensor for name, tensor in lora.items()}
-        model.llm.decoder.load_state_dict(named, strict=False)  # names and shapes were checked above
+        stack.llm.decoder.load_state_dict(named, strict=False)  # names and shapes were checked above
     return model.eval()
 
 
@@ -106,12 +106,12 @@ def save_nllb_llm2vec(model: MTLLM, folder: str | Path, *, max_shard_size: str |
     from huggingface_hub import save_torch_state_dict
 
     check_exportable(model)
-    assert model.encoder is not None and model.llm is not None and model.projection is not None
+    stack = model.require_stack()
     adapter = next(iter(model.config.adapters), None)
     parts = {
-        "nllb_encoder": model.encoder.model.state_dict(),
-        "up_proj": model.projection.layers.state_dict(),
-        "llm2vec": merged_decoder(model.llm, adapter),
+        "nllb_encoder": stack.encoder.model.state_dict(),
+        "up_proj": stack.projection.layers.state_dict(),
+        "llm2vec": merged_decoder(stack.llm, adapter),
     }
     state = {
         f"{part}.{name}": tensor.detach().to("cpu").contiguous()
@@ -126,8 +126,8 @@ def save_nllb_llm2vec(model: MTLLM, folder: str | Path, *, max_shard_size: str |
     config = {
         "architectures": ["NLLBLLM2Vec"],
         "model_type": MODEL_TYPE,
-        "nllb_config": model.encoder.model.config.to_dict(),
-        "llm2vec_config": model.llm.decoder.config.to_dict(),
+        "nllb_config": stack.encoder.model.config.to_dict(),
+        "llm2vec_config": stack.llm.decoder.config.to_dict(),
     }
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -88,17 +88,20 @@ class Projection(nn.Module):
             for parameter in last.parameters():
                 parameter.mul_(std / current)
 
-    def forward(self, states: Tensor, norm: nn.Module | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    def forward(
+        self, states: Tensor, norm: nn.Module | None = None, dtype: torch.dtype | None = None, **around: Tensor | None
+    ) -> Tensor:
         """Project packed states (T, E) to (T, D) of `dtype` (the weights' own by default), by `packed_projection`.
 
         Args:
             norm: the encoder's final norm, where the states come from before it; it is then part of the same op.
+            around: what the op puts around the sequences: cu_seqlens, prefix, suffix.
         """
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = dict(around)
         last = self.layers
         if isinstance(self.layers, nn.Sequential):
             hidden, last = self.layers[0], self.layers[-1]
-            options = {"hidden_weight": hidden.weight, "hidden_bias": hidden.bias}
+            options |= {"hidden_weight": hidden.weight, "hidden_bias": hidden.bias}
         if norm is not None:
             options |= norm_options(norm)
         states = states.to(last.weight.dtype)  # type: ignore[arg-type]

@@ -11,28 +11,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..auto import MODEL_TYPE
 from ..data.tokenise import StackTokenizer
 from ..jobs.durable import scratch
-from .adapters import LoraSettings
+from .config import BESIDE, based_on, config_to_dict, read_config
 from .encoder import PackedEncoder
-from .heads import HeadConfig
 from .llm import PackedLLM
-from .loading import check_finite
-from .mtllm import MTLLM, MTLLMConfig
-from .names import check_folder, is_path
-from .projection import ProjectionConfig
+from .loading import base_tokenizer, read_safetensors
+from .names import is_path
 from .sharded import load_whole, whole, writes
 
-FORMAT = 1
-BESIDE = "beside"  # in config.json: base models' folders relative to the model's
+if TYPE_CHECKING:
+    from .mtllm import MTLLM
+
 _DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
@@ -76,114 +72,6 @@ def load_own_state(model: MTLLM, folder: Path) -> None:
     load_whole(model, state)
 
 
-def read_safetensors(folder: Path, stem: str) -> dict[str, Tensor]:
-    """All tensors of `stem`.safetensors or of its shards. Raises ValueError for missing or damaged files."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    index = folder / f"{stem}.safetensors.index.json"
-    names = (
-        sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if index.is_file()
-        else [f"{stem}.safetensors"]
-    )
-    state: dict[str, Tensor] = {}
-    for name in names:
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"model={str(folder)!r}: {name} is missing, the model is incomplete")
-        try:
-            part = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"model={str(folder)!r}: {name} is damaged or cut short ({error})") from error
-        check_finite(f"model={str(folder)!r}: {name}", part.items())
-        state.update(part)
-    return state
-
-
-def base_tokenizer(config: MTLLMConfig, max_mt_tokens: int = 512, max_llm_tokens: int = 512) -> StackTokenizer:
-    """The tokenizers that lie beside the base models.
-
-    Raises:
-        ValueError: a base model was made in memory, or its folder holds no tokenizer.
-    """
-    from transformers import AutoTokenizer
-
-    def load_one(role: str, name: str | None) -> Any:
-        if name is None:
-            raise ValueError(
-                f"tokenizer: pass a StackTokenizer, the {role} was made in memory and has no tokenizer beside it"
-            )
-        check_folder(role, name)
-        try:
-            return AutoTokenizer.from_pretrained(name, use_fast=True)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"{role}={name!r}: no tokenizer can be loaded from it: {reason}") from error
-
-    mt = load_one("encoder", config.encoder) if config.reader != "llm" else None
-    llm = load_one("llm", config.llm) if config.reader != "encoder" else None
-    return StackTokenizer(mt, llm, max_mt_tokens=max_mt_tokens, max_llm_tokens=max_llm_tokens)
-
-
-def config_to_dict(config: MTLLMConfig) -> dict[str, Any]:
-    return {"model_type": MODEL_TYPE, "format": FORMAT, **asdict(config)}
-
-
-def config_from_dict(data: dict[str, Any], folder: str) -> MTLLMConfig:
-    if data.get("model_type") != MODEL_TYPE:
-        raise ValueError(
-            f"model={folder!r}: its config.json is of a {data.get('model_type')!r} model, not of an MTLLM "
-            "(which `mtllm adapt` makes)"
-        )
-    if data.get("format") != FORMAT:
-        raise ValueError(
-            f"model={folder!r}: format {data.get('format')!r} is not readable by this version (it reads {FORMAT})"
-        )
-    head = data["head"]
-    return MTLLMConfig(
-        reader=data["reader"],
-        encoder=data["encoder"],
-        llm=data["llm"],
-        causal=data["causal"],
-        projection=ProjectionConfig(**data["projection"]),
-        adapters={
-            name: LoraSettings(**{**settings, "target_modules": _targets(settings["target_modules"])})
-            for name, settings in data["adapters"].items()
-        },
-        head=HeadConfig(head["kind"], tuple(head["labels"])) if head else None,
-    )
-
-
-def read_config(path: Path, role: str = "model") -> MTLLMConfig:
-    """The config of a model folder; base models that moved with it are named where they are now.
-
-    Args:
-        role: the argument that `path` is of, for errors.
-
-    Raises:
-        ValueError: `path` is no MTLLM folder.
-    """
-    if not path.is_dir():
-        raise ValueError(f"{role}={str(path)!r}: no such folder")
-    if not (path / "config.json").is_file():
-        raise ValueError(f"{role}={str(path)!r}: the folder holds no config.json, so it is not a (complete) model")
-    try:
-        data = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{role}={str(path)!r}: its config.json is damaged ({error})") from error
-    config = config_from_dict(data, str(path))
-    for role, relative in data.get(BESIDE, {}).items():
-        name, moved = getattr(config, role), Path(os.path.normpath(path.resolve() / relative))
-        if name is not None and not Path(name).exists() and moved.is_dir():
-            setattr(config, role, str(moved))
-    return config
-
-
-def _targets(value: Any) -> Any:
-    return value if isinstance(value, str) else tuple(value)
-
-
 def save(model: MTLLM, folder: Path, *, include_base: bool | None = None) -> None:
     """See `MTLLM.save_pretrained`. Everything is written beside the folder first and moved in at the end."""
     from huggingface_hub import save_torch_state_dict
@@ -191,11 +79,10 @@ def save(model: MTLLM, folder: Path, *, include_base: bool | None = None) -> Non
 
     model.adopt_adapters()
     own = own_state(model)
-    parts: tuple[tuple[str, PackedEncoder | PackedLLM | None], ...] = (("encoder", model.encoder), ("llm", model.llm))
     stored = {
         role: part.bare_state()
-        for role, part in parts
-        if part is not None and (include_base or (include_base is None and part.name is None))
+        for role, part in model.bases.items()
+        if include_base or (include_base is None and part.name is None)
     }
     if not writes(model):
         return
@@ -204,9 +91,7 @@ def save(model: MTLLM, folder: Path, *, include_base: bool | None = None) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     with scratch(folder / f".saving-{os.getpid()}") as staging:
         config = config_to_dict(model.config)
-        for role, part in parts:
-            if part is None:
-                continue
+        for role, part in model.bases.items():
             if role in stored:
                 part.model.save_pretrained(staging / role, state_dict=stored[role])
                 config[role] = None
@@ -232,20 +117,6 @@ def save(model: MTLLM, folder: Path, *, include_base: bool | None = None) -> Non
             os.replace(path, target)
 
 
-def based_on(config: MTLLMConfig, folder: str, encoder: str | None, llm: str | None) -> MTLLMConfig:
-    """The config of the model in `folder` with other places for its base models.
-
-    Raises:
-        ValueError: the model does not read through one that is named.
-    """
-    for role, name, without in (("encoder", encoder, "llm"), ("llm", llm, "encoder")):
-        if name and config.reader == without:
-            raise ValueError(f"{role}={name!r}: model={folder!r} is of reader={config.reader!r} and has no {role}")
-        if name:
-            config = replace(config, **{role: name})  # type: ignore[arg-type]
-    return config
-
-
 def local_folder(name: str | Path) -> Path:
     """Where a model lies: the folder itself, or what is downloaded for a hub name.
 
@@ -265,6 +136,7 @@ def local_folder(name: str | Path) -> Path:
 
 
 def load(
+    model_class: type[MTLLM],
     folder: str | Path,
     *,
     dtype: torch.dtype | None = None,
@@ -303,6 +175,6 @@ def load(
     tokenizer = (
         StackTokenizer.from_pretrained(path) if (path / "stack_tokenizer.json").is_file() else base_tokenizer(config)
     )
-    model = MTLLM(config, encoder, llm, tokenizer)
+    model = model_class(config, encoder, llm, tokenizer)
     load_own_state(model, path)
     return model.eval()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..data.pack import consecutive_packs
 from .presets import Gpu
 from .simulate import StepCost, StepSpec, authors, build, ours
 
@@ -73,22 +74,9 @@ def sample_lengths(kind: str, count: int = 4096, limit: int = 512, seed: int = 0
     return [(n, n) for n in (max(3, min(limit, round(x))) for x in drawn)]
 
 
-def packs(lengths: Lengths, budget: int) -> list[Lengths]:
-    """Texts in order, cut where the token budget of either side is reached."""
-    out: list[Lengths] = [[]]
-    total = [0, 0]
-    for pair in lengths:
-        if out[-1] and any(t + n > budget for t, n in zip(total, pair)):
-            out.append([])
-            total = [0, 0]
-        out[-1].append(pair)
-        total = [t + n for t, n in zip(total, pair)]
-    return out
-
-
 def _typical(lengths: Lengths, budget: int) -> Lengths:
     """The pack whose share of squared lengths is the median one among full packs."""
-    full = packs(lengths, budget)
+    full = [[lengths[i] for i in pack] for pack in consecutive_packs(lengths, budget)]
     full = full[:-1] or full
     return sorted(full, key=lambda pack: sum(n * n for n, _ in pack))[len(full) // 2]
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from ..data.read import TextRow
 from ..models import MTLLM
+from ..models.fingerprint import same_model
 from ..models.heads import HeadConfig
 from ..models.mtllm import MTLLMConfig
-from ..models.names import is_path, same_model
+from ..models.names import is_path
 from ..models.storage import based_on, read_config, read_safetensors
 
 TEACHER = "teacher"

@@ -11,7 +11,7 @@ from transformers import NllbTokenizer, PreTrainedTokenizerFast
 
 from mtllm_fast.data import StackTokenizer, TextRow, align_rows
 from mtllm_fast.data.characters import CharacterMap, Written, _clusters, composed, read_up_to
-from mtllm_fast.data.tokenise import _encode
+from mtllm_fast.data.text_tokens import encode
 
 from .charsmap import compile_map, latin_rules
 
@@ -175,7 +175,7 @@ def test_ends_after_other_normalisers(name, compose):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
     found = 0
     for text in texts:
-        ids, ends = _encode(tokenizer, [text], True, compose)
+        ids, ends = encode(tokenizer, [text], True, compose)
         read = ""
         for piece, end in zip(pieces(tokenizer, ids[0]), ends[0], strict=True):
             read += "?" if piece == "<unk>" else piece

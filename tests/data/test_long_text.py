@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, normalizers, pre_tokenizers
 
-import mtllm_fast.data.tokenise as tokenise_module
+import mtllm_fast.data.text_tokens as text_tokens
 from mtllm_fast.data import StackTokenizer, TextRow
 from mtllm_fast.data.long_text import CHARACTERS_PER_TOKEN, beginning, settled, splits_at_spaces
 from tests.data.conftest import train_llm, train_nllb
@@ -62,15 +62,15 @@ def test_the_same_tokens(made, ends):
     for side in (STACK.mt_side, STACK.llm_side):
         found = side(rows, ends=ends)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tokenise_module, "beginning", lambda text, tokens: text)
+            patch.setattr(text_tokens, "beginning", lambda text, tokens: text)
             equal(found, side(rows, ends=ends))
 
 
 def test_only_the_beginning_is_read(monkeypatch):
     seen = []
-    encode = tokenise_module._encode
+    encode = text_tokens._encode
     monkeypatch.setattr(
-        tokenise_module, "_encode", lambda t, texts, *rest: seen.extend(map(len, texts)) or encode(t, texts, *rest)
+        text_tokens, "_encode", lambda t, texts, *rest: seen.extend(map(len, texts)) or encode(t, texts, *rest)
     )
     STACK.llm_side([TextRow("the cat sat on the mat " * 100_000)])
     assert sum(seen) < 2 * CHARACTERS_PER_TOKEN * (LIMIT + 64)
@@ -93,10 +93,10 @@ def test_a_beginning_that_holds_too_few_tokens_is_not_settled(monkeypatch):
     row = TextRow(f"{word} " * 300)
     found = stack.llm_side([row])
     assert not settled(tokenizer(beginning(row.text, LIMIT))["input_ids"], LIMIT)
-    monkeypatch.setattr(tokenise_module, "beginning", lambda text, tokens: text)
+    monkeypatch.setattr(text_tokens, "beginning", lambda text, tokens: text)
     equal(found, stack.llm_side([row]))
-    monkeypatch.setattr(tokenise_module, "beginning", lambda text, tokens: text[:900])
-    monkeypatch.setattr(tokenise_module, "settled", lambda ids, tokens: True)
+    monkeypatch.setattr(text_tokens, "beginning", lambda text, tokens: text[:900])
+    monkeypatch.setattr(text_tokens, "settled", lambda ids, tokens: True)
     assert stack.llm_side([row]).ids[0].tolist() != found.ids[0].tolist()  # what the check prevents
 
 

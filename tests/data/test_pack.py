@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtllm_fast.data import PackedBatch, token_budget_packs
+from mtllm_fast.data.pack import consecutive_packs
 
 sequences = st.lists(st.lists(st.integers(1, 1000), max_size=7), min_size=1, max_size=6)
 
@@ -181,3 +182,40 @@ def test_padding_and_masks_of_any_kind():
     assert ids.tolist() == [[5, 6, 7], [9, 9, 9], [8, 9, 9]]
     for mask in (torch.tensor([[2, 0, 3]]), torch.tensor([[True, False, True]]), torch.tensor([[0.5, 0.0, -1.0]])):
         assert PackedBatch.from_padded(torch.tensor([[5, 6, 7]]), mask).input_ids.tolist() == [5, 7]
+
+
+@settings(max_examples=150, deadline=None)
+@given(costs, st.integers(20, 120))
+def test_consecutive_packs_keep_the_order_and_the_budget(rows, max_tokens):
+    packs = list(consecutive_packs(rows, max_tokens))
+    assert [i for pack in packs for i in pack] == list(range(len(rows)))
+    for pack, after in zip(packs, [*packs[1:], None]):
+        sizes = [sum(rows[i][side] for i in pack) for side in range(2)]
+        assert max(sizes) <= max_tokens or len(pack) == 1
+        if after:  # the next row had no room
+            assert max(size + n for size, n in zip(sizes, rows[after[0]])) > max_tokens or max(sizes) == max_tokens
+
+
+def test_padded_packs_stay_in_the_budget():
+    lengths = sorted([5, 1, 9, 30, 2, 2, 7], reverse=True)
+    packs = list(consecutive_packs([(n,) for n in lengths], 18, padded=True))
+    assert packs == [[0], [1, 2], [3, 4, 5], [6]]  # the first is longer than the budget: alone
+    assert list(consecutive_packs([(6,), (3,), (3,)], 18, padded=True)) == [[0, 1, 2]]
+    assert list(consecutive_packs([(3,), (3,), (6,), (6,)], 18, padded=True)) == [[0, 1, 2], [3]]  # in any order
+
+
+def test_packs_of_about_equal_size():
+    lengths = sorted((3 + 7 * k % 23 for k in range(500)), reverse=True)
+    packs = list(consecutive_packs([(n,) for n in lengths], 300, even=True))
+    sizes = [sum(lengths[k] for k in pack) for pack in packs]
+    assert [k for pack in packs for k in pack] == list(range(500))
+    assert max(sizes) <= 300
+    assert len(sizes) == -(-sum(lengths) // 300)
+    assert min(sizes) > 0.85 * max(sizes)
+    assert [len(pack) for pack in consecutive_packs([(3,)] * 110, 300, even=True)] == [55, 55]
+    assert [len(pack) for pack in consecutive_packs([(3,)] * 110, 300)] == [100, 10]
+
+
+def test_rows_of_different_kinds_share_no_pack():
+    assert list(consecutive_packs([(3,)] * 5, 6, kinds=[2, 2, 2, 3, 3])) == [[0, 1], [2], [3, 4]]
+    assert list(consecutive_packs([], 6, even=True)) == []

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtllm_fast.data import StackTokenizer, TextRow
-from mtllm_fast.data.tokenise import _longest_first
+from mtllm_fast.data.layout import _longest_first
 
 from .conftest import train_words
 
@@ -209,7 +209,7 @@ def test_rows_that_do_not_fit_are_refused(stack):
 
 def test_a_token_that_holds_no_character_has_no_end(stack, monkeypatch):
     inserted = ([[7, 8]], [[0, 1]])  # a normaliser may put a token before the text
-    monkeypatch.setattr("mtllm_fast.data.tokenise._encode", lambda *_: inserted)
+    monkeypatch.setattr("mtllm_fast.data.text_tokens._encode", lambda *_: inserted)
     assert stack.mt_side([TextRow("x")]).ends[0].tolist() == [-1, -1, 1, -1]
 
 

@@ -284,16 +284,6 @@ def test_truncated_rows_are_counted(stack) -> None:
     assert engine.truncated == 1
 
 
-def test_packs_of_about_equal_size() -> None:
-    lengths = sorted((3 + 7 * k % 23 for k in range(500)), reverse=True)
-    packs = list(module._packs(list(range(500)), lengths, [0] * 500, 300))
-    sizes = [sum(lengths[k] for k in pack) for pack in packs]
-    assert [k for pack in packs for k in pack] == list(range(500))
-    assert max(sizes) <= 300
-    assert len(sizes) == -(-sum(lengths) // 300)
-    assert min(sizes) > 0.85 * max(sizes)
-
-
 def test_classify_texts(encoder_folder, llm_folder, tmp_path) -> None:
     """Names and probabilities of texts from a generator are those of the head by hand; a bad text loses only itself."""
     head = HeadConfig(labels=("news", "sport", "other"))

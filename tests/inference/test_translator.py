@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mtllm_fast.data import TextRow
-from mtllm_fast.inference.translator import Translator, _batches
+from mtllm_fast.inference.translator import Translator
 
 TEXTS = [
     "The river runs past the mill.",
@@ -133,14 +133,6 @@ def test_limits_are_counted(encoder_folder):
     assert translator.unfinished in (0, 1)
     assert len(translator.tokenizer.mt(text, add_special_tokens=False)["input_ids"]) <= 8
     assert translator.translate([], []) == []
-
-
-def test_batches_stay_in_the_budget():
-    lengths = [5, 1, 9, 30, 2, 2, 7]
-    batches = list(_batches(lengths, 18))
-    assert sorted(index for batch in batches for index in batch) == list(range(7))
-    assert batches[0] == [3]  # longer than the budget: alone
-    assert all(len(batch) * max(lengths[i] for i in batch) <= 18 for batch in batches[1:])
 
 
 @pytest.mark.parametrize(

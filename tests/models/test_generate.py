@@ -82,7 +82,7 @@ def test_prompt_is_what_the_encoder_and_the_llm_say(model: MTLLM, encoder_folder
         states = encoder(**nllb(TEXTS[0], return_tensors="pt")).last_hidden_state[0]
         mapped = torch.nn.functional.linear(states, *model.projection.layers.parameters())
         table = model.llm.model.get_input_embeddings()
-        start = [llm.bos_token_id] * int(bool(model.tokenizer._llm_prefix)) + llm(
+        start = [llm.bos_token_id] * int(bool(model.tokenizer.llm_prefix)) + llm(
             BEFORE, add_special_tokens=False
         ).input_ids
         end = llm(AFTER, add_special_tokens=False).input_ids
@@ -101,7 +101,7 @@ def test_one_bos(encoder_folder: str, tmp_path: Path) -> None:
     llm.save_pretrained(tmp_path / "llm")
     model = _model(encoder_folder, str(tmp_path / "llm"))
     bos = llm.bos_token_id
-    assert model.tokenizer._llm_prefix == [bos]
+    assert model.tokenizer.llm_prefix == [bos]
     nllb, table = model.tokenizer.mt, model.llm.model.get_input_embeddings()
     nllb.src_lang = "eng_Latn"
     texts = LINES[:2]

@@ -6,6 +6,7 @@ from .planted import Mutant, planted
 
 ALIGN = ("tests/data/test_align.py", "tests/data/test_collate.py")
 PACK = ("tests/data/test_pack.py",)
+INPUTS = ("tests/models/test_inputs.py",)
 BALANCE = ("tests/data/test_balance.py",)
 COLLATE = ("tests/data/test_collate.py", "tests/data/test_stream.py::test_every_row_once_and_within_the_budget")
 STREAM = (
@@ -42,7 +43,7 @@ MUTANTS: list[Mutant] = [
         ("positions = np.arange(total, dtype=np.int64) - np.repeat(ends - lengths, lengths)", "positions = np.arange(total, dtype=np.int64)"),
         ("positions = (mask.cumsum(dim=1) - 1)[mask]", "positions = mask.cumsum(dim=1)[mask]"),
         ("mask = attention_mask.to(device=input_ids.device) != 0", "mask = attention_mask.to(device=input_ids.device) == 1"),
-        ("if total and ids.min() < 0:", "if total and ids.max() < 0:"),
+        ("if ids.size and ids.min() < 0:", "if ids.size and ids.max() < 0:"),
         ("ids = self.input_ids.new_full(shape, pad_id)", "ids = self.input_ids.new_full(shape, 0)"),
         ("return self.sequence_ids * length + self.positions", "return self.sequence_ids * self.max_seqlen + self.positions"),
         ("padded = x_TD.new_full((self.num_sequences * self.max_seqlen, *rest), value)", "padded = x_TD.new_full((self.num_sequences * self.max_seqlen, *rest), 0.0)"),
@@ -56,7 +57,20 @@ MUTANTS: list[Mutant] = [
         ("order = np.lexsort((-cost_NS.sum(axis=1), -cost_NS.max(axis=1)))", "order = np.lexsort((cost_NS.sum(axis=1), cost_NS.max(axis=1)))"),
         ("if (peak := cost_NS.max()) > max_tokens:", "if (peak := cost_NS.max()) > max_tokens + 1:"),
         ("return [sorted(pack) for pack in packs]", "return packs"),
+        ("size = (len(pack) + 1) * max(grown) if padded else max(grown)", "size = (len(pack) + 1) * max(cost) if padded else max(grown)"),
+        ("size = (len(pack) + 1) * max(grown) if padded else max(grown)", "size = (len(pack) + 1) * max(grown) if padded else min(grown)"),
+        ("full = -(-total // max(-(-total // max_tokens), 1))", "full = max_tokens"),
+        ("(kinds is not None and kinds[row] != kinds[pack[0]])", "False"),
         ("if not np.array_equal(self.cu_seqlens.numpy(), expected):", "if len(self.cu_seqlens) != len(expected):"),
+    ),
+    *planted(
+        "data", "mtllm_fast/models/inputs.py", INPUTS,
+        ("_embedded(reader.llm, before), _embedded(reader.llm, after))", "_embedded(reader.llm, after), _embedded(reader.llm, before))"),
+        ("kept = offset < np.repeat(lengths.ravel(), counts)", "kept = offset <= np.repeat(lengths.ravel(), counts)"),
+        ("part = np.repeat(np.tile(np.arange(3), count), counts)[kept]", "part = np.repeat(np.tile(np.arange(3), count), counts)[: kept.sum()]"),
+        ("ids[rows] = tokens.input_ids.repeat(count // tokens.num_sequences)", "pass"),
+        ("PackedBatch.from_flat(ids, lengths.sum(1).tolist())", "PackedBatch.from_flat(ids, lengths.sum(1)[::-1].tolist())"),
+        ("return embeds if tokens.num_sequences == 1 else tokens.pad_states(embeds)", "return embeds.detach() if tokens.num_sequences == 1 else tokens.pad_states(embeds)"),
     ),
     *planted(
         "data", "mtllm_fast/data/balance.py", BALANCE,
@@ -107,25 +121,31 @@ MUTANTS: list[Mutant] = [
         ("if abs(total - 2 * before) < least:", "if abs(total - before) < least:"),
     ),
     *planted(
-        "data", "mtllm_fast/data/tokenise.py", TOKENISE,
+        "data", "mtllm_fast/data/layout.py", TOKENISE,
         ("ends += [end + base if end > 0 else -1 for end in read[first + k][part]]", "ends += [end if end > 0 else -1 for end in read[first + k][part]]"),
         ("ends += [end + base if end > 0 else -1 for end in read[first + k][part]]", "ends += [end + base if end >= 0 else -1 for end in read[first + k][part]]"),
         ("base += 1  # the \"\\n\" between text and text_pair", "base += 0"),
         ("base += len(segments[first + k])", "base += keep[k]"),
         ("part = slice(lengths[k] - keep[k], None) if row.choices is not None and k == 0 else slice(0, keep[k])", "part = slice(0, keep[k])"),
         ("if row.choices is not None and k > 0 and k % 2 == 0:", "if row.choices is not None and k > 0 and k % 2 == 1:"),
-        ("room = max(limit - len(prefix) - len(template.suffix), 0)", "room = max(limit - len(prefix), 0)"),
-        ("room = limit - len(prefix) - len(separator) - len(template.suffix)", "room = limit - len(prefix) - len(template.suffix)"),
+        ("room = max(form.limit - len(prefix) - len(form.suffix), 0)", "room = max(form.limit - len(prefix), 0)"),
+        ("room = form.limit - len(prefix) - len(separator) - len(form.suffix)", "room = form.limit - len(prefix) - len(form.suffix)"),
         ("if sum(lengths) > room:", "if sum(lengths) >= room:"),
-        ("return [bos] if bos is not None and bos in _own_specials(self.llm)[0] else []", "return [bos] if bos is not None else []"),
-        ("backend.encode_special_tokens = True", "backend.encode_special_tokens = False"),
         ("keep[j] = min(lengths[j], share + (rank < left_over))", "keep[j] = min(lengths[j], share)"),
         ("text = min(lengths[0], max(0, for_choices - sum(choices)))", "text = min(lengths[0], for_choices)"),
-        ("return _Template(suffix=[eos], separator=[eos])", "return _Template(suffix=[eos], separator=[])"),
+    ),
+    *planted(
+        "data", "mtllm_fast/data/tokenise.py", TOKENISE,
+        ("return [bos] if bos is not None and bos in own_specials(self.llm)[0] else []", "return [bos] if bos is not None else []"),
+        ("return lay_out(SideFormat(\"mt\", self.mt, self.mt_limit, suffix, suffix), prefixes, rows, ends)", "return lay_out(SideFormat(\"mt\", self.mt, self.mt_limit, suffix, []), prefixes, rows, ends)"),
         ("self.fallback_counts[code] += 1", "self.fallback_counts[code] = 1"),
         ("if _LANGUAGE_CODE.fullmatch(str(token)) and index != tokenizer.unk_token_id", "if _LANGUAGE_CODE.match(str(token)) and index != tokenizer.unk_token_id"),
         ("return min(self.max_mt_tokens, self.mt_positions or self.max_mt_tokens)", "return self.max_mt_tokens"),
         ("prefixes = [[self.language_id(assumed if row.language is None else row.language)] for row in rows]", "prefixes = [[self.language_id(assumed if row.language is None else rows[0].language)] for row in rows]"),
+    ),
+    *planted(
+        "data", "mtllm_fast/data/text_tokens.py", TOKENISE,
+        ("backend.encode_special_tokens = True", "backend.encode_special_tokens = False"),
     ),
     *planted(
         "data", "mtllm_fast/data/characters.py", CHARACTERS,

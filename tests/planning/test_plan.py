@@ -12,7 +12,6 @@ from mtllm_fast import planning
 from mtllm_fast.cli import main
 from mtllm_fast.losses import DistillationLoss, DistillationWeights
 from mtllm_fast.planning.accounting import SCRATCH, Accounting
-from mtllm_fast.planning.plan import packs
 from mtllm_fast.planning.simulate import build, make_batch
 from mtllm_fast.training.stage import Stage
 
@@ -130,13 +129,6 @@ def test_the_papers_code_keeps_its_optimizer_on_the_gpu():
     )
     assert kept == moved
     assert kept.cost.static["optimizer state"] > 0
-
-
-def test_packs_keep_every_text_and_the_budget():
-    lengths = planning.sample_lengths("nli", 500)
-    made = packs(lengths, 256)
-    assert [pair for pack in made for pair in pack] == lengths
-    assert max(sum(n for n, _ in pack) for pack in made) <= 256
 
 
 def test_command(tmp_path, capsys, monkeypatch):

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from mtllm_fast import MTLLM, TextRow
 from mtllm_fast.losses import DistillationWeights
 from mtllm_fast.models import HeadConfig, LoraSettings, ProjectionConfig
+from mtllm_fast.models.fingerprint import same_model
 from mtllm_fast.models.mtllm import MTLLMConfig
-from mtllm_fast.models.names import is_path, same_model
+from mtllm_fast.models.names import is_path
 from mtllm_fast.models.storage import local_folder
 from mtllm_fast.training import AdaptConfig, OptimSettings, adapt
 from mtllm_fast.training.stage import Stage

@@ -21,19 +21,32 @@ from .modernbert import ModernBert
 from .t5 import T5
 from .xlm_roberta import XLMRoberta
 
-# A new family is one file and one name here.
-FAMILIES: tuple[EncoderFamily, ...] = (M2M100(), Bert(), XLMRoberta(), ModernBert(), MBart(), T5())
-MODEL_TYPES: dict[str, EncoderFamily] = {name: family for family in FAMILIES for name in family.model_types}
+FAMILIES: list[EncoderFamily] = []
+MODEL_TYPES: dict[str, EncoderFamily] = {}
+
+
+def register(family: EncoderFamily) -> None:
+    """Make a family known. Raises ValueError where one of its model types is another family's."""
+    for name in family.model_types:
+        if name in MODEL_TYPES:
+            raise ValueError(f"family: model type {name!r} is another family's ({MODEL_TYPES[name].about})")
+    FAMILIES.append(family)
+    MODEL_TYPES.update(dict.fromkeys(family.model_types, family))
+
+
+# A new family is one file and one name here; a family from outside calls `register` itself.
+for _family in (M2M100(), Bert(), XLMRoberta(), ModernBert(), MBart(), T5()):
+    register(_family)
 
 
 def family_of(config: Any, name: str | None = None) -> EncoderFamily:
     """The family of a transformers config, of the model `name`. Raises ValueError, with the families, without one."""
-    found = MODEL_TYPES.get(config.model_type)
-    if found is None:
-        known = "; ".join(f"{', '.join(family.model_types)} ({family.about})" for family in FAMILIES)
+    family = MODEL_TYPES.get(config.model_type)
+    if family is None:
+        known = "; ".join(f"{', '.join(known.model_types)} ({known.about})" for known in FAMILIES)
         which = "encoder" if name is None else f"encoder={name!r}"
         raise ValueError(f"{which}: model type {config.model_type!r} is not supported; supported: {known}")
-    return found
+    return family
 
 
-__all__ = ["FAMILIES", "MODEL_TYPES", "EncoderFamily", "family_of"]
+__all__ = ["FAMILIES", "MODEL_TYPES", "EncoderFamily", "family_of", "register"]

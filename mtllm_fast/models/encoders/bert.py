@@ -32,8 +32,11 @@ class Bert(EncoderFamily):
         """Row of the position table at which a text begins."""
         return 0
 
-    def layers(self, encoder: Any) -> Any:
+    def layers(self, encoder: Any) -> nn.ModuleList:
         return encoder.encoder.layer
+
+    def final_norm(self, encoder: Any) -> nn.Module | None:
+        return None
 
     def layers_root(self, encoder: Any) -> nn.Module:
         return encoder.encoder

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...data.pack import PackedBatch
+from ...data.tokenise import StackTokenizer
 from ..attention import AttentionPlan
 
 
@@ -36,12 +37,12 @@ class EncoderFamily(ABC):
         """States (T, E) of the packed tokens before the final norm."""
 
     @abstractmethod
-    def layers(self, encoder: Any) -> Any:
+    def layers(self, encoder: Any) -> nn.ModuleList:
         """The encoder's layers, a ModuleList."""
 
+    @abstractmethod
     def final_norm(self, encoder: Any) -> nn.Module | None:
         """The norm that ends the encoder, LayerNorm or RMSNorm; None where the last layer ends in its own."""
-        return None
 
     def layers_root(self, encoder: Any) -> nn.Module:
         """The module whose linear layers "all-linear" adapters mean."""
@@ -71,6 +72,14 @@ class EncoderFamily(ABC):
 
     def vocab_size(self, config: Any) -> int:
         return int(config.vocab_size)
+
+    def check_tokenizer(self, tokenizer: StackTokenizer, name: str) -> None:
+        """Raise ValueError where the MT side of `tokenizer` writes what the encoder `name` would not read."""
+        if self.language_codes and not tokenizer.languages:
+            raise ValueError(
+                f"tokenizer: has no language codes, but encoder {name!r} ({', '.join(self.model_types)}) begins every "
+                "text with one: take the tokenizer that was trained with it"
+            )
 
     def max_positions(self, config: Any) -> int | None:
         """Tokens of the longest text that the encoder can read, None where there is no limit."""

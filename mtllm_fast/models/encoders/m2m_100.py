@@ -49,7 +49,7 @@ class M2M100(SequenceToSequence):
             hidden = layer(hidden, None, plan=plan)
         return hidden[0]
 
-    def layers(self, encoder: Any) -> Any:
+    def layers(self, encoder: Any) -> nn.ModuleList:
         return encoder.layers
 
     def final_norm(self, encoder: Any) -> nn.Module:

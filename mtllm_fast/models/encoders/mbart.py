@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...data.pack import PackedBatch
+from ...data.tokenise import StackTokenizer
 from ..attention import AttentionPlan
 from .m2m_100 import SequenceToSequence
 
@@ -30,7 +31,7 @@ class MBart(SequenceToSequence):
             hidden = layer(hidden, None, plan=plan)
         return hidden[0]
 
-    def layers(self, encoder: Any) -> Any:
+    def layers(self, encoder: Any) -> nn.ModuleList:
         return encoder.layers
 
     def final_norm(self, encoder: Any) -> nn.Module:
@@ -38,3 +39,11 @@ class MBart(SequenceToSequence):
 
     def max_positions(self, config: Any) -> int:
         return int(config.max_position_embeddings)
+
+    def check_tokenizer(self, tokenizer: StackTokenizer, name: str) -> None:
+        super().check_tokenizer(tokenizer, name)
+        if tokenizer.ends_with_language:
+            raise ValueError(
+                f"tokenizer: ends a text with its language (mBART-25), but encoder {name!r} would be given it at the "
+                "beginning (mBART-50): take an mBART-50"
+            )

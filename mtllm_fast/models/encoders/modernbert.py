@@ -28,7 +28,7 @@ class ModernBert(EncoderFamily):
             hidden = layer(hidden, None, position_embeddings=rotary[layer.attention_type], plan=plan)
         return hidden[0]
 
-    def layers(self, encoder: Any) -> Any:
+    def layers(self, encoder: Any) -> nn.ModuleList:
         return encoder.layers
 
     def final_norm(self, encoder: Any) -> nn.Module:

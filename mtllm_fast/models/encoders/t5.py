@@ -49,7 +49,7 @@ class T5(EncoderFamily):
                 hidden, bias, *_ = layer(hidden, None, bias, plan=plan)
         return hidden[0]
 
-    def layers(self, encoder: Any) -> Any:
+    def layers(self, encoder: Any) -> nn.ModuleList:
         return encoder.block
 
     def final_norm(self, encoder: Any) -> nn.Module:

@@ -1,0 +1,86 @@
+"""What the LLM of a stack reads: its own tokens around the projected encoder states of a text, packed.
+
+    [before | text | after]      before and after in the LLM's tokens, text in the encoder's
+
+MindMerger (arXiv 2405.17386) and LangBridge (arXiv 2401.10695) feed their LLMs this way, in training and generation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.pack import PackedBatch
+from .llm import PackedLLM
+from .readers import StackReader
+
+
+@dataclass(frozen=True, eq=False)
+class LLMInputs:
+    """B sequences of T rows in all.
+
+    Fields:
+        batch: the packing; its ids are the LLM's own, 0 in rows of the text.
+        embeds: (T, D) input embeddings.
+        before_rows, text_rows, after_rows: int64 rows of `embeds`, in packed order. The state of row r - 1 predicts the
+            token of row r, so `states[after_rows - 1]` are those of a loss on the tokens after the text.
+    """
+
+    batch: PackedBatch
+    embeds: Tensor
+    before_rows: Tensor
+    text_rows: Tensor
+    after_rows: Tensor
+
+
+def compose(
+    reader: StackReader, text: PackedBatch, before: PackedBatch | None = None, after: PackedBatch | None = None
+) -> LLMInputs:
+    """Put `before` and `after` around every text. Gradients reach whatever of the stack is trained.
+
+    Args:
+        text: B texts in the encoder's tokens.
+        before, after: LLM tokens, B sequences or one for all texts; None for no tokens.
+
+    Raises:
+        ValueError: another number of sequences.
+    """
+    count = text.num_sequences
+    lengths = np.stack([_lengths("before", before, count), text.lengths, _lengths("after", after, count)], 1)  # (B, 3)
+    embeds = reader.projected(text, _embedded(reader.llm, before), _embedded(reader.llm, after))
+    # the op puts as many rows around every text: of the rows that fill up a shorter `before` or `after` none is kept
+    widths = lengths.copy()
+    widths[:, [0, 2]] = lengths[:, [0, 2]].max(0)
+    counts = widths.ravel()
+    offset = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+    kept = offset < np.repeat(lengths.ravel(), counts)
+    if not kept.all():
+        embeds = embeds.index_select(0, torch.from_numpy(np.flatnonzero(kept)).to(embeds.device))
+    part = np.repeat(np.tile(np.arange(3), count), counts)[kept]
+    before_rows, text_rows, after_rows = (torch.from_numpy(np.flatnonzero(part == k)).to(text.device) for k in range(3))
+    ids = torch.zeros(len(embeds), dtype=torch.int64, device=text.device)
+    for tokens, rows in ((before, before_rows), (after, after_rows)):
+        if tokens is not None:
+            ids[rows] = tokens.input_ids.repeat(count // tokens.num_sequences)
+    return LLMInputs(PackedBatch.from_flat(ids, lengths.sum(1).tolist()), embeds, before_rows, text_rows, after_rows)
+
+
+def _lengths(name: str, tokens: PackedBatch | None, count: int) -> tuple[int, ...]:
+    if tokens is None:
+        return (0,) * count
+    if tokens.num_sequences not in (1, count):
+        raise ValueError(
+            f"{name}: {tokens.num_sequences} sequences for {count} texts; give one for all, or one per text"
+        )
+    return tokens.lengths * (count // tokens.num_sequences)
+
+
+def _embedded(llm: PackedLLM, tokens: PackedBatch | None) -> Tensor | None:
+    """(n, D) of one sequence, (B, n, D) of several."""
+    if tokens is None or not tokens.num_tokens:
+        return None
+    embeds = llm.model.get_input_embeddings()(tokens.input_ids).to(llm.model.dtype)
+    return embeds if tokens.num_sequences == 1 else tokens.pad_states(embeds)
