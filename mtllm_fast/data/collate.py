@@ -114,7 +114,8 @@ class StreamCounts:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "StreamCounts":
-        return cls(**{n: Counter(value) if isinstance(value, dict) else value for n, value in state.items()})
+        fields: dict[str, Any] = {n: Counter(v) if isinstance(v, dict) else v for n, v in state.items()}
+        return cls(**fields)
 
 
 class PackedDataset(IterableDataset):
