@@ -234,6 +234,12 @@ def packed_unfused(p: Problem) -> dict[str, Any]:
     return gradients(p, total)
 
 
+def with_pefts_lora(p: Problem) -> dict[str, Any]:
+    """Our step, its adapted layers run by peft."""
+    with pefts_layers():
+        return ours(p)
+
+
 @contextmanager
 def huggingface(model: MTLLM) -> Iterator[None]:
     """Hugging Face's own padded attention and peft's own LoRA layers inside the block."""
@@ -350,6 +356,7 @@ COMMON: dict[str, Any] = {
     "make": make,
     "variants": {
         "ours": Variant(ours, result, ours=True),
+        "ours, peft's LoRA": Variant(with_pefts_lora, result),
         "packed, unfused": Variant(packed_unfused, result),
         THEIRS: Variant(padded, result),
         "padded, compile": Variant(padded_compiled, result, needs=("compiler",), slow=True),
