@@ -6,6 +6,7 @@ Dimension legend: B sequences, T packed tokens, P aligned pairs, E encoder width
 if __name__ == "mtllm_fast.kernels":
     from .distillation_loss import DistillationTerms, distillation_loss
     from .hidden_mse import paired_mse, pooled_mse, segment_mean
+    from .linear_ce import linear_ce
     from .linear_kl import LinearKL, linear_kl, teacher_moments
     from .moments import TeacherMoments
     from .packed_projection import packed_projection, with_boundaries
@@ -15,6 +16,7 @@ if __name__ == "mtllm_fast.kernels":
         "LinearKL",
         "TeacherMoments",
         "distillation_loss",
+        "linear_ce",
         "linear_kl",
         "packed_projection",
         "paired_mse",

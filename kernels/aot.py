@@ -25,7 +25,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .aot_cases import Case, fp8_linear_cases, hidden_mse_cases, linear_kl_cases, packed_projection_cases
+from .aot_cases import (
+    Case,
+    fp8_linear_cases,
+    hidden_mse_cases,
+    linear_ce_cases,
+    linear_kl_cases,
+    packed_projection_cases,
+)
 
 ARCHITECTURES = {
     "sm_80": (GPUTarget("cuda", 80, 32), 166_912),
@@ -65,6 +72,7 @@ class Report:
 
 CASES: tuple[Callable[[str], Iterator[Case]], ...] = (
     linear_kl_cases,
+    linear_ce_cases,
     hidden_mse_cases,
     packed_projection_cases,
     fp8_linear_cases,

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from triton import JITFunction
 
-from . import fp8_linear_triton, hidden_mse_triton, linear_kl_triton, packed_projection_triton
+from . import fp8_linear_triton, hidden_mse_triton, linear_ce_triton, linear_kl_triton, packed_projection_triton
 from .tiles import HIDDEN_MSE, LINEAR_KL, PACKED_PROJECTION, RowTile, row_of
 
 WIDTHS = (1024, 4096)
-FLOATS = {"eps", "inv_temperature", "softcap", "scale", "beta", "grad_scale", "e_scale"}
+FLOATS = {"eps", "inv_temperature", "softcap", "smoothing", "scale", "beta", "grad_scale", "e_scale"}
 INDICES = {"bounds_s_ptr", "bounds_t_ptr", "edges_ptr", "edges_s_ptr", "edges_t_ptr"}
 LONG_INDICES = {"order_ptr", "position_ptr", "position_s_ptr", "position_t_ptr", "rows_ptr", "rows_s_ptr", "rows_t_ptr",
-                "pair_edges_ptr", "pair_order_ptr", "out_rows_ptr"}  # fmt: skip
+                "pair_edges_ptr", "pair_order_ptr", "out_rows_ptr", "targets_ptr"}  # fmt: skip
 NOT_DIVISIBLE = {"rows", "intervals", "segments", "pairs", "tokens", "count_s", "count_t", "rows_s", "rows_t", "vocab",
                  "first_row"}  # fmt: skip
 Value = bool | int | str
@@ -90,6 +90,17 @@ def linear_kl_cases(arch: str) -> Iterator[Case]:
         flags = dict.fromkeys(("HAS_ROWS", "HAS_WEIGHT", "NEED_GRAD"), True)
         pointers, kernel = {"x_ptr": dtype, "dx_ptr": dtype}, linear_kl_triton.finish_moments
         yield _case(kernel, f"{dtype} +rows +weight", pointers, finish, BLOCK_D=finish.block, **flags)
+
+
+def linear_ce_cases(arch: str) -> Iterator[Case]:
+    """The row kernel in each dtype, alone and with everything."""
+    tile = row_of(LINEAR_KL, arch).kl_rows
+    for dtype in ("bf16", "fp16", "fp32"):
+        for extras in (False, True):
+            flags = dict.fromkeys(("HAS_BIAS", "HAS_SOFTCAP", "HAS_SMOOTHING"), extras)
+            flags |= {"NEED_GRAD": True, "BARRIER": dtype != "fp32"}
+            label, pointers = f"{dtype}{' +bias +softcap +smoothing' if extras else ''}", {"grad_ptr": dtype}
+            yield _case(linear_ce_triton.ce_rows, label, pointers, tile, BLOCK_V=tile.block, **flags)
 
 
 def hidden_mse_cases(arch: str) -> Iterator[Case]:

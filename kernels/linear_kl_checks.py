@@ -25,7 +25,7 @@ def check_matrix(name: str, x: Tensor, device: torch.device | None = None) -> No
     if x.dim() != 2:
         raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(x.shape)}")
     if device is not None and x.device != device:
-        raise ValueError(f"{name} is on {x.device}, but h_s is on {device}; move it there")
+        raise ValueError(f"{name} is on {x.device}, but the states are on {device}; move it there")
 
 
 def check_head(name: str, w: Tensor, device: torch.device) -> None:
@@ -50,7 +50,7 @@ def check_vector(name: str, x: Tensor | None, length: int, what: str, device: to
     if x.dim() != 1 or x.shape[0] != length:
         raise ValueError(f"{name} must have shape ({length},) ({what}), got {tuple(x.shape)}")
     if x.device != device:
-        raise ValueError(f"{name} is on {x.device}, but h_s is on {device}; move it there")
+        raise ValueError(f"{name} is on {x.device}, but the states are on {device}; move it there")
     if kind == "rows" and x.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must hold int64 or int32 row numbers, got {x.dtype}")
     if kind != "rows" and not (x.dtype.is_floating_point or (kind == "weight" and x.dtype == torch.bool)):
@@ -129,7 +129,9 @@ def check_moments(
     device: torch.device,
 ) -> None:
     if teacher.device != device:
-        raise ValueError(f"teacher is on {teacher.device}, but h_s is on {device}; move it with teacher.to(device)")
+        raise ValueError(
+            f"teacher is on {teacher.device}, but the states are on {device}; move it with teacher.to(device)"
+        )
     if teacher.temperature != tau:
         raise ValueError(f"temperature is {tau}, but teacher was computed with {teacher.temperature}")
     if teacher.vocab_size != vocab:

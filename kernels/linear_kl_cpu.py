@@ -9,7 +9,7 @@ Memory: two buffers `(C, V)`, whatever T is; only one block when no gradient is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .linear_kl_ops import Difference, OverPairs
 
 FORWARD, REVERSE, JSD = "forward", "reverse", "jsd"
+Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def check_rows(rows: Tensor | None, limit: int, name: str) -> None:
@@ -277,59 +278,76 @@ def _any_divergence(pair: PairLogits, divergence: str, beta: float) -> tuple[Ten
     return values.squeeze(1), gradients()
 
 
-def difference_cpu(a: Difference) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def difference_cpu(a: Difference) -> Five:
     """(Σ weight · value, values (P,), dh (T_s, D), dw (V, D), db (V,)); gradients not asked for are empty tensors."""
-    h_s, w_s, need_dh, need_dw, need_db = a.h_s, a.w_s, a.need_dh, a.need_dw, a.need_db
-    dtype = accumulation_dtype(h_s.dtype)
-    sizes = tiles.LINEAR_KL_CPU
-    check_rows(a.rows_s, h_s.shape[0], "rows_s")
     check_rows(a.rows_t, a.h_t.shape[0], "rows_t")
-    pairs = Pairs(a)
+    chunks = Chunks(a, Head(a.w_s, a.bias_s, tiles.LINEAR_KL_CPU.block_v, a.temperature, a.softcap))
+    student, dtype = chunks.head, chunks.dtype
+    teacher = None if a.w_t is None else Head(a.w_t, a.bias_t, tiles.LINEAR_KL_CPU.block_v, a.temperature, a.softcap)
+    pair = PairLogits(student, teacher, chunks.rows, a.any_gradient)
+    plain = a.divergence == FORWARD and not a.softcap
 
-    vocab, width = w_s.shape
-    store = need_dh or need_dw or need_db
-    values = torch.empty(pairs.count, dtype=dtype)
-    dh = pairs.gradient(h_s, need_dh)
-    dw = torch.zeros((vocab if need_dw else 0, width), dtype=dtype)
-    db = torch.zeros(vocab if need_db else 0, dtype=dtype)
-    chunk = sizes.rows_for(pairs.count, vocab, dtype.itemsize)
-    student = Head(w_s, a.bias_s, sizes.block_v, a.temperature, a.softcap)
-    teacher = None if a.w_t is None else Head(a.w_t, a.bias_t, sizes.block_v, a.temperature, a.softcap)
-    pair = PairLogits(student, teacher, min(chunk, pairs.count), store)
+    def rows(x_s: Tensor, start: int, stop: int) -> tuple[Tensor, Iterator[Tensor]]:
+        pair.load(x_s, take(a.h_t, chunks.pairs.rows_t, start, stop, dtype))
+        return _forward_kl(pair) if plain else _any_divergence(pair, a.divergence, a.beta)
 
-    # The result is bf16 anyway, so p_s - p_t may be too: 0.24 % gradient error instead of 0.17 %, at any KL. The logits
-    # must not: bf16 GEMMs of the CPU round what they return.
-    in_bf16 = need_dh and h_s.dtype == torch.bfloat16 and has_fast_bf16()
-    grad_bf16 = torch.empty((min(chunk, pairs.count), vocab) if in_bf16 else (0, 0), dtype=torch.bfloat16)
+    return chunks.run(rows, a.scale, a.scale / a.temperature)
 
-    for start in range(0, pairs.count, chunk):
-        stop = min(start + chunk, pairs.count)
-        x_s = take(h_s, pairs.rows_s, start, stop, dtype)
-        pair.load(x_s, take(a.h_t, pairs.rows_t, start, stop, dtype))
-        plain = a.divergence == FORWARD and not a.softcap
-        chunk_values, gradients = _forward_kl(pair) if plain else _any_divergence(pair, a.divergence, a.beta)
-        values[start:stop] = chunk_values * a.scale
-        if not store:
-            continue
-        # Everything that is one number per row goes onto the (C, D) side, never onto (C, V).
-        row_scale = torch.full((stop - start, 1), a.scale / a.temperature, dtype=dtype)
-        if pairs.weight is not None:
-            row_scale = row_scale * pairs.weight[start:stop, None]
-        x_scaled = x_s * row_scale if need_dw else x_s
-        dx = torch.zeros_like(x_s)
-        for (v0, v1), grad in zip(pair.ranges, gradients, strict=True):
-            if in_bf16:
-                grad_bf16[: stop - start, v0:v1] = grad
-            elif need_dh:
-                dx += cpu_nt(grad, student.block(v0, v1).t())
-            if need_dw:
-                dw[v0:v1] += cpu_tn(grad, x_scaled)
-            if need_db:
-                db[v0:v1].addmv_(grad.t(), row_scale[:, 0])
-        if need_dh:
-            if in_bf16:
-                dx = torch.mm(grad_bf16[: stop - start], w_s).to(dtype)
-            dx.mul_(row_scale)
-            pairs.add(dh, dx, start, stop)
 
-    return *pairs.reduce(values), dh.to(kept_dtype(h_s.dtype)), dw.to(kept_dtype(w_s.dtype)), db
+class Chunks:
+    """The rows of an op over a head, some at a time: their values, and the products of their logits' gradients.
+
+    `sides`: logits of so many states a row are held."""
+
+    def __init__(self, a: OverPairs, head: Head, sides: int = 2) -> None:
+        self.a, self.head = a, head
+        self.dtype = accumulation_dtype(a.h_s.dtype)
+        check_rows(a.rows_s, a.h_s.shape[0], "rows_s")
+        self.pairs = Pairs(a)
+        sizes = tiles.LINEAR_KL_CPU
+        self.rows = sizes.rows_for(self.pairs.count, a.w_s.shape[0], self.dtype.itemsize, sides)
+
+    def run(
+        self, rows: Callable[[Tensor, int, int], tuple[Tensor, Iterator[Tensor]]], scale: float, factor: float
+    ) -> Five:
+        """`rows(x (C, D), start, stop)` gives values (C,), times `scale` those of the op, and blocks (C, v) of the
+        gradient by the logits, times `factor` those of the values."""
+        a, pairs, dtype, head, chunk = self.a, self.pairs, self.dtype, self.head, self.rows
+        h_s, w_s = a.h_s, a.w_s
+        vocab, width = w_s.shape
+        values = torch.empty(pairs.count, dtype=dtype)
+        dh = pairs.gradient(h_s, a.need_dh)
+        dw = torch.zeros((vocab if a.need_dw else 0, width), dtype=dtype)
+        db = torch.zeros(vocab if a.need_db else 0, dtype=dtype)
+        # The result is bf16 anyway, so p_s - p_t may be too: 0.24 % gradient error instead of 0.17 %, at any KL. The
+        # logits must not: bf16 GEMMs of the CPU round what they return.
+        in_bf16 = a.need_dh and h_s.dtype == torch.bfloat16 and has_fast_bf16()
+        grad_bf16 = torch.empty((min(chunk, pairs.count), vocab) if in_bf16 else (0, 0), dtype=torch.bfloat16)
+        for start in range(0, pairs.count, chunk):
+            stop = min(start + chunk, pairs.count)
+            x_s = take(h_s, pairs.rows_s, start, stop, dtype)
+            chunk_values, gradients = rows(x_s, start, stop)
+            values[start:stop] = chunk_values * scale
+            if not a.any_gradient:
+                continue
+            # Everything that is one number per row goes onto the (C, D) side, never onto (C, V).
+            row_scale = torch.full((stop - start, 1), factor, dtype=dtype)
+            if pairs.weight is not None:
+                row_scale = row_scale * pairs.weight[start:stop, None]
+            x_scaled = x_s * row_scale if a.need_dw else x_s
+            dx = torch.zeros_like(x_s)
+            for (v0, v1), grad in zip(head.ranges, gradients, strict=True):
+                if in_bf16:
+                    grad_bf16[: stop - start, v0:v1] = grad
+                elif a.need_dh:
+                    dx += cpu_nt(grad, head.block(v0, v1).t())
+                if a.need_dw:
+                    dw[v0:v1] += cpu_tn(grad, x_scaled)
+                if a.need_db:
+                    db[v0:v1].addmv_(grad.t(), row_scale[:, 0])
+            if a.need_dh:
+                if in_bf16:
+                    dx = torch.mm(grad_bf16[: stop - start], w_s).to(dtype)
+                dx.mul_(row_scale)
+                pairs.add(dh, dx, start, stop)
+        return *pairs.reduce(values), dh.to(kept_dtype(h_s.dtype)), dw.to(kept_dtype(w_s.dtype)), db

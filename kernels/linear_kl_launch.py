@@ -7,6 +7,8 @@ Tests run these functions on CPU tensors in the Triton interpreter, where the GE
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,12 +22,14 @@ from .tiles import LINEAR_KL, LinearKLTiles, padded_vocabulary, row_of
 if TYPE_CHECKING:
     from .linear_kl_ops import Difference, MomentsOf, MomentStep, OverPairs
 
+Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
 # fp16 cannot hold probabilities below 6e-8, so they are stored times 2^10, which leaves room for the p (r - K) of the
 # reverse KL; bf16 and fp32 have the range.
 FP16_SCALE = 1024.0
 
 
-class _Pairs:
+class Pairs:
     """Row pairs in the order they are computed: weight 0 last, and cut off there where `num_valid` says so."""
 
     def __init__(self, a: OverPairs):
@@ -91,7 +95,7 @@ def _half_view(buffer: Tensor, vocab: int, dtype: torch.dtype) -> tuple[Tensor, 
     return buffer.view(dtype)[:, :vocab], FP16_SCALE if dtype == torch.float16 else 1.0
 
 
-def _padded_bias(bias: Tensor | None, like: Tensor) -> Tensor:
+def padded_bias(bias: Tensor | None, like: Tensor) -> Tensor:
     """A bias as the kernels read it, fp32 and padded; any tensor will do where there is none."""
     return (
         like
@@ -100,61 +104,63 @@ def _padded_bias(bias: Tensor | None, like: Tensor) -> Tensor:
     )
 
 
-def difference_triton(
-    a: Difference, tiles: LinearKLTiles | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `linear_kl_cpu.difference_cpu`, 3 GEMMs and one row kernel per chunk.
+@dataclass(frozen=True)
+class Rows:
+    """What a row kernel works on: the first of a chunk's logits buffers and the gradient over them."""
 
-    For a head that trains, the gradients of the logits are kept over many chunks (`tiles.rows_of_dw`) for one GEMM,
-    which writes dW in its own dtype where it is the only one.
+    first: int  # of the chunk, in the order of the pairs
+    logits: Tensor  # (n, padded) fp32
+    grad: Tensor  # (n, V)
+    values: Tensor  # (n,)
+    weights: Tensor | None  # (n,)
+    grad_scale: float
+    barrier: bool  # the gradient shares the logits' memory
+
+
+def over_chunks(
+    a: OverPairs,
+    pairs: Pairs,
+    tiles: LinearKLTiles,
+    sides: int,
+    logits: Callable[[Tensor, int, Tensor], None],
+    row_kernel: Callable[[Rows], None],
+    scale: float,
+) -> Five:
+    """Values and gradients of an op over a head, chunk by chunk.
+
+    Args:
+        sides: logits buffers of a chunk, one below the other; the student's are the first.
+        logits: fills them, given the states (n, D), the chunk's first pair and the buffers (sides · n, padded).
+        row_kernel: turns them into values and `grad`.
+        scale: of the gradient of the logits.
     """
-    h_s, w_s, h_t, w_t, need_dh, need_dw, need_db = a.h_s, a.w_s, a.h_t, a.w_t, a.need_dh, a.need_dw, a.need_db
-    require_triton_dtype("h_s", h_s)
-    tiles = tiles or row_of(LINEAR_KL, h_s.device)
-    require_rows(a.rows_s, h_s.shape[0], "rows_s")
-    require_rows(a.rows_t, h_t.shape[0], "rows_t")
-    pairs = _Pairs(a)
+    h_s, w_s, need_dh, need_dw, need_db = a.h_s, a.w_s, a.need_dh, a.need_dw, a.need_db
     vocab, width = w_s.shape
-    store = need_dh or need_dw or need_db
     values = h_s.new_empty(pairs.count, dtype=torch.float32)
     dh = pairs.gradient(h_s, need_dh)
     db = h_s.new_zeros(vocab if need_db else 0, dtype=torch.float32)
     chunk = max(1, min(tiles.chunk_rows, pairs.count))
-    buffer = h_s.new_empty(2 * chunk, padded_vocabulary(vocab), dtype=torch.float32)
+    buffer = h_s.new_empty(sides * chunk, padded_vocabulary(vocab), dtype=torch.float32)
     dx = h_s.new_empty(chunk if need_dh else 0, width, dtype=torch.float32)
     kept = tiles.rows_of_dw(pairs.count, width, h_s.dtype) if need_dw else 0
     once = kept >= pairs.count
     dw = h_s.new_empty((vocab if need_dw else 0, width), dtype=kept_dtype(w_s.dtype) if once else torch.float32)
     gradients, x_kept = h_s.new_empty(kept, buffer.shape[1]), h_s.new_empty(kept, width)
-    bias_t = a.bias_s if w_t is None else a.bias_t
-    bias_s_ptr, bias_t_ptr = _padded_bias(a.bias_s, values), _padded_bias(bias_t, values)
 
     for start in range(0, pairs.count, chunk):
         stop = min(start + chunk, pairs.count)
         n = stop - start
-        x_s, x_t = pairs.take(h_s, pairs.rows_s, start, stop), pairs.take(h_t, pairs.rows_t, start, stop)
-        z_s, z_t = buffer[:n], buffer[n : 2 * n]
-        if w_t is None:
-            mm_f32(torch.cat([x_s, x_t]), w_s.t(), out=buffer[: 2 * n, :vocab])
-        else:
-            mm_f32(x_s, w_s.t(), out=z_s[:, :vocab])
-            mm_f32(x_t, w_t.t(), out=z_t[:, :vocab])
-        grad, grad_scale = _half_view(z_s, vocab, h_s.dtype)
+        x_s = pairs.take(h_s, pairs.rows_s, start, stop)
+        logits(x_s, start, buffer[: sides * n])
+        grad, grad_scale = _half_view(buffer[:n], vocab, h_s.dtype)
         if need_dw:
             first = start % kept
             grad = gradients[first : first + n, :vocab]
-        weights = pairs.weights(start, stop)
-        kl_rows[(n,)](
-            z_s, z_t, grad, bias_s_ptr, bias_t_ptr, values if weights is None else weights, values[start:stop],
-            z_s.stride(0), z_t.stride(0), grad.stride(0), vocab, buffer.shape[1],
-            1.0 / a.temperature, a.softcap, a.scale, a.beta, grad_scale,
-            DIVERGENCE=a.divergence, HAS_BIAS_S=a.bias_s is not None, HAS_BIAS_T=bias_t is not None,
-            HAS_WEIGHT=weights is not None, HAS_SOFTCAP=a.softcap > 0, NEED_GRAD=store,
-            BARRIER=grad.dtype != torch.float32 and not need_dw, BLOCK_V=tiles.kl_rows.block, **tiles.kl_rows.launch,
-        )  # fmt: skip
-        if not store:
+        weights, barrier = pairs.weights(start, stop), grad.dtype != torch.float32 and not need_dw
+        row_kernel(Rows(start, buffer[:n], grad, values[start:stop], weights, grad_scale, barrier))
+        if not a.any_gradient:
             continue
-        factor = a.scale / (a.temperature * grad_scale)
+        factor = scale / grad_scale
         if need_dh:
             mm_f32(grad, w_s, out=dx[:n])
             row_factor = factor if weights is None else (weights * factor).unsqueeze(1)
@@ -179,6 +185,47 @@ def difference_triton(
     return *pairs.reduce(values), dh.to(kept_dtype(h_s.dtype)), dw.to(kept_dtype(w_s.dtype)), db
 
 
+def difference_triton(a: Difference, tiles: LinearKLTiles | None = None) -> Five:
+    """As `linear_kl_cpu.difference_cpu`, 3 GEMMs and one row kernel per chunk.
+
+    For a head that trains, the gradients of the logits are kept over many chunks (`tiles.rows_of_dw`) for one GEMM,
+    which writes dW in its own dtype where it is the only one.
+    """
+    w_s, h_t, w_t = a.w_s, a.h_t, a.w_t
+    require_triton_dtype("h_s", a.h_s)
+    tiles = tiles or row_of(LINEAR_KL, a.h_s.device)
+    require_rows(a.rows_s, a.h_s.shape[0], "rows_s")
+    require_rows(a.rows_t, h_t.shape[0], "rows_t")
+    pairs = Pairs(a)
+    vocab, tile = w_s.shape[0], tiles.kl_rows
+    bias_t = a.bias_s if w_t is None else a.bias_t
+    unused = a.h_s.new_empty(1, dtype=torch.float32)
+    bias_s_ptr, bias_t_ptr = padded_bias(a.bias_s, unused), padded_bias(bias_t, unused)
+
+    def logits(x_s: Tensor, start: int, buffer: Tensor) -> None:
+        n = x_s.shape[0]
+        x_t = pairs.take(h_t, pairs.rows_t, start, start + n)
+        if w_t is None:
+            mm_f32(torch.cat([x_s, x_t]), w_s.t(), out=buffer[:, :vocab])
+        else:
+            mm_f32(x_s, w_s.t(), out=buffer[:n, :vocab])
+            mm_f32(x_t, w_t.t(), out=buffer[n:, :vocab])
+
+    def row_kernel(r: Rows) -> None:
+        n, padded = r.logits.shape
+        z_t = r.logits.as_strided((n, padded), r.logits.stride(), r.logits.storage_offset() + n * padded)
+        kl_rows[(n,)](
+            r.logits, z_t, r.grad, bias_s_ptr, bias_t_ptr, r.values if r.weights is None else r.weights, r.values,
+            padded, padded, r.grad.stride(0), vocab, padded,
+            1.0 / a.temperature, a.softcap, a.scale, a.beta, r.grad_scale,
+            DIVERGENCE=a.divergence, HAS_BIAS_S=a.bias_s is not None, HAS_BIAS_T=bias_t is not None,
+            HAS_WEIGHT=r.weights is not None, HAS_SOFTCAP=a.softcap > 0, NEED_GRAD=a.any_gradient,
+            BARRIER=r.barrier, BLOCK_V=tile.block, **tile.launch,
+        )  # fmt: skip
+
+    return over_chunks(a, pairs, tiles, 2, logits, row_kernel, a.scale / a.temperature)
+
+
 def teacher_moments_triton(a: MomentsOf, tiles: LinearKLTiles | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """As `moments_cpu.teacher_moments_cpu`, 2 GEMMs and one row kernel per chunk."""
     h_t, w_t, rows, count = a.h_t, a.w_t, a.rows, a.count
@@ -192,7 +239,7 @@ def teacher_moments_triton(a: MomentsOf, tiles: LinearKLTiles | None = None) -> 
     bias_mean = h_t.new_zeros(count, dtype=torch.float32)
     chunk = max(1, min(tiles.chunk_rows, count))
     buffer = h_t.new_empty(chunk, padded_vocabulary(vocab), dtype=torch.float32)
-    bias_ptr, value_bias_ptr = _padded_bias(a.bias_t, lse), _padded_bias(a.bias_s, lse)
+    bias_ptr, value_bias_ptr = padded_bias(a.bias_t, lse), padded_bias(a.bias_s, lse)
     for start in range(0, count, chunk):
         part = slice(start, min(start + chunk, count))
         x = h_t[part] if rows is None else h_t.index_select(0, rows[part])
@@ -216,7 +263,7 @@ def moment_step_triton(a: MomentStep, tiles: LinearKLTiles | None = None) -> tup
     tiles = tiles or row_of(LINEAR_KL, h_s.device)
     require_rows(a.rows_s, h_s.shape[0], "rows_s")
     require_rows(a.rows_t, m.shape[0], "rows_t")
-    pairs = _Pairs(a)
+    pairs = Pairs(a)
     vocab, width = w_s.shape
     values, lse, inv_sum = (h_s.new_empty(pairs.count, dtype=torch.float32) for _ in range(3))
     dh = pairs.gradient(h_s, need_dh)
@@ -224,7 +271,7 @@ def moment_step_triton(a: MomentStep, tiles: LinearKLTiles | None = None) -> tup
     buffer = h_s.new_empty(chunk, padded_vocabulary(vocab), dtype=torch.float32)
     added = h_s.new_empty(chunk if need_dh and pairs.rows_s is not None else 0, width, dtype=torch.float32)
     ew = h_s.new_empty(chunk if need_dh else 0, width, dtype=torch.float32)
-    bias_ptr = _padded_bias(a.bias_s, lse)
+    bias_ptr = padded_bias(a.bias_s, lse)
     for start in range(0, pairs.count, chunk):
         stop = min(start + chunk, pairs.count)
         n = stop - start

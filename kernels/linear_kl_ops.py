@@ -34,7 +34,9 @@ class ScaleGradient(Op[Tensor]):
         return torch.empty_like(self.gradient, dtype=self.dtype)
 
 
-scale_gradient = Registered(ScaleGradient, "scale_gradient", gradient_of="linear_kl, distillation_loss or pooled_mse")
+scale_gradient = Registered(
+    ScaleGradient, "scale_gradient", gradient_of="linear_kl, linear_ce, distillation_loss or pooled_mse"
+)
 
 
 def dtype_if(needed: bool, x: Tensor | None) -> torch.dtype | None:
@@ -58,13 +60,21 @@ def scalars(temperature: float, scale_by_t2: bool, num_valid: int | None) -> dic
 
 
 class OverPairs:
-    """An op over row pairs."""
+    """An op over a head and row pairs, the second of a pair a teacher's row or a target."""
 
     h_s: Tensor
+    w_s: Tensor
     rows_s: Tensor | None
     rows_t: Tensor | None
     row_weight: Tensor | None
     num_valid: int
+    need_dh: bool
+    need_dw: bool = False
+    need_db: bool = False
+
+    @property
+    def any_gradient(self) -> bool:
+        return self.need_dh or self.need_dw or self.need_db
 
     @property
     def pairs(self) -> int:

@@ -29,10 +29,10 @@ class CpuChunks:
     block_v: int
     max_buffer_mib: int
 
-    def rows_for(self, pairs: int, vocab: int, itemsize: int) -> int:
-        """Row pairs per chunk for `pairs` pairs and `vocab` entries of `itemsize` bytes; at least 1."""
-        fitting = (self.max_buffer_mib << 20) // max(1, 2 * vocab * itemsize)
-        return max(1, min(pairs, self.chunk_rows, max(fitting, 32)))
+    def rows_for(self, pairs: int, vocab: int, itemsize: int, sides: int = 2) -> int:
+        """Rows per chunk for `pairs` rows with `sides` buffers of `vocab` logits of `itemsize` bytes; at least 1."""
+        fitting = (self.max_buffer_mib << 20) // max(1, sides * vocab * itemsize)
+        return max(1, min(pairs, 2 * self.chunk_rows // sides, max(fitting, 32)))
 
 
 LINEAR_KL_CPU = CpuChunks(chunk_rows=256, block_v=4096, max_buffer_mib=512)

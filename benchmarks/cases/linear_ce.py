@@ -1,10 +1,10 @@
-"""Cross entropy over the LM head with hard labels, by others: how near the best fused heads come to their products.
+"""Cross-entropy over the LM head with hard labels: ours against unfused, torch's own, Liger, quack, cut-cross-entropy.
 
     python -m benchmarks.cases.linear_ce --device cpu
 
-An anchor and no op of ours: published figures of fused heads are of this loss, so it says whether the numbers of
-`linear_kl` on the same machine are to be believed. With a frozen head every variant needs two products (logits and the
-states' gradient; those that recompute logits three), `linear_kl` three.
+Published figures of fused heads are of this loss, so the others also say whether the numbers of `linear_kl` on the same
+machine are to be believed. With a frozen head every variant needs two products (logits and the states' gradient; those
+that recompute logits three).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mtllm_fast.kernels import linear_ce
 from mtllm_fast.kernels.tiles import LINEAR_KL_CPU
 from torch import Tensor
 
@@ -54,6 +55,11 @@ def step(loss: Callable[[Tensor, Tensor, Tensor], Tensor], p: Problem) -> dict[s
         value.backward()
     found = {"loss": value.detach(), "gradient": p.h.grad, "head_gradient": p.w.grad}
     return {name: x for name, x in found.items() if x is not None}
+
+
+def ours(h: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+    total, count = linear_ce(h, w, labels)
+    return total / count
 
 
 def unfused(h: Tensor, w: Tensor, labels: Tensor) -> Tensor:
@@ -126,7 +132,7 @@ def _variant(loss: Callable[[Tensor, Tensor, Tensor], Tensor], *needs: str, **op
 register(
     Case(
         name="linear_ce",
-        about="cross entropy over the LM head with hard labels, by others; forward + backward, an anchor",
+        about="cross-entropy over the LM head with hard labels, forward + backward",
         make=make,
         sizes={
             "quick": (sized(256, 256, 4000),),
@@ -137,6 +143,7 @@ register(
             ),
         },
         variants={
+            "ours": _variant(ours, ours=True),
             "unfused": _variant(unfused),
             "torch": _variant(torch_fused, "torch.nn.functional:linear_cross_entropy"),
             "liger": _variant(liger, "liger_kernel", devices=("cuda",)),
@@ -151,7 +158,7 @@ register(
         work=work,
         small=small,
         parse=parse,
-        sources=("kernels/tiles.py",),
+        sources=("kernels/*.py",),
     )
 )  # fmt: skip
 

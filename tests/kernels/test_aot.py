@@ -55,6 +55,14 @@ def test_row_kernel_leaves_room_for_four_programs_on_an_sm(label):
     assert gradient <= 130
 
 
+@pytest.mark.parametrize("case", aot.linear_ce_cases("sm_90"), ids=lambda case: case.label)
+def test_cross_entropy_row_kernel(case):
+    report = aot.inspect(case, "sm_90")
+    assert report.problems == ()
+    assert report.registers <= 64
+    assert report.wide_loads >= 4
+
+
 def test_loops_are_counted():
     text = """.text.kernel:
         /*0000*/                   MOV R1, c[0x0][0x28] ;

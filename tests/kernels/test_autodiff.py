@@ -8,6 +8,7 @@ import pytest
 import torch
 from mtllm_fast.kernels import (
     distillation_loss,
+    linear_ce,
     linear_kl,
     packed_projection,
     paired_mse,
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 G = torch.Generator().manual_seed(0)
 TEACHER, HEAD, BIAS = (torch.randn(*shape, generator=G) for shape in ((6, 8), (30, 8), (30,)))
 CU, ROWS, SCALE = torch.tensor([0, 2, 6]), torch.tensor([0, 3, 3]), torch.rand(8, generator=G) + 0.5
+TARGETS = torch.tensor([3, -100, 0, 29, 7, 7])
 MOMENTS = teacher_moments(TEACHER, HEAD)
 
 
@@ -36,6 +38,7 @@ def projected(x: Tensor, w: Tensor, **options) -> Tensor:
 OPS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Tensor]] = {
     "linear_kl": (lambda x, p: linear_kl(x, p, TEACHER, HEAD, divergence="jsd")[0], HEAD * 0.9),
     "linear_kl bias": (lambda x, p: linear_kl(x, HEAD, TEACHER, HEAD, bias_s=p, row_weight=TEACHER[:, 0])[0], BIAS),
+    "linear_ce": (lambda x, p: linear_ce(x, p, TARGETS, label_smoothing=0.1)[0], HEAD * 0.9),
     "linear_kl moments": (lambda x, p: linear_kl(x, HEAD, teacher=MOMENTS)[0] * p.sum(), SCALE),
     "segment_mean": (lambda x, p: segment_mean(x, CU, norm="rms", norm_weight=p).square().sum(), SCALE),
     "pooled_mse": (lambda x, p: pooled_mse(x, TEACHER, CU, CU, norm="layer", norm_weight=p)[0], SCALE),
