@@ -256,7 +256,7 @@ def linear_kl(
         return x if x is None or x.shape[0] == vocab else x[:vocab]
 
     weight = None if row_weight is None else row_weight.detach().to(accumulation_dtype(h_s.dtype))
-    shared: dict[str, Any] = {"h_s": h_s, "rows_s": rows_s, "rows_t": rows_t, "row_weight": weight}
+    shared: dict[str, object] = {"h_s": h_s, "rows_s": rows_s, "rows_t": rows_t, "row_weight": weight}
     shared |= {"need_dh": needs_gradient(h_s), **ops.scalars(temperature, scale_by_t2, num_valid)}
     if form == "moments":
         vocab = common_vocabulary(w_s.shape[0], teacher.vocab_size if teacher else w_s.shape[0], vocab_size, "teacher")

@@ -3,7 +3,7 @@
 import glob
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,7 @@ class RowStream:
     counts: RowCounts = field(default_factory=RowCounts)
     unusable: Callable[[TextRow], str | None] | None = None
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """Plain data that tells whether another stream gives the same rows: where and how it reads, files as of now."""
         local = _hub_name(self.source) is None
         language = self.language or ENGLISH_CODES[0]  # as it was written when there was no row without one
@@ -204,7 +204,7 @@ class RowStream:
             )
             raise ValueError(f"source {self.source!r} holds no usable row: {counts.empty} empty{why}")
 
-    def _records(self) -> Iterator[tuple[str, dict[str, Any] | BadRow, tuple[str, ...] | None]]:
+    def _records(self) -> Iterator[tuple[str, Mapping[str, object] | BadRow, tuple[str, ...] | None]]:
         hub = _hub_name(self.source)
         if hub is not None:
             dataset, labels = self._open_hub(*hub)
@@ -216,7 +216,7 @@ class RowStream:
             for number, local in records(path, self.wanted, self.columns, self.quoting):
                 yield f"{name}:{number}", local, self.labels
 
-    def _row(self, record: dict[str, Any], labels: tuple[str, ...] | None, place: str) -> TextRow | BadRow | None:
+    def _row(self, record: Mapping[str, object], labels: tuple[str, ...] | None, place: str) -> TextRow | BadRow | None:
         """The row of a record, or why there is none: None where it has no text."""
         texts: dict[str, str | None] = {"pair_column": None, "language_column": self.language}
         for argument in ("text_column", "pair_column", "language_column"):
@@ -247,7 +247,7 @@ class RowStream:
             id=self._id(record),
         )
 
-    def _id(self, record: dict[str, Any] | BadRow) -> str | None:
+    def _id(self, record: Mapping[str, object] | BadRow) -> str | None:
         name = record.get(self.wanted["id_column"]) if isinstance(record, dict) and "id_column" in self.wanted else None
         return None if name is None else str(name)
 
@@ -294,7 +294,7 @@ class RowStream:
         return dataset, labels
 
 
-def _whole(value: Any) -> Any:
+def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

@@ -38,8 +38,8 @@ def kept_bytes_per_token(model: AdaptedModel, tokens: int = 128) -> tuple[float,
     layer: Any = model.layers[0]
     device = next(model.parameters()).device
 
-    def stop(module: Any, args: Any, kwargs: Any) -> None:
-        raise _Reached(args, kwargs)
+    def stop(*called: object) -> None:
+        raise _Reached(*called[1:])
 
     handle = layer.register_forward_pre_hook(stop, with_kwargs=True)
     try:
@@ -75,7 +75,7 @@ def kept_bytes_per_token(model: AdaptedModel, tokens: int = 128) -> tuple[float,
     return (sum(found.values()) + own) / tokens, own / tokens
 
 
-def _plain(x: Any) -> bool:
+def _plain(x: object) -> bool:
     return isinstance(x, Tensor) and not is_traceable_wrapper_subclass(x)
 
 

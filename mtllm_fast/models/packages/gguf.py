@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -69,7 +69,7 @@ PRE_TOKENIZERS = ("gpt-2", "smollm")
 CONTROL, USER_DEFINED = 3, 4  # in `tokenizer.ggml.token_type`
 
 
-def read_gguf(path: Path) -> tuple[LlamaConfig, dict[str, Tensor], Any]:
+def read_gguf(path: Path) -> tuple[LlamaConfig, dict[str, Tensor], PreTrainedTokenizerFast]:
     """The config, the fp32 weights as `LlamaForCausalLM` names them, and the tokenizer.
 
     Raises:
@@ -119,13 +119,13 @@ def read_header(data: mmap.mmap | bytes) -> tuple[dict[str, Any], dict[str, tupl
     def string() -> str:
         return taken(take("Q")).decode()
 
-    def numbers(kind: int, length: int) -> list[Any]:
+    def numbers(kind: int, length: int) -> list[int | float | bool]:
         if kind not in NUMBERS:
             raise ValueError(f"a value of type {kind} at byte {at}")
         dtype = np.dtype(NUMBERS[kind])
         return np.frombuffer(taken(length * dtype.itemsize), dtype).tolist()
 
-    def value(kind: int) -> Any:
+    def value(kind: int) -> str | int | float | bool | list[str] | list[int | float | bool]:
         if kind == STRING:
             return string()
         if kind != ARRAY:
@@ -201,7 +201,9 @@ def _config(pairs: dict[str, Any], tied: bool) -> LlamaConfig:
     )  # fmt: skip
 
 
-def _state(config: LlamaConfig, data: mmap.mmap, tensors: dict[str, Any]) -> dict[str, Tensor]:
+def _state(
+    config: LlamaConfig, data: mmap.mmap, tensors: dict[str, tuple[int, tuple[int, ...], int]]
+) -> dict[str, Tensor]:
     from transformers import LlamaForCausalLM
 
     layers, found = config.num_hidden_layers, {_llama_name(name): name for name in tensors}
@@ -240,7 +242,7 @@ def _llama_name(name: str) -> str:
     return f"model.layers.{layer}.{_LAYER[part]}.weight" if block == "blk" and part in _LAYER else name
 
 
-def _tokenizer(pairs: dict[str, Any], positions: int) -> Any:
+def _tokenizer(pairs: dict[str, Any], positions: int) -> PreTrainedTokenizerFast:
     """The byte-level tokenizer, its text cut as llama.cpp cuts it.
 
     transformers cuts every such file as GPT-2's: with `smollm`, two spaces before a digit would be a token more.
