@@ -270,9 +270,14 @@ def linear_kl(
             assert h_t is not None
             own_head = (w_s, bias_s) if w_t is None else (w_t, bias_t)
             teacher = teacher_moments(
-                h_t, own_head[0], temperature, w_s=None if w_t is None else w_s, bias_t=own_head[1], bias_s=bias_s,
+                h_t,
+                own_head[0],
+                temperature,
+                w_s=None if w_t is None else w_s,
+                bias_t=own_head[1],
+                bias_s=bias_s,
                 vocab_size=vocab_size,
-            )  # fmt: skip
+            )
             vocab = teacher.vocab_size
         check_moments(teacher, w_s, vocab, float(temperature), pairs, rows_t, device)
         total, values, _ = ops.moment_step(**shared, w_s=narrowed(w_s), bias_s=narrowed(bias_s), **teacher.tensors())

@@ -1,15 +1,20 @@
 """Text rows from files and from the Hugging Face hub, as a stream whose memory does not grow with the corpus."""
 
+from __future__ import annotations
+
 import glob
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mtllm_fast.data.formats import SUPPORTED, BadRow, check_file, kind_of, records
 from mtllm_fast.data.language import ENGLISH_CODES
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
 
 _HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<config>[\w.-]+))?")
 
@@ -87,7 +92,7 @@ def read_rows(
     limit: int | None = None,
     columns: Sequence[str] | None = None,
     quoting: bool = True,
-) -> "RowStream":
+) -> RowStream:
     """Open a corpus.
 
     Args:
@@ -269,7 +274,7 @@ class RowStream:
         right = f"one of {', '.join(labels)}" if labels is not None else "an integer >= 0; name the classes with labels"
         raise ValueError(f"label_column {column!r}: {value!r} at {place} is no label, it must be {right}")
 
-    def _open_hub(self, name: str, config: str | None) -> tuple[Any, tuple[str, ...] | None]:
+    def _open_hub(self, name: str, config: str | None) -> tuple[IterableDataset, tuple[str, ...] | None]:
         import datasets
 
         try:

@@ -204,7 +204,7 @@ def _memory_map(file: Path) -> NDArray[np.integer]:
         raise ValueError(f"{file.parent.name}/{file.name}: {error}") from None
 
 
-def _check_started(folder: Path, settings: dict[str, Any]) -> None:
+def _check_started(folder: Path, settings: dict[str, object]) -> None:
     """What a killed call began must be what this one goes on with."""
     if (folder / STORE_FILE).exists():
         raise ValueError(f"{folder} holds a complete token store: delete it or name another folder")

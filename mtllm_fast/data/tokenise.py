@@ -77,7 +77,7 @@ class StackTokenizer:
                 raise ValueError(f"{name} must be at least 4 (special tokens and some text), got {limit}")
         if not isinstance(pair_separator, str):
             raise TypeError(f"pair_separator must be a string, got {pair_separator!r}")
-        # Any: whoever reads one of them knows by `sides` that it is there
+        # whoever reads one of them knows that it is there
         self.mt: Any = mt
         self.llm: Any = llm
         self.max_mt_tokens = max_mt_tokens

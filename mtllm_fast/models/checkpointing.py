@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..data.pack import PackedBatch
@@ -38,8 +38,8 @@ def kept_bytes_per_token(model: AdaptedModel, tokens: int = 128) -> tuple[float,
     layer: Any = model.layers[0]
     device = next(model.parameters()).device
 
-    def stop(*called: object) -> None:
-        raise _Reached(*called[1:])
+    def stop(module: nn.Module, args: object, kwargs: object) -> None:
+        raise _Reached(args, kwargs)
 
     handle = layer.register_forward_pre_hook(stop, with_kwargs=True)
     try:

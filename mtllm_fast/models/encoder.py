@@ -6,7 +6,7 @@ Face gives on a padded one. What differs from family to family is in `encoders/`
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def check_encoder(name: str, trust_remote_code: bool = False) -> Any:
+def check_encoder(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of the encoder in a folder or on the hub, before anything else of it is read.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,10 +16,10 @@ from .encoders import family_of
 from .names import check_folder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load_config(role: str, name: str, trust_remote_code: bool = False) -> Any:
+def load_config(role: str, name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of an "encoder" or an "llm" in a folder or on the hub. Raises ValueError where there is none."""
     from transformers import AutoConfig
 
@@ -54,12 +54,14 @@ def load_pretrained(
             f"{role}={name!r}: the folder holds no *.safetensors (of model weights, only safetensors are read)"
         )
     family = family_of(config, name) if role == "encoder" else None
-    options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype, "use_safetensors": True}
+    stored = "auto" if dtype is None else dtype
     try:
         if family is not None:
-            model = family.load(name, config, **options)
+            model = family.load(name, config, dtype=stored, use_safetensors=True)
         else:
-            model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                name, trust_remote_code=trust_remote_code, dtype=stored, use_safetensors=True
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise _cannot(role, name, error) from error
     except Exception as error:

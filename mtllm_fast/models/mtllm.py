@@ -191,8 +191,14 @@ class MTLLM(nn.Module):
             ValueError: the folder is no MTLLM model, its files are damaged, or a base model cannot be found.
         """
         check_backend(attention)
-        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-        model = load(cls, folder, encoder_name=encoder or None, llm_name=llm or None, **options)
+        model = load(
+            cls,
+            folder,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            encoder_name=encoder or None,
+            llm_name=llm or None,
+        )
         model.attention = attention
         return model
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from ..attention import AttentionPlan
 from .m2m_100 import SequenceToSequence
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import MBartConfig, PreTrainedConfig
     from transformers.models.mbart.modeling_mbart import MBartEncoder
 
 
@@ -41,7 +41,7 @@ class MBart(SequenceToSequence["MBartEncoder"]):
     def final_norm(self, encoder: MBartEncoder) -> nn.Module:
         return encoder.layer_norm
 
-    def max_positions(self, config: Any) -> int:
+    def max_positions(self, config: MBartConfig) -> int:
         return int(config.max_position_embeddings)
 
     def check_tokenizer(self, tokenizer: StackTokenizer, name: str) -> None:

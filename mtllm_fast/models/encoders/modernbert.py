@@ -11,7 +11,7 @@ from ..attention import AttentionPlan
 from .family import EncoderFamily
 
 if TYPE_CHECKING:
-    from transformers import ModernBertModel, PreTrainedConfig
+    from transformers import ModernBertConfig, ModernBertModel, PreTrainedConfig
 
 
 class ModernBert(EncoderFamily["ModernBertModel"]):
@@ -46,5 +46,5 @@ class ModernBert(EncoderFamily["ModernBertModel"]):
     def encoder_of(self, model: Any) -> ModernBertModel:
         return getattr(model, model.base_model_prefix, model)
 
-    def max_positions(self, config: Any) -> int:
+    def max_positions(self, config: ModernBertConfig) -> int:
         return int(config.max_position_embeddings)

@@ -55,9 +55,16 @@ def e5(files: list[Path], folder: Path) -> None:
     model.load_state_dict(state, assign=True)
     try:
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file=str(tokens), bos_token="<s>", cls_token="<s>", eos_token="</s>", sep_token="</s>",
-            unk_token="<unk>", pad_token="<pad>", mask_token="<mask>", model_max_length=config.max_position_embeddings,
-        )  # fmt: skip
+            tokenizer_file=str(tokens),
+            bos_token="<s>",
+            cls_token="<s>",
+            eos_token="</s>",
+            sep_token="</s>",
+            unk_token="<unk>",
+            pad_token="<pad>",
+            mask_token="<mask>",
+            model_max_length=config.max_position_embeddings,
+        )
     except Exception as error:  # the tokenizers library raises Exception itself
         raise ValueError(f"{tokens}: cannot be read as a tokenizer: {error}") from error
     if len(tokenizer) > config.vocab_size:

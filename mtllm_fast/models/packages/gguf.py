@@ -194,11 +194,17 @@ def _config(pairs: dict[str, Any], tied: bool) -> LlamaConfig:
     bos, eos, unknown, padding = (pairs.get(f"tokenizer.ggml.{name}_token_id") for name in names)
     further: dict[str, Any] = {"unk_token_id": unknown}
     return LlamaConfig(
-        **sizes, rms_norm_eps=pairs["llama.attention.layer_norm_rms_epsilon"], tie_word_embeddings=tied,
+        **sizes,
+        rms_norm_eps=pairs["llama.attention.layer_norm_rms_epsilon"],
+        tie_word_embeddings=tied,
         rope_parameters={"rope_type": "default", "rope_theta": pairs.get("llama.rope.freq_base", 10000.0)},
-        bos_token_id=bos, eos_token_id=eos, pad_token_id=padding, architectures=["LlamaForCausalLM"], dtype="float32",
+        bos_token_id=bos,
+        eos_token_id=eos,
+        pad_token_id=padding,
+        architectures=["LlamaForCausalLM"],
+        dtype="float32",
         **further,
-    )  # fmt: skip
+    )
 
 
 def _state(
@@ -262,10 +268,14 @@ def _tokenizer(pairs: dict[str, Any], positions: int) -> PreTrainedTokenizerFast
             special[f"{name}_token"] = tokens[index]
     try:
         vocabulary = {token: index for index, token in enumerate(tokens)}
-        backend = Tokenizer(models.BPE(
-            vocabulary, [tuple(merge.split(" ")) for merge in merges],
-            continuing_subword_prefix="", end_of_word_suffix="",
-        ))  # fmt: skip
+        backend = Tokenizer(
+            models.BPE(
+                vocabulary,
+                [tuple(merge.split(" ")) for merge in merges],
+                continuing_subword_prefix="",
+                end_of_word_suffix="",
+            )
+        )
     except Exception as error:  # the tokenizers library raises Exception itself
         raise ValueError(f"its tokenizer: {error}") from error
     bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -278,6 +288,10 @@ def _tokenizer(pairs: dict[str, Any], positions: int) -> PreTrainedTokenizerFast
             add([AddedToken(token, normalized=False, special=what == CONTROL)])
     chosen = {name: pairs.get(f"tokenizer.ggml.add_{name}_token", False) for name in ("bos", "eos")}
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, **special, chat_template=pairs.get("tokenizer.chat_template"),
-        add_bos_token=chosen["bos"], add_eos_token=chosen["eos"], model_max_length=positions,
-    )  # fmt: skip
+        tokenizer_object=backend,
+        **special,
+        chat_template=pairs.get("tokenizer.chat_template"),
+        add_bos_token=chosen["bos"],
+        add_eos_token=chosen["eos"],
+        model_max_length=positions,
+    )
