@@ -107,7 +107,7 @@ class MTLLMModule(InputModule):
         ids, mask = PackedBatch.from_sequences(side.ids).to_padded(self.tokenizer.pad_token_id or 0)
         return {"input_ids": ids, "attention_mask": mask}
 
-    def forward(self, features: dict[str, Tensor], **kwargs: object) -> dict[str, Tensor]:
+    def forward(self, features: dict[str, Any], **kwargs: object) -> dict[str, Any]:
         """Adds `token_embeddings` (B, L, D), zeros at padding, and `sentence_embedding` (B, D) float32."""
         output = self.model(features["input_ids"], features["attention_mask"])
         return {**features, "token_embeddings": output.last_hidden_state, "sentence_embedding": output.pooled}

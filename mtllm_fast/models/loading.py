@@ -54,13 +54,13 @@ def load_pretrained(
             f"{role}={name!r}: the folder holds no *.safetensors (of model weights, only safetensors are read)"
         )
     family = family_of(config, name) if role == "encoder" else None
-    stored = "auto" if dtype is None else dtype
+    chosen = "auto" if dtype is None else dtype
     try:
         if family is not None:
-            model = family.load(name, config, dtype=stored, use_safetensors=True)
+            model = family.load(name, config, dtype=chosen, use_safetensors=True)
         else:
             model = AutoModelForCausalLM.from_pretrained(
-                name, trust_remote_code=trust_remote_code, dtype=stored, use_safetensors=True
+                name, trust_remote_code=trust_remote_code, dtype=chosen, use_safetensors=True
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise _cannot(role, name, error) from error
