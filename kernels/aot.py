@@ -23,7 +23,7 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 from .aot_cases import (
     Case,
@@ -79,7 +79,7 @@ CASES: tuple[Callable[[str], Iterator[Case]], ...] = (
 )
 
 
-def compile_case(case: Case, arch: str) -> Any:
+def compile_case(case: Case, arch: str) -> CompiledKernel:
     """The compiled kernel; `asm` holds ptx and cubin, or amdgcn and hsaco."""
     if not isinstance(case.kernel, triton.JITFunction):
         raise RuntimeError("the kernels were imported for the interpreter; unset TRITON_INTERPRET to compile them")

@@ -46,9 +46,14 @@ class Case:
 
 
 def _case(
-    kernel: JITFunction, label: str, pointers: dict[str, str], tile: RowTile, gemm: bool = False, rows: bool = True,
+    kernel: JITFunction,
+    label: str,
+    pointers: dict[str, str],
+    tile: RowTile,
+    gemm: bool = False,
+    rows: bool = True,
     **constexprs: Value,
-) -> Case:  # fmt: skip
+) -> Case:
     """`pointers`: what is not fp32 and not an index."""
     types = {}
     for name in kernel.arg_names:
@@ -125,9 +130,14 @@ def hidden_mse_cases(arch: str) -> Iterator[Case]:
             for cosine in (False, True):
                 kind = "cosine" if cosine else "mse"
                 yield _case(
-                    hidden_mse_triton.pair_values, f"{kind} {dtype} +weight D={width}",
-                    {"s_ptr": dtype, "t_ptr": dtype}, row, HAS_WEIGHT=True, COSINE=cosine, BLOCK_D=width,
-                )  # fmt: skip
+                    hidden_mse_triton.pair_values,
+                    f"{kind} {dtype} +weight D={width}",
+                    {"s_ptr": dtype, "t_ptr": dtype},
+                    row,
+                    HAS_WEIGHT=True,
+                    COSINE=cosine,
+                    BLOCK_D=width,
+                )
                 yield _case(
                     hidden_mse_triton.state_gradient, f"pooled {kind} more {dtype} D={width}",
                     {"dx_ptr": dtype, "x_ptr": dtype, "t_ptr": dtype, "more_ptr": dtype}, row,
@@ -145,9 +155,14 @@ def hidden_mse_cases(arch: str) -> Iterator[Case]:
             PIECE=tiles.piece, BLOCK_D=compare.block,
         )  # fmt: skip
         yield _case(
-            hidden_mse_triton.check_bounds, kind, {"good_ptr": "i1"}, RowTile(1024, 4), rows=False,
-            SPANS=not is_cu, BLOCK=1024,
-        )  # fmt: skip
+            hidden_mse_triton.check_bounds,
+            kind,
+            {"good_ptr": "i1"},
+            RowTile(1024, 4),
+            rows=False,
+            SPANS=not is_cu,
+            BLOCK=1024,
+        )
 
 
 def packed_projection_cases(arch: str) -> Iterator[Case]:
@@ -185,7 +200,10 @@ def fp8_linear_cases(arch: str) -> Iterator[Case]:
         for dtype in ("bf16", "fp16", "fp32") if width == WIDTHS[-1] else ("bf16",):
             for whole in (True, False) if width == 16384 else (True,):
                 yield _case(
-                    fp8_linear_triton.fp8_rows, f"{dtype} {'row' if whole else 'block'} of {width}",
-                    {"x_ptr": dtype, "q_ptr": "fp8e4nv"}, RowTile(width, fp8_linear_triton.warps(width)),
-                    WHOLE=whole, BLOCK_K=width,
-                )  # fmt: skip
+                    fp8_linear_triton.fp8_rows,
+                    f"{dtype} {'row' if whole else 'block'} of {width}",
+                    {"x_ptr": dtype, "q_ptr": "fp8e4nv"},
+                    RowTile(width, fp8_linear_triton.warps(width)),
+                    WHOLE=whole,
+                    BLOCK_K=width,
+                )

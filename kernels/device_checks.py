@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 
 def debugging() -> bool:
@@ -15,10 +17,10 @@ def debugging() -> bool:
     return os.environ.get("MTLLM_DEBUG", "0") not in ("", "0")
 
 
-def on_device_of_arguments(kernel: Callable[..., Any]) -> Callable[..., Any]:
+def on_device_of_arguments(kernel: Callable[..., Result]) -> Callable[..., Result]:
     """Wrap the CUDA kernel of an op: Triton launches on the current device, which need not be that of the tensors."""
 
-    def launch(*args: Any) -> Any:
+    def launch(*args: object) -> Result:
         with torch.cuda.device(next(a.device for a in args if isinstance(a, Tensor))):
             return kernel(*args)
 

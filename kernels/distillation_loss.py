@@ -73,7 +73,7 @@ class Distillation(Op[Eight]):
         pairs = ("rows_s", "rows_t", "pair_weight", "kind", "rows_sorted") if self.kind else ()
         return {name: getattr(self, name) for name in (*names, *pairs)}
 
-    def step(self) -> dict[str, Any]:
+    def step(self) -> dict[str, object]:
         """Arguments that both forms of the KL share."""
         names = ("rows_s", "rows_t", "num_valid", "temperature", "scale")
         shared = {"h_s": self.student, "w_s": self.head, "bias_s": self.bias, "row_weight": self.pair_weight}

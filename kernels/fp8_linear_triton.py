@@ -69,7 +69,5 @@ def quantise_rows_triton(x: Tensor, block: int | None = None) -> tuple[Tensor, T
     scale = x.new_empty(rows, dtype=torch.float32)
     block = block or min(power_of_two(width), MAX_WIDTH)
     if rows:
-        fp8_rows[(rows,)](
-            x, q, scale, x.stride(0), width, WHOLE=width <= block, BLOCK_K=block, num_warps=warps(block)
-        )  # fmt: skip
+        fp8_rows[(rows,)](x, q, scale, x.stride(0), width, WHOLE=width <= block, BLOCK_K=block, num_warps=warps(block))
     return q.view(torch.uint8), scale

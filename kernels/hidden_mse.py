@@ -216,17 +216,15 @@ def segment_mean(
             device-side assertion instead, which does not stop the host.
     """
     check_states("x", x)
-    if (spans is None) == (cu_seqlens is None):
+    bounds = cu_seqlens if spans is None else spans
+    if bounds is None or (spans is not None and cu_seqlens is not None):
         raise ValueError("pass either cu_seqlens or spans")
     norm_weight, norm_bias = gathered("norm_weight", norm_weight), gathered("norm_bias", norm_bias)
     name = check_norm(norm, norm_weight, norm_bias, eps, x)
     if spans is not None:
-        bounds, pooling = spans, SPANS
-    else:
-        assert cu_seqlens is not None
-        bounds = cu_seqlens
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling is {pooling!r}, but must be one of {', '.join(POOLINGS)}")
+        pooling = SPANS
+    elif pooling not in POOLINGS:
+        raise ValueError(f"pooling is {pooling!r}, but must be one of {', '.join(POOLINGS)}")
     check_bounds("cu_seqlens" if spans is None else "spans", bounds, x.device, "x")
     shape = bounds.shape[:-1] if spans is not None else (bounds.shape[0] - 1,)
     bounds = bounds.reshape(-1, 2) if spans is not None else bounds

@@ -163,7 +163,7 @@ def state_gradient_cpu(a: StateGradient) -> Tensor:
     rows, width = student.shape
     dx = student.new_empty(rows, width)
     block = block_rows(width)
-    own = None
+    own = dead = None
     if u is not None:
         assert a.bounds is not None
         starts, ends = segment_ranges(a.bounds, a.pooling)
@@ -192,7 +192,7 @@ def state_gradient_cpu(a: StateGradient) -> Tensor:
         total = out if out.dtype == dtype else out.new_empty(out.shape, dtype=dtype)
         if u is not None and own is not None:
             torch.index_select(u, 0, own[start:stop], out=total)
-            if norm != "none":
+            if dead is not None:
                 x = student[start:stop].to(dtype)
                 x = x - stats[1, start:stop].unsqueeze(1) if norm == "layer" else x
                 x = x * stats[0, start:stop].unsqueeze(1)
@@ -200,7 +200,6 @@ def state_gradient_cpu(a: StateGradient) -> Tensor:
                 if norm == "layer":
                     total.sub_(total.mean(1, keepdim=True))
                 total.addcmul_(x, along, value=-1.0).mul_(stats[0, start:stop].unsqueeze(1))
-                assert dead is not None
                 total.masked_fill_(dead[own[start:stop]].unsqueeze(1), 0.0)
         else:
             total.zero_()

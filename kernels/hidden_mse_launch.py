@@ -80,10 +80,18 @@ def segment_mean_triton(a: SegmentMean, tiles: HiddenMSETiles | None = None) -> 
     block = min(power_of_two(x.shape[1]), tiles.finish_block)
     if mean.numel():
         pool_finish[(parts.segments, -(-x.shape[1] // block))](
-            partial, parts.edges, parts.edges if parts.position is None else parts.position, mean,
-            x.shape[1], parts.rows, parts.intervals,
-            IS_CU=parts.position is None, PIECE=tiles.piece, BLOCK_D=block, num_warps=4,
-        )  # fmt: skip
+            partial,
+            parts.edges,
+            parts.edges if parts.position is None else parts.position,
+            mean,
+            x.shape[1],
+            parts.rows,
+            parts.intervals,
+            IS_CU=parts.position is None,
+            PIECE=tiles.piece,
+            BLOCK_D=block,
+            num_warps=4,
+        )
     return mean, stats
 
 

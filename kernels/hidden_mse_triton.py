@@ -133,8 +133,20 @@ def pool_rows(
 
 
 @triton.jit
-def _mean_of(partial_ptr, edges_ptr, position_ptr, segment, intervals, rows, offs_d, mask_d, width,
-             IS_CU: tl.constexpr, PIECE: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+def _mean_of(
+    partial_ptr,
+    edges_ptr,
+    position_ptr,
+    segment,
+    intervals,
+    rows,
+    offs_d,
+    mask_d,
+    width,
+    IS_CU: tl.constexpr,
+    PIECE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """(mean of a segment over offs_d, its number of rows)."""
     if IS_CU:
         interval = segment

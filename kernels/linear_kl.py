@@ -256,7 +256,7 @@ def linear_kl(
         return x if x is None or x.shape[0] == vocab else x[:vocab]
 
     weight = None if row_weight is None else row_weight.detach().to(accumulation_dtype(h_s.dtype))
-    shared: dict[str, Any] = {"h_s": h_s, "rows_s": rows_s, "rows_t": rows_t, "row_weight": weight}
+    shared: dict[str, object] = {"h_s": h_s, "rows_s": rows_s, "rows_t": rows_t, "row_weight": weight}
     shared |= {"need_dh": needs_gradient(h_s), **ops.scalars(temperature, scale_by_t2, num_valid)}
     if form == "moments":
         vocab = common_vocabulary(w_s.shape[0], teacher.vocab_size if teacher else w_s.shape[0], vocab_size, "teacher")
@@ -270,9 +270,14 @@ def linear_kl(
             assert h_t is not None
             own_head = (w_s, bias_s) if w_t is None else (w_t, bias_t)
             teacher = teacher_moments(
-                h_t, own_head[0], temperature, w_s=None if w_t is None else w_s, bias_t=own_head[1], bias_s=bias_s,
+                h_t,
+                own_head[0],
+                temperature,
+                w_s=None if w_t is None else w_s,
+                bias_t=own_head[1],
+                bias_s=bias_s,
                 vocab_size=vocab_size,
-            )  # fmt: skip
+            )
             vocab = teacher.vocab_size
         check_moments(teacher, w_s, vocab, float(temperature), pairs, rows_t, device)
         total, values, _ = ops.moment_step(**shared, w_s=narrowed(w_s), bias_s=narrowed(bias_s), **teacher.tensors())

@@ -82,10 +82,10 @@ class Pairs:
             return h.new_empty(shape, dtype=kept_dtype(h.dtype))
         return h.new_zeros(shape, dtype=torch.float32)
 
-    def add(self, dh: Tensor, dx: Tensor, start: int, stop: int) -> None:
-        """Add the gradient rows (C, D) of pairs [start, stop)."""
-        assert self.rows_s is not None
-        dh.index_put_((self.rows_s[start:stop].long(),), dx, accumulate=True)
+
+def _add(dh: Tensor, rows: Tensor, dx: Tensor) -> None:
+    """Add the gradient rows (C, D) to these rows of dh."""
+    dh.index_put_((rows.long(),), dx, accumulate=True)
 
 
 def _half_view(buffer: Tensor, vocab: int, dtype: torch.dtype) -> tuple[Tensor, float]:
@@ -167,7 +167,7 @@ def over_chunks(
             if pairs.rows_s is None:
                 torch.mul(dx[:n], row_factor, out=dh[start:stop])
             else:
-                pairs.add(dh, dx[:n].mul_(row_factor), start, stop)
+                _add(dh, pairs.rows_s[start:stop], dx[:n].mul_(row_factor))
         relative = None if pairs.relative is None else pairs.relative[start:stop]
         if need_dw:
             x_kept[first : first + n] = x_s if relative is None else x_s * relative.unsqueeze(1)
@@ -298,5 +298,5 @@ def moment_step_triton(a: MomentStep, tiles: LinearKLTiles | None = None) -> tup
             BLOCK_D=tiles.finish_moments.block, **tiles.finish_moments.launch,
         )  # fmt: skip
         if need_dh and pairs.rows_s is not None:
-            pairs.add(dh, dx, start, stop)
+            _add(dh, pairs.rows_s[start:stop], dx)
     return *pairs.reduce(values), dh.to(kept_dtype(h_s.dtype))

@@ -97,12 +97,12 @@ class Registered(Generic[Result]):
         if not everywhere:
             self.op.register_kernel("cuda", on_device_of_arguments(self._kernel(declaration.cuda)))
         self.op.register_fake(lambda *inputs: self._declared(inputs).fake())
-        self._function: Any = None
+        self._function: type[torch.autograd.Function] | None = None
         if errors or gradient_of:
             self.op.register_autograd(self._backward, setup_context=self._setup_context)
             self._function = self._under_transforms()
 
-    def _under_transforms(self) -> Any:
+    def _under_transforms(self) -> type[torch.autograd.Function]:
         """What a call goes through under a transform of torch.func: an autograd.Function that has its `setup_context`
         apart, and whose vmap is that of the op: one call per example."""
         op = self
@@ -116,18 +116,18 @@ class Registered(Generic[Result]):
 
         return Function
 
-    def inputs(self, **arguments: Any) -> tuple[Any, ...]:
+    def inputs(self, **arguments: object) -> tuple[object, ...]:
         """The arguments as the schema orders them, defaults filled in."""
         given = {**self.defaults, **arguments}
         if len(given) != len(self.names):
             raise TypeError(f"{self.op} takes {self.names}, got {tuple(given)}")
         return tuple([given[name] for name in self.names])
 
-    def raw(self, **arguments: Any) -> Result:
+    def raw(self, **arguments: object) -> Result:
         """The op by itself, for the kernels of other ops, where no derivative is taken."""
         return self.op(*self.inputs(**arguments))
 
-    def __call__(self, **arguments: Any) -> Result:
+    def __call__(self, **arguments: object) -> Result:
         inputs = self.inputs(**arguments)
         if self._function is None or torch.compiler.is_compiling():
             return self.op(*inputs)
@@ -136,13 +136,13 @@ class Registered(Generic[Result]):
         call = self._function.apply if torch._C._are_functorch_transforms_active() else self.op
         return call(*inputs)
 
-    def _declared(self, inputs: tuple[Any, ...]) -> Op[Result]:
+    def _declared(self, inputs: tuple[object, ...]) -> Op[Result]:
         declared = object.__new__(self.declaration)  # the constructor of a frozen dataclass takes 4 µs for 16 fields
         vars(declared).update(zip(self.names, inputs, strict=True))
         return declared
 
     def _kernel(self, method: Callable[[Op[Result]], Result]) -> Callable[..., Result]:
-        def kernel(*inputs: Any) -> Result:
+        def kernel(*inputs: object) -> Result:
             device = next(x.device.type for x in inputs if isinstance(x, Tensor))
             if not torch.is_autocast_enabled(device):
                 return method(self._declared(inputs))
@@ -152,7 +152,7 @@ class Registered(Generic[Result]):
 
         return kernel
 
-    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
+    def _setup_context(self, ctx: Any, inputs: tuple[object, ...], output: Result) -> None:
         ctx.set_materialize_grads(False)  # or backward would allocate zeros for outputs that have no derivative
         if self._gradient_of:
             return
@@ -173,7 +173,7 @@ class Registered(Generic[Result]):
         assert found.keys() <= needs.keys(), found.keys()
         return tuple(found.get(name) if needed else None for name, needed in needs.items())
 
-    def _refuse_tangents(self, *_: Any) -> None:
+    def _refuse_tangents(self, *_: object) -> None:
         raise NotImplementedError(
             f"{self.errors} has no forward-mode derivative (jvp, jacfwd, hessian, dual numbers); use reverse mode: "
             "backward, torch.func.grad, vjp or jacrev"

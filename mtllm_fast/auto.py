@@ -8,9 +8,11 @@ the import of its AutoConfig; and what is registered then is a config that bring
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
-from typing import Any
+from types import ModuleType
 
 _AUTO = "transformers.models.auto.configuration_auto"
 
@@ -26,7 +28,9 @@ def register_when_imported() -> None:
 class _Waiting(MetaPathFinder):
     """Finds one module, as Python itself would, and registers after it has been imported."""
 
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname != _AUTO:
             return None
         sys.meta_path.remove(self)
@@ -34,7 +38,7 @@ class _Waiting(MetaPathFinder):
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
-            def exec_module(module: Any) -> None:
+            def exec_module(module: ModuleType) -> None:
                 run(module)
                 _register()
 

@@ -24,7 +24,7 @@ class MTLLMPreTrainedConfig(PreTrainedConfig):
         super().__init__(**{name: value for name, value in kwargs.items() if name not in ours})
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> MTLLMPreTrainedConfig:
         from .inference import pipeline  # noqa: F401
 
         return super().from_dict(config_dict, **kwargs)

@@ -20,11 +20,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from tokenizers.normalizers import Normalizer
+    from transformers import PreTrainedTokenizerFast
 
 Form = Literal["NFC", "NFKC"]
 
@@ -125,7 +130,7 @@ def _clusters(form: Form) -> re.Pattern[str]:
             joining.update(int(part, 16) for part in parts.split()[1:])
         if parts and not unicodedata.is_normalized(form, chr(point)):
             alone.add(point)
-    decomposed: Any = {"NFC": "NFD", "NFKC": "NFKD"}[form]
+    decomposed: Literal["NFD", "NFKD"] = "NFD" if form == "NFC" else "NFKD"
     joining |= {point for point in alone if ord(unicodedata.normalize(decomposed, chr(point))[0]) in joining}
     return re.compile(f"[^{_class(joining)}]?[{_class(joining)}]+|[{_class(alone)}]", re.DOTALL)
 
@@ -261,7 +266,7 @@ class Reader:
         canonical: canonically equal texts are one to it, whether they are composed here or not.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._backend = tokenizer.backend_tokenizer
         steps = _steps(self._backend.normalizer)
         kinds = [step["type"] for step in steps if step["type"] not in _HARMLESS]
@@ -274,7 +279,7 @@ class Reader:
             self._one_space = any(step.get("pattern") == {"Regex": " {2,}"} for step in steps)
         elif steps and steps[0]["type"] in ("NFKC", "NFKD"):
             self._form = "NFKC"  # the library's own gives wrong offsets where a ligature has a mark
-        self._rest: Any = None
+        self._rest: Tokenizer | None = None
 
     def write(self, text: str, compose: bool) -> Written:
         """`text` as the tokenizer is given it; `compose`: as sentencepiece does, where the tokenizer does not.
@@ -292,7 +297,7 @@ class Reader:
         kept = written.text.rstrip(" ")
         return Written(kept, written.ends and written.ends[: len(kept) + 1], written.unread)
 
-    def backend(self, mapped: bool) -> Any:
+    def backend(self, mapped: bool) -> Tokenizer:
         """The Rust tokenizer for texts that the character map left as they are, or (`mapped`) changed."""
         if not mapped:
             return self._backend
@@ -306,7 +311,7 @@ class Reader:
         return self._rest
 
 
-def _steps(normalizer: Any) -> list[dict[str, Any]]:
+def _steps(normalizer: Normalizer | None) -> list[dict[str, Any]]:
     if normalizer is None:
         return []
     state = json.loads(normalizer.__getstate__())
@@ -323,10 +328,10 @@ def _without_map(state: dict[str, Any]) -> dict[str, Any] | None:
     return {"type": "Sequence", "normalizers": [*([kept] if kept else []), *others]}
 
 
-_READERS: WeakKeyDictionary[Any, Reader] = WeakKeyDictionary()
+_READERS: WeakKeyDictionary[PreTrainedTokenizerFast, Reader] = WeakKeyDictionary()
 
 
-def reader_of(tokenizer: Any) -> Reader:
+def reader_of(tokenizer: PreTrainedTokenizerFast) -> Reader:
     """The Reader of a tokenizer, made once."""
     reader = _READERS.get(tokenizer)
     if reader is None or reader._backend is not tokenizer.backend_tokenizer:

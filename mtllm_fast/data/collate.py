@@ -20,7 +20,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from mtllm_fast.data.balance import deal, pack_cost
 from mtllm_fast.data.batch import SIDES, Batch, TokenizedRows, check_sides, tokenise_readable, tokenise_rows
 from mtllm_fast.data.pack import token_budget_packs
-from mtllm_fast.data.read import TextRow
+from mtllm_fast.data.read import RowCounts, TextRow
 from mtllm_fast.data.store import StoredRows, TokenStore
 from mtllm_fast.data.tokenise import StackTokenizer
 
@@ -65,7 +65,7 @@ class Window:
     packs: tuple[tuple[int, ...], ...] = ()
     costs: tuple[float, ...] = ()
     fallbacks: Counter[str] = dataclasses.field(default_factory=Counter)
-    source: Any = None
+    source: RowCounts | None = None
     error: Exception | None = None
     bad: tuple[tuple[str, str], ...] = ()
 
@@ -100,7 +100,7 @@ class StreamCounts:
     budget: int = 0
     fallbacks: Counter[str] = dataclasses.field(default_factory=Counter)
     unreadable: int = 0
-    source: Any = None
+    source: RowCounts | None = None
 
     @property
     def efficiency(self) -> float:

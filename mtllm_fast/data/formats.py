@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 MAX_ROW_BYTES = 64 * 2**20  # a longer line or field is a failed row: memory stays bounded on a file without newlines
 _PEEK_ROWS = 100
@@ -28,7 +28,7 @@ class BadRow:
     reason: str
 
 
-Record = tuple[int, dict[str, Any] | BadRow]  # (line or row number from 1, columns)
+Record = tuple[int, Mapping[str, object] | BadRow]  # (line or row number from 1, columns)
 
 
 def kind_of(path: Path) -> str | None:

@@ -1,14 +1,19 @@
 """What stands where in the tokens of a row: texts, separators, special tokens, and which are left out at the limit."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mtllm_fast.data.read import TextRow
 from mtllm_fast.data.text_tokens import encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +46,7 @@ class SideFormat:
     """
 
     name: str
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerFast
     limit: int
     suffix: list[int]
     separator: list[int]

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -10,6 +10,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from mtllm_fast.data.batch import Batch
 from mtllm_fast.data.collate import PackedDataset, Window
 from mtllm_fast.data.workers import WorkerDied, from_workers, start_worker
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 _DEATHS = 3  # of workers in a row without a window between them
@@ -28,7 +30,7 @@ class _WindowStream(IterableDataset):
         return self.dataset.windows(info.id, info.num_workers, self.first)
 
 
-def _as_is(window: Any) -> Any:
+def _as_is(window: T) -> T:
     return window
 
 

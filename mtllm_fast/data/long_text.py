@@ -8,13 +8,16 @@ which 512 tokens are kept then costs no more than one of 3,000, and a line of 10
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 CHARACTERS_PER_TOKEN = 6  # what English rarely exceeds; a text that does is tokenised whole, after its beginning
 _UNSETTLED = 64  # most tokens that one space and one character can be
 
 
-def splits_at_spaces(tokenizer: Any) -> bool:
+def splits_at_spaces(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether the tokenizer's words end at a space, whatever follows it."""
     backend = tokenizer.backend_tokenizer
     if backend.pre_tokenizer is None:

@@ -1,15 +1,20 @@
 """Text rows from files and from the Hugging Face hub, as a stream whose memory does not grow with the corpus."""
 
+from __future__ import annotations
+
 import glob
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mtllm_fast.data.formats import SUPPORTED, BadRow, check_file, kind_of, records
 from mtllm_fast.data.language import ENGLISH_CODES
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
 
 _HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<config>[\w.-]+))?")
 
@@ -87,7 +92,7 @@ def read_rows(
     limit: int | None = None,
     columns: Sequence[str] | None = None,
     quoting: bool = True,
-) -> "RowStream":
+) -> RowStream:
     """Open a corpus.
 
     Args:
@@ -154,7 +159,7 @@ class RowStream:
     counts: RowCounts = field(default_factory=RowCounts)
     unusable: Callable[[TextRow], str | None] | None = None
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """Plain data that tells whether another stream gives the same rows: where and how it reads, files as of now."""
         local = _hub_name(self.source) is None
         language = self.language or ENGLISH_CODES[0]  # as it was written when there was no row without one
@@ -204,7 +209,7 @@ class RowStream:
             )
             raise ValueError(f"source {self.source!r} holds no usable row: {counts.empty} empty{why}")
 
-    def _records(self) -> Iterator[tuple[str, dict[str, Any] | BadRow, tuple[str, ...] | None]]:
+    def _records(self) -> Iterator[tuple[str, Mapping[str, object] | BadRow, tuple[str, ...] | None]]:
         hub = _hub_name(self.source)
         if hub is not None:
             dataset, labels = self._open_hub(*hub)
@@ -216,7 +221,7 @@ class RowStream:
             for number, local in records(path, self.wanted, self.columns, self.quoting):
                 yield f"{name}:{number}", local, self.labels
 
-    def _row(self, record: dict[str, Any], labels: tuple[str, ...] | None, place: str) -> TextRow | BadRow | None:
+    def _row(self, record: Mapping[str, object], labels: tuple[str, ...] | None, place: str) -> TextRow | BadRow | None:
         """The row of a record, or why there is none: None where it has no text."""
         texts: dict[str, str | None] = {"pair_column": None, "language_column": self.language}
         for argument in ("text_column", "pair_column", "language_column"):
@@ -247,7 +252,7 @@ class RowStream:
             id=self._id(record),
         )
 
-    def _id(self, record: dict[str, Any] | BadRow) -> str | None:
+    def _id(self, record: Mapping[str, object] | BadRow) -> str | None:
         name = record.get(self.wanted["id_column"]) if isinstance(record, dict) and "id_column" in self.wanted else None
         return None if name is None else str(name)
 
@@ -269,7 +274,7 @@ class RowStream:
         right = f"one of {', '.join(labels)}" if labels is not None else "an integer >= 0; name the classes with labels"
         raise ValueError(f"label_column {column!r}: {value!r} at {place} is no label, it must be {right}")
 
-    def _open_hub(self, name: str, config: str | None) -> tuple[Any, tuple[str, ...] | None]:
+    def _open_hub(self, name: str, config: str | None) -> tuple[IterableDataset, tuple[str, ...] | None]:
         import datasets
 
         try:
@@ -294,7 +299,7 @@ class RowStream:
         return dataset, labels
 
 
-def _whole(value: Any) -> Any:
+def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,9 @@ from .batch import Batch, TokenizedRows, check_sides, tokenise_readable
 from .layout import TokenizedSide
 from .read import TextRow
 from .tokenise import StackTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 STORE_FILE = "store.json"
 BEGUN_FILE = "begun.json"
@@ -70,16 +73,16 @@ class StoreReport:
     skipped: dict[str, int]
 
 
-def tokenizer_state(tokenizer: Any) -> dict[str, Any]:
+def tokenizer_state(tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
     """What a fast Hugging Face tokenizer does, as plain data: without padding and truncation, which the last call left
     there and a StackTokenizer does not use."""
-    state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    state: dict[str, object] = json.loads(tokenizer.backend_tokenizer.to_str())
     return {name: value for name, value in state.items() if name not in ("padding", "truncation")}
 
 
-def tokenizer_key(tokenizer: StackTokenizer, sides: Sequence[str]) -> dict[str, Any]:
+def tokenizer_key(tokenizer: StackTokenizer, sides: Sequence[str]) -> dict[str, object]:
     """Plain data that tells whether another StackTokenizer makes the same tokens on `sides`."""
-    key: dict[str, Any] = {
+    key: dict[str, object] = {
         "reading": _READING,
         "pair_separator": tokenizer.pair_separator,
         "fallbacks": dict(tokenizer.fallbacks),
@@ -99,7 +102,7 @@ def write_store(
     *,
     sides: Sequence[str] = ("mt", "llm"),
     shard_rows: int = 65536,
-    source: Any = None,
+    source: object = None,
     on_progress: Callable[[int], object] | None = None,
 ) -> StoreReport:
     """Tokenise `rows` into `folder`, going on after the complete shards of a call that was killed.
@@ -189,19 +192,19 @@ def _digests(shard: Path) -> dict[str, Any]:
     return found
 
 
-def _open_shards(folder: Path, names: Sequence[str]) -> list[dict[str, NDArray[Any]]]:
+def _open_shards(folder: Path, names: Sequence[str]) -> list[dict[str, NDArray[np.integer]]]:
     files = [sorted((folder / name).glob("*.npy")) for name in names]
     return [{file.stem: _memory_map(file) for file in inside} for inside in files]
 
 
-def _memory_map(file: Path) -> NDArray[Any]:
+def _memory_map(file: Path) -> NDArray[np.integer]:
     try:
         return np.load(file, mmap_mode="r")  # type: ignore[no-any-return]
     except (OSError, ValueError) as error:
         raise ValueError(f"{file.parent.name}/{file.name}: {error}") from None
 
 
-def _check_started(folder: Path, settings: dict[str, Any]) -> None:
+def _check_started(folder: Path, settings: dict[str, object]) -> None:
     """What a killed call began must be what this one goes on with."""
     if (folder / STORE_FILE).exists():
         raise ValueError(f"{folder} holds a complete token store: delete it or name another folder")
@@ -223,7 +226,7 @@ def _write_shard(
     position: int,
     on_progress: Callable[[int], object] | None,
 ) -> None:
-    parts: dict[str, list[NDArray[Any]]] = {}
+    parts: dict[str, list[NDArray[np.integer]]] = {}
     labels: list[int | None] = []
     ids: list[str | None] = []
     unreadable = 0
@@ -243,7 +246,7 @@ def _write_shard(
             parts.setdefault(f"{side}.truncated", []).append(np.array([tokenised.truncated]))
         if on_progress is not None:
             on_progress(position + start + len(window))
-    arrays: dict[str, NDArray[Any]] = {"unreadable": np.array([unreadable], dtype=np.int64)}
+    arrays: dict[str, NDArray[np.integer]] = {"unreadable": np.array([unreadable], dtype=np.int64)}
     for side in sides:
         lengths = [len(ids) for ids in parts[f"{side}.ids"]]
         arrays[f"{side}.starts"] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -317,7 +320,7 @@ class TokenStore:
         """Rows that were cut, by side."""
         return {side: int(sum(shard[f"{side}.truncated"][0] for shard in self.shards)) for side in self.sides}
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type[TokenStore], tuple[Path]]:
         return TokenStore, (self.folder,)
 
     def check(self, tokenizer: StackTokenizer, sides: Sequence[str]) -> None:
@@ -359,7 +362,7 @@ class TokenStore:
         what = difference(self.folder / name, record)
         return None if what is None else f"{name}: {what}"
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """Plain data that names these rows."""
         return {"store": str(self.folder), "key": sha256_of(self.folder / STORE_FILE)[:16]}
 
@@ -394,7 +397,7 @@ def _record(path: Path) -> dict[str, Any]:
     return found
 
 
-def _name(shard: dict[str, NDArray[Any]], row: int) -> str | None:
+def _name(shard: dict[str, NDArray[np.integer]], row: int) -> str | None:
     if "names" not in shard:
         return None
     start, stop = shard["name_starts"][row : row + 2]

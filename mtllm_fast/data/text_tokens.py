@@ -1,9 +1,15 @@
 """Texts through one tokenizer: token ids without special tokens, and where in the text each token ends."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from mtllm_fast.data.characters import Written, read_up_to, reader_of
 from mtllm_fast.data.long_text import CHARACTERS_PER_TOKEN, beginning, settled, splits_at_spaces
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+    from transformers import PreTrainedTokenizerFast
 
 Encoded = tuple[list[list[int]], list[list[int]]]  # ids of every text, ends of every text
 
@@ -13,7 +19,11 @@ class BadText(ValueError):
 
 
 def encode(
-    tokenizer: Any, texts: list[str], with_ends: bool = False, compose: bool = False, limit: int | None = None
+    tokenizer: PreTrainedTokenizerFast,
+    texts: list[str],
+    with_ends: bool = False,
+    compose: bool = False,
+    limit: int | None = None,
 ) -> Encoded:
     """Token ids without special tokens, and where in the text each ends; special-token strings in it are plain text.
 
@@ -38,7 +48,7 @@ def encode(
     return ids, ends
 
 
-def _encode(tokenizer: Any, texts: list[str], with_ends: bool, compose: bool) -> Encoded:
+def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[str], with_ends: bool, compose: bool) -> Encoded:
     if not texts:
         return [], []
     reader = reader_of(tokenizer)
@@ -58,7 +68,7 @@ def _encode(tokenizer: Any, texts: list[str], with_ends: bool, compose: bool) ->
     return ids, ends
 
 
-def _run_backend(backend: Any, texts: list[str], with_offsets: bool) -> list[Any]:
+def _run_backend(backend: Tokenizer, texts: list[str], with_offsets: bool) -> list[Encoding]:
     # what tokenizer(texts, ...) calls in the end, without its detour through a dictionary per text
     backend.no_truncation()
     backend.no_padding()
@@ -78,7 +88,7 @@ def _run_backend(backend: Any, texts: list[str], with_offsets: bool) -> list[Any
         raise BadText(f"the tokenizer fails on {texts[0][:40]!r}: {error}") from error
 
 
-def own_specials(tokenizer: Any) -> tuple[list[int], list[int]]:
+def own_specials(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
     """(prefix, suffix) that the tokenizer's own template puts around a text."""
     for probe in ("a", "the", "1"):
         plain = tokenizer(probe, add_special_tokens=False)["input_ids"]

@@ -11,6 +11,8 @@ of its own template instead of `[lang]` and `</s>`. Text never turns into a spec
 as the four characters it is made of.
 """
 
+from __future__ import annotations
+
 import json
 import logging
 import re
@@ -19,12 +21,15 @@ from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mtllm_fast.data.language import language_read
 from mtllm_fast.data.layout import SideFormat, TokenizedSide, lay_out
 from mtllm_fast.data.read import TextRow
 from mtllm_fast.data.text_tokens import encode, own_specials
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +58,8 @@ class StackTokenizer:
 
     def __init__(
         self,
-        mt: Any,
-        llm: Any,
+        mt: PreTrainedTokenizerBase | None,
+        llm: PreTrainedTokenizerBase | None,
         *,
         max_mt_tokens: int = 512,
         max_llm_tokens: int = 512,
@@ -72,8 +77,9 @@ class StackTokenizer:
                 raise ValueError(f"{name} must be at least 4 (special tokens and some text), got {limit}")
         if not isinstance(pair_separator, str):
             raise TypeError(f"pair_separator must be a string, got {pair_separator!r}")
-        self.mt = mt
-        self.llm = llm
+        # whoever reads one of them knows that it is there
+        self.mt: Any = mt
+        self.llm: Any = llm
         self.max_mt_tokens = max_mt_tokens
         self.mt_positions: int | None = None  # of the encoder that reads the tokens; set by the model
         self.max_llm_tokens = max_llm_tokens
@@ -88,7 +94,7 @@ class StackTokenizer:
             self.fallbacks[code] = target
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **overrides: Any) -> "StackTokenizer":
+    def from_pretrained(cls, folder: str | Path, **overrides: Any) -> StackTokenizer:
         """Read what `save_pretrained` wrote; keyword arguments of the constructor override what is stored.
 
         Raises:
@@ -106,7 +112,7 @@ class StackTokenizer:
             sides = options.pop("sides")
         except (json.JSONDecodeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is damaged ({error}): save the tokenizer again") from None
-        tokenizers: dict[str, Any] = {"mt": None, "llm": None}
+        tokenizers: dict[str, PreTrainedTokenizerBase | None] = {"mt": None, "llm": None}
         for side in sides:
             if not (folder / _FOLDERS[side]).is_dir():  # its name alone would mean a model of the hub
                 raise ValueError(f"folder {str(folder)!r}: {_FOLDERS[side]} is missing: save the tokenizer again")
@@ -242,7 +248,7 @@ class StackTokenizer:
         return list(ids[0])
 
 
-def _check_tokenizer(name: str, tokenizer: Any) -> None:
+def _check_tokenizer(name: str, tokenizer: object) -> None:
     if tokenizer is None:
         return
     if not callable(tokenizer) or not hasattr(tokenizer, "is_fast"):
@@ -253,7 +259,7 @@ def _check_tokenizer(name: str, tokenizer: Any) -> None:
         )
 
 
-def _language_ids(tokenizer: Any) -> dict[str, int]:
+def _language_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Language codes among the tokenizer's added tokens; a code inside the plain vocabulary does not count."""
     found = {
         str(token): index

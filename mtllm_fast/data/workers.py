@@ -7,14 +7,19 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.util import Finalize
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
 
-_ABANDONED: list[Any] = []  # iterators of dead workers: ending them in order can wait for a lock for ever
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+    from types import FrameType
+
+T = TypeVar("T")
+_ABANDONED: list[Iterator[object]] = []  # iterators of dead workers: ending them in order can wait for a lock for ever
 
 
 class WorkerDied(ChildProcessError):
@@ -39,7 +44,7 @@ def _end_after(parent: int) -> None:
     os._exit(1)
 
 
-def from_workers(loader: DataLoader) -> Iterator[Any]:
+def from_workers(loader: DataLoader[T]) -> Iterator[T]:
     """Iterate over a DataLoader with workers.
 
     PyTorch raises the death of a worker as a RuntimeError wherever the main process happens to be, in the middle of a
@@ -63,7 +68,7 @@ def from_workers(loader: DataLoader) -> Iterator[Any]:
                 hint = ", which the kernel sends when memory is short" if code == -signal.SIGKILL else ""
                 raise WorkerDied(f"data worker {number + 1} of {len(workers)} (process {worker.pid}) {how}{hint}")
 
-    def on_child(number: int, frame: Any) -> None:
+    def on_child(number: int, frame: FrameType | None) -> None:
         if waiting:
             check()
 
@@ -93,7 +98,7 @@ def from_workers(loader: DataLoader) -> Iterator[Any]:
             signal.signal(signal.SIGCHLD, before)
 
 
-def _kill(workers: list[Any]) -> None:
+def _kill(workers: Sequence[BaseProcess]) -> None:
     for worker in workers:
         worker.kill()
         worker.join()

@@ -25,7 +25,7 @@ class OneDnnLinear(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def fast_linear(device: torch.device) -> AbstractContextManager[Any]:
+def fast_linear(device: torch.device) -> AbstractContextManager[object]:
     """The block in which a model on `device` runs its linear layers fastest."""
     plain = device.type == "cpu" and not torch.is_autocast_enabled("cpu")
     return OneDnnLinear() if plain and has_onednn_fp32() else nullcontext()

@@ -132,7 +132,7 @@ class MTEBEncoder(AbsEncoder):
         hf_split: str,
         hf_subset: str,
         prompt_type: PromptType | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> NDArray[np.float32]:
         """Embeddings (N, D) of the texts that `inputs` yields; a column "language" of MT codes goes before all else.
 
@@ -144,8 +144,7 @@ class MTEBEncoder(AbsEncoder):
         side = int(self._first_side == this) if two_sided else None
         self._first_side = None  # until this call has succeeded
         hidden = two_sided and _called_by_cache()
-        tokenizer = self.model.tokenizer
-        assert tokenizer is not None
+        tokenizer = self.model.require_tokenizer()
 
         def rows() -> Iterator[TextRow]:
             code: str | None = None
@@ -175,8 +174,7 @@ class MTEBEncoder(AbsEncoder):
 
         hidden: `side` is a guess, since a side that mteb has in its cache never comes here.
         """
-        tokenizer = self.model.tokenizer
-        assert tokenizer is not None
+        tokenizer = self.model.require_tokenizer()
         if not reads_language(tokenizer, self.model.side):
             language_read(tokenizer, self.model.side, self.language_of, "language_of")
             return None

@@ -17,7 +17,8 @@ models and tokenizer are registered here. The padding of its batches is taken ou
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -52,13 +53,13 @@ class _Wrapped(PreTrainedModel):
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
-        pretrained_model_name_or_path: Any,
+        pretrained_model_name_or_path: str | Path,
         *,
         dtype: torch.dtype | str | None = None,
         trust_remote_code: bool | None = False,
-        device_map: Any = None,
-        **_: Any,
-    ) -> Any:
+        device_map: object = None,
+        **_: object,
+    ) -> Self:
         """`MTLLM.from_pretrained`; `dtype` "auto" keeps what is stored. `device_map` is refused: use `device`."""
         if device_map is not None:
             raise ValueError(f"device_map={device_map!r}: not supported here, pass device")
@@ -68,7 +69,7 @@ class _Wrapped(PreTrainedModel):
             MTLLM.from_pretrained(pretrained_model_name_or_path, dtype=dtype, trust_remote_code=bool(trust_remote_code))
         )
 
-    def save_pretrained(self, save_directory: Any, **_: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str | Path, **_: object) -> None:  # type: ignore[override]
         """Write the MTLLM folder."""
         self.mtllm.save_pretrained(save_directory)
 
@@ -76,7 +77,9 @@ class _Wrapped(PreTrainedModel):
 class MTLLMModel(_Wrapped):
     """What `AutoModel` gives: hidden states and their means."""
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutputWithPooling:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: object
+    ) -> BaseModelOutputWithPooling:
         """Of padded tokens (B, L): last hidden states (B, L, D), zeros at padding, and their means (B, D) float32."""
         output = self.mtllm(input_ids, attention_mask)
         return BaseModelOutputWithPooling(last_hidden_state=output.last_hidden_state, pooler_output=output.pooled)
@@ -98,7 +101,7 @@ class MTLLMForSequenceClassification(_Wrapped):
             )
         super().__init__(model)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> SequenceClassifierOutput:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: object) -> SequenceClassifierOutput:
         """Logits (B, C) float32 of padded tokens (B, L)."""
         return SequenceClassifierOutput(logits=self.mtllm(input_ids, attention_mask).logits)
 
@@ -120,7 +123,7 @@ class MTLLMTokenizer:
         self.pad_token_id = getattr(stack, side).pad_token_id or 0
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *_: Any, **__: Any) -> MTLLMTokenizer:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *_: object, **__: object) -> MTLLMTokenizer:
         """Read the tokenizer of an MTLLM folder or hub name."""
         folder = local_folder(pretrained_model_name_or_path)
         config = read_config(folder)
@@ -135,8 +138,8 @@ class MTLLMTokenizer:
         *,
         language: str | None = None,
         return_tensors: str = "pt",
-        truncation: Any = True,
-        padding: Any = True,
+        truncation: object = True,
+        padding: object = True,
     ) -> BatchEncoding:
         """`input_ids` and `attention_mask` (B, L) int64.
 
@@ -147,7 +150,7 @@ class MTLLMTokenizer:
             ValueError: an unknown language code, a text without a token, or lists of different lengths.
         """
         texts = [text] if isinstance(text, str) else list(text)
-        none: list[Any] = [None] * len(texts)
+        none: list[None] = [None] * len(texts)
         pairs = [text_pair] if isinstance(text_pair, str) else list(text_pair or none)
         if len(texts) != len(pairs):
             raise ValueError(f"text_pair: {len(pairs)} for {len(texts)} texts")
@@ -165,7 +168,7 @@ class MTLLMTokenizer:
         ids, mask = PackedBatch.from_sequences(side.ids).to_padded(self.pad_token_id)
         return BatchEncoding({"input_ids": ids, "attention_mask": mask})
 
-    def save_pretrained(self, save_directory: Any, **_: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, **_: object) -> None:
         """Write the tokenizer as `MTLLM.save_pretrained` does."""
         self.stack.save_pretrained(save_directory)
 

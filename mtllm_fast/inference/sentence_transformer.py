@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..data.language import reads_language, rows_read
 from ..data.pack import PackedBatch
@@ -81,8 +82,8 @@ class MTLLMModule(InputModule):
         return self.model.hidden_size
 
     def preprocess(
-        self, inputs: Sequence[Any], prompt: str | None = None, language: str | None = None, **kwargs: Any
-    ) -> dict[str, torch.Tensor]:
+        self, inputs: Sequence[object], prompt: str | None = None, language: str | None = None, **kwargs: object
+    ) -> dict[str, Tensor]:
         """Texts -> `input_ids` and `attention_mask` (B, L) int64.
 
         An input without a token (an empty text, for an LLM that writes no BOS) gets zeros, and a log line.
@@ -97,8 +98,7 @@ class MTLLMModule(InputModule):
                 f"language={language!r}: one MT code for all; for a language per text pass dicts, "
                 '{"text": ..., "language": ...}'
             )
-        tokenizer = self.model.tokenizer
-        assert tokenizer is not None
+        tokenizer = self.model.require_tokenizer()
         found = [as_row(item, prompt or "", language or self.language) for item in inputs]
         rows = rows_read(found, tokenizer, self.model.side, "language")
         side = tokenizer.side(self.model.side, rows)
@@ -107,12 +107,12 @@ class MTLLMModule(InputModule):
         ids, mask = PackedBatch.from_sequences(side.ids).to_padded(self.tokenizer.pad_token_id or 0)
         return {"input_ids": ids, "attention_mask": mask}
 
-    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    def forward(self, features: dict[str, Any], **kwargs: object) -> dict[str, Any]:
         """Adds `token_embeddings` (B, L, D), zeros at padding, and `sentence_embedding` (B, D) float32."""
         output = self.model(features["input_ids"], features["attention_mask"])
         return {**features, "token_embeddings": output.last_hidden_state, "sentence_embedding": output.pooled}
 
-    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+    def save(self, output_path: str, *args: object, **kwargs: object) -> None:
         """Write the MTLLM folder, which `MTLLM.from_pretrained` reads as well."""
         self.model.save_pretrained(output_path, include_base=self.include_base)
         (Path(output_path) / self.config_file_name).write_text(json.dumps(self.get_config_dict()) + "\n")
@@ -133,7 +133,7 @@ class MTLLMModule(InputModule):
         return cls(MTLLM.from_pretrained(folder, dtype=dtype), **settings)
 
 
-def as_row(item: Any, prompt: str, language: str | None) -> TextRow:
+def as_row(item: object, prompt: str, language: str | None) -> TextRow:
     """One input of `encode` as a text row.
 
     Raises:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch.distributed
 
@@ -57,7 +57,7 @@ def encode_file(
     pooling: Pooling = "mean",
     normalize: bool = False,
     on_bad_row: OnBadRow = "nan",
-    settings: dict[str, Any] | None = None,
+    settings: Mapping[str, object] | None = None,
     overwrite: bool = False,
     rank: int = 0,
     world_size: int = 1,
@@ -154,8 +154,7 @@ def _begin_anew(output: Path, rank: int, world_size: int) -> None:
 
 def _read(rows: RowStream, engine: Engine, parts: Parts, on_bad_row: OnBadRow) -> Iterator[TextRow | UnusableRow]:
     """The rows of the output. Unusable ones are listed, and at the end it is recorded how many there were."""
-    tokenizer = engine.model.tokenizer
-    assert tokenizer is not None
+    tokenizer = engine.model.require_tokenizer()
     check = language_check(tokenizer) if reads_language(tokenizer, engine.model.side) else None
     stream = replace(rows, unusable=check)
     listed, index = (parts.folder / f"{parts.rank}.{name}" for name in (_SKIPPED, _INDEX))

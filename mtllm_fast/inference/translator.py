@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from ..data.read import TextRow
 from ..data.text_fields import text_fields, with_text_fields
 from ..data.tokenise import StackTokenizer
 from ..models.names import is_path
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _LOGITS = 2**26  # logits that are held at once for scores: 256 MiB in float32
 
@@ -79,7 +82,14 @@ class Translator:
         truncated: source texts cut so far; unfinished: translations that met the limit before their end token.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, name: str = "translator", max_length: int = 512) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str = "translator",
+        max_length: int = 512,
+    ) -> None:
         positions = getattr(model.config, "max_position_embeddings", None) or max_length
         self.max_length = min(max_length, positions)
         self.tokenizer = StackTokenizer(tokenizer, None, max_mt_tokens=self.max_length)

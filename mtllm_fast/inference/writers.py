@@ -8,9 +8,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..jobs.parts import Parts
 from .engine import EncodedWindow
@@ -125,7 +125,7 @@ class ParquetFile(EmbeddingFile):
                 writer.write_table(pa.Table.from_arrays([pa.array(names), pa.array(languages), column], schema=schema))
         parts.replace_output(path)
 
-    def _windows(self, parts: Parts) -> Iterator[tuple[Any, list[str], list[str | None]]]:
+    def _windows(self, parts: Parts) -> Iterator[tuple[NDArray[np.float32], list[str], list[str | None]]]:
         records = parts.records()
         for record, block in zip(records, parts.blocks(records)):
             size = int(record["rows"]) * self.width * 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..data.pack import PackedBatch
@@ -38,7 +38,7 @@ def kept_bytes_per_token(model: AdaptedModel, tokens: int = 128) -> tuple[float,
     layer: Any = model.layers[0]
     device = next(model.parameters()).device
 
-    def stop(module: Any, args: Any, kwargs: Any) -> None:
+    def stop(module: nn.Module, args: object, kwargs: object) -> None:
         raise _Reached(args, kwargs)
 
     handle = layer.register_forward_pre_hook(stop, with_kwargs=True)
@@ -75,7 +75,7 @@ def kept_bytes_per_token(model: AdaptedModel, tokens: int = 128) -> tuple[float,
     return (sum(found.values()) + own) / tokens, own / tokens
 
 
-def _plain(x: Any) -> bool:
+def _plain(x: object) -> bool:
     return isinstance(x, Tensor) and not is_traceable_wrapper_subclass(x)
 
 

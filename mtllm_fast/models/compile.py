@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import AttentionInterface
 
 from .attention import NAME, packed_attention
 
+T = TypeVar("T")
 
-def compile_layers(layers: Any, backend: Any = "inductor") -> None:
+
+def compile_layers(layers: Iterable[Any], backend: str | Callable[..., object] = "inductor") -> None:
     """Compile each layer of a model, in place; those that are run again in backward, inside of what runs them again.
 
     Attention stays out of the graphs: it depends on the lengths of the batch, and every batch would be compiled anew.
@@ -27,5 +30,5 @@ def compile_layers(layers: Any, backend: Any = "inductor") -> None:
             layer.compile(dynamic=True, backend=backend)
 
 
-def _again(run_again: Any, compiled: Any, function: Any, *args: Any) -> Any:
+def _again(run_again: Callable[..., T], compiled: Callable[..., T], function: partial[T], *args: object) -> T:
     return run_again(partial(compiled, *function.args, **function.keywords), *args)

@@ -6,7 +6,7 @@ Face gives on a padded one. What differs from family to family is in `encoders/`
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,11 @@ from .config import MTLLMConfig
 from .encoders import family_of
 from .loading import base_tokenizer, load_config, load_pretrained
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-def check_encoder(name: str, trust_remote_code: bool = False) -> Any:
+
+def check_encoder(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of the encoder in a folder or on the hub, before anything else of it is read.
 
     Raises:
@@ -31,7 +34,7 @@ def check_encoder(name: str, trust_remote_code: bool = False) -> Any:
     return config
 
 
-def fit_tokenizer(tokenizer: StackTokenizer, config: Any, name: str) -> None:
+def fit_tokenizer(tokenizer: StackTokenizer, config: PreTrainedConfig, name: str) -> None:
     """Check that the MT side of `tokenizer` is the one of the encoder `name`, and tell it how many positions there are.
 
     Raises:
@@ -62,7 +65,7 @@ class PackedEncoder(AdaptedModel):
         family: what `models.encoders` knows of its kind.
     """
 
-    def __init__(self, encoder: Any, name: str | None = None, *, attention: str | None = None) -> None:
+    def __init__(self, encoder: PreTrainedModel, name: str | None = None, *, attention: str | None = None) -> None:
         family = family_of(encoder.config)
         super().__init__(family.encoder_of(encoder), name, attention)
         self.family = family
@@ -123,7 +126,7 @@ class PackedEncoder(AdaptedModel):
         """States (L, T, E) of the packed MT tokens as they come from each layer, before the final norm."""
         found: list[Tensor] = []
 
-        def keep(layer: nn.Module, inputs: Any, output: Any) -> None:
+        def keep(layer: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
             found.append((output[0] if isinstance(output, tuple) else output)[0])
 
         handles = [layer.register_forward_hook(keep) for layer in self.layers]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..data.store import tokenizer_key
 from ..jobs.fingerprint import of_tensors, sha256_of_json
@@ -21,7 +21,7 @@ _FREE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")  # of 
 
 def fingerprint(model: MTLLM) -> str:
     """16 hex digits over all weights, the configuration and the tokenizers of `model`."""
-    parts: list[Any] = [of_tensors(model.state_dict()), config_to_dict(model.config)]
+    parts: list[object] = [of_tensors(model.state_dict()), config_to_dict(model.config)]
     if model.tokenizer is not None:
         sides = [side for side in ("mt", "llm") if getattr(model.tokenizer, side) is not None]
         parts.append(tokenizer_key(model.tokenizer, sides))
@@ -51,7 +51,7 @@ def _local(name: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _config(folder: Path) -> dict[str, Any] | None:
+def _config(folder: Path) -> dict[str, object] | None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

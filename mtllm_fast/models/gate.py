@@ -12,14 +12,18 @@ The verdict is kept for the config: a second model of it costs nothing.
 from __future__ import annotations
 
 import copy
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..data.pack import PackedBatch
 from .attention import NAME, AttentionPlan, run_packed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 TOLERANCE = 1e-5  # of a row's largest element: Llama 3 8B's rounding is 1.4e-6 of it, Gemma 4's 4.7e-6
 _ROUNDING = 10.0  # times what the twin's own rows move by for half a float32 unit of its weights, where that is more
@@ -51,7 +55,7 @@ class Verdict:
 _verdicts: dict[tuple[type, str, bool], Verdict] = {}
 
 
-def judge(decoder: type[nn.Module], config: Any, causal: bool) -> Verdict:
+def judge(decoder: type[PreTrainedModel], config: PreTrainedConfig, causal: bool) -> Verdict:
     """The verdict on decoders of class `decoder` with the text `config`; the random state stays as it is."""
     key = (decoder, config.to_json_string(), causal)
     if key not in _verdicts:
@@ -61,7 +65,7 @@ def judge(decoder: type[nn.Module], config: Any, causal: bool) -> Verdict:
     return _verdicts[key]
 
 
-def require(model: Any, causal: bool) -> Verdict:
+def require(model: PreTrainedModel, causal: bool) -> Verdict:
     """The verdict on `model`, a causal LM. Raises ValueError where it is a refusal."""
     config, decoder = model.config.get_text_config(decoder=True), model.get_decoder()
     if decoder is model or not hasattr(decoder, "get_input_embeddings"):
@@ -73,7 +77,7 @@ def require(model: Any, causal: bool) -> Verdict:
     return verdict
 
 
-def _judged(decoder: type[nn.Module], config: Any, causal: bool) -> Verdict:
+def _judged(decoder: type[PreTrainedModel], config: PreTrainedConfig, causal: bool) -> Verdict:
     twin, error = _twin(decoder, config)
     if twin is None:
         return Verdict(f"no twin of it could be built from its config to check that ({error})")
@@ -116,7 +120,7 @@ def _judged(decoder: type[nn.Module], config: Any, causal: bool) -> Verdict:
     return Verdict(exclusive=exclusive)
 
 
-def _rounding(twin: Any, ids: list[Tensor]) -> float:
+def _rounding(twin: PreTrainedModel, ids: list[Tensor]) -> float:
     """How far the rows that transformers gives move when every weight moves by half a float32 unit; at most 1e-5."""
     before, _ = _own_rows(twin, ids)
     generator, kept = torch.Generator().manual_seed(2), [parameter.clone() for parameter in twin.parameters()]
@@ -129,7 +133,7 @@ def _rounding(twin: Any, ids: list[Tensor]) -> float:
     return min(_apart(after, before), TOLERANCE)
 
 
-def _own_rows_both_ways(twin: Any, ids: list[Tensor]) -> tuple[Tensor, bool] | None:
+def _own_rows_both_ways(twin: PreTrainedModel, ids: list[Tensor]) -> tuple[Tensor, bool] | None:
     """`_own_rows` by transformers' switch, None where the family has none."""
     twin.config.is_causal = False
     try:
@@ -141,7 +145,7 @@ def _own_rows_both_ways(twin: Any, ids: list[Tensor]) -> tuple[Tensor, bool] | N
     return (own, True) if looks_ahead else None
 
 
-def _own_rows(twin: Any, ids: list[Tensor]) -> tuple[Tensor, bool]:
+def _own_rows(twin: PreTrainedModel, ids: list[Tensor]) -> tuple[Tensor, bool]:
     """States (T, D) as transformers gives them, each sequence alone; whether a row sees a later one."""
     twin.set_attn_implementation("eager")
 
@@ -176,13 +180,13 @@ def _line(problem: Exception) -> str:
     return f"{type(problem).__name__}: {text.splitlines()[0][:160]}" if text else type(problem).__name__
 
 
-def _masked_models() -> Any:
+def _masked_models() -> Mapping[str, str]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     return MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
-def _twin(decoder: Any, config: Any) -> tuple[Any, str]:
+def _twin(decoder: type[PreTrainedModel], config: PreTrainedConfig) -> tuple[Any, str]:
     """A small decoder of the same kind with weights that matter, or None and why there is none."""
     layers = int(getattr(config, "num_hidden_layers", 0) or 0)
     shown, size = _layers_that_show_all(decoder, config, layers)
@@ -203,7 +207,7 @@ def _twin(decoder: Any, config: Any) -> tuple[Any, str]:
     return None, problem
 
 
-def _changed_config(config: Any, layers: int, count: int, narrow: bool) -> Any:
+def _changed_config(config: PreTrainedConfig, layers: int, count: int, narrow: bool) -> PreTrainedConfig:
     small = copy.deepcopy(config)
     for name, value in list(vars(small).items()):
         if count < layers and isinstance(value, list | tuple | str) and len(value) == layers:
@@ -224,7 +228,7 @@ def _changed_config(config: Any, layers: int, count: int, narrow: bool) -> Any:
     return small
 
 
-def _layers_that_show_all(decoder: Any, config: Any, layers: int) -> tuple[int, int]:
+def _layers_that_show_all(decoder: type[PreTrainedModel], config: PreTrainedConfig, layers: int) -> tuple[int, int]:
     """How many of the first layers show every kind of layer, and how many parameters the decoder has."""
     try:
         with torch.device("meta"):
@@ -239,10 +243,10 @@ def _layers_that_show_all(decoder: Any, config: Any, layers: int) -> tuple[int, 
     return max(kinds.index(kind) for kind in set(kinds)) + 1, size
 
 
-def _kind(layer: nn.Module) -> tuple[Any, ...]:
+def _kind(layer: nn.Module) -> tuple[Hashable, ...]:
     """What a layer is: its modules, their switches and windows, but not their sizes or place."""
 
-    def told(name: str, value: Any) -> bool:
+    def told(name: str, value: object) -> bool:
         return name != "training" and (name in _WINDOWS or value is None or isinstance(value, bool | str))
 
     return tuple(
@@ -251,7 +255,7 @@ def _kind(layer: nn.Module) -> tuple[Any, ...]:
     )
 
 
-def _with_weights_that_matter(twin: nn.Module) -> nn.Module:
+def _with_weights_that_matter(twin: PreTrainedModel) -> PreTrainedModel:
     """Products that keep the scale of their input: a small initialisation would hide what the rows depend on."""
     for parameter in twin.parameters():
         if parameter.dim() > 1:

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -186,7 +186,7 @@ def check_lengths(llm: PackedLLM, lengths: Sequence[int], new: int) -> None:
         )
 
 
-def new_tokens(options: dict[str, Any], configs: Sequence[Any], longest: int) -> int:
+def new_tokens(options: Mapping[str, Any], configs: Sequence[GenerationConfig | None], longest: int) -> int:
     """The most new tokens that transformers generates behind a prompt of `longest` embeddings."""
     new, total = (
         first_set(name, configs) if options.get(name) is None else options[name]
@@ -208,12 +208,12 @@ def left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return embeds, mask
 
 
-def first_set(name: str, configs: Sequence[Any]) -> Any:
+def first_set(name: str, configs: Sequence[GenerationConfig | None]) -> Any:
     """The setting `name` of the first config that has one."""
     return next((value for config in configs if (value := getattr(config, name, None)) is not None), None)
 
 
-def end_tokens(ids: Any) -> set[int]:
+def end_tokens(ids: int | list[int] | None) -> set[int]:
     return set() if ids is None else set(ids) if isinstance(ids, list | tuple) else {int(ids)}
 
 

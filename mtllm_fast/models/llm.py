@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from .adapters import AdaptedModel
 from .attention import NAME, AttentionPlan, run_packed
 from .gate import require
 from .loading import empty_llm, load_pretrained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class LMHead(nn.Module):
@@ -76,7 +79,7 @@ class PackedLLM(AdaptedModel):
     """
 
     def __init__(
-        self, model: Any, causal: bool = False, name: str | None = None, *, attention: str | None = None
+        self, model: PreTrainedModel, causal: bool = False, name: str | None = None, *, attention: str | None = None
     ) -> None:
         super().__init__(model, name, attention)
         if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
@@ -115,7 +118,7 @@ class PackedLLM(AdaptedModel):
         return cls(load_pretrained("llm", name, dtype, trust_remote_code), causal, name, attention=attention)
 
     @property
-    def decoder(self) -> Any:
+    def decoder(self) -> PreTrainedModel:
         return self.model.get_decoder()
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,8 +15,11 @@ from .config import MTLLMConfig
 from .encoders import family_of
 from .names import check_folder
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-def load_config(role: str, name: str, trust_remote_code: bool = False) -> Any:
+
+def load_config(role: str, name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of an "encoder" or an "llm" in a folder or on the hub. Raises ValueError where there is none."""
     from transformers import AutoConfig
 
@@ -27,7 +30,9 @@ def load_config(role: str, name: str, trust_remote_code: bool = False) -> Any:
         raise _cannot(role, name, error) from error
 
 
-def load_pretrained(role: str, name: str, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Any:
+def load_pretrained(
+    role: str, name: str, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """Load an "encoder" or an "llm" from a folder or the hub.
 
     Args:
@@ -49,12 +54,14 @@ def load_pretrained(role: str, name: str, dtype: torch.dtype | None = None, trus
             f"{role}={name!r}: the folder holds no *.safetensors (of model weights, only safetensors are read)"
         )
     family = family_of(config, name) if role == "encoder" else None
-    options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype, "use_safetensors": True}
+    chosen = "auto" if dtype is None else dtype
     try:
         if family is not None:
-            model = family.load(name, config, **options)
+            model = family.load(name, config, dtype=chosen, use_safetensors=True)
         else:
-            model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                name, trust_remote_code=trust_remote_code, dtype=chosen, use_safetensors=True
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise _cannot(role, name, error) from error
     except Exception as error:
@@ -65,7 +72,7 @@ def load_pretrained(role: str, name: str, dtype: torch.dtype | None = None, trus
     return model
 
 
-def empty_llm(name: str, trust_remote_code: bool = False) -> Any:
+def empty_llm(name: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """The causal LM of `name` without its weights, on the meta device. Raises ValueError where it is none."""
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -88,7 +95,7 @@ def base_tokenizer(config: MTLLMConfig, max_mt_tokens: int = 512, max_llm_tokens
     """
     from transformers import AutoTokenizer
 
-    def load_one(role: str, name: str | None) -> Any:
+    def load_one(role: str, name: str | None) -> PreTrainedTokenizerBase:
         if name is None:
             raise ValueError(
                 f"tokenizer: pass a StackTokenizer, the {role} was made in memory and has no tokenizer beside it"

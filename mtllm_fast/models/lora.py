@@ -63,10 +63,19 @@ class LoraProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float,
-        dropped: Tensor | None, keep: Tensor | None, p: float,
-        w_scale: Tensor | None, wt: Tensor | None, scale_t: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        dropped: Tensor | None,
+        keep: Tensor | None,
+        p: float,
+        w_scale: Tensor | None,
+        wt: Tensor | None,
+        scale_t: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         low = F.linear(x if dropped is None else dropped, a)
         if w_scale is not None:
             return fp8_forward(x, w, w_scale, bias).addmm_(low, b.t(), alpha=scale), low
@@ -104,7 +113,7 @@ class LoraProduct(torch.autograd.Function):
 class LoraLinear(PeftLinear):  # type: ignore[misc]
     """peft's LoRA layer over a frozen `nn.Linear` or `Fp8Linear`, its plain forward as one op (see `LoraProduct`)."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         name = self._plain_adapter(x) if not (args or kwargs) else None
         if name is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]

@@ -36,7 +36,9 @@ from .readers import EncoderReader, LLMReader, Side, StackReader, TextReader
 from .storage import load, save
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from transformers import PreTrainedModel
 
     from ..data.batch import Batch
 
@@ -101,8 +103,8 @@ class MTLLM(nn.Module):
     @classmethod
     def stack(
         cls,
-        encoder: str | PackedEncoder | nn.Module | None = None,
-        llm: str | PackedLLM | nn.Module | None = None,
+        encoder: str | PackedEncoder | PreTrainedModel | None = None,
+        llm: str | PackedLLM | PreTrainedModel | None = None,
         *,
         reader: Reader = "stack",
         tokenizer: StackTokenizer | None = None,
@@ -189,8 +191,14 @@ class MTLLM(nn.Module):
             ValueError: the folder is no MTLLM model, its files are damaged, or a base model cannot be found.
         """
         check_backend(attention)
-        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-        model = load(cls, folder, encoder_name=encoder or None, llm_name=llm or None, **options)
+        model = load(
+            cls,
+            folder,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            encoder_name=encoder or None,
+            llm_name=llm or None,
+        )
         model.attention = attention
         return model
 
@@ -397,7 +405,7 @@ class MTLLM(nn.Module):
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
         )
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, object] | None = None) -> None:
         """Let every layer that is trained through run again in backward: the backbone's, and those of an encoder with
         trained weights. Results are the same.
 
@@ -424,7 +432,7 @@ class MTLLM(nn.Module):
             self.save_pretrained(folder, include_base=True)
             return push(folder, name, private=private)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, str | int]:
         """Parameter counts: all and trainable."""
         return {
             "reader": self.config.reader,

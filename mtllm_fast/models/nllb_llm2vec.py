@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from .llm import PackedLLM
 from .loading import read_safetensors
 from .mtllm import MTLLM, MTLLMConfig
 from .projection import ProjectionConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 MODEL_TYPE = "nllb-llm2vec"
 ADAPTER = "student"
@@ -273,7 +276,7 @@ def check_state(
         raise ValueError(f"folder={str(path)!r}: its weights do not fit its config. {'. '.join(found)}")
 
 
-def read_tokenizer(path: Path, encoder_config: Any) -> StackTokenizer:
+def read_tokenizer(path: Path, encoder_config: PreTrainedConfig) -> StackTokenizer:
     """NLLB's tokenizer out of the folder; encoding reads nothing else. Raises ValueError where there is none."""
     from transformers import AutoTokenizer
 

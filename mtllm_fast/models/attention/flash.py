@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from torch import Tensor
 from .contract import AttentionPlan, Backend, Call, DistanceBias, cuda_missing, half_cannot
 
 
-def load(module: str, pip: str) -> tuple[Callable[..., Any] | None, str | None]:
+def load(module: str, pip: str) -> tuple[Callable[..., Tensor | tuple[Tensor, ...]] | None, str | None]:
     """`flash_attn_varlen_func` of `module`, or None and why it is not to be had."""
     try:
         return import_module(module).flash_attn_varlen_func, None
@@ -45,7 +44,7 @@ class _FlashPackage(Backend):
     def missing(self, device: torch.device) -> str | None:
         return cuda_missing(device, self.least, self.most, amd=self.amd) or load(self.module, self.pip)[1]
 
-    def options(self, call: Call) -> dict[str, Any]:
+    def options(self, call: Call) -> dict[str, object]:
         """Keyword arguments beyond those that all generations share."""
         return {}
 
@@ -84,7 +83,7 @@ class FlashAttention2(_FlashPackage):
             return "has no dropout together with a soft-cap"
         return half_cannot(call, 256)
 
-    def options(self, call: Call) -> dict[str, Any]:
+    def options(self, call: Call) -> dict[str, object]:
         return {"dropout_p": call.dropout}
 
 

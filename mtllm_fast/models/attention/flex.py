@@ -24,7 +24,7 @@ BLOCK = 128
 
 
 @lru_cache(maxsize=2)
-def _flex_attention(compiled: bool) -> Callable[..., Any]:
+def _flex_attention(compiled: bool) -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
     function: Any = flex_attention

@@ -101,7 +101,7 @@ def _block(q: Tensor, k: Tensor, v: Tensor, shape: tuple[int, int], mask: Tensor
     if call.groups > 1 and not grouped:
         k, v = k.repeat_interleave(call.groups, 1), v.repeat_interleave(call.groups, 1)
     if call.softcap is not None:
-        out = _capped(q, k, v, mask, call)
+        out = _capped(q, k, v, mask, call, call.softcap)
     else:
         is_causal = call.causal and mask is None
         if _short_half(q, mask, call):
@@ -161,10 +161,9 @@ class ShortHalf(torch.autograd.Function):
         return *(d.view(x.shape).to(x.dtype) for d, x in ((dq, q), (dk, k), (dv, v))), None, None, None
 
 
-def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call) -> Tensor:
+def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, call: Call, softcap: float) -> Tensor:
     """Attention with soft-capped scores, which SDPA lacks. q, k, v: (b, H, L, d)."""
-    assert call.softcap is not None
-    scores = call.softcap * torch.tanh((q @ k.transpose(-1, -2)) * (call.scale / call.softcap))
+    scores = softcap * torch.tanh((q @ k.transpose(-1, -2)) * (call.scale / softcap))
     if mask is None and call.causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:

@@ -7,10 +7,8 @@ registered once, the model is called with batch size 1 and the keyword `plan=Att
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from .choice import attention
@@ -56,7 +54,7 @@ def packed_attention(
     return out[None], None
 
 
-def run_packed(decoder: Any, plan: AttentionPlan, embeds: Tensor | None = None) -> Tensor:
+def run_packed(decoder: nn.Module, plan: AttentionPlan, embeds: Tensor | None = None) -> Tensor:
     """Last hidden states (T, D) of a transformers decoder on the plan's batch.
 
     Args:

@@ -11,7 +11,7 @@ t5.py            mT5, uMT5, MADLAD-400
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .bert import Bert
 from .family import EncoderFamily
@@ -20,6 +20,9 @@ from .mbart import MBart
 from .modernbert import ModernBert
 from .t5 import T5
 from .xlm_roberta import XLMRoberta
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 FAMILIES: list[EncoderFamily] = []
 MODEL_TYPES: dict[str, EncoderFamily] = {}
@@ -39,7 +42,7 @@ for _family in (M2M100(), Bert(), XLMRoberta(), ModernBert(), MBart(), T5()):
     register(_family)
 
 
-def family_of(config: Any, name: str | None = None) -> EncoderFamily:
+def family_of(config: PreTrainedConfig, name: str | None = None) -> EncoderFamily:
     """The family of a transformers config, of the model `name`. Raises ValueError, with the families, without one."""
     family = MODEL_TYPES.get(config.model_type)
     if family is None:

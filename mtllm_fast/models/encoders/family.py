@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,14 @@ from ...data.pack import PackedBatch
 from ...data.tokenise import StackTokenizer
 from ..attention import AttentionPlan
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-class EncoderFamily(ABC):
+
+Encoder = TypeVar("Encoder", bound="PreTrainedModel")
+
+
+class EncoderFamily(ABC, Generic[Encoder]):
     """One kind of encoder: how it runs on packed rows, and the figures that the rest of the library needs of it.
 
     A config is the transformers config of the model, a model what transformers loads, an encoder the part that runs.
@@ -29,37 +35,37 @@ class EncoderFamily(ABC):
     language_codes: ClassVar[bool] = False
 
     @abstractmethod
-    def encoder_class(self, config: Any) -> Any:
+    def encoder_class(self, config: PreTrainedConfig) -> type[Encoder]:
         """The transformers class of the encoder."""
 
     @abstractmethod
-    def run(self, encoder: Any, batch: PackedBatch, plan: AttentionPlan) -> Tensor:
+    def run(self, encoder: Encoder, batch: PackedBatch, plan: AttentionPlan) -> Tensor:
         """States (T, E) of the packed tokens before the final norm."""
 
     @abstractmethod
-    def layers(self, encoder: Any) -> nn.ModuleList:
+    def layers(self, encoder: Encoder) -> nn.ModuleList:
         """The encoder's layers, a ModuleList."""
 
     @abstractmethod
-    def final_norm(self, encoder: Any) -> nn.Module | None:
+    def final_norm(self, encoder: Encoder) -> nn.Module | None:
         """The norm that ends the encoder, LayerNorm or RMSNorm; None where the last layer ends in its own."""
 
-    def layers_root(self, encoder: Any) -> nn.Module:
+    def layers_root(self, encoder: Encoder) -> nn.Module:
         """The module whose linear layers "all-linear" adapters mean."""
         return encoder
 
-    def prepare(self, encoder: Any) -> None:  # noqa: B027 - most need nothing
+    def prepare(self, encoder: Encoder) -> None:
         """Make an encoder ready to run packed, in place."""
 
-    def encoder_of(self, model: Any) -> Any:
+    def encoder_of(self, model: Any) -> Encoder:
         """The encoder inside a model; an encoder is returned as it is."""
         return model
 
-    def load(self, name: str, config: Any, **options: Any) -> Any:
+    def load(self, name: str, config: PreTrainedConfig, **options: Any) -> Encoder:
         """The encoder of the model in a folder or on the hub; `options` are those of transformers' from_pretrained."""
         return self.encoder_class(config).from_pretrained(name, config=config, **options)
 
-    def build(self, config: Any, dtype: torch.dtype | None = None) -> Any:
+    def build(self, config: PreTrainedConfig, dtype: torch.dtype | None = None) -> Encoder:
         """An encoder with random weights, on the device that is the default."""
         return self.encoder_class(config)._from_config(config, dtype=dtype)
 

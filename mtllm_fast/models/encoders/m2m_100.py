@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...data.pack import PackedBatch
 from ..attention import AttentionPlan
-from .family import EncoderFamily
+from .family import Encoder, EncoderFamily
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+    from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 
 
-class SequenceToSequence(EncoderFamily):
+class SequenceToSequence(EncoderFamily[Encoder]):
     """Base of the families whose encoder comes out of an encoder-decoder model."""
 
-    def encoder_of(self, model: Any) -> Any:
+    def encoder_of(self, model: Any) -> Encoder:
         return model.get_encoder() if hasattr(model, "decoder") or hasattr(model, "model") else model
 
-    def load(self, name: str, config: Any, **options: Any) -> Any:
+    def load(self, name: str, config: PreTrainedConfig, **options: Any) -> Encoder:
         from transformers import AutoModel
 
         own = self.encoder_class(config)
@@ -27,12 +31,12 @@ class SequenceToSequence(EncoderFamily):
         return self.encoder_of(AutoModel.from_pretrained(name, config=config, **options))
 
 
-class M2M100(SequenceToSequence):
+class M2M100(SequenceToSequence["M2M100Encoder"]):
     model_types = ("m2m_100",)
     about = "NLLB-200, M2M-100"
     language_codes = True
 
-    def encoder_class(self, config: Any) -> Any:
+    def encoder_class(self, config: PreTrainedConfig) -> type[M2M100Encoder]:
         from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 
         return M2M100Encoder
@@ -49,13 +53,13 @@ class M2M100(SequenceToSequence):
             hidden = layer(hidden, None, plan=plan)
         return hidden[0]
 
-    def layers(self, encoder: Any) -> nn.ModuleList:
+    def layers(self, encoder: M2M100Encoder) -> nn.ModuleList:
         return encoder.layers
 
-    def final_norm(self, encoder: Any) -> nn.Module:
+    def final_norm(self, encoder: M2M100Encoder) -> nn.Module:
         return encoder.layer_norm
 
-    def prepare(self, encoder: Any) -> None:
+    def prepare(self, encoder: M2M100Encoder) -> None:
         # layers are not dropped here: the encoder is distilled, not pre-trained
         if encoder.config.encoder_layerdrop:
             encoder.config.encoder_layerdrop = 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,18 +12,22 @@ from ...data.tokenise import StackTokenizer
 from ..attention import AttentionPlan
 from .m2m_100 import SequenceToSequence
 
+if TYPE_CHECKING:
+    from transformers import MBartConfig, PreTrainedConfig
+    from transformers.models.mbart.modeling_mbart import MBartEncoder
 
-class MBart(SequenceToSequence):
+
+class MBart(SequenceToSequence["MBartEncoder"]):
     model_types = ("mbart",)
     about = "mBART-50"
     language_codes = True
 
-    def encoder_class(self, config: Any) -> Any:
+    def encoder_class(self, config: PreTrainedConfig) -> type[MBartEncoder]:
         from transformers.models.mbart.modeling_mbart import MBartEncoder
 
         return MBartEncoder
 
-    def run(self, encoder: Any, batch: PackedBatch, plan: AttentionPlan) -> Tensor:
+    def run(self, encoder: MBartEncoder, batch: PackedBatch, plan: AttentionPlan) -> Tensor:
         table = encoder.embed_positions
         hidden = encoder.embed_tokens(batch.input_ids) + table.weight[batch.positions + table.offset]
         hidden = F.dropout(encoder.layernorm_embedding(hidden), encoder.dropout, encoder.training)[None]
@@ -31,13 +35,13 @@ class MBart(SequenceToSequence):
             hidden = layer(hidden, None, plan=plan)
         return hidden[0]
 
-    def layers(self, encoder: Any) -> nn.ModuleList:
+    def layers(self, encoder: MBartEncoder) -> nn.ModuleList:
         return encoder.layers
 
-    def final_norm(self, encoder: Any) -> nn.Module:
+    def final_norm(self, encoder: MBartEncoder) -> nn.Module:
         return encoder.layer_norm
 
-    def max_positions(self, config: Any) -> int:
+    def max_positions(self, config: MBartConfig) -> int:
         return int(config.max_position_embeddings)
 
     def check_tokenizer(self, tokenizer: StackTokenizer, name: str) -> None:

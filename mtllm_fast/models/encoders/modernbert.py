@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -10,12 +10,15 @@ from ...data.pack import PackedBatch
 from ..attention import AttentionPlan
 from .family import EncoderFamily
 
+if TYPE_CHECKING:
+    from transformers import ModernBertConfig, ModernBertModel, PreTrainedConfig
 
-class ModernBert(EncoderFamily):
+
+class ModernBert(EncoderFamily["ModernBertModel"]):
     model_types = ("modernbert",)
     about = "mmBERT"
 
-    def encoder_class(self, config: Any) -> Any:
+    def encoder_class(self, config: PreTrainedConfig) -> type[ModernBertModel]:
         from transformers import ModernBertModel
 
         return ModernBertModel
@@ -28,10 +31,10 @@ class ModernBert(EncoderFamily):
             hidden = layer(hidden, None, position_embeddings=rotary[layer.attention_type], plan=plan)
         return hidden[0]
 
-    def layers(self, encoder: Any) -> nn.ModuleList:
+    def layers(self, encoder: ModernBertModel) -> nn.ModuleList:
         return encoder.layers
 
-    def final_norm(self, encoder: Any) -> nn.Module:
+    def final_norm(self, encoder: ModernBertModel) -> nn.Module:
         return encoder.final_norm
 
     def prepare(self, encoder: Any) -> None:
@@ -40,8 +43,8 @@ class ModernBert(EncoderFamily):
             if layer.attention_type == "sliding_attention":
                 layer.attn.sliding_window = encoder.config.sliding_window
 
-    def encoder_of(self, model: Any) -> Any:
+    def encoder_of(self, model: Any) -> ModernBertModel:
         return getattr(model, model.base_model_prefix, model)
 
-    def max_positions(self, config: Any) -> int:
+    def max_positions(self, config: ModernBertConfig) -> int:
         return int(config.max_position_embeddings)

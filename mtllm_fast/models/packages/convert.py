@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .e5_q4 import read_e5
 from .gguf import read_gguf
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # two sentences, each in English, German, Swahili and Thai
 SENTENCES = (
@@ -52,9 +55,16 @@ def e5(files: list[Path], folder: Path) -> None:
     model.load_state_dict(state, assign=True)
     try:
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file=str(tokens), bos_token="<s>", cls_token="<s>", eos_token="</s>", sep_token="</s>",
-            unk_token="<unk>", pad_token="<pad>", mask_token="<mask>", model_max_length=config.max_position_embeddings,
-        )  # fmt: skip
+            tokenizer_file=str(tokens),
+            bos_token="<s>",
+            cls_token="<s>",
+            eos_token="</s>",
+            sep_token="</s>",
+            unk_token="<unk>",
+            pad_token="<pad>",
+            mask_token="<mask>",
+            model_max_length=config.max_position_embeddings,
+        )
     except Exception as error:  # the tokenizers library raises Exception itself
         raise ValueError(f"{tokens}: cannot be read as a tokenizer: {error}") from error
     if len(tokenizer) > config.vocab_size:
@@ -86,7 +96,7 @@ def e5_states(folder: Path, texts: Sequence[str], prefix: str = "query: ") -> Te
 
 
 @torch.inference_mode()
-def mean_states(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
+def mean_states(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tensor:
     """(B, E) mean over the tokens of each text, of length 1."""
     batch = tokenizer(list(texts), return_tensors="pt", padding=True)
     hidden = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state

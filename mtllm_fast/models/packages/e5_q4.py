@@ -69,9 +69,15 @@ def read_e5(path: Path) -> tuple[BertConfig, dict[str, Tensor]]:
     except (struct.error, IndexError, ValueError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: is damaged or cut short ({error})") from error
     config = BertConfig(
-        **sizes, layer_norm_eps=epsilon, hidden_act="gelu", pad_token_id=1, bos_token_id=0, eos_token_id=2,
-        architectures=["BertModel"], dtype="float32",
-    )  # fmt: skip
+        **sizes,
+        layer_norm_eps=epsilon,
+        hidden_act="gelu",
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=2,
+        architectures=["BertModel"],
+        dtype="float32",
+    )
     with torch.device("meta"):
         expected = BertModel(config, add_pooling_layer=False).state_dict()
     state = {_bert_name(name): tensor for name, tensor in tensors.items()}

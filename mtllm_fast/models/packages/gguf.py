@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -69,7 +69,7 @@ PRE_TOKENIZERS = ("gpt-2", "smollm")
 CONTROL, USER_DEFINED = 3, 4  # in `tokenizer.ggml.token_type`
 
 
-def read_gguf(path: Path) -> tuple[LlamaConfig, dict[str, Tensor], Any]:
+def read_gguf(path: Path) -> tuple[LlamaConfig, dict[str, Tensor], PreTrainedTokenizerFast]:
     """The config, the fp32 weights as `LlamaForCausalLM` names them, and the tokenizer.
 
     Raises:
@@ -119,13 +119,13 @@ def read_header(data: mmap.mmap | bytes) -> tuple[dict[str, Any], dict[str, tupl
     def string() -> str:
         return taken(take("Q")).decode()
 
-    def numbers(kind: int, length: int) -> list[Any]:
+    def numbers(kind: int, length: int) -> list[int | float | bool]:
         if kind not in NUMBERS:
             raise ValueError(f"a value of type {kind} at byte {at}")
         dtype = np.dtype(NUMBERS[kind])
         return np.frombuffer(taken(length * dtype.itemsize), dtype).tolist()
 
-    def value(kind: int) -> Any:
+    def value(kind: int) -> str | int | float | bool | list[str] | list[int | float | bool]:
         if kind == STRING:
             return string()
         if kind != ARRAY:
@@ -194,14 +194,22 @@ def _config(pairs: dict[str, Any], tied: bool) -> LlamaConfig:
     bos, eos, unknown, padding = (pairs.get(f"tokenizer.ggml.{name}_token_id") for name in names)
     further: dict[str, Any] = {"unk_token_id": unknown}
     return LlamaConfig(
-        **sizes, rms_norm_eps=pairs["llama.attention.layer_norm_rms_epsilon"], tie_word_embeddings=tied,
+        **sizes,
+        rms_norm_eps=pairs["llama.attention.layer_norm_rms_epsilon"],
+        tie_word_embeddings=tied,
         rope_parameters={"rope_type": "default", "rope_theta": pairs.get("llama.rope.freq_base", 10000.0)},
-        bos_token_id=bos, eos_token_id=eos, pad_token_id=padding, architectures=["LlamaForCausalLM"], dtype="float32",
+        bos_token_id=bos,
+        eos_token_id=eos,
+        pad_token_id=padding,
+        architectures=["LlamaForCausalLM"],
+        dtype="float32",
         **further,
-    )  # fmt: skip
+    )
 
 
-def _state(config: LlamaConfig, data: mmap.mmap, tensors: dict[str, Any]) -> dict[str, Tensor]:
+def _state(
+    config: LlamaConfig, data: mmap.mmap, tensors: dict[str, tuple[int, tuple[int, ...], int]]
+) -> dict[str, Tensor]:
     from transformers import LlamaForCausalLM
 
     layers, found = config.num_hidden_layers, {_llama_name(name): name for name in tensors}
@@ -240,7 +248,7 @@ def _llama_name(name: str) -> str:
     return f"model.layers.{layer}.{_LAYER[part]}.weight" if block == "blk" and part in _LAYER else name
 
 
-def _tokenizer(pairs: dict[str, Any], positions: int) -> Any:
+def _tokenizer(pairs: dict[str, Any], positions: int) -> PreTrainedTokenizerFast:
     """The byte-level tokenizer, its text cut as llama.cpp cuts it.
 
     transformers cuts every such file as GPT-2's: with `smollm`, two spaces before a digit would be a token more.
@@ -260,10 +268,14 @@ def _tokenizer(pairs: dict[str, Any], positions: int) -> Any:
             special[f"{name}_token"] = tokens[index]
     try:
         vocabulary = {token: index for index, token in enumerate(tokens)}
-        backend = Tokenizer(models.BPE(
-            vocabulary, [tuple(merge.split(" ")) for merge in merges],
-            continuing_subword_prefix="", end_of_word_suffix="",
-        ))  # fmt: skip
+        backend = Tokenizer(
+            models.BPE(
+                vocabulary,
+                [tuple(merge.split(" ")) for merge in merges],
+                continuing_subword_prefix="",
+                end_of_word_suffix="",
+            )
+        )
     except Exception as error:  # the tokenizers library raises Exception itself
         raise ValueError(f"its tokenizer: {error}") from error
     bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -276,6 +288,10 @@ def _tokenizer(pairs: dict[str, Any], positions: int) -> Any:
             add([AddedToken(token, normalized=False, special=what == CONTROL)])
     chosen = {name: pairs.get(f"tokenizer.ggml.add_{name}_token", False) for name in ("bos", "eos")}
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, **special, chat_template=pairs.get("tokenizer.chat_template"),
-        add_bos_token=chosen["bos"], add_eos_token=chosen["eos"], model_max_length=positions,
-    )  # fmt: skip
+        tokenizer_object=backend,
+        **special,
+        chat_template=pairs.get("tokenizer.chat_template"),
+        add_bos_token=chosen["bos"],
+        add_eos_token=chosen["eos"],
+        model_max_length=positions,
+    )
