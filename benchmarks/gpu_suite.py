@@ -127,9 +127,14 @@ def run_step(
         for name, command in step.commands.items():
             with (out / f"{name}.log").open("w") as file:
                 running[name] = subprocess.Popen(
-                    command, cwd=REPO, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
+                    command,
+                    cwd=REPO,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    start_new_session=True,
                     preexec_fn=hear_interrupts,
-                )  # fmt: skip
+                )
         for name, process in running.items():
             status = wait(process, start + limit, beat)
             log = out / f"{name}.log"

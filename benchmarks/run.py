@@ -9,6 +9,7 @@ import argparse
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -38,6 +39,24 @@ LEAST_MS = 5.0  # a timed round of a CUDA variant lasts at least so long
 PROVISIONAL = "one run, before the rounds"
 
 
+@dataclass(frozen=True)
+class Measuring:
+    """What is measured, and how often.
+
+    Fields:
+        variants: names; empty for all that can run here and are not slow.
+        quick: small sizes and quick variants only.
+        repeats: timed rounds. memory: also peak memory.
+        log: called with lines about what is going on.
+    """
+
+    variants: Sequence[str] = ()
+    quick: bool = False
+    repeats: int = 7
+    memory: bool = True
+    log: Callable[[str], None] = lambda _: None
+
+
 def run_case(
     case: Case,
     size: Size,
@@ -45,28 +64,23 @@ def run_case(
     dtype: str,
     *,
     ceilings: dict[str, float],
-    variants: Sequence[str] = (),
-    quick: bool = False,
-    repeats: int = 7,
-    memory: bool = True,
-    log: Callable[[str], None] = lambda _: None,
+    how: Measuring,
     save: Callable[[list[Record]], None] = lambda _: None,
 ) -> list[Record]:
     """Records of every variant at one size. A variant whose gate is not green gets no time and no memory.
 
     Args:
-        variants: names; empty for all that can run here and are not slow.
         ceilings: from `ceilings.measure`.
-        log: called with lines about what is going on.
         save: called with the records so far after every variant, round and memory: a run that is ended loses no more
             than what it was at. Until the first round a variant's time is that of one run, and its note says so.
     """
+    log = how.log
     problem = case.build(size, DTYPES[dtype], device)
     least = case.work(problem) if case.work else None
     records: list[Record] = []
     runs: dict[str, Callable[[], object]] = {}
     want: dict[str, Tensor] | None = None
-    for name in names_of(case, variants, quick):
+    for name in names_of(case, how.variants, how.quick):
         variant = case.variants[name]
         if (why := variant.missing(device)) or (variant.applies and not variant.applies(problem)):
             log(f"{case.name} {size['label']} {name}: left out{', ' + why if why else ''}")
@@ -100,12 +114,12 @@ def run_case(
         save(records)
         if name not in runs and device != "cpu":
             torch.cuda.empty_cache()
-    time_records({r.variant: r for r in records}, runs, problem, device, repeats, log, partial(save, records))
+    time_records({r.variant: r for r in records}, runs, problem, device, how.repeats, log, partial(save, records))
     if case.floor_variant in runs:
         floor = next(r.time_ms for r in records if r.variant == case.floor_variant)
         for record in records:
             record.floor_ms = floor
-    if memory:
+    if how.memory:
         for record in records:
             if record.gate == "pass" and record.variant in runs:
                 record.peak_incremental_mib = measure_memory(case, size, record.variant, dtype, device, problem)
@@ -198,12 +212,8 @@ def run(
     device: str = "cpu",
     dtype: str | None = None,
     sizes: Sequence[str] = (),
-    quick: bool = False,
-    variants: Sequence[str] = (),
-    repeats: int = 7,
-    memory: bool = True,
+    how: Measuring | None = None,
     path: Path | None = None,
-    log: Callable[[str], None] = lambda _: None,
     show: Callable[[list[Record]], None] | None = None,
 ) -> list[Record]:
     """Run cases, write the records after each variant (see `run_case`).
@@ -217,26 +227,27 @@ def run(
     Raises:
         ValueError: an unknown case, size or variant, or CUDA without a GPU.
     """
+    how = how or Measuring()
     cases = chosen(tuple(names))
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device={device!r}: expected 'cpu' or 'cuda'")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda', but torch sees no GPU")
-    if repeats < 1:
-        raise ValueError(f"repeats={repeats}: must be at least 1")
+    if how.repeats < 1:
+        raise ValueError(f"repeats={how.repeats}: must be at least 1")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
     known = {name for case in cases if isinstance(case, Case) for name in case.variants}
-    for name in variants:
+    for name in how.variants:
         if name not in known:
             raise ValueError(f"variant {name!r} is unknown; there are: {', '.join(sorted(known))}")
     chosen_sizes = {
-        case.name: [case.size(label, device) for label in sizes] or list(case.sizes["quick" if quick else device])
+        case.name: [case.size(label, device) for label in sizes] or list(case.sizes["quick" if how.quick else device])
         for case in cases
         if isinstance(case, Case)
     }
     ceilings = ceilings_.measure(device)
-    log(ceilings_.describe(ceilings))
+    how.log(ceilings_.describe(ceilings))
     records: list[Record] = []
 
     def save(found: Sequence[Record] = ()) -> None:
@@ -246,9 +257,9 @@ def run(
     for case in cases:
         found: list[Record] = []
         if isinstance(case, Study):
-            if device in case.devices and not (sizes or variants):
-                log(f"{case.name}: {case.about}")
-                found = case.run(device=device, repeats=repeats, memory=memory, quick=quick)
+            if device in case.devices and not (sizes or how.variants):
+                how.log(f"{case.name}: {case.about}")
+                found = case.run(device=device, repeats=how.repeats, memory=how.memory, quick=how.quick)
                 for record in found:
                     record.source_files, record.sources = case.sources, sources_hash(case.sources)
                     record.ceilings = record.ceilings or ceilings
@@ -260,10 +271,7 @@ def run(
                     show(found)
             continue
         for size in chosen_sizes[case.name]:
-            found = run_case(
-                case, size, device, dtype or case.dtypes[device], ceilings=ceilings, variants=variants, quick=quick,
-                repeats=repeats, memory=memory, log=log, save=save,
-            )  # fmt: skip
+            found = run_case(case, size, device, dtype or case.dtypes[device], ceilings=ceilings, how=how, save=save)
             records += found
             save()
             if show and found:
@@ -292,8 +300,17 @@ def ratios(case: Case, records: list[Record]) -> list[dict[str, Any]]:
             values = [x / y for x, y in zip(a.round_ms, b.round_ms, strict=True)]
         if values:
             middle, low, high = (percentile(values, q) for q in (0.5, 0.2, 0.8))
-            rows.append({"ratio": f"{top} / {bottom}", "of": quantity, "value": middle, "low": low, "high": high,
-                         "aim": aim, "met": middle <= aim})  # fmt: skip
+            rows.append(
+                {
+                    "ratio": f"{top} / {bottom}",
+                    "of": quantity,
+                    "value": middle,
+                    "low": low,
+                    "high": high,
+                    "aim": aim,
+                    "met": middle <= aim,
+                }
+            )
     return rows
 
 
@@ -356,12 +373,23 @@ def main(argv: list[str] | None = None, cases: Sequence[str] | None = None, prog
     if options.threads:
         torch.set_num_threads(options.threads)
     synchronise(options.device)
+    how = Measuring(
+        options.variants,
+        options.quick,
+        options.repeats,
+        memory=not options.no_memory,
+        log=lambda text: print(text, file=sys.stderr, flush=True),
+    )
     try:
         records = run(
-            options.cases if cases is None else cases, device=options.device, dtype=options.dtype, sizes=options.sizes,
-            quick=options.quick, variants=options.variants, repeats=options.repeats, memory=not options.no_memory,
-            path=options.json, log=lambda text: print(text, file=sys.stderr, flush=True), show=show_tables,
-        )  # fmt: skip
+            options.cases if cases is None else cases,
+            device=options.device,
+            dtype=options.dtype,
+            sizes=options.sizes,
+            how=how,
+            path=options.json,
+            show=show_tables,
+        )
     except ValueError as error:
         parser.error(str(error))
     return int(bool(failed(records)))

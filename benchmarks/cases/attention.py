@@ -39,9 +39,15 @@ class Problem:
 
 
 def make(
-    lengths: str = "NLI", count: int = 32, heads: int = 8, head_dim: int = 64, causal: bool = False, *,
-    dtype: torch.dtype, device: str,
-) -> Problem:  # fmt: skip
+    lengths: str = "NLI",
+    count: int = 32,
+    heads: int = 8,
+    head_dim: int = 64,
+    causal: bool = False,
+    *,
+    dtype: torch.dtype,
+    device: str,
+) -> Problem:
     """Random queries, keys and values over one distribution of lengths."""
     torch.manual_seed(0)
     sizes = DISTRIBUTIONS[lengths](count)
@@ -143,13 +149,18 @@ register(
         },
         reference=exact,
         tolerance={"fp32": 1e-5, "bf16": 2e-2, "fp16": 5e-3},
-        shape=lambda p: {"B": p.batch.num_sequences, "T": p.batch.num_tokens, "L": p.batch.max_seqlen,
-                         "H": p.q.shape[1], "d": p.q.shape[2]},
+        shape=lambda p: {
+            "B": p.batch.num_sequences,
+            "T": p.batch.num_tokens,
+            "L": p.batch.max_seqlen,
+            "H": p.q.shape[1],
+            "d": p.q.shape[2],
+        },
         warm={"lengths": "padding 25%", "count": 2, "heads": 1, "head_dim": 8},
         work=work,
         sources=("mtllm_fast/models/attention/*.py",),
     )
-)  # fmt: skip
+)
 
 
 if __name__ == "__main__":

@@ -131,17 +131,22 @@ def make_problem(source: str, count: int, dtype: str, device: str) -> Problem:
         vocab_size=len(tokenizer), d_model=WIDTH, dropout=0.0, max_position_embeddings=1024, **small, **heads
     )
     l_config = LlamaConfig(
-        vocab_size=1000, hidden_size=WIDTH, intermediate_size=1408, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=1024,
-    )  # fmt: skip
+        vocab_size=1000,
+        hidden_size=WIDTH,
+        intermediate_size=1408,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        max_position_embeddings=1024,
+    )
     stack = StackTokenizer(tokenizer, None, max_mt_tokens=LIMIT)
     model = MTLLM.stack(M2M100Encoder(e_config), LlamaForCausalLM(l_config), tokenizer=stack)
     model = model.to(device, DTYPES[dtype]).eval()
-    assert model.encoder is not None and model.llm is not None
+    parts = model.require_stack()
     plain: list[nn.Module] = []
     for kind, config, ours in (
-        (M2M100Encoder, e_config, model.encoder.model),
-        (LlamaModel, l_config, model.llm.decoder),
+        (M2M100Encoder, e_config, parts.encoder.model),
+        (LlamaModel, l_config, parts.llm.decoder),
     ):
         config = type(config)(**config.to_dict())
         config._attn_implementation = "sdpa"
@@ -313,9 +318,14 @@ def main(argv: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     records = run(
-        options.device, dtype=options.dtype, texts=options.texts, repeats=options.repeats, names=options.sources,
-        memory=not options.no_memory, progress=lambda line: print(line, file=sys.stderr, flush=True),
-    )  # fmt: skip
+        options.device,
+        dtype=options.dtype,
+        texts=options.texts,
+        repeats=options.repeats,
+        names=options.sources,
+        memory=not options.no_memory,
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )
     table(records)
     if options.json:
         write(options.json, records)

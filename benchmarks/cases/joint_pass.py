@@ -41,9 +41,14 @@ class Problem:
         torch.manual_seed(0)
         self.sizes = {"width": width, "layers": layers, "mlp": mlp}
         config = LlamaConfig(
-            hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=4,
-            num_key_value_heads=4, vocab_size=VOCAB, max_position_embeddings=2048,
-        )  # fmt: skip
+            hidden_size=width,
+            intermediate_size=mlp,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            vocab_size=VOCAB,
+            max_position_embeddings=2048,
+        )
         self.llm = PackedLLM(LlamaForCausalLM(config).eval())
         self.llm.add_adapter(LoraSettings(dropout=0.0))
         for name, parameter in self.llm.named_parameters():
@@ -61,9 +66,15 @@ class Problem:
 
     def loss(self, student: Tensor, teacher: Tensor) -> Tensor:
         terms = distillation_loss(
-            student, teacher, cu_seqlens_s=self.student.cu_seqlens, cu_seqlens_t=self.teacher.cu_seqlens, paired="mse",
-            rows_s=self.rows, rows_t=self.rows, rows_sorted=True,
-        )  # fmt: skip
+            student,
+            teacher,
+            cu_seqlens_s=self.student.cu_seqlens,
+            cu_seqlens_t=self.teacher.cu_seqlens,
+            paired="mse",
+            rows_s=self.rows,
+            rows_t=self.rows,
+            rows_sorted=True,
+        )
         assert terms.pooled_mse is not None and terms.paired_mse is not None
         return terms.pooled_mse[0] / terms.pooled_mse[1] + terms.paired_mse[0] / terms.paired_mse[1]
 

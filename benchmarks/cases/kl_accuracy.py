@@ -126,9 +126,14 @@ if find_spec("liger_kernel") is not None:
 
 
 def run(
-    device: str = "cpu", repeats: int = 0, memory: bool = False, quick: bool = False, rows: int = 64, width: int = 1024,
+    device: str = "cpu",
+    repeats: int = 0,
+    memory: bool = False,
+    quick: bool = False,
+    rows: int = 64,
+    width: int = 1024,
     vocab: int = 32000,
-) -> list[Record]:  # fmt: skip
+) -> list[Record]:
     """Records of every variant at every distance; the difference form's gate asks for an error of at most `AIM`."""
     if quick:
         width, vocab = 256, 4000

@@ -138,7 +138,9 @@ register(
             "quick": (sized(256, 256, 4000),),
             "cpu": (sized(1024, 512, 32000),),
             "cuda": (
-                sized(8192, 4096, 128256), sized(4096, 4096, 128256), sized(8192, 4096, 151936),
+                sized(8192, 4096, 128256),
+                sized(4096, 4096, 128256),
+                sized(8192, 4096, 151936),
                 sized(4096, 4096, 128256, "trained head", train_head=True),
             ),
         },
@@ -160,7 +162,7 @@ register(
         parse=parse,
         sources=("kernels/*.py",),
     )
-)  # fmt: skip
+)
 
 
 if __name__ == "__main__":

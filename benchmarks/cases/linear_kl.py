@@ -50,9 +50,15 @@ GPU_SHAPES = [
 
 
 def make(
-    rows: int = 0, width: int = 0, vocab: int = 0, *, dtype: torch.dtype, device: str, states: str = "random",
+    rows: int = 0,
+    width: int = 0,
+    vocab: int = 0,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    states: str = "random",
     **options: Any,
-) -> Problem:  # fmt: skip
+) -> Problem:
     """states "random", or "model": a trained LLM's own states and head, the student's from perturbed embeddings."""
     if states == "random":
         return make_problem(rows, width, vocab, dtype, device, **options)
@@ -157,12 +163,17 @@ CASE = Case(
     sizes={
         "quick": (sized(256, 512, 8000), {"label": "model states", "states": "model", "rows": 1024}),
         "cpu": (
-            sized(2048, 1024, 64000), sized(256, 512, 32000), sized(512, 512, 32000), sized(1024, 512, 32000),
-            sized(1024, 512, 32000, "half masked", masked=0.5), sized(512, 512, 32000, "trained head", train_head=True),
+            sized(2048, 1024, 64000),
+            sized(256, 512, 32000),
+            sized(512, 512, 32000),
+            sized(1024, 512, 32000),
+            sized(1024, 512, 32000, "half masked", masked=0.5),
+            sized(512, 512, 32000, "trained head", train_head=True),
             {"label": "model states", "states": "model", "rows": 8192},
         ),
         "cuda": (
-            *(sized(t, 4096, 128256) for t in (8192, 2048, 1024, 4096)), sized(4096, 2048, 32000),
+            *(sized(t, 4096, 128256) for t in (8192, 2048, 1024, 4096)),
+            sized(4096, 2048, 32000),
             sized(2048, 4096, 128256, "half masked", masked=0.5),
             sized(2048, 4096, 128256, "trained head", train_head=True),
         ),
@@ -200,7 +211,7 @@ CASE = Case(
     aims=dict.fromkeys(("2048x1024x64000", "8192x4096x128256"), AIMS),
     sources=("kernels/linear_kl*.py", "kernels/moments*.py", "kernels/gemms.py", "kernels/tiles.py"),
     parse=parse,
-)  # fmt: skip
+)
 register(CASE)
 
 

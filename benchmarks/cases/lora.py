@@ -80,8 +80,14 @@ def make(
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, device=device) * scale).to(dtype)
 
-    p = Problem(normal(rows, width), normal(out, width, scale=width**-0.5), normal(rank, width, scale=width**-0.5),
-                normal(out, rank, scale=0.1), normal(rows, out), None)  # fmt: skip
+    p = Problem(
+        normal(rows, width),
+        normal(out, width, scale=width**-0.5),
+        normal(rank, width, scale=width**-0.5),
+        normal(out, rank, scale=0.1),
+        normal(rows, out),
+        None,
+    )
     base = nn.Linear(width, out, bias=False, device=device, dtype=dtype).requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=int(SCALE * rank), lora_dropout=0.0)
     layer = Linear(base, "student", config=config, r=rank, lora_alpha=int(SCALE * rank)).to(device)

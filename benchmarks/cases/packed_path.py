@@ -66,9 +66,15 @@ class Problem:
 
 
 def make(
-    lengths: str = "NLI", count: int = 32, width: int = 1024, out: int = 2048, compile: bool = False, *,
-    dtype: torch.dtype, device: str,
-) -> Problem:  # fmt: skip
+    lengths: str = "NLI",
+    count: int = 32,
+    width: int = 1024,
+    out: int = 2048,
+    compile: bool = False,
+    *,
+    dtype: torch.dtype,
+    device: str,
+) -> Problem:
     """Random states; the teacher's sequences are a tenth longer, and half of the student's rows have a partner.
 
     compile: whether the torch.compile variants run too; at every size they would take most of an hour.
@@ -123,9 +129,17 @@ def project_ours(p: Problem) -> dict[str, Any]:
     """packed_projection: gather, LayerNorm, linear, bias, scale and prefix in one op."""
     leaves = w, b, prefix = trained(p)
     y = packed_projection(
-        p.encoder, w, b, rows=p.rows, norm="layer", norm_weight=p.norm_weight, norm_bias=p.norm_bias, scale=0.5,
-        cu_seqlens=p.cu, prefix=prefix,
-    )  # fmt: skip
+        p.encoder,
+        w,
+        b,
+        rows=p.rows,
+        norm="layer",
+        norm_weight=p.norm_weight,
+        norm_bias=p.norm_bias,
+        scale=0.5,
+        cu_seqlens=p.cu,
+        prefix=prefix,
+    )
     return embedded(p, y, leaves, p.direction)
 
 
@@ -134,8 +148,9 @@ def _padded_chain(x: Tensor, nw: Tensor, nb: Tensor, w: Tensor, b: Tensor, prefi
     return torch.cat([prefix.expand(y.shape[0], 1, -1), y], 1)
 
 
-def _packed_chain(x: Tensor, rows: Tensor, inside: Tensor, nw: Tensor, nb: Tensor, w: Tensor, b: Tensor, prefix: Tensor,
-                  count: int) -> Tensor:  # fmt: skip
+def _packed_chain(
+    x: Tensor, rows: Tensor, inside: Tensor, nw: Tensor, nb: Tensor, w: Tensor, b: Tensor, prefix: Tensor, count: int
+) -> Tensor:
     h = F.layer_norm(x.flatten(0, 1)[rows], x.shape[-1:], nw, nb, 1e-5)
     y = F.linear(h, w, b) * 0.5
     return prefix.expand(y.shape[0] + count, -1).index_copy(0, inside, y)
@@ -165,9 +180,19 @@ def triton_forward(library: bool, p: Problem) -> dict[str, Tensor]:
     from mtllm_fast.kernels.packed_projection_ops import PackedLinear
 
     call = PackedLinear(
-        x=p.encoder.flatten(0, 1), rows=p.rows, w=p.weight, bias=p.bias, norm="layer", norm_weight=p.norm_weight,
-        norm_bias=p.norm_bias, eps=1e-5, scale=0.5, cu_seqlens=p.cu, prefix=p.prefix, dtype=p.weight.dtype,
-    )  # fmt: skip
+        x=p.encoder.flatten(0, 1),
+        rows=p.rows,
+        w=p.weight,
+        bias=p.bias,
+        norm="layer",
+        norm_weight=p.norm_weight,
+        norm_bias=p.norm_bias,
+        eps=1e-5,
+        scale=0.5,
+        cu_seqlens=p.cu,
+        prefix=p.prefix,
+        dtype=p.weight.dtype,
+    )
     return {"embeddings": launch.packed_linear_triton(call, fused=not library)[0]}
 
 
@@ -213,9 +238,15 @@ def both_ours(p: Problem) -> dict[str, Any]:
     """Both terms in one autograd node."""
     x = _leaf(p.packed_student)
     terms = distillation_loss(
-        x, p.packed_teacher, cu_seqlens_s=p.cu, cu_seqlens_t=p.cu_t, paired="mse", rows_s=p.pairs_s, rows_t=p.pairs_t,
+        x,
+        p.packed_teacher,
+        cu_seqlens_s=p.cu,
+        cu_seqlens_t=p.cu_t,
+        paired="mse",
+        rows_s=p.pairs_s,
+        rows_t=p.pairs_t,
         rows_sorted=True,
-    )  # fmt: skip
+    )
     assert terms.pooled_mse is not None and terms.paired_mse is not None
     return finish(p, x, terms.pooled_mse[0] / terms.pooled_mse[1] + terms.paired_mse[0] / terms.paired_mse[1])
 
@@ -331,17 +362,21 @@ SIZES: dict[str, tuple[Size, ...]] = {
             for w in (1024, 2048)
         ),
     ),
-}  # fmt: skip
+}
 # the sweep over the share of padding is made for the whole loss, not once more for each of its parts
 NO_SWEEP = {**SIZES, "cpu": tuple(s for s in SIZES["cpu"] if not s["label"].startswith("padding"))}
 COMMON: dict[str, Any] = {
     "make": make,
     "tolerance": {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2},
     "shape": lambda p: {
-        "B": len(p.lengths), "T": sum(p.lengths), "L": max(p.lengths), "E": p.weight.shape[1], "D": p.weight.shape[0]
+        "B": len(p.lengths),
+        "T": sum(p.lengths),
+        "L": max(p.lengths),
+        "E": p.weight.shape[1],
+        "D": p.weight.shape[0],
     },
     "warm": {"lengths": "padding 25%", "count": 2, "width": 32, "out": 48},
-}  # fmt: skip
+}
 
 register(
     Case(

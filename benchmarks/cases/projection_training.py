@@ -48,9 +48,15 @@ def forward(library: bool, p: Problem) -> dict[str, Tensor]:
     from mtllm_fast.kernels.packed_projection_ops import PackedLinear
 
     call = PackedLinear(
-        x=p.packed_encoder, w=p.weight, bias=p.bias, norm="layer", norm_weight=p.norm_weight, norm_bias=p.norm_bias,
-        eps=1e-5, dtype=p.weight.dtype,
-    )  # fmt: skip
+        x=p.packed_encoder,
+        w=p.weight,
+        bias=p.bias,
+        norm="layer",
+        norm_weight=p.norm_weight,
+        norm_bias=p.norm_bias,
+        eps=1e-5,
+        dtype=p.weight.dtype,
+    )
     return {"embeddings": launch.packed_linear_triton(call, fused=not library)[0]}
 
 

@@ -70,16 +70,28 @@ def build_model(encoder: tuple[int, ...], llm: tuple[int, ...], task: bool, devi
     width, layers, inner, vocab = encoder
     heads = max(1, width // 64)
     base = M2M100Config(
-        d_model=width, encoder_layers=layers, encoder_ffn_dim=inner, encoder_attention_heads=heads, vocab_size=vocab,
-        decoder_layers=1, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, encoder_layerdrop=0.0,
-    )  # fmt: skip
+        d_model=width,
+        encoder_layers=layers,
+        encoder_ffn_dim=inner,
+        encoder_attention_heads=heads,
+        vocab_size=vocab,
+        decoder_layers=1,
+        dropout=0.0,
+        attention_dropout=0.0,
+        activation_dropout=0.0,
+        encoder_layerdrop=0.0,
+    )
     width, layers, inner, vocab = llm
     heads = max(1, width // 128 if width >= 4096 else width // 64)
     config = LlamaConfig(
-        hidden_size=width, num_hidden_layers=layers, intermediate_size=inner, num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 4) if width >= 4096 else heads, vocab_size=vocab,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        intermediate_size=inner,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 4) if width >= 4096 else heads,
+        vocab_size=vocab,
         max_position_embeddings=2048,
-    )  # fmt: skip
+    )
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -90,13 +102,13 @@ def build_model(encoder: tuple[int, ...], llm: tuple[int, ...], task: bool, devi
     tokenizer: Any = _NoTokenizer()
     model = MTLLM.stack(*models, tokenizer=tokenizer, lora=LoraSettings(r=16, dropout=0.0))
     model.to(device)
-    assert model.llm is not None
     if task:
+        stack = model.require_stack()
         model.set_head(HeadConfig(labels=("entailment", "neutral", "contradiction")))
-        model.llm.add_adapter(LoraSettings(r=16, dropout=0.0), "teacher")
-        model.llm.train_adapter("student")
-        assert model.projection is not None and model.head is not None
-        model.projection.requires_grad_(False)
+        stack.llm.add_adapter(LoraSettings(r=16, dropout=0.0), "teacher")
+        stack.llm.train_adapter("student")
+        stack.projection.requires_grad_(False)
+        assert model.head is not None
         model.head.requires_grad_(False)
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
@@ -130,10 +142,17 @@ def make_batch(lengths: list[int], mt_vocab: int, llm_vocab: int, device: str) -
 
 
 def make(
-    lengths: str = "NLI", count: int = 32, limit: int = 512, kl: float = 0.5, task: bool = False,
-    encoder: tuple[int, ...] = (512, 4, 2048, 8000), llm: tuple[int, ...] = (512, 4, 1376, 32000), *,
-    dtype: torch.dtype, device: str,
-) -> Problem:  # fmt: skip
+    lengths: str = "NLI",
+    count: int = 32,
+    limit: int = 512,
+    kl: float = 0.5,
+    task: bool = False,
+    encoder: tuple[int, ...] = (512, 4, 2048, 8000),
+    llm: tuple[int, ...] = (512, 4, 1376, 32000),
+    *,
+    dtype: torch.dtype,
+    device: str,
+) -> Problem:
     """Stage 1 (pooled MSE and KL) or, with `task`, stage 3 (pooled MSE and the task head's KL, the teacher adapted)."""
     encoder, llm = tuple(encoder), tuple(llm)
     options = {"lengths": lengths, "count": count, "limit": limit, "kl": kl, "task": task}
@@ -149,9 +168,9 @@ def small(p: Problem) -> Problem:
     device = p.batch.mt_rows.device.type  # type: ignore[union-attr]
     if sum(x.numel() for x in p.model.parameters()) > LARGE:
         return make(**{**p.options, **SMALL}, dtype=next(p.model.parameters()).dtype, device=device)
-    assert p.batch.mt is not None and p.model.encoder is not None and p.model.llm is not None
-    lengths = [min(48, n) for n in p.batch.mt.lengths[:3]]
-    return replace(p, batch=make_batch(lengths, p.model.encoder.vocab_size, p.model.llm.vocab_size, device))
+    stack = p.model.require_stack()
+    lengths = [min(48, n) for n in p.batch.side("mt").lengths[:3]]
+    return replace(p, batch=make_batch(lengths, stack.encoder.vocab_size, stack.llm.vocab_size, device))
 
 
 def gradients(p: Problem, loss: Tensor) -> dict[str, Any]:
@@ -202,8 +221,7 @@ def unfused_loss(
         return F.kl_div(F.log_softmax(student.to(wide), -1), target, reduction="batchmean", log_target=True)
 
     if p.weights.kl:
-        assert p.model.llm is not None
-        head = p.model.llm.lm_head.weight
+        head = p.model.require_llm().lm_head.weight
         with torch.no_grad():
             teacher_logits = F.linear(rows[1], head)
         student_logits = F.linear(rows[0], head)
@@ -219,8 +237,8 @@ def unfused_loss(
 
 def packed_unfused(p: Problem) -> dict[str, Any]:
     """Our packed models, an unfused loss."""
-    mt, llm = p.batch.mt, p.batch.llm
-    assert mt is not None and llm is not None and p.batch.mt_rows is not None and p.batch.llm_rows is not None
+    mt, llm = p.batch.side("mt"), p.batch.side("llm")
+    assert p.batch.mt_rows is not None and p.batch.llm_rows is not None
 
     def mean(states: Tensor, packed: PackedBatch) -> Tensor:
         sums = states.new_zeros(packed.num_sequences, states.shape[1]).index_add(0, packed.sequence_ids, states)
@@ -243,8 +261,8 @@ def with_pefts_lora(p: Problem) -> dict[str, Any]:
 @contextmanager
 def huggingface(model: MTLLM) -> Iterator[None]:
     """Hugging Face's own padded attention and peft's own LoRA layers inside the block."""
-    assert model.encoder is not None and model.llm is not None
-    bases = (model.encoder.model, model.llm.model)
+    stack = model.require_stack()
+    bases = (stack.encoder.model, stack.llm.model)
     for base in bases:
         base.set_attn_implementation("sdpa")
     try:
@@ -257,17 +275,15 @@ def huggingface(model: MTLLM) -> Iterator[None]:
 
 def padded_states(p: Problem, decoder: Any = None) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Student (B, L, D) and teacher (B, L_llm, D) states of two padded passes with 4-D masks, and the masks (B, L)."""
-    model, mt, llm = p.model, p.batch.mt, p.batch.llm
-    assert mt is not None and llm is not None and model.encoder is not None and model.llm is not None
-    assert model.projection is not None
-    decoder = decoder or model.llm.decoder
-    dtype = model.llm.model.dtype
+    stack, mt, llm = p.model.require_stack(), p.batch.side("mt"), p.batch.side("llm")
+    decoder = decoder or stack.llm.decoder
+    dtype = stack.llm.model.dtype
     (ids, mask), (llm_ids, llm_mask) = (packed.to_padded(1) for packed in (mt, llm))
-    with torch.no_grad(), model.teacher(p.teacher):
+    with torch.no_grad(), p.model.teacher(p.teacher):
         teacher = decoder(input_ids=llm_ids, attention_mask=mask_4d(llm, dtype, False), use_cache=False)[0]
     with torch.no_grad():
-        states = model.encoder.model(input_ids=ids, attention_mask=mask).last_hidden_state
-    embeds = model.projection.layers(states.to(next(model.projection.parameters()).dtype)).to(dtype)
+        states = stack.encoder.model(input_ids=ids, attention_mask=mask).last_hidden_state
+    embeds = stack.projection.layers(states.to(next(stack.projection.parameters()).dtype)).to(dtype)
     student = decoder(inputs_embeds=embeds, attention_mask=mask_4d(mt, dtype, False), use_cache=False)[0]
     return student, teacher, (mask, llm_mask)
 
@@ -279,8 +295,8 @@ def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
 
 def padded(p: Problem, decoder: Any = None) -> dict[str, Any]:
     """Two padded passes with 4-D masks, as the authors train."""
-    mt, llm = p.batch.mt, p.batch.llm
-    assert mt is not None and llm is not None and p.batch.mt_rows is not None and p.batch.llm_rows is not None
+    mt, llm = p.batch.side("mt"), p.batch.side("llm")
+    assert p.batch.mt_rows is not None and p.batch.llm_rows is not None
     with mixed(p), huggingface(p.model):
         student, teacher, masks = padded_states(p, decoder)
         means = masked_mean(student, masks[0]), masked_mean(teacher, masks[1])
@@ -300,8 +316,7 @@ _COMPILED: dict[int, Any] = {}
 
 def padded_compiled(p: Problem) -> dict[str, Any]:
     """torch.compile of the LLM's decoder in the authors' step."""
-    assert p.model.llm is not None
-    decoder = p.model.llm.decoder
+    decoder = p.model.require_llm().decoder
     if id(decoder) not in _COMPILED:
         _COMPILED.clear()
         torch.compiler.reset()
@@ -318,31 +333,37 @@ def exact(p: Problem) -> dict[str, Tensor]:
 def work(p: Problem) -> Work:
     """Products over real tokens: encoder and teacher forward, projection forward and for its gradient, student forward
     and for its inputs' gradient, attention, the adapters, three of the LM head's for the KL."""
-    mt, llm, model = p.batch.mt, p.batch.llm, p.model
-    assert mt is not None and llm is not None and model.encoder is not None and model.llm is not None
+    mt, llm, stack = p.batch.side("mt"), p.batch.side("llm"), p.model.require_stack()
 
     def linears(module: nn.Module) -> int:
         found = [m for n, m in module.named_modules() if isinstance(m, nn.Linear) and ".lora_" not in n]
         return sum(m.weight.numel() for m in found)
 
-    layers = sum(isinstance(m, nn.Module) and n.endswith("self_attn") for n, m in model.llm.named_modules())
+    layers = sum(isinstance(m, nn.Module) and n.endswith("self_attn") for n, m in stack.llm.named_modules())
     squares = [sum(n * n for n in side.lengths) for side in (mt, llm)]
-    width, lora = model.llm.hidden_size, sum(x.numel() for n, x in p.trained.items() if ".lora_" in n)
-    base, t, t_llm = linears(model.llm.layers_root), mt.num_tokens, llm.num_tokens
-    projection = model.encoder.hidden_size * width * (4 if model.projection.layers.weight.requires_grad else 2)  # type: ignore[union-attr]
-    flops = 2.0 * linears(model.encoder) * t + projection * t + 2.0 * base * (2 * t + t_llm) + 6.0 * lora * t
-    flops += 4.0 * squares[0] * model.encoder.hidden_size * model.encoder.num_layers
+    width, lora = stack.llm.hidden_size, sum(x.numel() for n, x in p.trained.items() if ".lora_" in n)
+    base, t, t_llm = linears(stack.llm.layers_root), mt.num_tokens, llm.num_tokens
+    trained = next(stack.projection.parameters()).requires_grad
+    projection = stack.encoder.hidden_size * width * (4 if trained else 2)
+    flops = 2.0 * linears(stack.encoder) * t + projection * t + 2.0 * base * (2 * t + t_llm) + 6.0 * lora * t
+    flops += 4.0 * squares[0] * stack.encoder.hidden_size * stack.encoder.num_layers
     flops += layers * width * (4.0 * squares[1] + 12.0 * squares[0])
     if p.weights.kl:
-        flops += 6.0 * p.batch.num_pairs * width * model.llm.vocab_size
+        flops += 6.0 * p.batch.num_pairs * width * stack.llm.vocab_size
     return Work(0.0, flops)
 
 
 def shape(p: Problem) -> dict[str, int]:
-    mt, llm = p.batch.mt, p.batch.llm
-    assert mt is not None and llm is not None and p.model.llm is not None
-    return {"B": mt.num_sequences, "T": mt.num_tokens, "L": mt.max_seqlen, "T_llm": llm.num_tokens,
-            "P": p.batch.num_pairs, "D": p.model.llm.hidden_size, "V": p.model.llm.vocab_size}  # fmt: skip
+    mt, own = p.batch.side("mt"), p.model.require_llm()
+    return {
+        "B": mt.num_sequences,
+        "T": mt.num_tokens,
+        "L": mt.max_seqlen,
+        "T_llm": p.batch.side("llm").num_tokens,
+        "P": p.batch.num_pairs,
+        "D": own.hidden_size,
+        "V": own.vocab_size,
+    }
 
 
 def sized(label: str, **options: Any) -> Size:
@@ -412,7 +433,7 @@ register(
         aims={"NLI": aims(0.5)},
         **COMMON,
     )
-)  # fmt: skip
+)
 
 
 if __name__ == "__main__":

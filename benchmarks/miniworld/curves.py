@@ -38,10 +38,16 @@ def _train(
     stack = cells.model(
         "full_kl",
         partial(
-            cells.distill, model=adapted, teacher=teacher, texts=unlabelled, dev=dev, kl=1.0,
-            steps=cells.config.distill_steps, per_step=per_step,
+            cells.distill,
+            model=adapted,
+            teacher=teacher,
+            texts=unlabelled,
+            dev=dev,
+            kl=1.0,
+            steps=cells.config.distill_steps,
+            per_step=per_step,
         ),
-    )  # fmt: skip
+    )
     return teacher, stack
 
 
@@ -55,8 +61,10 @@ def length(cells: Cells, root: Path) -> Scored:
     def rows(code: str, split: str, count: int, clauses: Sequence[int]) -> list[TextRow]:
         return [TextRow(say(world, code, text), code, label=k) for text, k in topic_task(world, split, count, clauses)]
 
-    train, dev = (rows(ENGLISH, split, count, lengths) for split, count in (
-        ("train", config.train_rows), ("validation", config.dev_rows)))  # fmt: skip
+    train, dev = (
+        rows(ENGLISH, split, count, lengths)
+        for split, count in (("train", config.train_rows), ("validation", config.dev_rows))
+    )
     plain = [TextRow(text, ENGLISH) for text in plain_texts(world, config.texts // 2, lengths)]
     unlabelled = [TextRow(text, ENGLISH) for text in unlabelled_topics(world, config.unlabelled, lengths)]
     steps = config.teacher_steps * 4 // 3
@@ -133,10 +141,15 @@ def adaptation(cells: Cells, root: Path, folders: dict[str, str]) -> Scored:
         stacks[steps] = cells.model(
             f"full_kl-{steps}",
             partial(
-                cells.distill, model=adapted, teacher=folders["teacher"], texts=unlabelled, dev=dev, kl=1.0,
+                cells.distill,
+                model=adapted,
+                teacher=folders["teacher"],
+                texts=unlabelled,
+                dev=dev,
+                kl=1.0,
                 steps=config.distill_steps,
             ),
-        )  # fmt: skip
+        )
 
     def score(steps: int) -> dict[str, Any]:
         found: dict[str, Any] = {"languages": {}}

@@ -88,8 +88,10 @@ def train_matrix(cells: Cells) -> dict[str, str]:
     from mtllm_fast.data import TextRow
 
     world, config = cells.world, cells.config
-    train, dev = (kind_rows(world, ENGLISH, split, count) for split, count in (
-        ("train", config.train_rows), ("validation", config.dev_rows)))  # fmt: skip
+    train, dev = (
+        kind_rows(world, ENGLISH, split, count)
+        for split, count in (("train", config.train_rows), ("validation", config.dev_rows))
+    )
     # readers of MT tokens are shown other word orders too, as in stage 3: none shall win by its texts' grammar
     free = kind_rows(world, ENGLISH, "train", config.train_rows, free=True)
     unlabelled = [TextRow(text, ENGLISH) for text in world.unlabelled(config.unlabelled)]
@@ -116,9 +118,14 @@ def train_matrix(cells: Cells) -> dict[str, str]:
         ("full_kl_labelled", "adapted", free, 1.0),
     ):
         stages[name] = partial(
-            cells.distill, model=start[model], teacher=start["teacher"], texts=texts, dev=dev, kl=kl,
+            cells.distill,
+            model=start[model],
+            teacher=start["teacher"],
+            texts=texts,
+            dev=dev,
+            kl=kl,
             steps=config.distill_steps,
-        )  # fmt: skip
+        )
     return {name: cells.model(name, train) for name, train in stages.items()}
 
 

@@ -133,10 +133,14 @@ def _matrix(table: Table, results: dict[str, Any]) -> list[str]:
         overall, languages = estimate(means), estimate(by_language.values())
         english = estimate(row[ENGLISH] for row in rows)
         found[name] = {
-            "title": title, "english": english.mean, "foreign": overall.mean, "half_width_over_seeds": overall.half,
-            "half_width_over_languages": languages.half, "by_seed": dict(zip(seeds, means, strict=True)),
+            "title": title,
+            "english": english.mean,
+            "foreign": overall.mean,
+            "half_width_over_seeds": overall.half,
+            "half_width_over_languages": languages.half,
+            "by_seed": dict(zip(seeds, means, strict=True)),
             "by_language": by_language,
-        }  # fmt: skip
+        }
         ends = min(by_language.values()), max(by_language.values())
         lines.append(
             f"| {title} | {english} | {overall} | {100 * languages.half:.1f} "
@@ -270,10 +274,14 @@ def _curve(curve: Curve, table: Table, results: dict[str, Any], root: Path) -> l
         for code in table[seeds[0]][names[0]]["languages"]
     }
     results[curve.name] = {
-        "axis": curve.axis, "x": xs, "seeds": seeds,
+        "axis": curve.axis,
+        "x": xs,
+        "seeds": seeds,
         **{system: [{"mean": p.mean, "half_width": _number(p.half)} for p in points[system]] for system in curve.lines},
-        "crossing": where, "crossing_by_seed": by_seed, "crossing_by_language": languages,
-    }  # fmt: skip
+        "crossing": where,
+        "crossing_by_seed": by_seed,
+        "crossing_by_language": languages,
+    }
     extra = [key for key in ("teacher_english", "mt_llm_english") if key in table[seeds[0]][names[0]]]
     for key in extra:
         results[curve.name][key] = [_mean(table[seed][name][key] for seed in seeds) for name in names]
@@ -321,8 +329,15 @@ def draw_curve(
     axis.text(xs[-1], 100 * CHANCE + 1, "chance", ha="right", color="0.4", fontsize=8)
     if where is not None:
         axis.axvline(where, color="0.3", linestyle="--", linewidth=1)
-        axis.annotate(f"crossing at {where:.2f}", (where, 45), ha="left", va="top", fontsize=8, xytext=(3, 0),
-                      textcoords="offset points")  # fmt: skip
+        axis.annotate(
+            f"crossing at {where:.2f}",
+            (where, 45),
+            ha="left",
+            va="top",
+            fontsize=8,
+            xytext=(3, 0),
+            textcoords="offset points",
+        )
     axis.set_xlabel(curve.axis)
     axis.set_ylabel("accuracy, %, mean of 8 languages")
     axis.set_ylim(0, 104)

@@ -135,9 +135,14 @@ def llm(folder: Path) -> dict[str, Any]:
     last = reader.logits(tokenizer(PROMPT).input_ids)[-1]
     top = {tokenizer.decode(int(index)): round(float(last[index]), 4) for index in last.argsort()[::-1][:5]}
     return {
-        "texts": len(TEXTS), "positions": positions, "same_first_token": same, "largest_logit": scale,
-        "largest_difference": error, "control_without_positions": control, "first_tokens_after": {PROMPT: top},
-    }  # fmt: skip
+        "texts": len(TEXTS),
+        "positions": positions,
+        "same_first_token": same,
+        "largest_logit": scale,
+        "largest_difference": error,
+        "control_without_positions": control,
+        "first_tokens_after": {PROMPT: top},
+    }
 
 
 @torch.inference_mode()
@@ -175,10 +180,15 @@ def llama_cpp(folder: Path) -> dict[str, Any]:
             control = max(control, float((before[where] - theirs).abs().max()))
         before = ours
     return {
-        "version": metadata.version("xllamacpp"), "texts": len(TEXTS), "tokens_differ": tokens_differ,
-        "same_first_token": same, "largest_log_probability_difference": largest,
-        "difference_with_rounded_inputs": like, "what_the_rounding_alone_does": alone, "control_other_text": control,
-    }  # fmt: skip
+        "version": metadata.version("xllamacpp"),
+        "texts": len(TEXTS),
+        "tokens_differ": tokens_differ,
+        "same_first_token": same,
+        "largest_log_probability_difference": largest,
+        "difference_with_rounded_inputs": like,
+        "what_the_rounding_alone_does": alone,
+        "control_other_text": control,
+    }
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -94,11 +94,15 @@ TASKS = {
     ),
     "nusax": StudyTask("NusaX sentiment", "nusax", "nusax_senti", "english"),
     "nli": StudyTask(
-        "XNLI (read before) and AmericasNLI (not)", "mnli", "mnli_sample", "en",
+        "XNLI (read before) and AmericasNLI (not)",
+        "mnli",
+        "mnli_sample",
+        "en",
         tested=(("xnli", "xnli"), ("americasnli", "americasnli")),
-        translations=("americasnli", "americasnli", "amnli_nllb600m/derived", ("aym", "gn", "quy")), settings=PAIRS,
+        translations=("americasnli", "americasnli", "amnli_nllb600m/derived", ("aym", "gn", "quy")),
+        settings=PAIRS,
     ),
-}  # fmt: skip
+}
 
 
 def write_texts(data: Path, target: Path) -> int:

@@ -153,14 +153,19 @@ def summarise(study: Study, systems: Mapping[str, str]) -> dict[str, Any]:
     first: Scores = next(iter(parts.values()))
     suite = yaml.safe_load((study.suite.parent / "suite.yaml").read_text(encoding="utf-8"))
     return {
-        "task": study.title, "seeds": list(study.seeds), "languages": {g: p.foreign() for g, p in parts.items()},
-        "dtype": suite.get("dtype", "float32"), "centre": max(task.get("centre", 0) for task in suite["tasks"]),
+        "task": study.title,
+        "seeds": list(study.seeds),
+        "languages": {g: p.foreign() for g, p in parts.items()},
+        "dtype": suite.get("dtype", "float32"),
+        "centre": max(task.get("centre", 0) for task in suite["tasks"]),
         "rows": first.limit or next(iter(first.models[0].languages.values())).rows,
         "english": {name: of_english(study, next(iter(parts)), name) for name in systems},
         "texts": {name: int(f.split("-")[1]) for name, f in systems.items() if f.startswith("stack-")},
         "translated": of_translations(study),
-        "systems": models, "checkpoints": of_checkpoints(study, systems[OURS]), "versions": first.versions,
-    }  # fmt: skip
+        "systems": models,
+        "checkpoints": of_checkpoints(study, systems[OURS]),
+        "versions": first.versions,
+    }
 
 
 def of_retrieval(scores: ModelScores, codes: Iterable[str]) -> dict[str, Any] | None:

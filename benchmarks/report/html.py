@@ -113,15 +113,21 @@ def _bars(case: str, found: Sequence[Speedup]) -> dict[str, Any]:
     for s in found:
         start, end = sorted((place(1.0), place(s.middle)))
         memory = "not measured" if s.memory is None else f"{s.memory:.2f} of its memory"
-        bars.append({
-            "name": (f"{s.ours.size}: " if s.ours.size else "") + f"against {s.other.variant}",
-            "value": f"{s.middle:.2f} ×", "start": start, "width": round(end - start, 2),
-            "low": place(s.low), "span": round(place(s.high) - place(s.low), 2),
-            "kind": "up" if s.middle >= 1 else "down", "sure": s.verdict != "even",
-            "hint": f"{number(s.ours.time_ms)} ms against {number(s.other.time_ms)} ms, p20 to p80 {s.low:.2f} to "
-                    f"{s.high:.2f}; memory: {memory}; {floor_share(s.ours)} of the floor; "
-                    f"gate green, error {error(s.ours)}",
-        })  # fmt: skip
+        bars.append(
+            {
+                "name": (f"{s.ours.size}: " if s.ours.size else "") + f"against {s.other.variant}",
+                "value": f"{s.middle:.2f} ×",
+                "start": start,
+                "width": round(end - start, 2),
+                "low": place(s.low),
+                "span": round(place(s.high) - place(s.low), 2),
+                "kind": "up" if s.middle >= 1 else "down",
+                "sure": s.verdict != "even",
+                "hint": f"{number(s.ours.time_ms)} ms against {number(s.other.time_ms)} ms, p20 to p80 {s.low:.2f} to "
+                f"{s.high:.2f}; memory: {memory}; {floor_share(s.ours)} of the floor; "
+                f"gate green, error {error(s.ours)}",
+            }
+        )
     return {"case": case, "bars": bars, "one": place(1.0)}
 
 
@@ -149,28 +155,38 @@ def figures(records: Sequence[Record]) -> list[dict[str, str]]:
         for quantity, label in (("time_ms", "time (ms)"), ("peak_incremental_mib", "peak memory (MiB)")):
             if any(getattr(r, quantity) for r in mine):
                 floor = quantity == "time_ms"
-                found.append({
-                    "title": f"{name}: {label.split(' (')[0]} against rows",
-                    "svg": _curves(_by_variant(mine, "T", quantity), "rows T", label, _floor(mine) if floor else None),
-                    "note": device + ("; the grey line is the floor at the measured ceilings" if floor else ""),
-                })  # fmt: skip
+                found.append(
+                    {
+                        "title": f"{name}: {label.split(' (')[0]} against rows",
+                        "svg": _curves(
+                            _by_variant(mine, "T", quantity), "rows T", label, _floor(mine) if floor else None
+                        ),
+                        "note": device + ("; the grey line is the floor at the measured ceilings" if floor else ""),
+                    }
+                )
     errors: dict[str, list[tuple[float, float]]] = {}
     for r in records:
         if r.kl:
             errors.setdefault(r.variant, []).append((r.kl, 100 * r.gate_detail["gradient"]))
     if errors:
-        found.append({
-            "title": "Error of the KL's gradient against the distance from the teacher",
-            "svg": _curves(errors, "KL (nats)", "gradient error (%)", None),
-            "note": "bf16 states and head; a distillation moves from right to left",
-        })  # fmt: skip
+        found.append(
+            {
+                "title": "Error of the KL's gradient against the distance from the teacher",
+                "svg": _curves(errors, "KL (nats)", "gradient error (%)", None),
+                "note": "bf16 states and head; a distillation moves from right to left",
+            }
+        )
     sensitivity = _sensitivity(speedups(records))
     if sensitivity:
-        found.append({
-            "title": "What the lengths decide: speed-up against the share of padding",
-            "svg": _curves(sensitivity, "padding of the padded batch (%)", "times as fast as padded", None, level=1.0),
-            "note": "one mark for each distribution of lengths; below 1 the padded chain wins",
-        })  # fmt: skip
+        found.append(
+            {
+                "title": "What the lengths decide: speed-up against the share of padding",
+                "svg": _curves(
+                    sensitivity, "padding of the padded batch (%)", "times as fast as padded", None, level=1.0
+                ),
+                "note": "one mark for each distribution of lengths; below 1 the padded chain wins",
+            }
+        )
     return found
 
 
@@ -217,9 +233,13 @@ def _sensitivity(found: Sequence[Speedup]) -> dict[str, list[tuple[float, float]
 
 
 def _curves(
-    lines: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str, floor: Sequence[tuple[float, float]] | None,
-    *, level: float | None = None,
-) -> str:  # fmt: skip
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    x: str,
+    y: str,
+    floor: Sequence[tuple[float, float]] | None,
+    *,
+    level: float | None = None,
+) -> str:
     """A chart as SVG whose text stays readable when it is shrunk to a phone's width.
 
     With `level`, a line to compare with, the points are not joined: they are of different texts, not of one sweep.
@@ -237,10 +257,15 @@ def _curves(
             ordered = sorted(points)
             mine = name.startswith("ours")
             axis.plot(
-                [p[0] for p in ordered], [p[1] for p in ordered], color=COLOURS[i % len(COLOURS)], label=name,
-                linewidth=2.4 if mine else 1.4, linestyle=("-" if i < len(COLOURS) else "--") if log else "none",
-                marker="osD^vP"[i % 6], markersize=6 if mine or not log else 4,
-            )  # fmt: skip
+                [p[0] for p in ordered],
+                [p[1] for p in ordered],
+                color=COLOURS[i % len(COLOURS)],
+                label=name,
+                linewidth=2.4 if mine else 1.4,
+                linestyle=("-" if i < len(COLOURS) else "--") if log else "none",
+                marker="osD^vP"[i % 6],
+                markersize=6 if mine or not log else 4,
+            )
         if floor and len(floor) > 1:
             axis.plot(*zip(*floor), color="0.5", linewidth=3, alpha=0.6, label="floor", zorder=0)
         if log:

@@ -75,23 +75,35 @@ def readme_block(records: Sequence[Record], readme: str, paths: Sequence[str]) -
             number(r.peak_incremental_mib) + (" MiB" if r.peak_incremental_mib is not None else "")
             for r in (s.ours, s.other)
         ]
-        cells.append([
-            s.ours.case, s.ours.size, s.other.variant,
-            f"{s.middle:.2f} x" + (f" ({s.verdict})" if s.verdict != "faster" else ""),
-            f"{s.low:.2f} to {s.high:.2f}", number(s.ours.time_ms), *mib, floor_share(s.ours),
-        ])  # fmt: skip
+        cells.append(
+            [
+                s.ours.case,
+                s.ours.size,
+                s.other.variant,
+                f"{s.middle:.2f} x" + (f" ({s.verdict})" if s.verdict != "faster" else ""),
+                f"{s.low:.2f} to {s.high:.2f}",
+                number(s.ours.time_ms),
+                *mib,
+                floor_share(s.ours),
+            ]
+        )
     first = rows[0].ours
     commits = ", ".join(dict.fromkeys(s.ours.commit for s in rows))
     versions = ", ".join(f"{k} {v}" for k, v in first.versions.items())
     devices = ", ".join(dict.fromkeys(s.ours.device for s in rows))
     library = [note for note in caveats(records) if "oneDNN" in note]
-    return "\n".join([
-        f"<!-- made by: mtllm report --readme {readme} {' '.join(paths)} -->",
-        f"{devices}; {', '.join(dict.fromkeys(s.ours.dtype for s in rows))}; {versions}; commit {commits}.",
-        "Every variant gave the right result (against fp64) before it got a time.",
-        *library, "",
-        *markdown_table((header, cells)), "", losses(records),
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            f"<!-- made by: mtllm report --readme {readme} {' '.join(paths)} -->",
+            f"{devices}; {', '.join(dict.fromkeys(s.ours.dtype for s in rows))}; {versions}; commit {commits}.",
+            "Every variant gave the right result (against fp64) before it got a time.",
+            *library,
+            "",
+            *markdown_table((header, cells)),
+            "",
+            losses(records),
+        ]
+    )
 
 
 def block_of(text: str, name: str) -> str | None:

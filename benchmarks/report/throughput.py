@@ -129,11 +129,21 @@ def speedup_table(found: Sequence[Speedup]) -> Cells:
     rows = []
     for s in found:
         memory = "-" if s.memory is None else f"{s.memory:.2f}"
-        rows.append([
-            s.ours.case, s.ours.size, s.other.variant, f"{s.middle:.2f}", f"{s.low:.2f} to {s.high:.2f}",
-            "" if s.verdict == "faster" else s.verdict, number(s.ours.time_ms), number(s.ours.peak_incremental_mib),
-            memory, floor_share(s.ours), error(s.ours),
-        ])  # fmt: skip
+        rows.append(
+            [
+                s.ours.case,
+                s.ours.size,
+                s.other.variant,
+                f"{s.middle:.2f}",
+                f"{s.low:.2f} to {s.high:.2f}",
+                "" if s.verdict == "faster" else s.verdict,
+                number(s.ours.time_ms),
+                number(s.ours.peak_incremental_mib),
+                memory,
+                floor_share(s.ours),
+                error(s.ours),
+            ]
+        )
     return header, rows
 
 
@@ -143,12 +153,16 @@ def group_table(group: Sequence[Record]) -> Cells:
     header += ["peak MiB", "of floor", "host syncs", "error", ""]
     rows = [
         [
-            r.variant, {"pass": "green", "fail": "RED", "none": "-"}[r.gate],
+            r.variant,
+            {"pass": "green", "fail": "RED", "none": "-"}[r.gate],
             *(number(x) for x in (r.time_ms, r.time_ms_p20, r.time_ms_p80, r.forward_ms, r.peak_incremental_mib)),
-            floor_share(r), "-" if r.host_syncs is None else str(r.host_syncs), error(r), r.notes,
+            floor_share(r),
+            "-" if r.host_syncs is None else str(r.host_syncs),
+            error(r),
+            r.notes,
         ]
         for r in group
-    ]  # fmt: skip
+    ]
     return drop_empty((header, rows))
 
 
@@ -310,8 +324,18 @@ def change_table(changes: Sequence[Change]) -> Cells:
     for c in sorted(changes, key=lambda c: (not c.verdict.isupper(), not c.verdict)):
         ratio = "-" if c.new.time_ms is None else f"{c.ratio:.2f}"
         memory = "-" if c.memory is None else f"{c.memory:.2f}"
-        rows.append([c.new.case, c.new.size, c.new.variant, number(c.old.time_ms), number(c.new.time_ms), ratio, memory,
-                     c.verdict])  # fmt: skip
+        rows.append(
+            [
+                c.new.case,
+                c.new.size,
+                c.new.variant,
+                number(c.old.time_ms),
+                number(c.new.time_ms),
+                ratio,
+                memory,
+                c.verdict,
+            ]
+        )
     return header, rows
 
 

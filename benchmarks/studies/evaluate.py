@@ -61,15 +61,28 @@ def build(folder: Path, data: Path, width: int, layers: int) -> None:
     mt, llm = nllb_tokenizer(lines, 8000), llm_tokenizer(lines, 2000)
     encoder = M2M100ForConditionalGeneration(
         m2m100_config(
-            len(mt), d_model=width, encoder_layers=layers, encoder_ffn_dim=4 * width, decoder_ffn_dim=64,
-            encoder_attention_heads=width // 64, decoder_attention_heads=width // 64, max_position_embeddings=512,
+            len(mt),
+            d_model=width,
+            encoder_layers=layers,
+            encoder_ffn_dim=4 * width,
+            decoder_ffn_dim=64,
+            encoder_attention_heads=width // 64,
+            decoder_attention_heads=width // 64,
+            max_position_embeddings=512,
         )
-    )  # fmt: skip
+    )
     config = LlamaConfig(
-        vocab_size=len(llm), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
-        num_attention_heads=width // 64, num_key_value_heads=width // 64, max_position_embeddings=1024,
-        bos_token_id=llm.bos_token_id, eos_token_id=llm.eos_token_id, pad_token_id=llm.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(llm),
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
+        max_position_embeddings=1024,
+        bos_token_id=llm.bos_token_id,
+        eos_token_id=llm.eos_token_id,
+        pad_token_id=llm.pad_token_id,
+    )
     for name, model, tokenizer in (("encoder", encoder, mt), ("llm", LlamaForCausalLM(config), llm)):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -81,11 +94,11 @@ class PaddedLoop:
     def __init__(self, folder: Path, stack: MTLLM, device: str) -> None:
         from transformers import AutoModel, AutoTokenizer
 
-        assert stack.projection is not None and stack.head is not None
+        assert stack.head is not None
         self.tokenizer = AutoTokenizer.from_pretrained(folder / "encoder")
         self.encoder: Any = AutoModel.from_pretrained(folder / "encoder").encoder.eval().to(device)
         self.llm: Any = AutoModel.from_pretrained(folder / "llm").eval().to(device)
-        self.projection, self.head = stack.projection.layers, stack.head.linear
+        self.projection, self.head = stack.require_stack().projection.layers, stack.head.linear
         self.device = device
         self.tokens = self.padded = 0  # real and computed, since they were last reset
 

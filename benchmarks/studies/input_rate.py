@@ -92,10 +92,18 @@ def seconds_of(run: Callable[[], Any], repeats: int) -> list[float]:
 def entry(kind: str, stage: str, rows: int, tokens: int, times: Sequence[float], **more: Any) -> dict[str, Any]:
     seconds = percentile(times, 0.5)
     return {
-        "case": "input rate", "shape": {"N": rows, "tokens": tokens}, "dtype": "int64", "variant": stage,
-        "gate": "none", "text": kind, "time_ms": seconds * 1e3, "round_ms": [t * 1e3 for t in times],
-        "rows_per_s": rows / seconds, "tokens_per_s": tokens / seconds, **more,
-    }  # fmt: skip
+        "case": "input rate",
+        "shape": {"N": rows, "tokens": tokens},
+        "dtype": "int64",
+        "variant": stage,
+        "gate": "none",
+        "text": kind,
+        "time_ms": seconds * 1e3,
+        "round_ms": [t * 1e3 for t in times],
+        "rows_per_s": rows / seconds,
+        "tokens_per_s": tokens / seconds,
+        **more,
+    }
 
 
 def stages(kind: str, rows: list[Any], tokenizer: Any, folder: Path, repeats: int) -> list[dict[str, Any]]:
@@ -165,12 +173,19 @@ def packing(kind: str, rows: list[Any], tokenizer: Any) -> list[dict[str, Any]]:
             shares = {side: tokens / counts.budget for side, tokens in counts.tokens.items()}
             records.append(
                 {
-                    "case": "packing", "shape": {"N": len(rows), "tokens": budget}, "dtype": "int64", "gate": "none",
-                    "variant": "default" if lookahead is None else "1024 rows", "text": kind, "packs": counts.packs,
-                    "window_rows": dataset.window_rows(), "windows": counts.windows, "share": shares,
+                    "case": "packing",
+                    "shape": {"N": len(rows), "tokens": budget},
+                    "dtype": "int64",
+                    "gate": "none",
+                    "variant": "default" if lookahead is None else "1024 rows",
+                    "text": kind,
+                    "packs": counts.packs,
+                    "window_rows": dataset.window_rows(),
+                    "windows": counts.windows,
+                    "share": shares,
                     "fuller": counts.efficiency,
                 }
-            )  # fmt: skip
+            )
     return records
 
 

@@ -108,13 +108,12 @@ def run_rank(folder: Path, rank: int, ranks: int, workers: int, lookahead: int, 
     number, filled = first, {"mt": 0, "llm": 0}
     with (folder / f"ids-{rank}-{first}.bin").open("wb") as ids, (folder / f"rows-{rank}").open("w") as progress:
         for batch in PackedLoader(dataset, workers):
-            assert batch.mt is not None and batch.llm is not None
             first_batch_s = first_batch_s or time.perf_counter() - began
             if batch.weight:
                 np.array([int(name) for name in batch.ids if name is not None], np.int64).tofile(ids)
                 seen += batch.num_rows
-                filled["mt"] += batch.mt.num_tokens
-                filled["llm"] += batch.llm.num_tokens
+                for side in filled:
+                    filled[side] += batch.side(side).num_tokens
             number += 1
             progress.seek(0)
             progress.write(f"{number:12d}")
@@ -125,10 +124,17 @@ def run_rank(folder: Path, rank: int, ranks: int, workers: int, lookahead: int, 
         place.write_text(json.dumps(dataset.read_before(number)))
     counts = dataset.counters
     about = {
-        "batches": number - first, "rows": seen, "seconds": time.perf_counter() - began, "first_batch_s": first_batch_s,
-        "windows_before": after["windows"] if after else 0, "windows": counts.windows, "packs": counts.packs,
-        "tokens": dict(counts.tokens), "budget": counts.budget, "filled": filled,
-    }  # fmt: skip
+        "batches": number - first,
+        "rows": seen,
+        "seconds": time.perf_counter() - began,
+        "first_batch_s": first_batch_s,
+        "windows_before": after["windows"] if after else 0,
+        "windows": counts.windows,
+        "packs": counts.packs,
+        "tokens": dict(counts.tokens),
+        "budget": counts.budget,
+        "filled": filled,
+    }
     (folder / f"about-{rank}-{first}.json").write_text(json.dumps(about))
 
 
@@ -283,13 +289,19 @@ def measure(
         f"all); budget used: {', '.join(f'{100 * share:.1f} % {side}' for side, share in sides.items())}"
     )
     found = {
-        "time_ms": seconds * 1e3, "problems": problems, "stop_batch": stop, "tokens": TOKENS, "lookahead": lookahead,
-        "documents_read": len(ids), "packing": sides, "growth_bound": GROWTH,
+        "time_ms": seconds * 1e3,
+        "problems": problems,
+        "stop_batch": stop,
+        "tokens": TOKENS,
+        "lookahead": lookahead,
+        "documents_read": len(ids),
+        "packing": sides,
+        "growth_bound": GROWTH,
         "parts": [
             {"memory_mib": {"quarters": quarters(samples), "peak": max(samples), "growth": grown}, "ranks": ranks_}
             for samples, grown, ranks_ in zip(parts, verdict.growth, about, strict=True)
         ],
-    }  # fmt: skip
+    }
     shape = {"bytes": size, "N": count, "ranks": ranks, "workers": workers}
     return study_record("input stream", shape, not problems, "int64", **found), problems
 

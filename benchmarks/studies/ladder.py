@@ -147,9 +147,15 @@ def run_cpu(size: str, rungs: Sequence[Rung], repeats: int, log: Log, options: S
 
 
 def climb(
-    rungs: Sequence[Rung], options: Size, device: str, repeats: int, before: list[Record],
-    plain: dict[str, NDArray[Any]] | None, path: Path | None, size: str = "",
-) -> tuple[list[Record], dict[str, NDArray[Any]] | None]:  # fmt: skip
+    rungs: Sequence[Rung],
+    options: Size,
+    device: str,
+    repeats: int,
+    before: list[Record],
+    plain: dict[str, NDArray[Any]] | None,
+    path: Path | None,
+    size: str = "",
+) -> tuple[list[Record], dict[str, NDArray[Any]] | None]:
     """Records of rungs climbed on one model, and the gradients of the first one that ran on the whole batch.
 
     Those are numpy arrays: a tensor that crosses a pipe needs its sender alive until it is read.
@@ -241,15 +247,20 @@ def print_table(records: list[Record], rungs: Sequence[Rung]) -> None:
             continue
         plain, below = by_name.get("plain"), by_name.get(rung.below)
         worst = max((v for k, v in r.gate_detail.items() if not k.endswith(", whole")), default=None)
-        print(line.format(
-            r.variant, f"{r.time_ms:.0f}" if r.time_ms else "-", ratio(r.time_ms, plain.time_ms if plain else None),
-            ratio(r.time_ms, below.time_ms if below else None),
-            f"{1e3 * r.shape['B'] / r.time_ms:.1f}" if r.time_ms else "-",
-            f"{r.static_mib:.0f}" if r.static_mib else "-",
-            f"{r.peak_incremental_mib:.0f}" if r.peak_incremental_mib else "-",
-            ratio(r.peak_incremental_mib, plain.peak_incremental_mib if plain else None),
-            f"{worst:.0e}" if worst is not None else "-",
-        ) + (f"  {r.notes}" if r.notes else ""))  # fmt: skip
+        print(
+            line.format(
+                r.variant,
+                f"{r.time_ms:.0f}" if r.time_ms else "-",
+                ratio(r.time_ms, plain.time_ms if plain else None),
+                ratio(r.time_ms, below.time_ms if below else None),
+                f"{1e3 * r.shape['B'] / r.time_ms:.1f}" if r.time_ms else "-",
+                f"{r.static_mib:.0f}" if r.static_mib else "-",
+                f"{r.peak_incremental_mib:.0f}" if r.peak_incremental_mib else "-",
+                ratio(r.peak_incremental_mib, plain.peak_incremental_mib if plain else None),
+                f"{worst:.0e}" if worst is not None else "-",
+            )
+            + (f"  {r.notes}" if r.notes else "")
+        )
     sys.stdout.flush()
 
 

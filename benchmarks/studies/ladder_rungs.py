@@ -73,8 +73,7 @@ class Rung:
 @contextmanager
 def shared_products(p: Problem) -> Iterator[None]:
     """Inside the block every adapted layer takes teacher and student rows in one product, adapters on the student's."""
-    llm, split = p.model.llm, p.batch.mt.num_tokens  # type: ignore[union-attr]
-    assert llm is not None
+    llm, split = p.model.require_llm(), p.batch.side("mt").num_tokens
 
     def forward(layer: Any, x: Tensor) -> Tensor:
         a, b = (m["student"].weight.to(x.dtype) for m in (layer.lora_A, layer.lora_B))
@@ -91,23 +90,20 @@ def shared_products(p: Problem) -> Iterator[None]:
 
 def joint_states(p: Problem) -> tuple[Tensor, Tensor]:
     """Student and teacher states of one pass over both."""
-    model, mt, llm = p.model, p.batch.mt, p.batch.llm
-    assert model.encoder is not None and model.llm is not None and model.projection is not None
-    assert mt is not None and llm is not None
+    stack, mt, llm = p.model.require_stack(), p.batch.side("mt"), p.batch.side("llm")
     with torch.no_grad():
-        states = model.encoder(mt, final_norm=False)
-    embeds = model.projection(states, model.encoder.final_norm, model.llm.model.dtype)
-    tokens = model.llm.model.get_input_embeddings()(llm.input_ids)
+        states = stack.encoder(mt, final_norm=False)
+    embeds = stack.projection(states, stack.encoder.final_norm, stack.llm.model.dtype)
+    tokens = stack.llm.model.get_input_embeddings()(llm.input_ids)
     both = PackedBatch.from_sequences([[0] * n for n in (*mt.lengths, *llm.lengths)]).to(mt.device)
     with shared_products(p):
-        states = model.llm(both, embeds=torch.cat([embeds, tokens]))
+        states = stack.llm(both, embeds=torch.cat([embeds, tokens]))
     return states[: mt.num_tokens], states[mt.num_tokens :].detach()
 
 
 def forward_backward(rung: Rung, p: Problem) -> dict[str, Any]:
     """Loss and gradients of one step."""
-    mt, llm, model = p.batch.mt, p.batch.llm, p.model
-    assert mt is not None and llm is not None and model.llm is not None
+    mt, llm, model = p.batch.side("mt"), p.batch.side("llm"), p.model
     assert p.batch.mt_rows is not None and p.batch.llm_rows is not None
     bf16 = torch.autocast(mt.device.type, torch.bfloat16) if rung.switches.get("bf16") else nullcontext()
     with bf16:
@@ -139,7 +135,7 @@ def forward_backward(rung: Rung, p: Problem) -> dict[str, Any]:
 
 def _fused(p: Problem, student: Tensor, teacher: Tensor) -> dict[str, Any]:
     loss = DistillationLoss(p.weights)
-    terms = loss(student, teacher, p.batch, lm_head=p.model.llm.lm_head)  # type: ignore[union-attr]
+    terms = loss(student, teacher, p.batch, lm_head=p.model.require_llm().lm_head)
     return gradients(p, loss.total(terms, p.weights.counts(p.batch)))
 
 
@@ -147,11 +143,10 @@ def settings(rung: Rung, p: Problem, device: str) -> OptimSettings:
     """The rung's switches as a training run would have them."""
     switches = {"bf16": False, "compile": False, "liger": False, **rung.switches}
     if rung.budget:
-        assert p.model.llm is not None and p.batch.mt is not None
-        tokens = p.batch.mt.num_tokens
-        layers = len(p.model.llm.layers)
+        llm, tokens = p.model.require_llm(), p.batch.side("mt").num_tokens
+        layers = len(llm.layers)
         with torch.autocast(device, torch.bfloat16, enabled=bool(switches.get("bf16"))):
-            kept, _ = kept_bytes_per_token(p.model.llm)
+            kept, _ = kept_bytes_per_token(llm)
         switches |= {"activation_memory_gib": rung.budget * kept * tokens * layers / 2**30, "tokens": tokens}
     tokens = switches.pop("tokens", 512)
     return OptimSettings(device=device, tokens=tokens, max_length=min(512, tokens), **switches)  # type: ignore[arg-type]
@@ -200,9 +195,9 @@ def _plain(tensors: list[Any]) -> Iterator[Tensor]:
 
 def as_bf16(p: Problem) -> None:
     """Frozen weights in bf16, as they are loaded for training; position tables of the LLM stay fp32."""
-    assert p.model.encoder is not None and p.model.llm is not None
-    p.model.encoder.to(torch.bfloat16)
-    for parameter in p.model.llm.parameters():
+    stack = p.model.require_stack()
+    stack.encoder.to(torch.bfloat16)
+    for parameter in stack.llm.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
 
@@ -224,12 +219,11 @@ def reference(rung: Rung, plain: Problem, mine: Problem | None) -> dict[str, Ten
     """Loss and gradients of the plain step in fp64; over the rung's own dequantised weights where it has such."""
     if rung.base not in KINDS:
         return exact(plain)
-    assert mine is not None and mine.model.llm is not None
+    assert mine is not None
     model = copy.deepcopy(plain.model)
-    own = dict(mine.model.llm.named_modules())
-    assert model.llm is not None
+    own = dict(mine.model.require_llm().named_modules())
     with torch.no_grad():
-        for name, module in model.llm.named_modules():
+        for name, module in model.require_llm().named_modules():
             if name.endswith(".base_layer"):
                 module.weight.copy_(dequantised(own[name]))  # type: ignore[operator,union-attr]
     return exact(replace(plain, model=model))
@@ -245,9 +239,9 @@ def gate(rung: Rung, mine: Problem, want: dict[str, Tensor]) -> tuple[str, dict[
 def missing(rung: Rung, device: str) -> str | None:
     """Why a rung cannot run here."""
     try:
-        check_switches(OptimSettings(device=device, **{  # type: ignore[arg-type]
-            **rung.switches, "checkpointing": "none" if rung.budget else rung.switches.get("checkpointing", "none"),
-        }))  # fmt: skip
+        checkpointing = "none" if rung.budget else rung.switches.get("checkpointing", "none")
+        switches: dict[str, Any] = {**rung.switches, "checkpointing": checkpointing}
+        check_switches(OptimSettings(device=device, **switches))
     except ValueError as error:
         return str(error)
     return None

@@ -71,12 +71,26 @@ class Distance:
 def command(inputs: Inputs, output: Path, processes: int, engine: str, *more: str, control: str = "") -> list[str]:
     """`mtllm adapt` on so many processes."""
     options = {
-        "--encoder": inputs.encoder, "--llm": inputs.llm, "--text": inputs.text, "--output": str(output),
-        "--max-steps": str(inputs.steps), "--save-steps": str(max(inputs.steps // 5, 1)), "--keep": "9",
-        "--log-steps": "1", "--tokens": str(inputs.tokens), "--max-length": "64", "--lookahead": "64",
-        "--lr": "1e-3", "--warmup": "0.1", "--loss.paired-mse": "0.5", "--loss.kl": "0.5", "--loss.temperature": "2",
-        "--report-to": "none", "--device": "cpu", "--parallel": engine,
-    }  # fmt: skip
+        "--encoder": inputs.encoder,
+        "--llm": inputs.llm,
+        "--text": inputs.text,
+        "--output": str(output),
+        "--max-steps": str(inputs.steps),
+        "--save-steps": str(max(inputs.steps // 5, 1)),
+        "--keep": "9",
+        "--log-steps": "1",
+        "--tokens": str(inputs.tokens),
+        "--max-length": "64",
+        "--lookahead": "64",
+        "--lr": "1e-3",
+        "--warmup": "0.1",
+        "--loss.paired-mse": "0.5",
+        "--loss.kl": "0.5",
+        "--loss.temperature": "2",
+        "--report-to": "none",
+        "--device": "cpu",
+        "--parallel": engine,
+    }
     module = ["benchmarks.studies.parallel", "--control", control] if control else ["mtllm_fast.cli"]
     launcher = [sys.executable]
     if processes > 1:

@@ -53,13 +53,23 @@ class Row:
 
 def spec(kl: bool, checkpointing: bool = False) -> StepSpec:
     encoder = M2M100Config(
-        vocab_size=VOCAB, d_model=WIDTH, encoder_layers=LAYERS, decoder_layers=1, encoder_attention_heads=8,
-        decoder_attention_heads=8, encoder_ffn_dim=4 * WIDTH, decoder_ffn_dim=64,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        d_model=WIDTH,
+        encoder_layers=LAYERS,
+        decoder_layers=1,
+        encoder_attention_heads=8,
+        decoder_attention_heads=8,
+        encoder_ffn_dim=4 * WIDTH,
+        decoder_ffn_dim=64,
+    )
     llm = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=LAYERS,
-        num_attention_heads=8, num_key_value_heads=4,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        intermediate_size=3 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    )
     weights = DistillationWeights(kl=float(kl))
     return StepSpec(encoder, llm, weights, dtype=torch.float32, checkpointing=checkpointing)
 
@@ -151,16 +161,24 @@ def main(argv: list[str] | None = None) -> int:
     for r in rows:
         print(
             line.format(
-                r.step, r.lengths, f"{r.predicted_mib:.1f}", f"{r.measured_mib:.1f}",
-                f"{r.predicted_mib / r.measured_mib:.3f}", f"{r.roofline_ms:.0f}", f"{r.measured_ms:.0f}",
+                r.step,
+                r.lengths,
+                f"{r.predicted_mib:.1f}",
+                f"{r.measured_mib:.1f}",
+                f"{r.predicted_mib / r.measured_mib:.3f}",
+                f"{r.roofline_ms:.0f}",
+                f"{r.measured_ms:.0f}",
                 f"{r.reached:.2f}",
             )
-        )  # fmt: skip
+        )
     if options.json:
         record = {
-            "rows": [asdict(r) for r in rows], "ceilings": ceilings, "device": device_name("cpu"),
-            "versions": versions(), "commit": commit(),
-        }  # fmt: skip
+            "rows": [asdict(r) for r in rows],
+            "ceilings": ceilings,
+            "device": device_name("cpu"),
+            "versions": versions(),
+            "commit": commit(),
+        }
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return int(any(abs(r.predicted_mib / r.measured_mib - 1) > 0.1 for r in rows))
 

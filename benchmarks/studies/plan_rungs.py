@@ -62,11 +62,17 @@ def estimates(traffic: dict[str, Any]) -> list[dict[str, Any]]:
         moved += teacher(traffic, row)
         elementwise = layers * moved * 1e3 / COPY
         rate = 1 / (TOKENS * (products + elementwise))
-        found.append({
-            "rung": rung, "kb_per_token_and_layer": moved, "products_us": round(1e6 * products, 1),
-            "elementwise_us": round(1e6 * elementwise, 1), "documents_per_s": round(rate, 1), "audit": audit,
-            "share": round(audit / rate, 2) if audit else None,
-        })  # fmt: skip
+        found.append(
+            {
+                "rung": rung,
+                "kb_per_token_and_layer": moved,
+                "products_us": round(1e6 * products, 1),
+                "elementwise_us": round(1e6 * elementwise, 1),
+                "documents_per_s": round(rate, 1),
+                "audit": audit,
+                "share": round(audit / rate, 2) if audit else None,
+            }
+        )
     return found
 
 

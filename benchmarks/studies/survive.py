@@ -46,17 +46,31 @@ class Run:
 
     def start(self, *more: str) -> subprocess.Popen[str]:
         options = {
-            "--encoder": self.inputs / "encoder", "--llm": self.inputs / "llm", "--text": self.inputs / self.text,
-            "--output": self.output, "--max-steps": self.steps, "--save-steps": self.save_steps, "--tokens": 96,
-            "--max-length": 48, "--gradient-accumulation": 2, "--loss.paired-mse": 1, "--workers": self.workers,
-            "--lookahead": 64, "--log-steps": 5, "--report-to": "none", "--device": "cpu",
-        }  # fmt: skip
+            "--encoder": self.inputs / "encoder",
+            "--llm": self.inputs / "llm",
+            "--text": self.inputs / self.text,
+            "--output": self.output,
+            "--max-steps": self.steps,
+            "--save-steps": self.save_steps,
+            "--tokens": 96,
+            "--max-length": 48,
+            "--gradient-accumulation": 2,
+            "--loss.paired-mse": 1,
+            "--workers": self.workers,
+            "--lookahead": 64,
+            "--log-steps": 5,
+            "--report-to": "none",
+            "--device": "cpu",
+        }
         arguments = [str(part) for pair in options.items() for part in pair]
         return subprocess.Popen(
             [sys.executable, *self.program, "adapt", *arguments, "--no-progress", *more],
-            cwd=REPO, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            cwd=REPO,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def finish(self, *more: str) -> tuple[str, str]:
         process = self.start(*more)

@@ -53,16 +53,15 @@ def student_of_8b(dropout: float) -> MTLLM:
     encoder, llm = config("NLLB-600M"), config("Llama-3-8B")
     llm.num_hidden_layers = 1
     model = build(StepSpec(encoder, llm, lora=LoraSettings(dropout=dropout)))
-    assert model.llm is not None
-    model.llm.train_adapter("student")
+    model.require_llm().train_adapter("student")
     return model
 
 
 def traced(dropout: float, layers: str = LAYERS[1]) -> dict[str, Any]:
     """Kilobytes per token of forward and backward."""
     model = student_of_8b(dropout)
-    assert model.llm is not None
-    layer, rotary = model.llm.layers[0], model.llm.layers_root.rotary_emb
+    llm = model.require_llm()
+    layer, rotary = llm.layers[0], llm.layers_root.rotary_emb
     forward, backward = Traffic(), Traffic()
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

@@ -139,9 +139,10 @@ def loaded(options: Any, folder: Path, dtype: torch.dtype, change: Callable[[MTL
 @torch.no_grad()
 def variances(student: MTLLM, batch: Batch) -> dict[str, float]:
     """Of the teacher's states, by the term that is divided by it."""
-    assert batch.llm is not None and batch.llm_rows is not None
-    states = student.teacher_states(batch.llm).double()
-    pooled = student.pool(states, batch.llm).double()
+    assert batch.llm_rows is not None
+    packed = batch.side("llm")
+    states = student.teacher_states(packed).double()
+    pooled = student.pool(states, packed).double()
     return {"pooled_mse": float(pooled.var(0).mean()), "paired_mse": float(states[batch.llm_rows].var(0).mean())}
 
 
@@ -259,13 +260,28 @@ def validated(
 def train(options: Any, start: Path, output: Path, base: str) -> list[dict[str, float]]:
     """Steps and losses of a run of `mtllm adapt` from `start` over `base`; one that was stopped goes on."""
     optim = OptimSettings(
-        max_steps=options.steps, tokens=options.tokens, max_length=min(128, options.tokens), lr=2e-4, bf16=True,
-        base_weights="bf16", log_steps=10, save_steps=10**6, progress=False, report_to="none", device="cpu",
-    )  # fmt: skip
+        max_steps=options.steps,
+        tokens=options.tokens,
+        max_length=min(128, options.tokens),
+        lr=2e-4,
+        bf16=True,
+        base_weights="bf16",
+        log_steps=10,
+        save_steps=10**6,
+        progress=False,
+        report_to="none",
+        device="cpu",
+    )
     config = AdaptConfig(
-        model=str(start), encoder=options.encoder, llm=options.llm, output=str(output), loss=WEIGHTS,
-        over_variance=True, train=optim, resume=(output / "run.json").exists(),
-    )  # fmt: skip
+        model=str(start),
+        encoder=options.encoder,
+        llm=options.llm,
+        output=str(output),
+        loss=WEIGHTS,
+        over_variance=True,
+        train=optim,
+        resume=(output / "run.json").exists(),
+    )
     with training_over(base):
         adapt(config, read_rows(options.text, language="eng_Latn"))
     log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
@@ -276,9 +292,16 @@ def begin(options: Any, folder: Path) -> None:
     """Put the model as training starts into `folder`: the projection fitted, fresh adapters."""
     untrained = OptimSettings(max_steps=0, device="cpu", progress=False, report_to="none", tokens=512)
     config = AdaptConfig(
-        encoder=options.encoder, llm=options.llm, output=str(folder), causal=True, lora=LoraSettings(dropout=0.0),
-        init="ridge", init_rows=options.init_rows, loss=WEIGHTS, train=untrained,
-    )  # fmt: skip
+        encoder=options.encoder,
+        llm=options.llm,
+        output=str(folder),
+        causal=True,
+        lora=LoraSettings(dropout=0.0),
+        init="ridge",
+        init_rows=options.init_rows,
+        loss=WEIGHTS,
+        train=untrained,
+    )
     adapt(config, read_rows(options.text, language="eng_Latn"))
 
 
@@ -296,8 +319,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all, in this order")
     options = parser.parse_args(argv)
     rows = list(read_rows(options.valid, language="eng_Latn", limit=16 * options.batches))
-    about = {"device": device_name("cpu"), "versions": versions(), "commit": commit(), "steps": options.steps,
-             "tokens": options.tokens, "batches": options.batches}  # fmt: skip
+    about = {
+        "device": device_name("cpu"),
+        "versions": versions(),
+        "commit": commit(),
+        "steps": options.steps,
+        "tokens": options.tokens,
+        "batches": options.batches,
+    }
     records: list[Any] = []
 
     def add(*more: Any) -> None:
@@ -310,9 +339,9 @@ def main(argv: list[str] | None = None) -> int:
     if not (root / "start" / "config.json").exists():
         begin(options, root / "start")
     student = loaded(options, root / "start", torch.float32, None)
-    assert student.tokenizer is not None
-    batches = [collate(rows[i : i + 16], student.tokenizer) for i in range(0, len(rows), 16)]
-    variance = variances(student, collate(rows, student.tokenizer))
+    tokenizer = student.require_tokenizer()
+    batches = [collate(rows[i : i + 16], tokenizer) for i in range(0, len(rows), 16)]
+    variance = variances(student, collate(rows, tokenizer))
     if "rounding" in options.parts:
         add(rounding(student, batches[0]))
     del student

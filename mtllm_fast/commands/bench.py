@@ -62,17 +62,20 @@ class Bench:
         check_least(self, threads=0, repeats=1)
         if self.threads:
             torch.set_num_threads(self.threads)
+        how = benchmark.Measuring(
+            self.variants,
+            self.quick,
+            self.repeats,
+            self.memory,
+            log=lambda text: print(text, file=sys.stderr, flush=True),
+        )
         records = benchmark.run(
             self.cases,
             device=device,
             dtype=self.dtype or None,
             sizes=self.sizes,
-            quick=self.quick,
-            variants=self.variants,
-            repeats=self.repeats,
-            memory=self.memory,
+            how=how,
             path=Path(self.json) if self.json else None,
-            log=lambda text: print(text, file=sys.stderr, flush=True),
             show=benchmark.show_tables,
         )
         if wrong := benchmark.failed(records):

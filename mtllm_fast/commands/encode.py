@@ -100,15 +100,18 @@ class Encode:
         )
         dtype = getattr(torch, self.dtype) if self.dtype else None
         model = MTLLM.from_pretrained(self.model, dtype=dtype, encoder=self.encoder, llm=self.llm)
-        assert model.tokenizer is not None
+        tokenizer = model.require_tokenizer()
         named = "--language" if self.language_column is None else "--language-column"
         code = language_read(
-            model.tokenizer, model.side, self.language_column or self.language, named,
+            tokenizer,
+            model.side,
+            self.language_column or self.language,
+            named,
             tell=lambda message: print(f"mtllm encode: {message}", file=sys.stderr) if not rank else None,
-        )  # fmt: skip
+        )
         if self.language_column is None:
-            if code is not None and reads_language(model.tokenizer, model.side):
-                model.tokenizer.language_id(code)
+            if code is not None and reads_language(tokenizer, model.side):
+                tokenizer.language_id(code)
             rows = replace(rows, language=code)
         if not self.device and torch.cuda.is_available():
             torch.cuda.set_device(local % torch.cuda.device_count())

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
-def benchmarks(module: str) -> Any:
+def benchmarks(module: str) -> ModuleType:
     """The module `benchmarks.<module>` of the checkout that this package runs from.
 
     Raises:

@@ -30,7 +30,7 @@ def output_file(command: Any, endings: tuple[str, ...], *, resumable: bool = Fal
     return path
 
 
-def check_least(command: Any, **least: int) -> None:
+def check_least(command: object, **least: int) -> None:
     """Refuse a number of `command` that is too small: name of its option -> the least that it may be; None is any."""
     for name, number in least.items():
         value = getattr(command, name)
@@ -38,7 +38,7 @@ def check_least(command: Any, **least: int) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {number}")
 
 
-def check_written(command: Any, *names: str) -> None:
+def check_written(command: object, *names: str) -> None:
     """Refuse, before any work, options of `command` that name a file which cannot be written; "" is none."""
     for name in names:
         if value := getattr(command, name):

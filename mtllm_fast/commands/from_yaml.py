@@ -6,16 +6,23 @@ import dataclasses
 import difflib
 import os
 import typing
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 
 from ..yaml_file import converted, read_yaml, wrong_type
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
+
 Values = dict[tuple[str, ...], Any]  # the path of a field, through nested dataclasses -> its value
+Options = dict[str, tuple[tuple[str, ...], Any]]  # key -> path and type of its field
 
 
-def read_settings(settings_type: Any, path: str) -> Any:
+def read_settings(settings_type: type[Settings], path: str) -> Settings:
     """An instance of `settings_type` with the values of the file in place of its own.
 
     Raises:
@@ -33,12 +40,11 @@ def read_settings(settings_type: Any, path: str) -> Any:
     return _replaced(settings_type(), _values(settings_type, data, where))
 
 
-def _options(settings_type: Any) -> dict[str, tuple[tuple[str, ...], Any]]:
-    """Key -> path and type of its field. A field may also be called as its option is (`from`), and what has no prefix
+def _options(settings_type: type[DataclassInstance]) -> Options:
+    """A field may also be called as its option is (`from`), and what has no prefix
     on the command line (`tyro.conf.arg(name="")`) needs none here."""
     hints = typing.get_type_hints(settings_type, include_extras=True)
-    options: dict[str, tuple[tuple[str, ...], Any]] = {}
-    flat: dict[str, tuple[tuple[str, ...], Any]] = {}
+    options, flat = Options(), Options()
     for field in dataclasses.fields(settings_type):
         kind, names = hints[field.name], []
         if typing.get_origin(kind) is Annotated:
@@ -50,7 +56,7 @@ def _options(settings_type: Any) -> dict[str, tuple[tuple[str, ...], Any]]:
     return flat | options
 
 
-def _values(settings_type: Any, data: dict[Any, Any], where: str) -> Values:
+def _values(settings_type: type[DataclassInstance], data: Mapping[object, object], where: str) -> Values:
     """The checked values of a mapping; keys may use `-` or `_`."""
     options, values = _options(settings_type), Values()
     for key, value in data.items():
@@ -59,7 +65,7 @@ def _values(settings_type: Any, data: dict[Any, Any], where: str) -> Values:
             near = difflib.get_close_matches(name, options, 1)
             raise ValueError(f"{where}: unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         path, kind = options[name]
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             if not isinstance(value, dict):
                 raise ValueError(f"{where}: {key} must be a mapping")
             found = {(*path, *inner): one for inner, one in _values(kind, value, f"{where}: {key}").items()}
@@ -74,7 +80,7 @@ def _values(settings_type: Any, data: dict[Any, Any], where: str) -> Values:
     return values
 
 
-def _replaced(base: Any, values: Values) -> Any:
+def _replaced(base: Settings, values: Values) -> Settings:
     """`base`, an instance of a dataclass, with the values of some of its fields and of those nested in it."""
     changes = {}
     for name in {path[0] for path in values}:

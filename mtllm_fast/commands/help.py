@@ -11,7 +11,7 @@ import os
 import sys
 import textwrap
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -83,7 +83,7 @@ def _message(box: str) -> str:
     return message.partition(". Got errors:")[0].rstrip(".")
 
 
-def description(settings_type: Any) -> str:
+def description(settings_type: type) -> str:
     """The docstring of a command: its paragraphs in one line each, and its examples in lines that a shell takes."""
     lines: list[str] = []
     example = False
@@ -129,7 +129,7 @@ def _documented(info: StructTypeInfo) -> StructConstructorSpec | None:
     return StructConstructorSpec(info.type, tuple(fields))
 
 
-def _hint(value: Any, required: str | None) -> Any:
+def _hint(value: object, required: str | None) -> str | Callable[[str], str]:
     """What stands behind the text of an option: that it is required, or its default where it has one."""
     if isinstance(value, bool):
         return f"(default: {'on' if value else 'off'})"

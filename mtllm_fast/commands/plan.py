@@ -81,10 +81,14 @@ class Plan:
         encoder = planning.config(self.encoder, "encoder")
         family_of(encoder, self.encoder)
         spec = planning.StepSpec(
-            encoder, planning.config(self.llm, "llm"), self.loss, self.lora,
+            encoder,
+            planning.config(self.llm, "llm"),
+            self.loss,
+            self.lora,
             base="dense" if self.base_weights == "bf16" else self.base_weights,
-            eight_bit_optimizer=self.adam_8bit, offloaded_optimizer=self.offload_optimizer,
-        )  # fmt: skip
+            eight_bit_optimizer=self.adam_8bit,
+            offloaded_optimizer=self.offload_optimizer,
+        )
         lengths = planning.sample_lengths(self.lengths, limit=self.max_length)
         job = (lengths, device, self.documents, self.gpus, efficiency)
         columns = [
@@ -106,8 +110,9 @@ class Plan:
             f"Predicted, not measured: {device.gemm:.0%} of {device.flops / 1e12:.0f} TFLOP/s, {device.copy:.0%} of "
             f"{device.bandwidth / 1e12:.2f} TB/s, and {efficiency:.0%} of that roofline. The paper's code took "
             "about 22 h for 2,560,000 texts on 8 x A100-80GB.",
-            soft_wrap=True, highlight=False,
-        )  # fmt: skip
+            soft_wrap=True,
+            highlight=False,
+        )
         if self.json:
             record = {
                 "settings": asdict(self),

@@ -89,12 +89,18 @@ class Profile:
             model = MTLLM.from_pretrained(self.model, dtype=dtype)
         else:
             model = MTLLM.stack(self.encoder, self.llm, lora=self.lora, dtype=dtype)
-        assert model.tokenizer is not None
-        model.tokenizer.max_mt_tokens = model.tokenizer.max_llm_tokens = min(self.max_length, self.tokens)
+        tokenizer = model.require_tokenizer()
+        tokenizer.max_mt_tokens = tokenizer.max_llm_tokens = min(self.max_length, self.tokens)
         result = profile_steps(
-            model.to(device), rows, mode=self.mode, loss=self.loss, tokens=self.tokens, steps=self.steps,
-            bf16=self.bf16, trace=self.trace or None,
-        )  # fmt: skip
+            model.to(device),
+            rows,
+            mode=self.mode,
+            loss=self.loss,
+            tokens=self.tokens,
+            steps=self.steps,
+            bf16=self.bf16,
+            trace=self.trace or None,
+        )
         medians = result.medians()
         whole = sum(medians.values())
         shown = Table(title=f"one {self.mode} step on {device}, median of {self.steps}", title_justify="left")

@@ -61,9 +61,14 @@ class Tokenize:
         check_text(self.text)
         config = check_encoder(self.encoder)
         rows = read_rows(
-            self.text, text_column=self.text_column, language=self.language, language_column=self.language_column,
-            split=self.split, limit=self.limit, quoting=self.quoted,
-        )  # fmt: skip
+            self.text,
+            text_column=self.text_column,
+            language=self.language,
+            language_column=self.language_column,
+            split=self.split,
+            limit=self.limit,
+            quoting=self.quoted,
+        )
         tokenizer = base_tokenizer(MTLLMConfig(encoder=self.encoder, llm=self.llm), self.max_length, self.max_length)
         fit_tokenizer(tokenizer, config, self.encoder)
         seen = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -18,6 +18,7 @@ from ..models.hub import check_push, push
 from ..training import STAGES, AdaptConfig, DistillConfig, FinetuneConfig, OptimSettings, run_seeds
 from ..training.live import Watch
 from ..training.processes import ends_process
+from ..training.record import Metrics
 from ..training.run import Data, run
 from .watch import WatchSettings
 
@@ -29,12 +30,12 @@ def base_settings(command: Any, config_type: type) -> Any:
     return config_type(**{f.name: getattr(command, f.name) for f in dataclasses.fields(config_type)})
 
 
-def _record(source: dict[str, Any]) -> dict[str, Any]:
+def _record(source: Mapping[str, object]) -> dict[str, object]:
     """Without what runs that were started before there was `quoted` do not have: they read with it."""
     return {name: value for name, value in source.items() if name != "quoted" or not value}
 
 
-def finish(stage: str, output: str, metrics: dict[str, Any]) -> None:
+def finish(stage: str, output: str, metrics: Metrics) -> None:
     """Say what a training run did."""
     if int(os.environ.get("RANK", "0")):
         return
@@ -92,7 +93,7 @@ def train(stage: str, command: Any, data: Data, watch: Watch | None) -> None:
         put_on_hub(stage, config.output, hub)
         return
 
-    def one(settings: Any) -> dict[str, Any]:
+    def one(settings: Any) -> Metrics:
         metrics = run(STAGES[stage], settings, data, watch)
         finish(f"{stage}, seed {settings.train.seed}", settings.output, metrics)
         return metrics
@@ -144,7 +145,7 @@ class TextSource:
     """Quote marks in .csv and .tsv files of `text`, `valid` and the task "folder" stand around fields; without, they
     are text."""
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """The options as plain data for the run's record, which is compared on resume."""
         return _record(dataclasses.asdict(self))
 

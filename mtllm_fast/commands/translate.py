@@ -112,7 +112,7 @@ class Translate:
 
         from ..inference.device import check_device
         from ..inference.stream import Interrupted
-        from ..inference.translate import FORMATS, translate_file
+        from ..inference.translate import FORMATS, Manner, translate_file
         from ..inference.translator import Translator
         from ..jobs.fingerprint import of_model
 
@@ -145,26 +145,22 @@ class Translate:
         )
         texts = self._of_task(translator) if self.task else self._of_file(translator)
         settings = {"model": self.model, "weights": of_model(self.model), "dtype": self.dtype, "device": device[:4]}
+        decoding = ("num_beams", "max_tokens", "max_new_tokens", "no_repeat_ngram_size", "repetition_penalty")
+        how = Manner(
+            self.target, texts.keep, self.scores, self.window, {name: getattr(self, name) for name in decoding}
+        )
         try:
             report = translate_file(
                 translator,
                 texts.sources,
                 output,
-                target=self.target,
+                how,
                 settings={**settings, "max_length": self.max_length, **texts.identity},
-                keep=texts.keep,
-                scores=self.scores,
-                window=self.window,
                 overwrite=self.overwrite,
                 rank=rank,
                 world_size=world_size,
                 total=len(texts.sources) if isinstance(texts.sources, list) else None,
                 progress=self.progress and rank == 0,
-                num_beams=self.num_beams,
-                max_tokens=self.max_tokens,
-                max_new_tokens=self.max_new_tokens,
-                no_repeat_ngram_size=self.no_repeat_ngram_size,
-                repetition_penalty=self.repetition_penalty,
             )
         except Interrupted as stopped:
             print(f"mtllm translate: {stopped}", file=sys.stderr)

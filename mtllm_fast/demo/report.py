@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ SYSTEMS = {
     "encoder_only": "encoder, fine-tuned",
     "mt_llm": "MT-LLM",
 }
+Results = dict[str, Any]  # what results.json holds
 HEADER = ("language", "n", *SYSTEMS.values())
 TITLE = "Accuracy in %, trained on English only [95 % interval]"
 CAVEAT = (
@@ -28,7 +29,7 @@ CAVEAT = (
 )
 
 
-def summarise(scores: Sequence[Scores], translated: Scores | None, *, seconds: float, seed: int) -> dict[str, Any]:
+def summarise(scores: Sequence[Scores], translated: Scores | None, *, seconds: float, seed: int) -> Results:
     """The demo's results as data. Accuracies are shares from 0 to 1, intervals 95 %.
 
     Args:
@@ -37,7 +38,7 @@ def summarise(scores: Sequence[Scores], translated: Scores | None, *, seconds: f
     """
     from ..models.packages.translate import PACKAGE
 
-    rows: dict[str, Any] = {}
+    rows: dict[str, dict[str, object]] = {}
     for part in scores:
         models = {model.name: model for model in part.models}
         for code in part.foreign():
@@ -79,7 +80,7 @@ def summarise(scores: Sequence[Scores], translated: Scores | None, *, seconds: f
     return results
 
 
-def verdict(results: dict[str, Any]) -> list[str]:
+def verdict(results: Results) -> list[str]:
     """One sentence a comparison, whichever way it fell."""
     mean, english, known = results["mean"], results["english"], results["mean_of"]
     ours, bound = mean["mt_llm"], english["teacher"]
@@ -113,7 +114,7 @@ def verdict(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def table_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
+def table_rows(results: Results) -> list[tuple[str, ...]]:
     """English, every other language, and the mean over those that the encoder knows; percentages with intervals."""
     english = results["english"]
     first = {"direct": english["teacher"], **{name: english[name] for name in SYSTEMS if name != "direct"}}
@@ -127,7 +128,7 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-def print_demo(results: dict[str, Any]) -> None:
+def print_demo(results: Results) -> None:
     """The table and the verdict on the console, narrow enough for 80 columns."""
     header = [name.replace(", ", ",\n").replace(" directly", "\ndirectly") for name in HEADER]
     print_table(TITLE, header, table_rows(results), verdict(results))
@@ -153,7 +154,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def write_report(results: dict[str, Any], scores: Scores, root: Path) -> None:
+def write_report(results: Results, scores: Scores, root: Path) -> None:
     """Write results.json, report.md and scores.png under `root`."""
     scripts = sorted({row["script"] for row in results["languages"].values()} | {SCRIPTS["Latn"]})
     about = f"{len(results['languages'])} languages besides English, scripts: {', '.join(scripts)}."
@@ -162,7 +163,7 @@ def write_report(results: dict[str, Any], scores: Scores, root: Path) -> None:
     write_files(results, scores, root, head)
 
 
-def write_files(results: dict[str, Any], scores: Scores, root: Path, lines: Sequence[str], rows: str = "") -> None:
+def write_files(results: Results, scores: Scores, root: Path, lines: Sequence[str], rows: str = "") -> None:
     """Write results.json, scores.png, and `lines` with the figure and the circumstances as report.md, under `root`."""
     from ..reporting.score_figure import draw_scores
 
@@ -178,7 +179,7 @@ def _interval(score: LanguageScore) -> list[float] | None:
     return list(score.accuracy_interval) if score.accuracy_interval is not None else None
 
 
-def _cells(values: dict[str, Any], intervals: dict[str, Any]) -> tuple[str, ...]:
+def _cells(values: Mapping[str, float], intervals: Mapping[str, Sequence[float] | None]) -> tuple[str, ...]:
     return tuple(f"{100 * values[name]:.0f} {_text(intervals[name])}".strip() for name in SYSTEMS)
 
 

@@ -9,13 +9,17 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..evaluation.pretraining import XLM_R
 from .rows import ASSETS, ENGLISH, TOPICS, languages, write_task
+
+if TYPE_CHECKING:
+    from ..evaluation.tasks import FolderTask
+    from .report import Results
 
 MARKER = "demo.json"
 PARTS = ("task", "teacher", "encoder_probe", "encoder_only", "adapted", "mt_llm", "translations")
@@ -32,11 +36,11 @@ class DemoConfig:
 
     rows: int = 16
     train_rows: int = 480
-    teacher: dict[str, Any] = field(default_factory=lambda: {"lr": 4e-4, "epochs": 2, "max_rows": 16})
-    encoder: dict[str, Any] = field(default_factory=lambda: {"lr": 1e-3, "epochs": 3, "max_rows": 16})
-    adapt: dict[str, Any] = field(default_factory=lambda: {"lr": 2e-4, "max_steps": 20, "max_rows": 16})
+    teacher: dict[str, float] = field(default_factory=lambda: {"lr": 4e-4, "epochs": 2, "max_rows": 16})
+    encoder: dict[str, float] = field(default_factory=lambda: {"lr": 1e-3, "epochs": 3, "max_rows": 16})
+    adapt: dict[str, float] = field(default_factory=lambda: {"lr": 2e-4, "max_steps": 20, "max_rows": 16})
     adapt_loss: dict[str, float] = field(default_factory=lambda: {"pooled_mse": 1.0, "paired_mse": 1.0})
-    distill: dict[str, Any] = field(default_factory=lambda: {"lr": 2e-4, "max_steps": 20, "max_rows": 16})
+    distill: dict[str, float] = field(default_factory=lambda: {"lr": 2e-4, "max_steps": 20, "max_rows": 16})
     distill_loss: dict[str, float] = field(default_factory=lambda: {"pooled_mse": 1.0, "head_kl": 1.0})
 
 
@@ -49,7 +53,7 @@ def run_demo(
     codes: Sequence[str] | None = None,
     config: DemoConfig | None = None,
     say: Callable[[str], None] = print,
-) -> dict[str, Any]:
+) -> Results:
     """Run the demo and return what it writes to `output`/results.json; report.md and scores.png stand beside it.
 
     Args:
@@ -82,9 +86,9 @@ def run_demo(
     train, valid = (task.rows(root / "task", ENGLISH, split) for split in ("train", "dev"))
     lora = LoraSettings(dropout=0.0)
 
-    def optim(settings: dict[str, Any]) -> Any:
-        settings = {"max_steps": -1, "warmup": 0.1, "tokens": 1024, **settings}
-        return OptimSettings(seed=seed, report_to="none", save_steps=10**6, log_steps=5, progress=False, **settings)
+    def optim(settings: Mapping[str, float]) -> OptimSettings:
+        chosen: dict[str, Any] = {"max_steps": -1, "warmup": 0.1, "tokens": 1024, **settings}
+        return OptimSettings(seed=seed, report_to="none", save_steps=10**6, log_steps=5, progress=False, **chosen)
 
     say("[1/6] Stage 2, task teacher: the LLM learns the task in English, by itself")
     teacher = finetune(
@@ -136,16 +140,21 @@ def run_demo(
     say(f"[5/6] {len(codes)} languages: the LLM directly, the encoder alone, the stack")
     systems = {"direct": "teacher", "encoder_probe": "encoder_probe", "encoder_only": "encoder_only"}
     systems["mt_llm"] = "mt_llm"
-    options: dict[str, Any] = {"progress": False}
     models = {name: folders[folder] for name, folder in systems.items()}
     known = [ENGLISH, *(code for code in codes if code in XLM_R and code != ENGLISH)]
-    scores = [evaluate(models, task, root / "task", languages=known, **options)]
+    scores = [evaluate(models, task, root / "task", languages=known, progress=False)]
     if others := [code for code in codes if code not in XLM_R]:
-        scores.append(evaluate(models, task, root / "task", languages=others, **options))
+        scores.append(evaluate(models, task, root / "task", languages=others, progress=False))
     translated = None
     if PORTUGUESE in codes and (path := _translations(task, root, say)) is not None:
         translated = evaluate(
-            {}, task, root / "task", languages=[PORTUGUESE], translations=path, teacher=folders["teacher"], **options
+            {},
+            task,
+            root / "task",
+            languages=[PORTUGUESE],
+            translations=path,
+            teacher=folders["teacher"],
+            progress=False,
         )
     say("[6/6] Writing the report")
     results = summarise(scores, translated, seconds=time.perf_counter() - started, seed=seed)
@@ -155,7 +164,7 @@ def run_demo(
     return results
 
 
-def _translations(task: Any, root: Path, say: Callable[[str], None]) -> Path | None:
+def _translations(task: FolderTask, root: Path, say: Callable[[str], None]) -> Path | None:
     """Portuguese test rows in English by a real MT model, where the package that carries it is installed."""
     from ..models.packages.translate import translate_portuguese
 
@@ -175,7 +184,7 @@ def _translations(task: Any, root: Path, say: Callable[[str], None]) -> Path | N
     return path
 
 
-def fresh_folder(root: Path, parts: Sequence[str], settings: dict[str, Any]) -> Path:
+def fresh_folder(root: Path, parts: Sequence[str], settings: Mapping[str, object]) -> Path:
     """An output folder without `parts`, which an earlier demo left there, and with the settings of the new one.
 
     Raises:

@@ -251,7 +251,7 @@ class Scores:
                         del score[name]
         return content
 
-    def times(self) -> dict[str, Any]:
+    def times(self) -> dict[str, dict[str, object]]:
         """Seconds and rows per second by model, and seconds by language."""
         return {
             model.name: {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,28 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Manner:
+    """How texts are translated.
+
+    Fields:
+        target: language of the translations.
+        scores: add the mean log probability of each translation, for one more pass of the decoder.
+        window: texts that are sorted by length and saved together.
+        keep, decoding: as for `Translator.translate`.
+    """
+
+    target: str = "eng_Latn"
+    keep: Sequence[str] = ()
+    scores: bool = True
+    window: int = 1024
+    decoding: Mapping[str, Any] = field(default_factory=dict)
+
+    def record(self) -> dict[str, object]:
+        """Plain data, without `decoding`."""
+        return {"target": self.target, "window": self.window, "scores": self.scores, "keep": list(self.keep)}
+
+
+@dataclass(frozen=True)
 class TranslateReport:
     """What came of `translate_file`.
 
@@ -57,18 +79,14 @@ def translate_file(
     translator: Translator,
     sources: Iterable[Source],
     output: str | Path,
+    how: Manner,
     *,
-    target: str = "eng_Latn",
     settings: Mapping[str, object],
-    keep: Sequence[str] = (),
-    scores: bool = True,
-    window: int = 1024,
     overwrite: bool = False,
     rank: int = 0,
     world_size: int = 1,
     total: int | None = None,
     progress: bool = False,
-    **decoding: Any,
 ) -> TranslateReport:
     """Write a record per text, in order: id, language, split, field, source, translation, score.
 
@@ -79,11 +97,8 @@ def translate_file(
     Args:
         sources: the texts, the same at every call.
         output: .parquet or .jsonl.
-        settings: plain data that tells the texts and the model apart from others; compared, like the options here,
-            before a stopped run goes on.
-        scores: add the mean log probability of each translation, for one more pass of the decoder.
-        window: texts that are sorted by length and saved together.
-        keep, decoding: as for `Translator.translate`.
+        settings: plain data that tells the texts and the model apart from others; compared, like `how`, before a
+            stopped run goes on.
         total: number of texts, for the bar.
 
     Raises:
@@ -94,20 +109,21 @@ def translate_file(
     output = Path(output)
     if output.suffix not in FORMATS:
         raise ValueError(f"output={str(output)!r}: expected a name ending in {' or '.join(FORMATS)}")
-    if window < 1 or not 0 <= rank < world_size:
-        raise ValueError(f"window={window}, rank={rank}, world_size={world_size}: expected window >= 1, a rank below")
+    if how.window < 1 or not 0 <= rank < world_size:
+        raise ValueError(
+            f"window={how.window}, rank={rank}, world_size={world_size}: expected window >= 1, a rank below"
+        )
     if overwrite:
         if world_size > 1:
             raise ValueError("overwrite with several processes: delete the output and its .part folder first")
         clear(output)
-    settings = {"format": 1, "target": target, "window": window, "scores": scores, "keep": list(keep), **settings}
-    parts = Parts(output, {**settings, **decoding}, rank=rank, replace=overwrite)
+    settings = {"format": 1, **how.record(), **settings}
+    parts = Parts(output, {**settings, **how.decoding}, rank=rank, replace=overwrite)
     resumed, unfinished = parts.rows(), translator.unfinished
     try:
         if not parts.complete():
             with progress_bar("translate", total, progress, resumed) as advance:
-                options = {"target": target, "keep": keep, **decoding}
-                _translate(parts, translator, sources, window, rank, world_size, advance, scores, options)
+                _translate(parts, translator, sources, how, rank, world_size, advance)
         if not (parts.lock_for_joining() and parts.complete()):
             return TranslateReport(parts.rows(), resumed, parts.truncated(), 0, complete=False)
         texts, truncated = parts.rows(), parts.truncated()
@@ -141,20 +157,19 @@ def _translate(
     parts: Parts,
     translator: Translator,
     sources: Iterable[Source],
-    size: int,
+    how: Manner,
     rank: int,
     world_size: int,
     advance: Callable[[int], None],
-    scores: bool,
-    options: dict[str, Any],
 ) -> None:
     """Translate the windows that are missing."""
+    options: dict[str, Any] = {"target": how.target, "keep": how.keep, **how.decoding}
     stream, index, rows = iter(sources), 0, 0
-    while window := list(islice(stream, size)):
+    while window := list(islice(stream, how.window)):
         if index % world_size == rank and index not in parts.done:
             before = translator.truncated
             texts, codes = [source.text for source in window], [source.mt_code for source in window]
-            if scores:
+            if how.scores:
                 translations = translator.translate_scored(texts, codes, **options)
             else:
                 translations = [Translation(text) for text in translator.translate(texts, codes, **options)]

@@ -10,10 +10,10 @@ import platform
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from safetensors import SafetensorError
 
@@ -56,7 +56,7 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: object) -> None:
     """Write plain data, and paths, as JSON, see `replacing`."""
     write_text(path, json.dumps(data, indent=2, default=str) + "\n")
 
@@ -204,7 +204,7 @@ def damage(checkpoint: Path) -> str | None:
     return difference(checkpoint, record)
 
 
-def difference(folder: Path, record: dict[str, dict[str, Any]]) -> str | None:
+def difference(folder: Path, record: Mapping[str, Mapping[str, object]]) -> str | None:
     """How the files of `folder` differ from their sizes and digests in `record` ("bytes" and "sha256" by name), None
     where they do not."""
     try:

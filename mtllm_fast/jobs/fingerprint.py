@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_of_json(data: Any) -> str:
+def sha256_of_json(data: object) -> str:
     """Of plain data; what is none counts as its str."""
     return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -54,7 +54,7 @@ def _of_blocks(path: Path, size: int, blocks: int, block_bytes: int, start: byte
     return digest.hexdigest()
 
 
-def of_settings(**settings: Any) -> str:
+def of_settings(**settings: object) -> str:
     """Of plain data."""
     return short(json.dumps(settings, sort_keys=True, ensure_ascii=False, default=str))
 

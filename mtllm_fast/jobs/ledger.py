@@ -14,7 +14,7 @@ from .durable import replacing
 Key = Mapping[str, str]  # "model", "data", "settings" -> fingerprint
 
 
-def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differing(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     """The names under which two keys or settings differ: those of `now` in its order, then those that it has lost.
 
     A name that one of them lacks counts as None there.
@@ -54,7 +54,7 @@ class Ledger:
         self.reused += 1
         return record
 
-    def write_record(self, name: tuple[str, ...], key: Key, record: Mapping[str, Any]) -> None:
+    def write_record(self, name: tuple[str, ...], key: Key, record: Mapping[str, object]) -> None:
         text = json.dumps({"key": dict(key), "record": dict(record)}, ensure_ascii=False, indent=1) + "\n"
         self.write(self.path(name, ".json"), text.encode())
 

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Parts:
     """
 
     def __init__(
-        self, output: Path, settings: dict[str, Any], *, reserve: int = 0, rank: int = 0, replace: bool = False
+        self, output: Path, settings: Mapping[str, object], *, reserve: int = 0, rank: int = 0, replace: bool = False
     ) -> None:
         self.output, self.rank, self.reserve = output, rank, reserve
         self.folder = output.with_name(output.name + ".part")
@@ -77,7 +77,7 @@ class Parts:
         self._handles.append(opened(self.folder / name))
         return self._handles[-1]
 
-    def _agree(self, settings: dict[str, Any]) -> None:
+    def _agree(self, settings: Mapping[str, object]) -> None:
         path = self.folder / "run.json"
         if not path.exists():
             write_text(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
@@ -97,7 +97,7 @@ class Parts:
         os.lseek(self._log, 0, os.SEEK_END)
         self._position = os.lseek(self._data, 0, os.SEEK_END)
 
-    def records(self) -> NDArray[Any]:
+    def records(self) -> NDArray[np.void]:
         """One RECORD per complete window of any process, by window."""
         ranks = sorted(int(path.stem) for path in self.folder.glob("*.log"))
         logs = (_read_log(self.folder, rank, check_data=not self.joined) for rank in ranks)
@@ -118,7 +118,7 @@ class Parts:
         self._position += size
         self.done.add(window)
 
-    def finish(self, windows: int, rows: int, **more: Any) -> None:
+    def finish(self, windows: int, rows: int, **more: object) -> None:
         """Record that the input has no further windows."""
         write_text(self.folder / "end.json", json.dumps({"windows": windows, "rows": rows, **more}))
 
@@ -149,7 +149,7 @@ class Parts:
         """How many of them were cut to the tokenizer's limit."""
         return int(self.records()["truncated"].sum())
 
-    def blocks(self, records: NDArray[Any]) -> Iterator[bytes]:
+    def blocks(self, records: NDArray[np.void]) -> Iterator[bytes]:
         """The bytes of windows, one after the other."""
         handles: dict[int, int] = {}
         try:
@@ -162,7 +162,7 @@ class Parts:
             for handle in handles.values():
                 os.close(handle)
 
-    def only_file(self, records: NDArray[Any]) -> Path | None:
+    def only_file(self, records: NDArray[np.void]) -> Path | None:
         """The data file that holds exactly these windows in this order, where there is one."""
         parts = set(records["part"].tolist())
         if len(parts) != 1:
@@ -215,13 +215,13 @@ def clear(output: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check(records: NDArray[Any]) -> NDArray[np.uint32]:
+def _check(records: NDArray[np.void]) -> NDArray[np.uint32]:
     body = RECORD.itemsize - 4
     raw = records.tobytes()
     return np.array([zlib.crc32(raw[k : k + body]) for k in range(0, len(raw), RECORD.itemsize)], dtype=np.uint32)
 
 
-def _read_log(folder: Path, rank: int, check_data: bool = True) -> NDArray[Any]:
+def _read_log(folder: Path, rank: int, check_data: bool = True) -> NDArray[np.void]:
     """The complete records of one process, as far as their bytes are in its data file."""
     raw = (folder / f"{rank}.log").read_bytes()
     records = np.frombuffer(raw[: len(raw) // RECORD.itemsize * RECORD.itemsize], RECORD)

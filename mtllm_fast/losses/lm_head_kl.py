@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from .fused import FusedTerm, pair_arguments
+from .fused import Arguments, FusedTerm, pair_arguments
 from .term import Given, required
 
 
@@ -20,7 +19,7 @@ class LMHeadKL(FusedTerm):
     unit = "pairs"
     lm_head_products = 3  # teacher, student, the gradient of its states
 
-    def arguments(self, given: Given) -> dict[str, Any]:
+    def arguments(self, given: Given) -> Arguments:
         head = required(given.lm_head)
         return {
             "head": head.weight.detach(),

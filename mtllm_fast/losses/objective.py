@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..models.llm import LMHead
 
 
-def make_terms(names: Iterable[str], **options: Any) -> dict[str, Term]:
+def make_terms(names: Iterable[str], **options: object) -> dict[str, Term]:
     """The terms of these names; each takes those of `options` that it has a field for.
 
     Raises:
@@ -47,7 +47,7 @@ class Objective(nn.Module):
         variance: what the sum of a term is divided by, by its name; of terms that are not named, nothing.
     """
 
-    def __init__(self, weights: Mapping[str, float], **options: Any) -> None:
+    def __init__(self, weights: Mapping[str, float], **options: object) -> None:
         super().__init__()
         self.term_weights = {name: weight for name, weight in weights.items() if weight > 0}
         self.terms = make_terms(self.term_weights, **options)

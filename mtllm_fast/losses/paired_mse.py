@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from .fused import FusedTerm, pair_arguments
+from .fused import Arguments, FusedTerm, pair_arguments
 from .term import Given, Side, required
 
 
@@ -17,7 +15,7 @@ class PairedMSE(FusedTerm):
     needs = frozenset({"teacher", "pairs"})
     unit = "pairs"
 
-    def arguments(self, given: Given) -> dict[str, Any]:
+    def arguments(self, given: Given) -> Arguments:
         return {"paired": "mse", **pair_arguments(given)}
 
     def compared(self, teacher: Side) -> Tensor:

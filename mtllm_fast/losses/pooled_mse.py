@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from .fused import FusedTerm
+from .fused import Arguments, FusedTerm
 from .term import Given, LossTerm, Side, required
 
 
@@ -16,7 +14,7 @@ class PooledMSE(FusedTerm):
     name = "pooled_mse"
     needs = frozenset({"teacher"})
 
-    def arguments(self, given: Given) -> dict[str, Any]:
+    def arguments(self, given: Given) -> Arguments:
         student, teacher = given.student, required(given.teacher)
         if student.spans is not None:
             return {"pooled": True, "spans_s": student.spans, "spans_t": teacher.spans}

@@ -10,11 +10,16 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..demo.run import fresh_folder
 from .languages import ENGLISH
 from .world import World
+
+if TYPE_CHECKING:
+    from ..data.read import RowStream
+    from ..demo.report import Results
+    from ..losses import DistillationWeights
 
 ASSETS = Path(__file__).parent / "assets"
 PARTS = ("world", "models", "teacher", "encoder_only", "adapted", "mt_llm")
@@ -30,17 +35,17 @@ class DemoConfig:
     dev_rows: int = 240
     test_rows: int = 300
     causal: bool = True
-    teacher: dict[str, Any] = field(
+    teacher: dict[str, float] = field(
         default_factory=lambda: {"lr": 1e-3, "max_steps": 150, "max_rows": 64, "warmup": 0.05}
     )
-    encoder: dict[str, Any] = field(
+    encoder: dict[str, float] = field(
         default_factory=lambda: {"lr": 2e-3, "max_steps": 400, "max_rows": 64, "warmup": 0.05}
     )
-    adapt: dict[str, Any] = field(
+    adapt: dict[str, float] = field(
         default_factory=lambda: {"lr": 4e-4, "max_steps": 400, "max_rows": 64, "warmup": 0.05}
     )
     adapt_loss: dict[str, float] = field(default_factory=lambda: {"pooled_mse": 1.0, "paired_mse": 1.0})
-    distill: dict[str, Any] = field(
+    distill: dict[str, float] = field(
         default_factory=lambda: {"lr": 1.5e-3, "max_steps": 1300, "max_rows": 64, "warmup": 0.05}
     )
     distill_loss: dict[str, float] = field(
@@ -56,7 +61,7 @@ def run_demo(
     from_scratch: bool = False,
     config: DemoConfig | None = None,
     say: Callable[[str], None] = print,
-) -> dict[str, Any]:
+) -> Results:
     """Run the demo and return what it writes to `output`/results.json; report.md and scores.png stand beside it.
 
     Args:
@@ -95,12 +100,12 @@ def run_demo(
     )
     mt, llm = base_models(world, root / "models", seed=seed, from_scratch=from_scratch, say=say)
 
-    def optim(settings: dict[str, Any]) -> Any:
+    def optim(settings: dict[str, Any]) -> OptimSettings:
         return OptimSettings(
             seed=seed, device="cpu", report_to="none", save_steps=10**6, log_steps=100, shuffle_buffer=2048, **settings
         )
 
-    def task_rows(split: str) -> Any:
+    def task_rows(split: str) -> RowStream:
         path = root / "world" / "kinds" / ENGLISH / f"{split}.tsv"
         return read_rows(path, label_column="label", labels=world.categories, id_column="id", language=ENGLISH)
 
@@ -205,7 +210,7 @@ def base_models(
     return str(folder / "mt"), str(folder / "llm")
 
 
-def _loss(weights: dict[str, float]) -> Any:
+def _loss(weights: dict[str, float]) -> DistillationWeights:
     from ..losses import DistillationWeights
 
     return DistillationWeights(**weights)

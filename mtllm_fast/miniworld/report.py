@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..demo.report import percent, points, print_table, write_files
+from ..demo.report import Results, percent, points, print_table, write_files
 from ..reporting.table import Table
 from .world import World
 
@@ -27,7 +27,7 @@ CAVEAT = (
 
 def summarise(
     scores: Scores, world: World, *, seconds: float, seed: int, from_scratch: bool, num_beams: int
-) -> dict[str, Any]:
+) -> Results:
     """The demo's results as data. Accuracies are shares from 0 to 1; texts are task rows."""
     models = {model.name.replace("-", "_"): model for model in scores.models}
     foreign, english = scores.foreign(), scores.english
@@ -63,7 +63,7 @@ def summarise(
     }
 
 
-def verdict(results: dict[str, Any]) -> list[str]:
+def verdict(results: Results) -> list[str]:
     """One sentence per comparison, whichever way it fell."""
     mean, english, speed = results["mean"], results["english"], results["texts_per_s"]
     languages = results["languages"]
@@ -107,7 +107,7 @@ def verdict(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def table_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
+def table_rows(results: Results) -> list[tuple[str, ...]]:
     """Language, parallel texts, percentages by reader: English, the others, their mean; then texts per second."""
     english, speed = results["english"], results["texts_per_s"]
     rows: list[tuple[str, ...]] = [
@@ -123,13 +123,13 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
 HEADER = ("language", "parallel texts", *READERS.values())
 
 
-def print_demo(results: dict[str, Any]) -> None:
+def print_demo(results: Results) -> None:
     """The table and the verdict on the console."""
     header = [name.replace(" ", "\n", 1) for name in HEADER]
     print_table("Zero-shot accuracy, % (trained on English only)", header, table_rows(results), verdict(results))
 
 
-def write_demo_report(results: dict[str, Any], scores: Scores, root: Path) -> None:
+def write_demo_report(results: Results, scores: Scores, root: Path) -> None:
     """Write results.json, report.md and scores.png under `root`."""
     lines = ["# Miniworld demo", "", "Zero-shot accuracy in percent; all models learned the task in English only.", ""]
     lines += [*Table(HEADER, table_rows(results)).markdown(), "", *(f"- {line.strip()}" for line in verdict(results))]

@@ -59,9 +59,9 @@ class Accounting(TorchDispatchMode):
         self.flops: Counter[str] = Counter()
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.attention_pairs = 0
-        self.fp8: set[Any] = set()
+        self.fp8: set[torch.UntypedStorage] = set()
         self._part = "other"
-        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -72,7 +72,7 @@ class Accounting(TorchDispatchMode):
         finally:
             self._part = before
 
-    def _allocate(self, storage: Any) -> None:
+    def _allocate(self, storage: torch.UntypedStorage) -> None:
         if storage in self._seen:
             return
         self._seen.add(storage)
@@ -137,7 +137,7 @@ def _bytes(x: Tensor) -> int:
 
 
 # The costs below name the arguments they need as the schemas of the operators do.
-def _linear_flops(*, x: Tensor, rows: Tensor | None, w: Tensor, **_: Any) -> float:
+def _linear_flops(*, x: Tensor, rows: Tensor | None, w: Tensor, **_: object) -> float:
     return 2.0 * (x if rows is None else rows).shape[0] * w.numel()
 
 
@@ -146,7 +146,7 @@ def _linear_backward_flops(*, need_dx: bool, need_dw: bool, **linear: Any) -> fl
 
 
 def _distillation_flops(
-    *, rows_s: Tensor | None, head: Tensor | None, m: Tensor | None, need_dx: bool, need_dw: bool, **_: Any
+    *, rows_s: Tensor | None, head: Tensor | None, m: Tensor | None, need_dx: bool, need_dw: bool, **_: object
 ) -> float:
     if head is None or rows_s is None:
         return 0.0
@@ -155,7 +155,7 @@ def _distillation_flops(
 
 
 def _distillation_scratch(
-    *, architecture: str, rows_s: Tensor | None, head: Tensor | None, m: Tensor | None, need_dx: bool, **_: Any
+    *, architecture: str, rows_s: Tensor | None, head: Tensor | None, m: Tensor | None, need_dx: bool, **_: object
 ) -> float:
     """Logits buffers and chunk gradients of `linear_kl`, as its launcher and its CPU path allocate them."""
     if head is None or rows_s is None or not rows_s.shape[0]:
@@ -172,7 +172,7 @@ def _distillation_scratch(
     return float(logits + chunk_rows + pairs * width * head.element_size() * int(need_dx))
 
 
-def _added_product_flops(*, mat1: Tensor, mat2: Tensor, **_: Any) -> float:
+def _added_product_flops(*, mat1: Tensor, mat2: Tensor, **_: object) -> float:
     return 2.0 * mat1.numel() * mat2.shape[1]
 
 
@@ -185,7 +185,7 @@ FLOPS: dict[str, Cost] = {
 SCRATCH: dict[str, Cost] = {"mtllm_fast::distillation_loss": _distillation_scratch}
 
 
-def measured_peak(run: Callable[[], Any]) -> int:
+def measured_peak(run: Callable[[], object]) -> int:
     """Most bytes that `run` holds at once through torch's CPU allocator, above what was there before."""
     from torch.profiler import ProfilerActivity, profile
 

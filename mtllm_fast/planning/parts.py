@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -23,8 +22,8 @@ def forward_parts(
     """
     open_parts: list[AbstractContextManager[None]] = []
 
-    def enter(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def enter(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: object, kwargs: Mapping[str, object]) -> None:
             part = name
             if name == "LLM":
                 student = torch.is_grad_enabled() or "embeds" in kwargs
@@ -34,7 +33,7 @@ def forward_parts(
 
         return hook
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
+    def leave(module: nn.Module, args: object, output: object) -> None:
         open_parts.pop().__exit__(None, None, None)
 
     handles = []

@@ -7,13 +7,18 @@ memory bandwidths, with the shares of them that a large GEMM and a copy reach in
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..training.live import BF16_FLOPS
 from .accounting import Rates
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
-def _nllb(d_model: int, layers: int, ffn: int) -> dict[str, Any]:
+Numbers = dict[str, Any]  # of a config.json
+
+
+def _nllb(d_model: int, layers: int, ffn: int) -> Numbers:
     return {
         "model_type": "m2m_100", "vocab_size": 256206, "d_model": d_model, "encoder_layers": layers,
         "decoder_layers": layers, "encoder_attention_heads": 16, "decoder_attention_heads": 16,
@@ -21,7 +26,7 @@ def _nllb(d_model: int, layers: int, ffn: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _llama(hidden: int, layers: int, heads: int, kv_heads: int, mlp: int, vocab: int, **more: Any) -> dict[str, Any]:
+def _llama(hidden: int, layers: int, heads: int, kv_heads: int, mlp: int, vocab: int, **more: int | str) -> Numbers:
     return {
         "model_type": "llama", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
         "num_key_value_heads": kv_heads, "intermediate_size": mlp, "vocab_size": vocab,
@@ -29,7 +34,7 @@ def _llama(hidden: int, layers: int, heads: int, kv_heads: int, mlp: int, vocab:
     }  # fmt: skip
 
 
-MODELS: dict[str, dict[str, Any]] = {
+MODELS: dict[str, Numbers] = {
     "nllb-200-distilled-600M": _nllb(1024, 12, 4096),
     "nllb-200-distilled-1.3B": _nllb(1024, 24, 8192),
     "nllb-200-3.3B": _nllb(2048, 24, 8192),
@@ -80,7 +85,7 @@ GPUS: dict[str, Gpu] = {
 }
 
 
-def config(name: str, role: str = "name") -> Any:
+def config(name: str, role: str = "name") -> PreTrainedConfig:
     """The transformers config of `name`: a preset, a folder, or a hub name.
 
     Args:

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, record_function
@@ -111,7 +110,7 @@ def profile_steps(
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5) if mode == "adapt" and trained else None
     model.train(mode == "adapt")
-    autocast: Any = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+    autocast: AbstractContextManager[object] = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
     sample = tokenise_rows(rows[:64], tokenizer, sides).costs()
     count = math.ceil(1.5 * tokens * len(sample) / max(1, sum(max(cost) for cost in sample))) + 8
     position = 0
@@ -137,8 +136,7 @@ def profile_steps(
             batch = batch.to(device)
         with autocast:
             if mode == "encode":
-                packed = batch.mt if model.side == "mt" else batch.llm
-                assert packed is not None
+                packed = batch.side(model.side)
                 with torch.no_grad():
                     states = model.states(packed)
                     with clock.part("pooling"):

@@ -10,7 +10,13 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from ..data.batch import Batch
 from ..data.pack import PackedBatch
@@ -45,8 +51,8 @@ class StepSpec:
         eight_bit_optimizer: AdamW state in 8 bits. offloaded_optimizer: it is in host memory between steps.
     """
 
-    encoder: Any
-    llm: Any
+    encoder: PreTrainedConfig
+    llm: PreTrainedConfig
     loss: DistillationWeights = field(default_factory=DistillationWeights)
     lora: LoraSettings = field(default_factory=LoraSettings)
     projection: ProjectionConfig = field(default_factory=ProjectionConfig)
@@ -88,7 +94,14 @@ class StepCost:
 
 
 def _packed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, plan: AttentionPlan, **_: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    plan: AttentionPlan,
+    **_: object,
 ) -> tuple[Tensor, None]:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -105,7 +118,7 @@ def _packed_attention(
 
 
 def _padded_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: object
 ) -> tuple[Tensor, None]:
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
@@ -116,7 +129,7 @@ def _padded_attention(
 
 
 def _cpu_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, *, is_causal: bool, scale: float, **_: Any
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, *, is_causal: bool, scale: float, **_: object
 ) -> Tensor:
     """What `scaled_dot_product_attention` runs on the CPU; on meta tensors it would hold all scores."""
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -128,7 +141,7 @@ for name, function in ((PACKED, _packed_attention), (PADDED, _padded_attention))
     AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
 
 
-def _models(spec: StepSpec, device: str) -> tuple[Any, Any]:
+def _models(spec: StepSpec, device: str) -> tuple[PreTrainedModel, PreTrainedModel]:
     with torch.device(device):
         encoder = family_of(spec.encoder).build(spec.encoder, spec.dtype)
         llm = AutoModelForCausalLM.from_config(spec.llm, dtype=spec.dtype)
@@ -142,8 +155,7 @@ def build(spec: StepSpec, device: str = "meta") -> MTLLM:
         config = MTLLMConfig(projection=spec.projection, adapters={"student": spec.lora})
         model = MTLLM(config, PackedEncoder(encoder), PackedLLM(llm))
     if spec.checkpointing:
-        assert model.llm is not None
-        recompute_layers(model.llm, None if spec.checkpointing is True else int(spec.checkpointing))
+        recompute_layers(model.require_llm(), None if spec.checkpointing is True else int(spec.checkpointing))
     return model.to(spec.dtype).train()
 
 
@@ -164,7 +176,7 @@ def make_batch(lengths: Sequence[tuple[int, int]], device: str, vocab: tuple[int
     return Batch(mt=sides[0], llm=sides[1], mt_rows=pairs[0], llm_rows=pairs[1])
 
 
-def static_memory(spec: StepSpec, model: nn.Module, encoder: nn.Module, llm: Any) -> dict[str, float]:
+def static_memory(spec: StepSpec, model: nn.Module, encoder: nn.Module, llm: PreTrainedModel) -> dict[str, float]:
     """Bytes by part that a training process holds between steps."""
     item = spec.dtype.itemsize
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -185,7 +197,9 @@ def static_memory(spec: StepSpec, model: nn.Module, encoder: nn.Module, llm: Any
     }
 
 
-def _dequantise(acc: Accounting, spec: StepSpec, llm: Any, rates: Rates | None, uses: dict[str, int]) -> None:
+def _dequantise(
+    acc: Accounting, spec: StepSpec, llm: PreTrainedModel, rates: Rates | None, uses: dict[str, int]
+) -> None:
     """Weights in int8 and nf4 are read, and written in `dtype`, before every GEMM that reads them."""
     if spec.base not in ("int8", "nf4") or rates is None:
         return
@@ -248,15 +262,15 @@ def ours(
         for name, parameter in model.named_parameters():
             if ".lora_" in name:
                 parameter.data = parameter.data.float()
-    assert model.encoder is not None and model.llm is not None and model.projection is not None
+    stack = model.require_stack()
     if architecture != "cpu":
-        model.encoder.model.set_attn_implementation(PACKED)
-        model.llm.model.set_attn_implementation(PACKED)
+        stack.encoder.model.set_attn_implementation(PACKED)
+        stack.llm.model.set_attn_implementation(PACKED)
     stage, batch = Stage(model, DistillationLoss(spec.loss)), make_batch(lengths, "meta")
     trained = _prepare(model)
     acc = Accounting(rates, architecture)
     if spec.base == "fp8":
-        layers = [m for m in model.llm.layers_root.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad]
+        layers = [m for m in stack.llm.layers_root.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad]
         acc.fp8 = {layer.weight.untyped_storage() for layer in layers}
     squares = [sum(side[i] ** 2 for side in lengths) for i in (0, 1)]
 
@@ -279,10 +293,9 @@ def ours(
             with acc.part("backward"):
                 total.backward()
     tokens = (sum(n for n, _ in lengths), sum(m for _, m in lengths))
-    _dequantise(acc, spec, model.llm.model, rates, {
-        "LLM teacher": 1, "LLM student": 1, "backward": 2 if spec.checkpointing else 1,
-    })  # fmt: skip
-    static = static_memory(spec, model, model.encoder, model.llm.model)
+    uses = {"LLM teacher": 1, "LLM student": 1, "backward": 2 if spec.checkpointing else 1}
+    _dequantise(acc, spec, stack.llm.model, rates, uses)
+    static = static_memory(spec, model, stack.encoder, stack.llm.model)
     return _cost(acc, spec, static, lengths, tokens, trained)
 
 

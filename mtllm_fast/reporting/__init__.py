@@ -1,7 +1,7 @@
 """Results as tables, Markdown, JSON and figures. Names load on first use."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .scores import check_output, print_scores, read_scores, to_json, to_markdown, write_report
@@ -13,7 +13,7 @@ _HOME = dict.fromkeys(
 __all__ = ["check_output", "print_scores", "read_scores", "to_json", "to_markdown", "write_report"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _HOME:
         return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

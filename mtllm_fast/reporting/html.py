@@ -165,13 +165,19 @@ def _gaps(scores: Scores, model: ModelScores, names: dict[str, str]) -> View:
     for gap, code in gaps:
         start, end = sorted((place(0), place(gap.accuracy)))
         p = f", p {gap.p_holm:.3f} after correction" if gap.p_holm is not None else ""
-        bars.append({
-            "name": scores.language(code).name, "value": signed(gap.accuracy),
-            "start": start, "width": round(end - start, 2),
-            "low": place(gap.low), "span": round(place(gap.high) - place(gap.low), 2),
-            "kind": ("up" if gap.accuracy >= 0 else "down") + (" sure" if gap.significant else ""),
-            "hint": f"{_where(scores, code)}: {signed(gap.accuracy)} points [{signed(gap.low)}, {signed(gap.high)}]{p}",
-        })  # fmt: skip
+        span = f"[{signed(gap.low)}, {signed(gap.high)}]"
+        bars.append(
+            {
+                "name": scores.language(code).name,
+                "value": signed(gap.accuracy),
+                "start": start,
+                "width": round(end - start, 2),
+                "low": place(gap.low),
+                "span": round(place(gap.high) - place(gap.low), 2),
+                "kind": ("up" if gap.accuracy >= 0 else "down") + (" sure" if gap.significant else ""),
+                "hint": f"{_where(scores, code)}: {signed(gap.accuracy)} points {span}{p}",
+            }
+        )
     return {"model": names[model.name], "limit": f"{100 * limit:.0f}", "bars": bars}
 
 
@@ -182,11 +188,18 @@ def _ranking(scores: Scores, names: dict[str, str]) -> View:
     for code in sorted(model.languages, key=lambda code: (-model.languages[code].accuracy, code)):
         score = model.languages[code]
         low, high = score.accuracy_interval or (score.accuracy, score.accuracy)
-        bars.append({
-            "name": scores.language(code).name, "value": percent(score.accuracy), "start": 0, "kind": "up sure",
-            "width": round(100 * score.accuracy, 2), "low": round(100 * low, 2), "span": round(100 * (high - low), 2),
-            "hint": f"{_where(scores, code)}: {percent(score.accuracy)} % [{percent(low)}, {percent(high)}]",
-        })  # fmt: skip
+        bars.append(
+            {
+                "name": scores.language(code).name,
+                "value": percent(score.accuracy),
+                "start": 0,
+                "kind": "up sure",
+                "width": round(100 * score.accuracy, 2),
+                "low": round(100 * low, 2),
+                "span": round(100 * (high - low), 2),
+                "hint": f"{_where(scores, code)}: {percent(score.accuracy)} % [{percent(low)}, {percent(high)}]",
+            }
+        )
     return {"model": names[model.name], "bars": bars}
 
 
@@ -214,15 +227,23 @@ def _heat(scores: Scores, names: dict[str, str]) -> View:
                 cells.append({"text": "", "style": "", "hint": f"{names[model.name]}: {model.skipped.get(code, '-')}"})
                 continue
             share = (score.accuracy - low) / (high - low)
-            cells.append({
-                "text": f"{100 * score.accuracy:.0f}", "style": _shade(share),
-                "hint": f"{names[model.name]}, {_where(scores, code)}: {percent(score.accuracy)} %",
-            })  # fmt: skip
+            cells.append(
+                {
+                    "text": f"{100 * score.accuracy:.0f}",
+                    "style": _shade(share),
+                    "hint": f"{names[model.name]}, {_where(scores, code)}: {percent(score.accuracy)} %",
+                }
+            )
         first = index == 0 or family(codes[index - 1]) != family(code)
-        rows.append({
-            "name": scores.language(code).name, "family": family(code) if first else "", "cells": cells,
-            "english": code == scores.english, "hint": _where(scores, code),
-        })  # fmt: skip
+        rows.append(
+            {
+                "name": scores.language(code).name,
+                "family": family(code) if first else "",
+                "cells": cells,
+                "english": code == scores.english,
+                "hint": _where(scores, code),
+            }
+        )
     panels = 4 if len(rows) > 120 else 3 if len(rows) > 70 else 2 if len(rows) > 36 else 1
     # a family's name takes a line of its own, so panels of one height hold different numbers of languages
     heights = [2.2 if row["family"] else 1.0 for row in rows]
@@ -268,14 +289,21 @@ def _distribution(scores: Scores, names: dict[str, str], chance: float) -> View:
         middle = len(values) // 2
         median = values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2
         width = 100 / bins
-        lanes.append({
-            "name": names[model.name], "colour": COLOURS[number % len(COLOURS)], "median": round(100 * median, 2),
-            "text": (f"{len(values)} languages: " if len(ran) > 1 else "")
-            + f"median {percent(median)} %, lowest {percent(values[0])} %, highest {percent(values[-1])} %",
-            "bars": [
-                {"height": round(100 * count / max(counts), 1), "count": count,
-                 "hint": f"{count} languages between {k * width:g} and {(k + 1) * width:g} %"}
-                for k, count in enumerate(counts)
-            ],
-        })  # fmt: skip
+        lanes.append(
+            {
+                "name": names[model.name],
+                "colour": COLOURS[number % len(COLOURS)],
+                "median": round(100 * median, 2),
+                "text": (f"{len(values)} languages: " if len(ran) > 1 else "")
+                + f"median {percent(median)} %, lowest {percent(values[0])} %, highest {percent(values[-1])} %",
+                "bars": [
+                    {
+                        "height": round(100 * count / max(counts), 1),
+                        "count": count,
+                        "hint": f"{count} languages between {k * width:g} and {(k + 1) * width:g} %",
+                    }
+                    for k, count in enumerate(counts)
+                ],
+            }
+        )
     return {"lanes": lanes, "chance": round(100 * chance, 2), "step": f"{100 / bins:g}"}

@@ -27,13 +27,21 @@ def to_csv(all_scores: Iterable[Scores]) -> str:
         for model in scores.models:
             for code in scores.languages:
                 language = scores.language(code)
-                rows.append({
-                    "task": scores.task, "split": scores.split, "model": model.name, "method": model.method,
-                    "seeds": model.seeds, "language": code, "name": language.name,
-                    **{by: language.group(by) for by in GROUPINGS},
-                    "skipped": model.skipped.get(code, ""), "limit": scores.limit,
-                    **(_of_language(model.languages[code]) if code in model.languages else {}),
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "task": scores.task,
+                        "split": scores.split,
+                        "model": model.name,
+                        "method": model.method,
+                        "seeds": model.seeds,
+                        "language": code,
+                        "name": language.name,
+                        **{by: language.group(by) for by in GROUPINGS},
+                        "skipped": model.skipped.get(code, ""),
+                        "limit": scores.limit,
+                        **(_of_language(model.languages[code]) if code in model.languages else {}),
+                    }
+                )
     return _csv(header, rows, ("limit", "rows_scored", "rows_available", "pairs"))
 
 
@@ -46,10 +54,18 @@ def to_groups_csv(all_scores: Iterable[Scores]) -> str:
         for model in scores.models:
             for by, groups in model.groups.items():
                 for name, group in groups.items():
-                    rows.append({
-                        "task": scores.task, "split": scores.split, "model": model.name, "grouping": by, "group": name,
-                        "languages": group.languages, "limit": scores.limit, **_measured(group),
-                    })  # fmt: skip
+                    rows.append(
+                        {
+                            "task": scores.task,
+                            "split": scores.split,
+                            "model": model.name,
+                            "grouping": by,
+                            "group": name,
+                            "languages": group.languages,
+                            "limit": scores.limit,
+                            **_measured(group),
+                        }
+                    )
     return _csv(header, rows, ("limit",))
 
 

@@ -6,8 +6,8 @@ Source: arXiv 2406.12739.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
 
 import torch
 
@@ -19,6 +19,7 @@ from ..models import MTLLM
 from ..models.storage import local_folder, read_config
 from .live import Watch
 from .projection_fit import fit_projection
+from .record import Metrics
 from .run import Data, StageKind, run, starting
 from .stage import Rows, Stage
 from .stage_config import AdaptConfig
@@ -62,10 +63,9 @@ def check(config: AdaptConfig, data: Data) -> None:
 
 def build(config: AdaptConfig, data: Data, dtype: torch.dtype) -> Stage:
     student, rows, cache = starting_model(config, dtype), data.rows, None
-    notes: dict[str, Any] = {}
+    notes: Metrics = {}
     if isinstance(rows, RowStream) and (named := rows.language or rows.wanted.get("language_column")):
-        assert student.tokenizer is not None
-        language_read(student.tokenizer, "mt", named, "language")
+        language_read(student.require_tokenizer(), "mt", named, "language")
     if not isinstance(rows, TokenStore):
         if config.init != "none":
             notes["init"] = asdict(fit_projection(student, rows, config.init, config.init_rows))
@@ -87,7 +87,7 @@ ADAPT = StageKind("adapt", AdaptConfig, check, build)
 
 
 def adapt(
-    config: AdaptConfig, rows: Rows, source: dict[str, Any] | None = None, watch: Watch | None = None
-) -> dict[str, Any]:
+    config: AdaptConfig, rows: Rows, source: Mapping[str, object] | None = None, watch: Watch | None = None
+) -> Metrics:
     """Run stage 1 on `rows` (re-iterable, e.g. `read_rows(...)`, or a store); see `run.run` and `run.Data`."""
     return run(ADAPT, config, Data(rows, source=source), watch)

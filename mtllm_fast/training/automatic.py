@@ -11,10 +11,11 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,9 +24,12 @@ from .config import OptimSettings
 from .engines import choose_engine
 from .processes import processes
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 log = logging.getLogger(__name__)
 
-ON_CPU: dict[str, Any] = {"bf16": False, "tokens": 4096, "workers": 0, "compile": False, "liger": False}
+ON_CPU: dict[str, bool | int] = {"bf16": False, "tokens": 4096, "workers": 0, "compile": False, "liger": False}
 FILLS_A_GPU = 8192  # tokens of a pack above which larger products are no faster
 USED = 0.75  # share of a GPU's memory that weights and activations are planned to take
 WORKERS = 4
@@ -73,7 +77,7 @@ def settled(
     return Settled(**given)
 
 
-def _recorded(output: str, resume: bool) -> dict[str, Any]:
+def _recorded(output: str, resume: bool) -> dict[str, bool | int]:
     """The settings of the run in `output` that are still to be chosen in this call; {} for a new run."""
     from .run_folder import RUN_FILE
 
@@ -85,7 +89,7 @@ def _recorded(output: str, resume: bool) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _can(name: str, value: Any, optim: OptimSettings) -> bool:
+def _can(name: str, value: bool | int, optim: OptimSettings) -> bool:
     """Whether a run that goes on here can keep a setting of before. Layers only change the rounding."""
     gpu = on_gpu(optim)
     if name == "liger" and value:
@@ -95,7 +99,7 @@ def _can(name: str, value: Any, optim: OptimSettings) -> bool:
     return True
 
 
-def _on_this_gpu(optim: OptimSettings, llm: str, trust_remote_code: bool) -> dict[str, Any]:
+def _on_this_gpu(optim: OptimSettings, llm: str, trust_remote_code: bool) -> dict[str, bool | int]:
     config = _config(llm, trust_remote_code)
     compiled, liger = _layers(optim, config)
     return {
@@ -107,7 +111,7 @@ def _on_this_gpu(optim: OptimSettings, llm: str, trust_remote_code: bool) -> dic
     }
 
 
-def _config(llm: str, trust_remote_code: bool) -> Any:
+def _config(llm: str, trust_remote_code: bool) -> PreTrainedConfig | None:
     """The config of the LLM; None without one, and where it cannot be read, which is said where the LLM is loaded."""
     from transformers import AutoConfig
 
@@ -117,7 +121,7 @@ def _config(llm: str, trust_remote_code: bool) -> Any:
         return None
 
 
-def _layers(optim: OptimSettings, config: Any) -> tuple[bool, bool]:
+def _layers(optim: OptimSettings, config: PreTrainedConfig | None) -> tuple[bool, bool]:
     """(compile, liger). One that is asked for leaves the other off; spread weights are left to plain layers."""
     if optim.compile or optim.liger:
         return False, False
@@ -126,7 +130,7 @@ def _layers(optim: OptimSettings, config: Any) -> tuple[bool, bool]:
     return _can_compile() and choose_engine(optim) in ("one", "ddp"), False
 
 
-def _liger_knows(config: Any) -> bool:
+def _liger_knows(config: PreTrainedConfig | None) -> bool:
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     return getattr(config, "model_type", None) in MODEL_TYPE_TO_APPLY_LIGER_FN
@@ -142,7 +146,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _tokens(optim: OptimSettings, config: Any) -> int:
+def _tokens(optim: OptimSettings, config: PreTrainedConfig | None) -> int:
     """Token budget of a pack: by the memory of the smallest GPU that is seen, so that all processes choose the same."""
     if config is None:
         return FILLS_A_GPU
@@ -152,7 +156,7 @@ def _tokens(optim: OptimSettings, config: Any) -> int:
     return min(FILLS_A_GPU, max(1024, room // 1024 * 1024))
 
 
-def needed(config: Any, recomputed: bool = False) -> tuple[float, float]:
+def needed(config: PreTrainedConfig, recomputed: bool = False) -> tuple[float, float]:
     """(bytes of an LLM's weights in bf16, bytes that a step holds per token), both rounded up.
 
     A layer keeps about 12 rows of its width and 4.5 of its MLP's for backward, LoRA's dropout included, without fused
@@ -167,7 +171,7 @@ def needed(config: Any, recomputed: bool = False) -> tuple[float, float]:
     return float(weights), float(kept + 6 * mlp)
 
 
-def _said(given: dict[str, Any], names: list[str]) -> str:
+def _said(given: Mapping[str, object], names: list[str]) -> str:
     layers = "Liger's layers" if given["liger"] else "compiled layers" if given["compile"] else "plain layers"
     words = {
         "bf16": "bf16" if given["bf16"] else "fp32",

@@ -8,10 +8,9 @@ Source: arXiv 2406.12739.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import set_seed
@@ -22,6 +21,7 @@ from ..models import MTLLM
 from ..models.adapter_sum import add_to_adapter, sum_settings
 from ..models.storage import based_on, read_config, read_safetensors
 from .live import Watch
+from .record import Metrics
 from .run import TASK_ROWS, Data, StageKind, run, starting
 from .stage import Stage
 from .stage_config import DistillConfig
@@ -51,7 +51,7 @@ def build(config: DistillConfig, data: Data, dtype: torch.dtype) -> Stage:
         raise ValueError(f"teacher={config.teacher!r}: has a {head.kind} head, but the rows have {has}")
     valid_rows = in_teachers_order(head, data.labels, data.valid_rows or (), config.teacher)
     rows, cache = data.texts, None
-    notes: dict[str, Any] = {}
+    notes: Metrics = {}
     if config.teacher_cache:
         teacher = MTLLM.from_pretrained(
             config.teacher, dtype=dtype, trust_remote_code=config.trust_remote_code, llm=config.llm
@@ -85,10 +85,10 @@ def distill(
     config: DistillConfig,
     rows: Iterable[TextRow],
     valid_rows: Sequence[TextRow] | None = None,
-    source: dict[str, Any] | None = None,
+    source: Mapping[str, object] | None = None,
     watch: Watch | None = None,
     labels: Sequence[str] | None = None,
-) -> dict[str, Any]:
+) -> Metrics:
     """Run stage 3 on English task `rows` (labels are not used); the model ends in `config.output`; see `run.run`.
 
     Args:

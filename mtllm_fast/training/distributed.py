@@ -16,7 +16,8 @@ import logging
 import os
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,13 @@ def shard(step: nn.Module, student: MTLLM, device: torch.device) -> None:
     kept = {p for p in step.parameters() if type(p) is not nn.Parameter or not p.is_floating_point()}
     if kept:
         step.to(device)
-    options: dict[str, Any] = {"mesh": mesh, "ignored_params": kept or None}
+    spread = partial(fully_shard, mesh=mesh, ignored_params=kept or None)
     names: set[str] = set()
     for part in (student.encoder, student.llm):
         names |= set(getattr(part.model, "_no_split_modules", None) or ()) if part is not None else set()
     for layer in [module for module in student.modules() if type(module).__name__ in names]:
-        fully_shard(layer, **options)
-    fully_shard(step, **options)
+        spread(layer)
+    spread(step)
     # accelerate leaves a model alone that has been prepared; it would put it into DistributedDataParallel
     step._is_accelerate_prepared = True  # type: ignore[assignment]
 
@@ -123,7 +124,7 @@ class ParallelTrainer(SurvivingTrainer):
         if not is_sharded(model):
             super()._move_model_to_device(model, device)
 
-    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[None]:
         # accelerate does this where it wraps the model; within its own wrapper nothing changes
         return self.accelerator.autocast() if self.spread else super().autocast_smart_context_manager()
 

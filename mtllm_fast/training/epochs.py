@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypedDict
 
 from ..data.batch import Batch
 from ..data.collate import PackedDataset
 from ..data.loader import PackedLoader
+
+
+class Place(TypedDict):
+    """Plain data: the packs of every epoch that is over, and where the stream is read on (see `read_before`)."""
+
+    epoch_packs: list[int]
+    stream: dict[str, Any]
 
 
 class EpochLoader:
@@ -26,7 +33,7 @@ class EpochLoader:
         dataset: PackedDataset,
         workers: int,
         start: int,
-        place: dict[str, Any] | None = None,
+        place: Place | None = None,
         pin_memory: bool = False,
     ) -> None:
         self.dataset, self.workers, self.start, self.pin_memory = dataset, workers, start, pin_memory
@@ -36,8 +43,8 @@ class EpochLoader:
     def _batches_of_epochs(self) -> int:
         return sum(self.dataset.size(packs) for packs in self.epoch_packs)
 
-    def place_of(self, batch: int) -> dict[str, Any]:
-        """Plain data: the packs of every epoch that is over, and where the stream is read on to come to `batch`."""
+    def place_of(self, batch: int) -> Place:
+        """The place from which the stream is read on to come to `batch`."""
         stream = self.dataset.read_before(batch - self._batches_of_epochs())
         return {"epoch_packs": self.epoch_packs, "stream": stream}
 

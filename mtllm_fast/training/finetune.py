@@ -6,8 +6,7 @@ per label, or, for rows with choices, one score per choice. Source of the settin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -15,6 +14,7 @@ from ..data.read import TextRow
 from ..losses import Objective
 from ..models import HeadConfig
 from .live import Watch
+from .record import Metrics
 from .run import TASK_ROWS, Data, StageKind, run, starting
 from .stage import Stage
 from .stage_config import FinetuneConfig
@@ -63,9 +63,9 @@ def finetune(
     rows: Iterable[TextRow],
     labels: Sequence[str],
     valid_rows: Sequence[TextRow] | None = None,
-    source: dict[str, Any] | None = None,
+    source: Mapping[str, object] | None = None,
     watch: Watch | None = None,
-) -> dict[str, Any]:
+) -> Metrics:
     """Train on labelled English `rows` (re-iterable); the model ends in `config.output`; see `run.run`.
 
     Args:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ..data.language import ENGLISH_CODES
 from ..data.read import RowStream, TextRow, resolve
@@ -17,7 +16,7 @@ from ..models.storage import read_config
 _MODEL_FILES = ("*.safetensors", "config.json", "tokenizer.json", "sentencepiece.bpe.model", "tokenizer.model")
 
 
-def files_of(source: Any) -> dict[str, str]:
+def files_of(source: RowStream | str | Path) -> dict[str, str]:
     """Digest by file name of what a stream of rows or a model folder (its path) reads; {} for names of the hub."""
     if isinstance(source, RowStream):
         try:
@@ -42,7 +41,7 @@ def rows_digest(rows: Iterable[TextRow]) -> str:
     return f"{count} rows {found.hexdigest()}"
 
 
-def identity(source: Any) -> dict[str, str]:
+def identity(source: object) -> dict[str, str]:
     """Digests by name of one thing that a run reads: a token store, a stream, a list of rows, a model's folder."""
     if isinstance(source, TokenStore):
         paths = [path for path in sorted(source.folder.rglob("*")) if path.is_file()]

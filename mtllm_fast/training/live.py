@@ -9,11 +9,11 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from ..data.batch import Batch
@@ -21,6 +21,9 @@ from ..data.pack import PackedBatch
 from ..jobs.durable import write_text
 from ..losses.term import Term
 from ..models import MTLLM, PackedEncoder, PackedLLM
+
+if TYPE_CHECKING:
+    from .trainer import PackedTrainer
 
 Scores = dict[str, float]
 BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense FLOP/s, by the datasheets
@@ -74,7 +77,7 @@ class ModelFlops:
             self.head = student.llm.vocab_size * student.llm.hidden_size
 
     @staticmethod
-    def _part(model: Any, part: PackedEncoder | PackedLLM) -> tuple[int, int, int]:
+    def _part(model: nn.Module, part: PackedEncoder | PackedLLM) -> tuple[int, int, int]:
         """(weights, trained ones, width times layers of the attention)."""
         return *linear_weights(model), part.hidden_size * len(part.layers)
 
@@ -181,7 +184,14 @@ class Live(TrainerCallback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Scores | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Scores | None = None,
+        **kwargs: object,
+    ) -> None:
         if state.is_world_process_zero and logs:
             with (self.folder / LOG_FILE).open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps({"step": state.global_step, **logs}) + "\n")
@@ -190,7 +200,14 @@ class Live(TrainerCallback):
 class LiveProgress(ProgressCallback):
     """The Trainer's progress bar, with loss and speed behind it in place of a line per log."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Scores | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Scores | None = None,
+        **kwargs: object,
+    ) -> None:
         if self.training_bar is None or not logs:
             return
         if "loss" in logs:
@@ -203,7 +220,14 @@ class LiveProgress(ProgressCallback):
 class PlainProgress(TrainerCallback):
     """A line per log on stderr, for files and pipes, where a bar would be noise."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Scores | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Scores | None = None,
+        **kwargs: object,
+    ) -> None:
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         scores = (f"{name} {value:.4g}" for name, value in logs.items() if name not in ("epoch", "total_flos"))
@@ -225,13 +249,15 @@ class Watching(TrainerCallback):
     """Asks for the scores of `watch` after every so many steps and logs them; the run computes what it would without.
 
     Args:
-        trainer: a PackedTrainer; its student is put into eval mode for the while.
+        trainer: its student is put into eval mode for the while.
     """
 
-    def __init__(self, trainer: Any, watch: Watch) -> None:
+    def __init__(self, trainer: PackedTrainer, watch: Watch) -> None:
         self.trainer, self.watch = trainer, watch
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if state.global_step % self.watch.steps or self.trainer.stopping:
             return
         step = self.trainer.step_module

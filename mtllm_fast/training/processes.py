@@ -82,6 +82,10 @@ def packs_per_process(asked: int, before: int, processes_before: int) -> int:
     if not int(os.environ.get("RANK", "0")):
         log.warning(
             "gradient_accumulation is %d instead of %d: a step keeps its %d packs, on %d processes instead of %d",
-            packs // now, asked, packs, now, processes_before,
-        )  # fmt: skip
+            packs // now,
+            asked,
+            packs,
+            now,
+            processes_before,
+        )
     return packs // now

@@ -53,14 +53,13 @@ def fit_projection(student: MTLLM, rows: Iterable[TextRow], kind: InitKind, coun
     projection = student.projection.layers if student.projection is not None else None
     if not isinstance(projection, nn.Linear):
         raise ValueError(f"init={kind!r}: only a linear projection can be fitted; use projection.kind='linear'")
-    assert student.llm is not None
     states, tokens = _pairs(student, islice(rows, count), MOST_PAIRS[kind])
     if len(tokens) < LEAST_PAIRS:
         raise ValueError(
             f"init_rows={count}: {len(tokens)} tokens of the two sides end at the same character, a fit needs at least "
             f"{LEAST_PAIRS}; give more rows or init='none'"
         )
-    embedding = student.llm.model.get_input_embeddings()
+    embedding = student.require_llm().model.get_input_embeddings()
     if kind == "softmax":
         return fit_softmax(projection, states, tokens, embedding.weight.detach())
     return fit_ridge(projection, states, tokens, embedding)
@@ -183,18 +182,16 @@ def fit_softmax(
 @torch.no_grad()
 def _pairs(student: MTLLM, rows: Iterable[TextRow], limit: int) -> tuple[Tensor, Tensor]:
     """Encoder states (P, E) float32 and the LLM tokens (P,) that end at the same characters."""
-    assert student.encoder is not None and student.projection is not None and student.tokenizer is not None
-    device = next(student.projection.parameters()).device
+    stack, tokenizer = student.require_stack(), student.require_tokenizer()
+    device = next(stack.projection.parameters()).device
     states, tokens, stream, total = [], [], iter(rows), 0
-    student.encoder.eval()
+    stack.encoder.eval()
     while total < limit and (chunk := list(islice(stream, CHUNK))):
-        batch = collate(chunk, student.tokenizer, sides=("mt", "llm"), align=True).to(device)
-        assert (
-            batch.mt is not None and batch.llm is not None and batch.mt_rows is not None and batch.llm_rows is not None
-        )
-        read, norm = student.encoder_states(batch.mt), student.encoder.final_norm
+        batch = collate(chunk, tokenizer, sides=("mt", "llm"), align=True).to(device)
+        assert batch.mt_rows is not None and batch.llm_rows is not None
+        read, norm = student.encoder_states(batch.side("mt")), stack.encoder.final_norm
         states.append((read if norm is None else norm(read))[batch.mt_rows].float())
-        tokens.append(batch.llm.input_ids[batch.llm_rows])
+        tokens.append(batch.side("llm").input_ids[batch.llm_rows])
         total += len(tokens[-1])
     student.train()
     if not total:

@@ -11,7 +11,6 @@ import sys
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,7 +20,7 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def git_state(folder: Path) -> dict[str, Any] | None:
+def git_state(folder: Path) -> dict[str, str | list[str]] | None:
     """Commit, branch and changed files of the checkout that holds `folder`; None outside of one, or without git."""
 
     def git(*arguments: str) -> str:
@@ -35,7 +34,7 @@ def git_state(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def provenance() -> dict[str, Any]:
+def provenance() -> dict[str, object]:
     """Plain data that says what is running here and now."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
@@ -57,7 +56,7 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def read_list(path: Path) -> list[Any]:
+def read_list(path: Path) -> list[object]:
     """The JSON list in `path`; [] where there is none that can be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

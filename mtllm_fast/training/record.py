@@ -9,6 +9,8 @@ from typing import Any
 
 from ..data.collate import StreamCounts
 
+Metrics = dict[str, Any]  # what a run has come to, by name
+
 RECORD = "record"  # in the Trainer's state
 
 
@@ -42,7 +44,7 @@ class RunRecord:
         found = state.get("stateful_callbacks", {}).get(RECORD)
         return cls(**found) if found else cls(since=steps)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         return asdict(self)
 
     def add(self, rows: int, epochs: int) -> None:
@@ -75,7 +77,7 @@ class RunRecord:
         return found if self.epoch is None else {**found, "epoch": self.epoch}
 
 
-def best_of(history: list[dict[str, float]], checkpoint: str | None) -> dict[str, Any]:
+def best_of(history: list[dict[str, float]], checkpoint: str | None) -> Metrics:
     """Step and English accuracy of the best checkpoint, if there is one."""
     if checkpoint is None:
         return {}
@@ -84,7 +86,7 @@ def best_of(history: list[dict[str, float]], checkpoint: str | None) -> dict[str
     return {"best_step": step, "best_eval_accuracy": accuracy}
 
 
-def data_report(counts: StreamCounts) -> dict[str, Any]:
+def data_report(counts: StreamCounts) -> dict[str, object]:
     """What the last epoch read, for the run's metrics."""
     return {
         "rows": counts.rows,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from .automatic import Settled, on_gpu, settled
 from .inputs import adapted_base, model_inputs
 from .live import Watch
 from .processes import processes
+from .record import Metrics
 from .run_folder import RunFolder
 from .stage import Rows, Stage
 from .switches import base_dtype, check_layers
@@ -44,7 +45,7 @@ class Data:
     rows: Rows
     valid_rows: Sequence[TextRow] | None = None
     labels: Sequence[str] | None = None
-    source: dict[str, Any] | None = None
+    source: Mapping[str, object] | None = None
 
     @property
     def texts(self) -> Iterable[TextRow]:
@@ -77,7 +78,7 @@ class StageKind:
     shuffle: int = 0
 
 
-def run(kind: StageKind, config: Any, data: Data, watch: Watch | None = None) -> dict[str, Any]:
+def run(kind: StageKind, config: Any, data: Data, watch: Watch | None = None) -> Metrics:
     """Train a stage; the model ends in `config.output`.
 
     Args:
@@ -101,7 +102,7 @@ def run(kind: StageKind, config: Any, data: Data, watch: Watch | None = None) ->
     set_seed(optim.seed)
     recorded = {name: list(getattr(data, name)) for name in kind.records}
     settings = {"stage": kind.name, "source": data.source or {}, **recorded, **asdict(config)}
-    inputs: dict[str, Any] = {"rows": data.rows}
+    inputs: dict[str, object] = {"rows": data.rows}
     if data.valid_rows is not None:
         inputs["valid_rows"] = data.valid_rows
     inputs |= {name: getattr(config, name) for name in kind.reads} | models
@@ -130,9 +131,7 @@ def starting(config: Any, dtype: torch.dtype, **options: Any) -> MTLLM:
     return MTLLM.stack(config.encoder or None, config.llm or None, dtype=dtype, trust_remote_code=trust, **options)
 
 
-def train(
-    stage: Stage, optim: Settled, folder: RunFolder, *, watch: Watch | None = None, shuffle: int = 0
-) -> dict[str, Any]:
+def train(stage: Stage, optim: Settled, folder: RunFolder, *, watch: Watch | None = None, shuffle: int = 0) -> Metrics:
     """Pack the rows of `stage`, train it on them, and return the run's metrics with what the data held.
 
     Where the stage has terms over their variance, it is measured on the first packs before the first step, kept in the
@@ -206,7 +205,7 @@ def length(rows: Any) -> int | None:
         return None
 
 
-def untrained(stage: Stage, optim: Settled) -> dict[str, Any]:
+def untrained(stage: Stage, optim: Settled) -> Metrics:
     """Metrics of a run of 0 steps, whose model is saved as it starts: its English validation score, if there is one."""
     if stage.validate is None:
         return {"train_runtime": 0.0}

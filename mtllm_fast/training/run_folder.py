@@ -15,6 +15,7 @@ from ..models.sharded import is_sharded
 from .inputs import changed, identity
 from .processes import packs_per_process, processes
 from .provenance import provenance, read_list
+from .record import Metrics
 
 if TYPE_CHECKING:
     from ..models import MTLLM
@@ -45,7 +46,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _is_more(before: Any, now: Any) -> bool:
+def _is_more(before: object, now: object) -> bool:
     return isinstance(before, int) and isinstance(now, int) and 0 <= before < now
 
 
@@ -67,7 +68,7 @@ class RunFolder:
     """
 
     def __init__(
-        self, output: str, settings: dict[str, Any], resume: bool, inputs: Mapping[str, Any] | None = None
+        self, output: str, settings: dict[str, Any], resume: bool, inputs: Mapping[str, object] | None = None
     ) -> None:
         self.folder, self.resume = Path(output), resume
         self.settings = {**settings, "processes": processes()}
@@ -162,7 +163,7 @@ class RunFolder:
         """Let other processes write into the folder."""
         self._lock.release()
 
-    def finish(self, student: MTLLM, metrics: dict[str, Any], *, include_base: bool) -> None:
+    def finish(self, student: MTLLM, metrics: Metrics, *, include_base: bool) -> None:
         """Write the finished model, then its metrics: a folder with them is finished."""
         if is_sharded(student) or self._first:
             own = (p for p in student.parameters() if p.requires_grad or include_base)
@@ -172,7 +173,7 @@ class RunFolder:
             write_json(self.folder / RESULT, metrics)
         self.release()
 
-    def finished(self) -> dict[str, Any] | None:
+    def finished(self) -> Metrics | None:
         """The metrics of the finished run that is to be resumed, None where there is something left to do, such as a
         model that was removed."""
         path = self.folder / RESULT
@@ -186,7 +187,7 @@ class RunFolder:
 
 
 def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+    flat = {}
     for key, value in data.items():
         if isinstance(value, dict):
             flat.update(_flatten(value, f"{prefix}{key}."))

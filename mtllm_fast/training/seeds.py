@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..jobs.durable import write_json
+from .record import Metrics
 from .stage_config import DistillConfig, FinetuneConfig
 
 Config = TypeVar("Config", FinetuneConfig, DistillConfig)
 PLACEHOLDER = "{seed}"
 
 
-def run_seeds(config: Config, seeds: Sequence[int], stage: Callable[[Config], dict[str, Any]]) -> dict[str, Any]:
+def run_seeds(config: Config, seeds: Sequence[int], stage: Callable[[Config], Metrics]) -> Metrics:
     """Run `stage` on `config` once per seed, into `config.output`/seed-N, and write `config.output`/summary.json.
 
     The same call goes on where an earlier one stopped: finished seeds are read, an unfinished one is resumed.
@@ -30,7 +31,7 @@ def run_seeds(config: Config, seeds: Sequence[int], stage: Callable[[Config], di
     """
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise ValueError(f"seeds={tuple(seeds)}: expected different numbers >= 0, e.g. --seeds 42 43 44")
-    results: dict[str, dict[str, Any]] = {}
+    results: dict[str, Metrics] = {}
     for seed in seeds:
         folder = Path(config.output) / f"seed-{seed}"
         named: dict[str, Any] = {
@@ -47,7 +48,7 @@ def run_seeds(config: Config, seeds: Sequence[int], stage: Callable[[Config], di
     return _summary(results)
 
 
-def _summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _summary(results: dict[str, Metrics]) -> Metrics:
     scores = [found["best_eval_accuracy"] for found in results.values() if found["best_eval_accuracy"] is not None]
     return {
         "seeds": results,

@@ -6,7 +6,7 @@ Training, `mtllm profile`, `mtllm plan` and the benchmarks run this step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -15,6 +15,7 @@ from ..data.read import TextRow
 from ..data.store import TokenStore
 from ..losses import LossTerm, Objective
 from ..models import MTLLM
+from .record import Metrics
 
 Rows = Iterable[TextRow] | TokenStore
 Validate = Callable[[], dict[str, float]]
@@ -56,7 +57,7 @@ class Stage(nn.Module):
         train_projection: bool | None = None,
         over_variance: bool = False,
         validate: Validate | None = None,
-        notes: dict[str, Any] | None = None,
+        notes: Metrics | None = None,
     ) -> None:
         super().__init__()
         self.student, self.loss, self.rows = student, loss, rows
@@ -95,10 +96,7 @@ class Stage(nn.Module):
 
     def states(self, batch: Batch) -> Tensor:
         """The student's states (T, D) of the packed rows of its side."""
-        packed = batch.mt if self.student.side == "mt" else batch.llm
-        if packed is None:
-            raise ValueError(f"batch has no {self.student.side!r} side; collate it with sides=({self.student.side!r},)")
-        return self.student.states(packed)
+        return self.student.states(batch.side(self.student.side))
 
     def forward(self, batch: Batch) -> dict[str, LossTerm]:
         """The terms of one pack. The teacher is first: nothing of the student is held meanwhile."""

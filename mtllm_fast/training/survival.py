@@ -18,7 +18,7 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..data.batch import Batch
 from ..data.split import halves
@@ -37,11 +37,13 @@ from ..models.sharded import is_sharded
 from .config import OptimSettings
 from .processes import INTERRUPTED
 from .signals import StopRequest
+from .stage import Stage
 
 log = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
 _KEY = "bad_steps"  # in the Trainer's state
+Best = tuple[float | None, int | None, str | None]  # metric, step and folder of a checkpoint
 
 
 class _Schedule(TrainerCallback):
@@ -50,7 +52,9 @@ class _Schedule(TrainerCallback):
     def __init__(self, trainer: SurvivingTrainer, save_steps: int) -> None:
         self.trainer, self.save_steps = trainer, save_steps
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         # a resumed state has the intervals and the path of the best checkpoint as they were
         state.compute_steps(args, state.max_steps)
         if state.best_global_step:
@@ -60,7 +64,9 @@ class _Schedule(TrainerCallback):
             else:
                 state.best_metric, state.best_global_step, state.best_model_checkpoint = None, None, None
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if self.trainer.args.world_size == 1:
             self.trainer.stopping |= self.trainer.stop.received is not None
             self.trainer.interrupted |= self.trainer.stop.received is signal.SIGINT
@@ -83,7 +89,7 @@ class SurvivingTrainer(Trainer):
         bad_steps: steps so far whose gradient was not finite. bad_since_log: of them, those since the latest log.
     """
 
-    step_module: Any
+    step_module: Stage
 
     def __init__(self, *args: Any, optim: OptimSettings, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -100,7 +106,7 @@ class SurvivingTrainer(Trainer):
         self._data_failed = False
         self._saved_step = -1
         self._save_error: str | None = None
-        self._best_before: tuple[Any, ...] = (None, None, None)
+        self._best_before: Best = (None, None, None)
         self._done: list[tuple[Batch, Tensor]] = []
         self._sums_before: dict[str, Tensor] = {}
         self._term_sums: dict[str, Tensor] = {}
@@ -151,13 +157,15 @@ class SurvivingTrainer(Trainer):
         return bool(total.item())
 
     # ---- steps
-    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:  # type: ignore[override]
+    def training_step(  # type: ignore[override]
+        self, model: nn.Module, inputs: Batch, num_items_in_batch: Mapping[str, float] | None = None
+    ) -> Tensor:
         """The gradient of one pack, in parts where it does not fit; a loss that is not finite is logged as 0."""
         loss = self._fitting(model, inputs, num_items_in_batch)
         self._done.append((inputs, loss))
         return torch.where(loss.isfinite(), loss, torch.zeros_like(loss))
 
-    def _fitting(self, model: nn.Module, inputs: Batch, counts: Any) -> Tensor:
+    def _fitting(self, model: nn.Module, inputs: Batch, counts: Mapping[str, float] | None) -> Tensor:
         gradients = {p: p.grad.clone() for p in model.parameters() if p.grad is not None}
         sums = dict(self._term_sums)
         self._in_backward = False
@@ -223,18 +231,17 @@ class SurvivingTrainer(Trainer):
         """Whether a loss of this step is not finite, and the rows of those packs, or of all; over all processes."""
         bad = [batch for batch, loss in self._done if not bool(loss.isfinite())]
         mine = (bool(bad), [name for batch in bad or [batch for batch, _ in self._done] for name in self._names(batch)])
-        found: list[Any] = [mine]
+        found = [mine] * self.args.world_size
         if self.args.world_size > 1:
-            found = [None] * self.args.world_size
             dist.all_gather_object(found, mine)
         any_bad = any(is_bad for is_bad, _ in found)
         return any_bad, [name for is_bad, names in found if is_bad == any_bad for name in names]
 
     def _names(self, batch: Batch) -> list[str]:
         """The rows of a batch: their ids, or how their texts begin."""
-        tokenizer = self.step_module.student.tokenizer
-        side, inner = (batch.mt, tokenizer.mt) if batch.mt is not None else (batch.llm, tokenizer.llm)
-        assert side is not None
+        tokenizer = self.step_module.student.require_tokenizer()
+        inner = tokenizer.mt if batch.mt is not None else tokenizer.llm
+        side = batch.side("mt" if batch.mt is not None else "llm")
         starts = side.cu_seqlens.tolist()
         texts = [side.input_ids[a : min(b, a + 16)] for a, b in pairwise(starts)]
         return [
@@ -246,7 +253,7 @@ class SurvivingTrainer(Trainer):
     def _save_place(self, folder: Path) -> None:
         """Write what else belongs to a checkpoint; called on the process that saves, for the subclass."""
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         """The Trainer's own files, written under a temporary name and published when all of them are there."""
         step = self.state.global_step
         self._settle()
@@ -304,12 +311,12 @@ class SurvivingTrainer(Trainer):
             self._lost(step)
             self._report(step, write_failure(error) or str(error), 0)
 
-    def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         self._settle()  # a checkpoint that is lost is not one to be compared with
         self._best_before = self._best()
         return super()._determine_best_metric(metrics, trial)
 
-    def _best(self) -> tuple[Any, ...]:
+    def _best(self) -> Best:
         return self.state.best_metric, self.state.best_global_step, self.state.best_model_checkpoint
 
     def _lost(self, step: int) -> None:
@@ -340,13 +347,13 @@ class SurvivingTrainer(Trainer):
         """Clear away what a kill left and find the checkpoint to go on from, the same on all processes."""
         if not resume:
             return None
-        found: list[Any] = [None]
+        found: list[Path | None] = [None]
         if self.args.process_index == 0:
             clean(self.run_folder)
             found = [last_complete(self.run_folder)]
         if self.args.world_size > 1:
             dist.broadcast_object_list(found, src=0, device=self.args.device)
-        checkpoint: Path | None = found[0]
+        checkpoint = found[0]
         if checkpoint is not None:
             self.publisher.newest = checkpoint
             state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
@@ -405,7 +412,7 @@ class SurvivingTrainer(Trainer):
                 self._unlogged = reason
                 log.warning("the log cannot be written: %s", reason)
 
-    def _note(self, entry: dict[str, Any]) -> None:
+    def _note(self, entry: Mapping[str, object]) -> None:
         if self.args.process_index == 0:
             try:
                 with (self.run_folder / "log.jsonl").open("a", encoding="utf-8") as handle:

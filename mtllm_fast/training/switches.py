@@ -151,8 +151,8 @@ def apply_switches(
         layers = len(backbone.layers)
         count = layers_within(optim.activation_memory_gib * 2**30, optim.tokens, layers, kept, recomputed)
         recompute_layers(backbone, count)
-        log.info("checkpointing: %d of %d layers run again in backward (%.1f KiB per token and layer)",
-                 count, layers, kept / 1024)  # fmt: skip
+        message = "checkpointing: %d of %d layers run again in backward (%.1f KiB per token and layer)"
+        log.info(message, count, layers, kept / 1024)
     if optim.compile:
         for part in (student.encoder, student.llm):
             if part is not None:

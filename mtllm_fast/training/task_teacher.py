@@ -76,9 +76,9 @@ def add_teacher(student: MTLLM, folder: str, *, adapter: bool = True, llm: str =
     """
     config = teacher_config(folder, llm)
     student.set_head(check_teacher(student.config, config, folder))
-    assert student.llm is not None and student.head is not None
+    own = student.require_llm()
     if adapter:
-        student.llm.add_adapter(config.adapters["student"], TEACHER)
+        own.add_adapter(config.adapters["student"], TEACHER)
     state = {
         name.replace(".student.", f".{TEACHER}."): value
         for name, value in read_safetensors(Path(folder), "model").items()
@@ -88,5 +88,6 @@ def add_teacher(student: MTLLM, folder: str, *, adapter: bool = True, llm: str =
     if set(state) != expected:
         raise ValueError(f"teacher={folder!r}: its weights do not fit the student's LLM")
     student.load_state_dict(state, strict=False)
-    student.llm.train_adapter("student")
+    own.train_adapter("student")
+    assert student.head is not None
     student.head.requires_grad_(False)

@@ -19,7 +19,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -84,7 +84,7 @@ class TeacherCache:
         ValueError: the folder is no cache, was made from something else than `made_from`, or a file is damaged.
     """
 
-    def __init__(self, folder: Path, made_from: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, made_from: Mapping[str, object]) -> None:
         remedy = f"delete {str(folder)!r} and it will be built again"
         try:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -125,8 +125,7 @@ class TeacherCache:
 
         A mean over one row is the row, so the losses need not know where the teacher's states come from.
         """
-        assert batch.mt is not None
-        device = batch.mt.input_ids.device
+        device = batch.side("mt").input_ids.device
         states = self.lookup(batch.ids).to(device, non_blocking=True)
         per_text = states.shape[1] if states.ndim == 3 else 1
         packed = PackedBatch.from_sequences(np.zeros((batch.num_rows, per_text), np.int64))  # type: ignore[arg-type]
@@ -152,8 +151,7 @@ def cached_states(
     folder: str | Path, rows: Iterable[TextRow], teacher: MTLLM, optim: OptimSettings
 ) -> tuple[TeacherCache, CacheReport]:
     """`open_or_build` of the teacher as a run with these settings has it: its device, precision and base weights."""
-    optim = settled(optim)
-    assert optim.tokens is not None and optim.bf16 is not None
+    chosen = settled(optim)
     if optim.device != "cpu" and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         teacher.to("cuda")
@@ -161,9 +159,9 @@ def cached_states(
         folder,
         rows,
         teacher,
-        max_tokens=optim.tokens,
+        max_tokens=chosen.tokens,
         max_length=optim.max_length,
-        bf16=optim.bf16,
+        bf16=chosen.bf16,
         base_weights=optim.base_weights,
     )
 
@@ -207,8 +205,7 @@ def open_or_build(
         OSError: it cannot be written; what was finished stays and is used by the next run.
     """
     root = Path(folder)
-    assert teacher.tokenizer is not None
-    teacher.tokenizer.max_llm_tokens = max_length
+    teacher.require_tokenizer().max_llm_tokens = max_length
     keys = list(dict.fromkeys(text_key(row) for row in rows))
     if not keys:
         raise ValueError("the training data holds no usable row")
@@ -232,7 +229,7 @@ def _build(
     rows: Iterable[TextRow],
     teacher: MTLLM,
     keys: list[bytes],
-    made_from: dict[str, Any],
+    made_from: Mapping[str, object],
     max_tokens: int,
     bf16: bool,
 ) -> tuple[int, int]:
@@ -299,33 +296,31 @@ def _distinct(rows: Iterable[TextRow]) -> Iterator[TextRow]:
 @torch.no_grad()
 def _pooled(teacher: MTLLM, rows: list[TextRow], max_tokens: int, bf16: bool) -> tuple[NDArray[np.float32], int]:
     """Pooled states (n, D) or (n, C, D) of rows in their order, and how many of them were truncated."""
-    assert teacher.tokenizer is not None
     device = next(teacher.parameters()).device
     read = teacher.teacher_states if teacher.head is None else teacher.states
     choice = teacher.head is not None and teacher.head.config.kind == "choice"
-    tokenised = tokenise_rows(rows, teacher.tokenizer, ("llm",))
+    tokenised = tokenise_rows(rows, teacher.require_tokenizer(), ("llm",))
     packs = list(token_budget_packs(tokenised.costs(), max_tokens))
     parts = []
     for members in packs:
         batch = tokenised.batch(members, align=False).to(device)
-        assert batch.llm is not None
+        packed = batch.side("llm")
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16), evaluating(teacher):
-            states = read(batch.llm)
-        parts.append(teacher.pool(states, batch.llm, batch.llm_spans if choice else None).float().cpu().numpy())
+            states = read(packed)
+        parts.append(teacher.pool(states, packed, batch.llm_spans if choice else None).float().cpu().numpy())
     pooled = np.concatenate(parts)
     pooled[np.concatenate(packs)] = pooled.copy()
     return pooled, tokenised.sides["llm"].truncated
 
 
-def _fingerprint(teacher: MTLLM, keys: list[bytes], bf16: bool, base_weights: str) -> dict[str, Any]:
+def _fingerprint(teacher: MTLLM, keys: list[bytes], bf16: bool, base_weights: str) -> dict[str, object]:
     """Digests of all that the states depend on, by the name that a message gives them."""
-    assert teacher.llm is not None and teacher.tokenizer is not None
+    llm, tokenizer = teacher.require_llm(), teacher.require_tokenizer()
     bare = teacher.head is None
-    state: dict[str, Tensor] = teacher.llm.bare_state() if bare else teacher.llm.state_dict()
+    state: dict[str, Tensor] = llm.bare_state() if bare else llm.state_dict()
     # what is in no tensor but changes what they compute
-    config = teacher.llm.model.config.to_dict()
+    config = llm.model.config.to_dict()
     adapters = {} if bare else {name: dataclasses.asdict(lora) for name, lora in teacher.config.adapters.items()}
-    tokenizer = teacher.tokenizer
     reading = [tokenizer_state(tokenizer.llm), str(tokenizer.llm.bos_token), tokenizer.pair_separator]
     return {
         "teacher weights": of_tensors(state),
@@ -344,7 +339,7 @@ def _fingerprint(teacher: MTLLM, keys: list[bytes], bf16: bool, base_weights: st
     }
 
 
-def _say_why(root: Path, made_from: dict[str, Any]) -> None:
+def _say_why(root: Path, made_from: Mapping[str, object]) -> None:
     """Name what keeps the caches that lie there from being used."""
     for meta in sorted(root.glob("*/meta.json")):
         try:

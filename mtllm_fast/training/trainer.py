@@ -23,9 +23,9 @@ from .automatic import settled
 from .config import OptimSettings
 from .distributed import ParallelTrainer, pack_seed, shard
 from .engines import choose_engine
-from .epochs import EpochLoader
+from .epochs import EpochLoader, Place
 from .live import Live, LiveProgress, ModelFlops, PlainProgress, Throughput, Watch, Watching, bf16_peak, rewind_log
-from .record import RECORD, RunRecord, best_of, data_report
+from .record import RECORD, Metrics, RunRecord, best_of, data_report
 from .run_folder import read_json
 from .stage import Stage
 from .survival import STATE_FILE
@@ -85,7 +85,7 @@ class PackedTrainer(ParallelTrainer):
         self.optim_settings = optim
         self.start_batch = 0
         self.extended = False
-        self.place: dict[str, Any] | None = None
+        self.place: Place | None = None
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         if optim.progress:
@@ -106,7 +106,9 @@ class PackedTrainer(ParallelTrainer):
         self.loader = EpochLoader(self.packs, self.optim_settings.workers, self.start_batch, self.place, pinned)
         return self.loader
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device) -> Any:
+    def get_batch_samples(  # type: ignore[override]
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], dict[str, float]]:
         """The packs of one step on this process, and the counts of the step over all processes."""
         batches = self.next_batches(epoch_iterator, num_batches)
         self.throughput.add(batches, self.state.global_step)
@@ -177,7 +179,7 @@ class PackedTrainer(ParallelTrainer):
         self.record.bad = self.bad_since_log
 
     # ---- evaluation
-    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, *args: object, metric_key_prefix: str = "eval", **kwargs: object) -> dict[str, float]:
         """The validation metrics of the student; only English data is ever given to it."""
         assert self.step_module.validate is not None
         training = self.step_module.training
@@ -193,7 +195,7 @@ class PackedTrainer(ParallelTrainer):
         return metrics
 
     # ---- checkpoints
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: object = None) -> None:
         self.step_module.student.save_pretrained(output_dir or str(self.args.output_dir), include_base=False)
 
     def _write_state(self, folder: Path, step: int) -> None:
@@ -225,7 +227,7 @@ class PackedTrainer(ParallelTrainer):
         assert self.state.best_model_checkpoint is not None
         load_own_state(self.step_module.student, Path(self.state.best_model_checkpoint))
 
-    def run(self, resume: bool) -> dict[str, Any]:
+    def run(self, resume: bool) -> Metrics:
         """Train, from the newest complete checkpoint if `resume` finds one; returns the run's metrics."""
         folder = Path(str(self.args.output_dir))
         checkpoint = self.checkpoint_to_resume(resume)

@@ -18,6 +18,7 @@ from benchmarks.registry import Case, Study, Work
 from tests.conftest import REPO
 
 CEILINGS = {"copy": 1e10, "gemm_fp32": 1e11, "gemm_bf16": 1e11}
+ONCE = run.Measuring(repeats=1, memory=False)
 CASES = {name: case for name, case in registry.load().items() if isinstance(case, Case)}
 
 
@@ -86,7 +87,7 @@ def test_a_broken_kernel_gets_no_speed_and_fails_the_run(monkeypatch: pytest.Mon
 
     monkeypatch.setitem(case.variants, "ours", replace(right, run=broken))
     size = {"label": "warm", **case.warm}
-    records = run.run_case(case, size, "cpu", "fp32", ceilings=CEILINGS, repeats=1, memory=False)
+    records = run.run_case(case, size, "cpu", "fp32", ceilings=CEILINGS, how=ONCE)
     by = {r.variant: r for r in records}
     assert by["ours"].gate == "fail"
     assert (by["ours"].time_ms, by["ours"].round_ms, by["ours"].peak_incremental_mib) == (None, [], None)
@@ -119,7 +120,7 @@ def test_a_variant_that_breaks_does_not_hide_the_others(monkeypatch: pytest.Monk
     ):
         changed = replace(case.variants["padded"], run=failing, gated=gate == "fail")
         monkeypatch.setitem(case.variants, "padded", changed)
-        records = run.run_case(case, size, "cpu", "fp32", ceilings=CEILINGS, repeats=1, memory=False)
+        records = run.run_case(case, size, "cpu", "fp32", ceilings=CEILINGS, how=ONCE)
         by = {r.variant: r for r in records}
         assert note in by["padded"].notes and by["padded"].time_ms is None
         assert (by["padded"].gate == "fail") == (gate == "fail")
@@ -157,7 +158,7 @@ def test_a_run_that_is_ended_loses_no_more_than_what_it_was_at(
     changed_case = replace(case, variants=changed, sizes={**case.sizes, "cpu": ({"label": "warm", **case.warm},)})
     monkeypatch.setattr(run, "chosen", lambda names: [changed_case])
     with pytest.raises(KeyboardInterrupt):
-        run.run(("pooled_mse",), repeats=3, path=path)
+        run.run(("pooled_mse",), how=run.Measuring(repeats=3), path=path)
     by = {row["variant"]: row for row in json.loads(path.read_text())}
     assert list(by) == (["padded", "ours"] if at == "a memory" else ["ours", "padded"] + [last] * (at == "a round"))
     for row in by.values():
@@ -207,8 +208,8 @@ def test_sizes_of_another_device_are_never_built() -> None:
 def test_bad_options_are_one_line() -> None:
     for arguments, message in (
         ({"names": ("linear_lk",)}, "linear_kl"),
-        ({"names": ("lora",), "variants": ("no",)}, "variant 'no'"),
-        ({"repeats": 0}, "repeats=0"),
+        ({"names": ("lora",), "how": run.Measuring(variants=("no",))}, "variant 'no'"),
+        ({"how": run.Measuring(repeats=0)}, "repeats=0"),
         ({"device": "tpu"}, "device='tpu'"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,7 +14,7 @@ import torch
 from mtllm_fast import cli
 from mtllm_fast.evaluation.tasks import TASKS
 from mtllm_fast.evaluation.translations import join_translations
-from mtllm_fast.inference.translate import Source, translate_file
+from mtllm_fast.inference.translate import Manner, Source, translate_file
 from mtllm_fast.inference.translator import Translator
 from mtllm_fast.jobs.parts import Parts
 
@@ -22,7 +23,8 @@ SOURCES = [
     Source(" ".join(WORDS[(i + k) % 10] for k in range(1 + i % 7)), ("fra_Latn", "deu_Latn")[i % 2], str(i), "xx")
     for i in range(50)
 ]
-SETTINGS = {"settings": {"model": "tiny"}, "window": 8, "max_new_tokens": 5}
+HOW = Manner(window=8, decoding={"max_new_tokens": 5})
+SETTINGS = {"settings": {"model": "tiny"}}
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +57,18 @@ def stop_after(monkeypatch, windows, error=Killed):
 @pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
 def test_stopped_and_resumed_gives_the_same_bytes(translator, tmp_path, monkeypatch, ending):
     whole, output = tmp_path / f"whole{ending}", tmp_path / f"t{ending}"
-    report = translate_file(translator, SOURCES, whole, **SETTINGS)
+    report = translate_file(translator, SOURCES, whole, HOW, **SETTINGS)
     assert (report.texts, report.resumed) == (50, 0)
     for windows in (0, 3, 1):
         with monkeypatch.context() as patch:
             stop_after(patch, windows)
             with pytest.raises(Killed):
-                translate_file(translator, SOURCES, output, **SETTINGS)
+                translate_file(translator, SOURCES, output, HOW, **SETTINGS)
         assert not output.exists()
     calls = []
     translate = translator.translate_scored
     monkeypatch.setattr(translator, "translate_scored", lambda *a, **k: calls.append(a) or translate(*a, **k))
-    report = translate_file(translator, SOURCES, output, **SETTINGS)
+    report = translate_file(translator, SOURCES, output, HOW, **SETTINGS)
     assert (report.texts, report.resumed, len(calls)) == (50, 32, 3)
     assert output.read_bytes() == whole.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted((whole.name, output.name))
@@ -74,7 +76,7 @@ def test_stopped_and_resumed_gives_the_same_bytes(translator, tmp_path, monkeypa
 
 def test_records(translator, tmp_path):
     output = tmp_path / "t.parquet"
-    translate_file(translator, SOURCES, output, **SETTINGS)
+    translate_file(translator, SOURCES, output, HOW, **SETTINGS)
     table = pq.read_table(output)
     assert table.column_names == ["id", "language", "split", "field", "source", "translation", "score"]
     rows = table.to_pylist()
@@ -83,7 +85,7 @@ def test_records(translator, tmp_path):
     assert [row["translation"] for row in rows] == direct
     assert len(set(direct)) > 3 and all(row["score"] < 0 for row in rows)
     assert json.loads(table.schema.metadata[b"mtllm_translate"])["target"] == "eng_Latn"
-    translate_file(translator, SOURCES[:3], tmp_path / "t.jsonl", scores=False, **SETTINGS)
+    translate_file(translator, SOURCES[:3], tmp_path / "t.jsonl", replace(HOW, scores=False), **SETTINGS)
     records = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
     assert [record["translation"] for record in records] == direct[:3]
     assert records[0] == {
@@ -94,9 +96,11 @@ def test_records(translator, tmp_path):
 
 def test_several_processes_share_the_work(translator, tmp_path):
     alone = tmp_path / "alone.jsonl"
-    translate_file(translator, SOURCES, alone, **SETTINGS)
+    translate_file(translator, SOURCES, alone, HOW, **SETTINGS)
     output = tmp_path / "t.jsonl"
-    reports = [translate_file(translator, SOURCES, output, rank=rank, world_size=3, **SETTINGS) for rank in range(3)]
+    reports = [
+        translate_file(translator, SOURCES, output, HOW, rank=rank, world_size=3, **SETTINGS) for rank in range(3)
+    ]
     assert [report.complete for report in reports] == [False, False, True]
     assert output.read_bytes() == alone.read_bytes()
 
@@ -106,18 +110,18 @@ def test_other_settings_and_finished_outputs_are_refused(translator, tmp_path, m
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         with pytest.raises(Killed):
-            translate_file(translator, SOURCES, output, **SETTINGS)
+            translate_file(translator, SOURCES, output, HOW, **SETTINGS)
     with pytest.raises(ValueError, match=r"had other settings .*max_new_tokens was 5 and is 6"):
-        translate_file(translator, SOURCES, output, **{**SETTINGS, "max_new_tokens": 6})
-    translate_file(translator, SOURCES, output, **SETTINGS)
+        translate_file(translator, SOURCES, output, replace(HOW, decoding={"max_new_tokens": 6}), **SETTINGS)
+    translate_file(translator, SOURCES, output, HOW, **SETTINGS)
     with pytest.raises(ValueError, match="exists; pass --overwrite"):
-        translate_file(translator, SOURCES, output, **SETTINGS)
-    translate_file(translator, SOURCES[:8], output, overwrite=True, **SETTINGS)
+        translate_file(translator, SOURCES, output, HOW, **SETTINGS)
+    translate_file(translator, SOURCES[:8], output, HOW, overwrite=True, **SETTINGS)
     assert len(output.read_text().splitlines()) == 8
     with pytest.raises(ValueError, match="no text to translate"):
-        translate_file(translator, [], tmp_path / "none.jsonl", **SETTINGS)
+        translate_file(translator, [], tmp_path / "none.jsonl", HOW, **SETTINGS)
     with pytest.raises(ValueError, match="expected a name ending in"):
-        translate_file(translator, SOURCES, tmp_path / "t.txt", **SETTINGS)
+        translate_file(translator, SOURCES, tmp_path / "t.txt", HOW, **SETTINGS)
     assert [path.name for path in tmp_path.iterdir()] == ["t.jsonl"]
 
 
@@ -126,8 +130,8 @@ def test_a_full_disk_loses_nothing(translator, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, 2, OSError(errno.ENOSPC, "No space left on device"))
         with pytest.raises(ValueError, match=r"cannot be written \(No space left on device\); 16 texts are saved"):
-            translate_file(translator, SOURCES, output, **SETTINGS)
-    assert translate_file(translator, SOURCES, output, **SETTINGS).resumed == 16
+            translate_file(translator, SOURCES, output, HOW, **SETTINGS)
+    assert translate_file(translator, SOURCES, output, HOW, **SETTINGS).resumed == 16
 
 
 def write_task(folder):

@@ -26,7 +26,7 @@ MUTANTS: list[Mutant] = [
     ),
     *planted(
         "losses", "mtllm_fast/losses/fused.py", LOSSES,
-        ("arguments: dict[str, Any] = {\"pooled\": False}", "arguments: dict[str, Any] = {\"pooled\": False, \"paired\": \"mse\"}"),
+        ("arguments: Arguments = {\"pooled\": False}", "arguments: Arguments = {\"pooled\": False, \"paired\": \"mse\"}"),
         ("\"rows_s\": given.student.pair_rows", "\"rows_s\": required(given.teacher).pair_rows"),
     ),
     *planted(

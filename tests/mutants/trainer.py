@@ -97,7 +97,7 @@ MUTANTS: list[Mutant] = [
         "trainer", "mtllm_fast/training/task_teacher.py", TEACHER,
         ("return [row if row.label is None else replace(row, label=order[row.label]) for row in rows]", "return list(rows)"),
         ("order = range(len(head.labels)) if labels is None else [head.labels.index(name) for name in labels]", "order = range(len(head.labels)) if labels is None else [list(labels).index(name) for name in head.labels]"),
-        ("student.llm.add_adapter(config.adapters[\"student\"], TEACHER)", "student.llm.add_adapter(student.config.adapters[\"student\"], TEACHER)"),
+        ("own.add_adapter(config.adapters[\"student\"], TEACHER)", "own.add_adapter(student.config.adapters[\"student\"], TEACHER)"),
     ),
     *planted(
         "trainer", "mtllm_fast/training/stage.py", TEACHER,
@@ -105,7 +105,7 @@ MUTANTS: list[Mutant] = [
     ),
     *planted(
         "trainer", "mtllm_fast/training/stage.py", OWN,
-        ("return self.student.states(packed)", "return self.student.states(packed) * 1.01"),
+        ("return self.student.states(batch.side(self.student.side))", "return self.student.states(batch.side(self.student.side)) * 1.01"),
     ),
     *planted(
         "trainer", "mtllm_fast/training/projection_fit.py", FIT,
@@ -125,7 +125,7 @@ MUTANTS: list[Mutant] = [
         ("projection.bias.copy_(scale * bias + centre)", "projection.bias.copy_(scale * bias)"),
         (").sum() + penalty / 2 * weight.square().sum()", ").sum()"),
         ("states.append((read if norm is None else norm(read))[batch.mt_rows].float())", "states.append(read[batch.mt_rows].float())"),
-        ("tokens.append(batch.llm.input_ids[batch.llm_rows])", "tokens.append(batch.llm.input_ids[batch.llm_rows - 1])"),
+        ("tokens.append(batch.side(\"llm\").input_ids[batch.llm_rows])", "tokens.append(batch.side(\"llm\").input_ids[batch.llm_rows - 1])"),
     ),
     *planted(
         "trainer", "mtllm_fast/training/teacher_variance.py", VARIANCE,

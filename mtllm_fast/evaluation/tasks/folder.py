@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ...data.read import TextRow
 from .base import SPLITS, canonical_split, nearest
@@ -260,7 +260,7 @@ class FolderTask:
 _CODE = re.compile(r"[a-z]{2,3}(_[A-Z][a-z]{3})?")
 
 
-def _or_none(value: Any) -> Any:
+def _or_none(value: object) -> object:
     return None if value == "" or (value == -1 and not isinstance(value, bool)) else value
 
 

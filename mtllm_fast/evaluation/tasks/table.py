@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ...data.read import TextRow
 from .files import Record, columns, kind
@@ -84,7 +83,7 @@ class Table:
             raise ValueError(f"{where!r} row {index}: {column!r} is {text!r}, expected one of {', '.join(known)}")
         return known[text]
 
-    def index(self, value: Any, labels: Sequence[str], choice: bool) -> int | None:
+    def index(self, value: object, labels: Sequence[str], choice: bool) -> int | None:
         """The class that a label value stands for; None where it is none of `labels`."""
         if isinstance(value, str):
             names = self.choices if choice else labels  # SuperGLUE's hub set names the column of the right choice
