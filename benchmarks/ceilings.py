@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from mtllm_fast.kernels.gemms import cpu_nt, has_onednn_fp32
@@ -40,9 +41,9 @@ def gemm_rate(
     side, device = min(START_SIDE, len(a)), a.device.type
     while True:
         x, y = a[:side, :side].contiguous(), b[:side, :side].contiguous()
-        taken = best(lambda x=x, y=y: product(x, y), device, seconds=0.0, least=2)
+        taken = best(partial(product, x, y), device, seconds=0.0, least=2)
         if taken >= seconds or side == len(a):
-            taken = min(taken, best(lambda x=x, y=y: product(x, y), device))
+            taken = min(taken, best(partial(product, x, y), device))
             return 2.0 * side**3 / taken
         side = min(2 * side, len(a))
 

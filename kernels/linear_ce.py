@@ -46,8 +46,9 @@ def reference(
     z = F.linear(h if rows is None else h[rows], w[:vocab_size], None if bias is None else bias[:vocab_size])
     if softcap:
         z = softcap * torch.tanh(z / softcap)
-    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    values = F.cross_entropy(z, targets.long(), reduction="none", **options)
+    values = F.cross_entropy(
+        z, targets.long(), ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
+    )
     weight = (targets != ignore_index).to(values.dtype)
     weight = weight if row_weight is None else weight * row_weight.to(values.dtype)
     values = torch.where(weight != 0, values, torch.zeros_like(values))

@@ -22,6 +22,7 @@ def cross_entropy_cpu(a: CrossEntropy) -> Five:
     check_targets(a.rows_t, vocab, "targets")
     chunks = Chunks(a, Head(a.w_s, a.bias_s, tiles.LINEAR_KL_CPU.block_v, 1.0, a.softcap), sides=1)
     head, dtype, targets = chunks.head, chunks.dtype, chunks.pairs.rows_t
+    assert targets is not None
     # Of a block its softmax, which needs but a factor later; with soft-capping, whose slope they give, the logits.
     kept = torch.empty(chunks.rows * (vocab if a.any_gradient else head.width), dtype=dtype)
     scratch = torch.empty(chunks.rows * head.width if a.softcap else 0, dtype=dtype)

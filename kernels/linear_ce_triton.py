@@ -101,6 +101,7 @@ def cross_entropy_triton(a: CrossEntropy, tiles: LinearKLTiles | None = None) ->
     require_rows(a.rows_s, a.h_s.shape[0], "rows")
     require_rows(a.rows_t, vocab, "targets")
     pairs = Pairs(a)
+    assert pairs.rows_t is not None
     bias_ptr = padded_bias(a.bias_s, a.h_s.new_empty(1, dtype=torch.float32))
     targets = pairs.rows_t.contiguous()
 

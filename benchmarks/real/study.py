@@ -188,7 +188,7 @@ def train_seed(options: argparse.Namespace, seed: int) -> None:
             models = {"model": root / f"adapted-{texts}", "teacher": of_task / "teacher", "init_from": start}
             settings = {**models, **task, **adapted, **DISTILL, **own["stack"]}
             if options.watch and texts == options.texts[-1] and not name:
-                seen = languages_of(options, *plan.sets()[0])
+                seen = languages_of(options, plan.sets()[0][0])
                 settings |= {"watch.languages": seen, "watch.split": "test", "watch.steps": 22}
                 settings |= {"watch.limit": options.watch}
             train("distill", of_task / f"stack-{texts}{name}", settings)
@@ -203,12 +203,13 @@ def systems(texts: list[int], anew: bool = False, stacks: bool = False) -> dict[
     return {**found, ANEW: f"stack-{texts[-1]}-anew"} if anew else found
 
 
-def languages_of(options: argparse.Namespace, task: str, folder: str) -> list[str]:
+def languages_of(options: argparse.Namespace, task: str) -> list[str]:
     """The languages that a set is tested in, English not among them."""
     plan = TASKS[options.task]
-    every = sorted(get_task(task).languages(str(options.data / folder)))
+    there = {name: get_task(name).languages(str(options.data / place)) for name, place in plan.sets()}
+    every = sorted(there[task])
     asked = every if options.languages == ["all"] else options.languages or plan.languages or every
-    wrong = [code for code in asked if all(code not in get_task(name).mt_codes for name, _ in plan.sets())]
+    wrong = [code for code in asked if all(code not in codes for codes in there.values())]
     if wrong:
         raise SystemExit(f"--languages: {', '.join(wrong)}: not of {options.task}")
     return [code for code in asked if code in every and code != plan.english]
@@ -219,7 +220,7 @@ def groups_of(options: argparse.Namespace) -> dict[str, dict[str, object]]:
     plan = TASKS[options.task]
     found: dict[str, dict[str, object]] = {}
     for task, folder in plan.sets():
-        codes = {name: get_task(task).mt_code(name) for name in languages_of(options, task, folder)}
+        codes = {name: get_task(task).mt_code(name) for name in languages_of(options, task)}
         source = str(options.data / folder)
         english = [plan.english] if plan.english in get_task(task).languages(source) else []
         for group, chosen in (

@@ -20,18 +20,33 @@ Numbers = dict[str, Any]  # of a config.json
 
 def _nllb(d_model: int, layers: int, ffn: int) -> Numbers:
     return {
-        "model_type": "m2m_100", "vocab_size": 256206, "d_model": d_model, "encoder_layers": layers,
-        "decoder_layers": layers, "encoder_attention_heads": 16, "decoder_attention_heads": 16,
-        "encoder_ffn_dim": ffn, "decoder_ffn_dim": ffn, "max_position_embeddings": 1024, "activation_function": "relu",
-    }  # fmt: skip
+        "model_type": "m2m_100",
+        "vocab_size": 256206,
+        "d_model": d_model,
+        "encoder_layers": layers,
+        "decoder_layers": layers,
+        "encoder_attention_heads": 16,
+        "decoder_attention_heads": 16,
+        "encoder_ffn_dim": ffn,
+        "decoder_ffn_dim": ffn,
+        "max_position_embeddings": 1024,
+        "activation_function": "relu",
+    }
 
 
 def _llama(hidden: int, layers: int, heads: int, kv_heads: int, mlp: int, vocab: int, **more: int | str) -> Numbers:
     return {
-        "model_type": "llama", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads, "intermediate_size": mlp, "vocab_size": vocab,
-        "max_position_embeddings": 8192, "tie_word_embeddings": False, **more,
-    }  # fmt: skip
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": mlp,
+        "vocab_size": vocab,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+        **more,
+    }
 
 
 MODELS: dict[str, Numbers] = {

@@ -23,9 +23,20 @@ from ..training.stage import Stage
 from .parts import forward_parts
 
 ORDER = (
-    "tokenise", "pack", "transfer", "encoder", "projection", "LLM teacher", "LLM student", "LLM", "loss", "pooling",
-    "backward", "optimizer", "other",
-)  # fmt: skip
+    "tokenise",
+    "pack",
+    "transfer",
+    "encoder",
+    "projection",
+    "LLM teacher",
+    "LLM student",
+    "LLM",
+    "loss",
+    "pooling",
+    "backward",
+    "optimizer",
+    "other",
+)
 
 
 @dataclass

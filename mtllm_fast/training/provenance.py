@@ -15,9 +15,23 @@ from pathlib import Path
 import torch
 
 PACKAGES = (
-    "mtllm-fast", "torch", "transformers", "accelerate", "peft", "tokenizers", "datasets", "safetensors", "numpy",
-    "triton", "liger-kernel", "bitsandbytes", "torchao", "deepspeed", "flash-attn", "xformers",
-)  # fmt: skip
+    "mtllm-fast",
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "tokenizers",
+    "datasets",
+    "safetensors",
+    "numpy",
+    "triton",
+    "liger-kernel",
+    "bitsandbytes",
+    "torchao",
+    "deepspeed",
+    "flash-attn",
+    "xformers",
+)
 
 
 def git_state(folder: Path) -> dict[str, str | list[str]] | None:
