@@ -144,7 +144,7 @@ class Registered(Generic[Result]):
     def _kernel(self, method: Callable[[Op[Result]], Result]) -> Callable[..., Result]:
         def kernel(*inputs: object) -> Result:
             device = next(x.device.type for x in inputs if isinstance(x, Tensor))
-            if not torch.is_autocast_enabled(device):
+            if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
                 return method(self._declared(inputs))
             # An enclosing autocast region would round the fp32 GEMMs in here to 16 bits.
             with torch.autocast(device, enabled=False):

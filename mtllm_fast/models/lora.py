@@ -10,7 +10,7 @@ that is more than plain LoRA.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -39,7 +39,7 @@ class Products(Op[Tensor]):
     scale: float = 1.0
 
     def cpu(self) -> Tensor:
-        return F.linear(self.x, self.w, self.bias).addmm_(self.low, self.b.t(), alpha=self.scale)
+        return _plain(self.x, self.w, self.bias, self.low, self.b, self.scale)
 
     def fake(self) -> Tensor:
         return self.x.new_empty(self.x.shape[0], self.w.shape[0])
@@ -48,8 +48,13 @@ class Products(Op[Tensor]):
 lora_products = Registered(Products, "lora_products")
 
 
-def _products(**arguments: Any) -> Tensor:
-    return lora_products(**arguments) if torch.compiler.is_compiling() else Products(**arguments).cpu()
+def _plain(x: Tensor, w: Tensor, bias: Tensor | None, low: Tensor, b: Tensor, scale: float) -> Tensor:
+    return F.linear(x, w, bias).addmm_(low, b.t(), alpha=scale)
+
+
+def _products_here() -> Callable[..., Tensor]:
+    """Called where it is used, by position: within a function of its own Dynamo loses track of its arguments."""
+    return lora_products.op if torch.compiler.is_compiling() else _plain
 
 
 class LoraProduct(torch.autograd.Function):
@@ -79,7 +84,7 @@ class LoraProduct(torch.autograd.Function):
         low = F.linear(x if dropped is None else dropped, a)
         if w_scale is not None:
             return fp8_forward(x, w, w_scale, bias).addmm_(low, b.t(), alpha=scale), low
-        return _products(x=x, w=w, bias=bias, low=low, b=b, scale=scale), low
+        return _products_here()(x, w, bias, low, b, scale), low
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -100,7 +105,7 @@ class LoraProduct(torch.autograd.Function):
         dx, rest = None, (None,) * 7
         if keep is None:
             if need_x and scale_t is None:
-                dx = _products(x=dy, w=w.t(), low=d_low, b=a.t())
+                dx = _products_here()(dy, w.t(), None, d_low, a.t(), 1.0)
             elif need_x:
                 dx = fp8_backward(dy, w, scale_t).addmm_(d_low, a)
             return dx, None, None, d_low.t() @ x if need_a else None, db, *rest
