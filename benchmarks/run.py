@@ -237,6 +237,10 @@ def run(
         raise ValueError(f"repeats={how.repeats}: must be at least 1")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
+    for case in cases:  # "all" leaves them out of a part
+        if isinstance(case, Study) and case.name in names and (sizes or how.variants):
+            asked = f"sizes={list(sizes)}" if sizes else f"variants={list(how.variants)}"
+            raise ValueError(f"{asked}: {case.name} measures itself as a whole; name it without")
     known = {name for case in cases if isinstance(case, Case) for name in case.variants}
     for name in how.variants:
         if name not in known:

@@ -262,3 +262,12 @@ def test_the_benchmark_flag(tmp_path, request: pytest.FixtureRequest) -> None:
     assert "bench_cases.py" in found["fullname"]
     assert found["extra_info"]["gate"] == "pass"
     assert found["extra_info"]["floor_ms"] > 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [({"sizes": ["xnli"]}, "sizes="), ({"how": run.Measuring(variants=("ours",))}, "variants=")],
+)
+def test_a_part_of_a_study_is_refused_and_not_left_out(asked, said) -> None:
+    with pytest.raises(ValueError, match=rf"{said}.*: encode measures itself as a whole"):
+        run.run(("encode",), **asked)
