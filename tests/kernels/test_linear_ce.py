@@ -178,3 +178,14 @@ def test_errors_name_the_argument(changes, error, said) -> None:
 def test_reference_of_everything_left_out_is_finite() -> None:
     total, count, _ = reference(**{**make(), "targets": torch.full((23,), -100)})
     assert float(total) == float(count) == 0
+
+
+@pytest.mark.parametrize("trained", ["w", "bias"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_a_part_of_the_head_alone_is_trained_over_several_blocks(trained, softcap, monkeypatch) -> None:
+    monkeypatch.setattr(tiles, "LINEAR_KL_CPU", tiles.CpuChunks(chunk_rows=4, block_v=64, max_buffer_mib=512))
+    case = make(bias=True, label_smoothing=0.1) | ({} if softcap is None else {"softcap": softcap})
+    right = exact(case)["dw" if trained == "w" else "db"]
+    case[trained].requires_grad_()
+    linear_ce(**case)[0].backward()
+    check(case[trained].grad * 0.5, right, 1e-5)

@@ -277,3 +277,15 @@ def test_module():
     assert "temperature=2.0" in repr(module)
     with pytest.raises(ValueError, match="temperature is -1"):
         LinearKL(temperature=-1)
+
+
+@pytest.mark.parametrize("trained", ["w_s", "bias_s"])
+@pytest.mark.parametrize("options", [{}, {"divergence": "jsd", "softcap": 3.0}], ids=["forward", "jsd"])
+def test_a_part_of_the_head_alone_is_trained_over_several_blocks(trained, options, monkeypatch):
+    monkeypatch.setattr(tiles, "LINEAR_KL_CPU", tiles.CpuChunks(chunk_rows=8, block_v=64, max_buffer_mib=512))
+    case = make_case(bias=True, **options)
+    exact = case.exact()["dw" if trained == "w_s" else "db"]
+    leaf = (case.w_s if trained == "w_s" else case.options["bias_s"]).clone().requires_grad_()
+    given = {**case.options, "bias_s": leaf} if trained == "bias_s" else case.options
+    linear_kl(case.h_s, leaf if trained == "w_s" else case.w_s, case.h_t, **given)[0].backward()
+    check(leaf.grad * 0.5, exact, 1e-5)
