@@ -30,6 +30,7 @@ class TextRow:
         label: class index, or the index of the right choice.
         id: the row's name in its source.
         choices: answers of a multiple-choice row.
+        target: what a model is to write after reading the text, or None.
     """
 
     text: str
@@ -38,6 +39,7 @@ class TextRow:
     label: int | None = None
     id: str | None = None
     choices: tuple[str, ...] | None = None
+    target: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,7 @@ def read_rows(
     language_column: str | None = None,
     language: str | None = None,
     id_column: str | None = None,
+    target_column: str | None = None,
     split: str = "train",
     limit: int | None = None,
     columns: Sequence[str] | None = None,
@@ -99,8 +102,8 @@ def read_rows(
         source: a .txt (one text per line), .jsonl, .csv, .tsv or .parquet file, each also .gz; a folder (every such
             file in it and below, by name, hidden ones left out); a glob; or a hub dataset "org/name" or
             "org/name:config".
-        text_column, pair_column, label_column, language_column, id_column: columns to read; text_column is ignored for
-            .txt.
+        text_column, pair_column, label_column, language_column, id_column, target_column: columns to read; text_column
+            is ignored for .txt.
         labels: class names in the order of their indices. Without them labels must be integers (for hub datasets, the
             names of the dataset's own ClassLabel are used).
         language: code of every row, where there is no language_column; encoders with languages need one of the two.
@@ -126,7 +129,7 @@ def read_rows(
     if labels is not None and label_column is None:
         raise ValueError("labels are given but no label_column: name the column that holds them")
     wanted = {"text_column": text_column, "pair_column": pair_column, "label_column": label_column}
-    wanted |= {"language_column": language_column, "id_column": id_column}
+    wanted |= {"language_column": language_column, "id_column": id_column, "target_column": target_column}
     stream = RowStream(
         source=str(source),
         wanted={argument: column for argument, column in wanted.items() if column is not None},
@@ -223,8 +226,8 @@ class RowStream:
 
     def _row(self, record: Mapping[str, object], labels: tuple[str, ...] | None, place: str) -> TextRow | BadRow | None:
         """The row of a record, or why there is none: None where it has no text."""
-        texts: dict[str, str | None] = {"pair_column": None, "language_column": self.language}
-        for argument in ("text_column", "pair_column", "language_column"):
+        texts: dict[str, str | None] = {"pair_column": None, "language_column": self.language, "target_column": None}
+        for argument in ("text_column", "pair_column", "language_column", "target_column"):
             if argument not in self.wanted:
                 continue
             column = self.wanted[argument]
@@ -250,6 +253,7 @@ class RowStream:
             text_pair=texts["pair_column"],
             label=label,
             id=self._id(record),
+            target=texts["target_column"],
         )
 
     def _id(self, record: Mapping[str, object] | BadRow) -> str | None:

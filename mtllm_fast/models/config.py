@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ..data.prompt import Prompt
 from .adapters import LoraSettings
 from .heads import HeadConfig
 from .projection import ProjectionConfig
@@ -24,6 +25,7 @@ class MTLLMConfig:
     """Everything needed to rebuild a model around its base models.
 
     encoder, llm: folder or hub name of the base models (None where they are stored inside the model's own folder).
+    prompt: what a model that was taught to write reads around a text; None for one that was not.
     """
 
     reader: Reader = "stack"
@@ -33,6 +35,7 @@ class MTLLMConfig:
     projection: ProjectionConfig = field(default_factory=ProjectionConfig)
     adapters: dict[str, LoraSettings] = field(default_factory=dict)
     head: HeadConfig | None = None
+    prompt: Prompt | None = None
 
     @property
     def labels(self) -> list[str] | None:
@@ -41,7 +44,10 @@ class MTLLMConfig:
 
 
 def config_to_dict(config: MTLLMConfig) -> dict[str, Any]:
-    return {"model_type": MODEL_TYPE, "format": FORMAT, **asdict(config)}
+    data = {"model_type": MODEL_TYPE, "format": FORMAT, **asdict(config)}
+    if config.prompt is None:  # as earlier versions wrote it
+        del data["prompt"]
+    return data
 
 
 def config_from_dict(data: dict[str, Any], folder: str) -> MTLLMConfig:
@@ -63,6 +69,7 @@ def config_from_dict(data: dict[str, Any], folder: str) -> MTLLMConfig:
         projection=ProjectionConfig(**data["projection"]),
         adapters={name: _settings(**settings) for name, settings in data["adapters"].items()},
         head=HeadConfig(head["kind"], tuple(head["labels"])) if head else None,
+        prompt=Prompt(**data["prompt"]) if data.get("prompt") else None,
     )
 
 

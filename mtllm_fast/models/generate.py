@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..data.language import language_read
 from ..data.pack import PackedBatch
+from ..data.prompt import with_prefix
 from ..data.read import TextRow
 from ..data.tokenise import StackTokenizer
 from .attention import NAME
@@ -169,11 +170,6 @@ def per_text(name: str, value: str | Sequence[str], count: int) -> list[str]:
     if len(values) != count:
         raise ValueError(f"{name}: {len(values)} values for {count} texts")
     return values
-
-
-def with_prefix(prefix: list[int], ids: list[int]) -> list[int]:
-    """`ids` behind the tokens that open a text, which a chat template may have written already."""
-    return ids if prefix and ids[: len(prefix)] == prefix else prefix + ids
 
 
 def check_lengths(llm: PackedLLM, lengths: Sequence[int], new: int) -> None:
