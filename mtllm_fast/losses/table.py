@@ -6,6 +6,7 @@ from .head_kl import TaskHeadKL
 from .lm_head_kl import LMHeadKL
 from .paired_mse import PairedMSE
 from .pooled_mse import PooledMSE
+from .target_ce import TargetCrossEntropy
 from .task_ce import TaskCrossEntropy
 from .term import Term
 
@@ -15,4 +16,5 @@ TERMS: dict[str, type[Term]] = {
     "kl": LMHeadKL,
     "head_kl": TaskHeadKL,
     "task": TaskCrossEntropy,
+    "target_ce": TargetCrossEntropy,
 }
