@@ -36,8 +36,15 @@ class Convert:
     """Folder to read."""
     output: str = ""
     """Folder to write; none where the model is only pushed."""
-    source: Annotated[Literal["nllb-llm2vec", "encoder", "llm"] | None, tyro.conf.arg(name="from")] = None
-    """What MODEL is: a published layout, or a bare model; OUTPUT becomes an MTLLM folder."""
+    source: Annotated[
+        Literal["nllb-llm2vec", "langbridge", "mindmerger", "encoder", "llm"] | None, tyro.conf.arg(name="from")
+    ] = None
+    """What MODEL is: a published layout (of mindmerger, its pytorch_model.bin), or a bare model; OUTPUT becomes an
+    MTLLM folder."""
+    encoder: str = ""
+    """Base encoder of a mindmerger mapping; of a langbridge model, where it is, if not where its config says."""
+    llm: str = ""
+    """Base LLM, likewise."""
     target: Annotated[Literal["nllb-llm2vec", "merged", "swapped"] | None, tyro.conf.arg(name="to")] = None
     """Layout of OUTPUT: the published one, or an MTLLM folder with LoRA merged, or with layers of the teacher's."""
     teacher: str = ""
@@ -58,6 +65,7 @@ class Convert:
         from ..models.hub import check_push, push
         from ..models.merge import save_merged
         from ..models.nllb_llm2vec import load_nllb_llm2vec, save_nllb_llm2vec
+        from ..models.published import load_langbridge, load_mindmerger
         from ..training.layer_swap import swap_layers
 
         if not self.model:
@@ -74,6 +82,11 @@ class Convert:
         for name in ("teacher", "bottom", "top", "between"):
             if self.target != "swapped" and getattr(self, name) not in ("", None):
                 raise ValueError(f"--{name} {getattr(self, name)}: goes with --to swapped alone")
+        if self.source == "mindmerger" and not (self.encoder and self.llm):
+            raise ValueError(f"--{'llm' if self.encoder else 'encoder'} is missing: the mapping holds no base models")
+        for name in ("encoder", "llm"):
+            if self.source not in ("mindmerger", "langbridge") and (value := getattr(self, name)):
+                raise ValueError(f"--{name} {value}: goes with --from mindmerger and --from langbridge alone")
         if not self.overwrite and (Path(self.output) / "config.json").exists():
             raise ValueError(f"--output {self.output}: holds a model already; pass --overwrite to replace it")
         if self.push_to_hub:
@@ -81,6 +94,11 @@ class Convert:
         if self.source in ("encoder", "llm"):
             bases: dict[str, Any] = {self.source: self.model}
             MTLLM.stack(reader=self.source, **bases).save_pretrained(self.output)
+        elif self.source == "mindmerger":
+            load_mindmerger(self.model, self.encoder, self.llm).save_pretrained(self.output)
+        elif self.source == "langbridge":
+            bases = {"encoder": self.encoder or None, "llm": self.llm or None}
+            load_langbridge(self.model, **bases).save_pretrained(self.output)
         elif self.source:
             load_nllb_llm2vec(self.model).save_pretrained(self.output)
         elif self.target == "merged":
