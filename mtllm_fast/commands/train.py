@@ -190,11 +190,14 @@ class Adapt(AdaptConfig):
 
     REQUIRED: ClassVar = {"text": "required", "encoder": "required without `model`", "llm": "required without `model`"}
     text: str = ""
-    """English text: .txt, .jsonl, .csv, .tsv or .parquet (also .gz), a folder or glob of them, a hub dataset
+    """English text, or with `teacher_text_column` any: .txt, .jsonl, .csv, .tsv or .parquet (also .gz), a folder or glob of them, a hub dataset
     "org/name" or "org/name:config". Or the folder that `mtllm tokenize` wrote: columns, language, split and limit are
     those it was written with, and may not be given again."""
     text_column: str = "text"
     """Column of the text."""
+    teacher_text_column: str | None = None
+    """Column with another text for the teacher, such as the English that the text is a translation of; for losses of
+    pooled states (pooled_mse, contrast)."""
     language: str | None = None
     """MT code of the text's language; by default the encoder's own code for English."""
     language_column: str | None = None
@@ -215,7 +218,16 @@ class Adapt(AdaptConfig):
         if not self.text:
             raise ValueError("--text is missing: name a file, folder, glob or hub dataset")
         watch = self.watch.watch()
-        names = ("text", "text_column", "language", "language_column", "quoted", "split", "limit")
+        names = (
+            "text",
+            "text_column",
+            "teacher_text_column",
+            "language",
+            "language_column",
+            "quoted",
+            "split",
+            "limit",
+        )
         source = _record({name: getattr(self, name) for name in names})
         source["language"] = self.language or ENGLISH_CODES[0]
         if (Path(self.text) / STORE_FILE).is_file():
@@ -232,6 +244,7 @@ class Adapt(AdaptConfig):
             rows = read_rows(
                 self.text,
                 text_column=self.text_column,
+                teacher_text_column=self.teacher_text_column,
                 language=self.language,
                 language_column=self.language_column,
                 split=self.split,

@@ -84,6 +84,7 @@ class TokenizedRows:
     sides: dict[str, TokenizedSide]
     labels: list[int | None]
     ids: list[str | None]
+    texts_differ: bool = False  # of the two sides, in some row: nothing can be aligned
 
     def batch(self, index: Sequence[int], align: bool) -> Batch:
         packed: dict[str, PackedBatch] = {}
@@ -93,6 +94,11 @@ class TokenizedRows:
             spans[name] = _packed_spans(side, index, packed[name])
         pairs: tuple[Tensor | None, Tensor | None] = (None, None)
         if align and len(self.sides) == 2:
+            if self.texts_differ:
+                raise ValueError(
+                    "align=True: rows with a teacher_text have another text on the llm side, and its tokens end at "
+                    "characters of another; align=False, without paired_mse and kl"
+                )
             keys = [self._alignment_keys(name, index) for name in SIDES]
             mt_rows, llm_rows = align_rows(*keys[0], *keys[1])
             pairs = (torch.from_numpy(mt_rows), torch.from_numpy(llm_rows))
@@ -123,8 +129,12 @@ class TokenizedRows:
 
 
 def tokenise_rows(rows: Sequence[TextRow], tokenizer: StackTokenizer, sides: Sequence[str]) -> TokenizedRows:
-    tokenized = {side: tokenizer.side(side, rows) for side in sides}
-    return TokenizedRows(tokenized, [row.label for row in rows], [row.id for row in rows])
+    """Both sides read the text of a row, but beside "mt", which the student reads, "llm" is what a teacher reads: the
+    row's `teacher_text` where it has one."""
+    differ = len(sides) == 2 and any(row.teacher_text is not None for row in rows)
+    read = {"mt": rows, "llm": [row.for_teacher() for row in rows] if differ else rows}
+    tokenized = {side: tokenizer.side(side, read[side]) for side in sides}
+    return TokenizedRows(tokenized, [row.label for row in rows], [row.id for row in rows], differ)
 
 
 def tokenise_readable(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from .objective import Objective
 from .table import TERMS
+from .term import Need
 
 if TYPE_CHECKING:
     from ..data.batch import Batch
@@ -26,15 +27,28 @@ class DistillationWeights:
     """KL of the task head's distributions, times temperature^2 (stage 3)."""
     temperature: float = 1.0
     """Of both KL terms; above 1 it makes the distributions flatter."""
+    contrast: float = 0.0
+    """One-way InfoNCE of mean-pooled last hidden states: a text's is to be nearer to the teacher's of the same text
+    than to those of the other texts of its pack."""
+    contrast_temperature: float = 0.1
+    """Of `contrast`, whose cosines it divides; the lower, the more the nearest other texts count."""
+    task: float = 0.0
+    """Cross-entropy of the task head on the rows' labels (stage 3)."""
+    rank_weights: bool = False
+    """Divide a row's head_kl by the rank of its label in the teacher's logits: what the teacher has wrong counts
+    less."""
 
     def __post_init__(self) -> None:
         for name, weight in self.by_term.items():
             if not weight >= 0:
                 raise ValueError(f"{name}={weight}: a loss weight must be >= 0")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature}: must be > 0")
+        for name in ("temperature", "contrast_temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be > 0")
         if not any(self.by_term.values()):
             raise ValueError(f"{', '.join(self.by_term)}: at least one weight must be > 0")
+        if self.rank_weights and not self.head_kl:
+            raise ValueError(f"rank_weights=True: weighs the rows of head_kl, but head_kl={self.head_kl}")
 
     @property
     def by_term(self) -> dict[str, float]:
@@ -42,8 +56,18 @@ class DistillationWeights:
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name in TERMS}
 
     @property
+    def options(self) -> dict[str, float | bool]:
+        """What the terms can be set to."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in TERMS}
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the active terms need."""
+        return DistillationLoss(self).needs
+
+    @property
     def needs_pairs(self) -> bool:
-        return any(weight > 0 and "pairs" in TERMS[name].needs for name, weight in self.by_term.items())
+        return "pairs" in self.needs
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """What each active term of `batch` is divided by once summed over the whole step; known before the forward."""
@@ -58,5 +82,5 @@ class DistillationLoss(Objective):
 
     def __init__(self, weights: DistillationWeights | None = None) -> None:
         weights = weights or DistillationWeights()
-        super().__init__(weights.by_term, temperature=weights.temperature)
+        super().__init__(weights.by_term, **weights.options)
         self.weights = weights

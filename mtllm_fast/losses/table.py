@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .contrast import Contrast
 from .head_kl import TaskHeadKL
 from .lm_head_kl import LMHeadKL
 from .paired_mse import PairedMSE
@@ -15,4 +16,5 @@ TERMS: dict[str, type[Term]] = {
     "kl": LMHeadKL,
     "head_kl": TaskHeadKL,
     "task": TaskCrossEntropy,
+    "contrast": Contrast,
 }
