@@ -190,14 +190,14 @@ class Adapt(AdaptConfig):
 
     REQUIRED: ClassVar = {"text": "required", "encoder": "required without `model`", "llm": "required without `model`"}
     text: str = ""
-    """English text, or with `teacher_text_column` any: .txt, .jsonl, .csv, .tsv or .parquet (also .gz), a folder or glob of them, a hub dataset
-    "org/name" or "org/name:config". Or the folder that `mtllm tokenize` wrote: columns, language, split and limit are
-    those it was written with, and may not be given again."""
+    """English text, or with `teacher_text_column` text of any language: .txt, .jsonl, .csv, .tsv or .parquet (also
+    .gz), a folder or glob of them, a hub dataset "org/name" or "org/name:config". Or the folder that `mtllm tokenize`
+    wrote: columns, language, split and limit are those it was written with, and may not be given again."""
     text_column: str = "text"
     """Column of the text."""
     teacher_text_column: str | None = None
-    """Column with another text for the teacher, such as the English that the text is a translation of; for losses of
-    pooled states (pooled_mse, contrast)."""
+    """Column with another text for the teacher, such as the English of a translation; name the language of `text`. For
+    losses of pooled states (pooled_mse, contrast)."""
     language: str | None = None
     """MT code of the text's language; by default the encoder's own code for English."""
     language_column: str | None = None

@@ -1,4 +1,4 @@
-"""Contrast of pooled states: a text is to be nearer to what the teacher makes of it than of the other texts of its pack."""
+"""Contrast of pooled states: a text is to be nearer to the teacher's state of it than to those of other texts."""
 
 from __future__ import annotations
 

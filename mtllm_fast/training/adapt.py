@@ -64,7 +64,7 @@ def check(config: AdaptConfig, data: Data) -> None:
     check_teacher_text(data.rows, config.loss.needs_pairs)
     if config.init != "none" and has_teacher_text(data.rows):
         raise ValueError(
-            f"init={config.init!r}: the projection is fitted on one text, but the rows have a teacher_text"
+            f"init={config.init!r}: the projection is fitted on one text, and the rows have a teacher_text"
         )
 
 
