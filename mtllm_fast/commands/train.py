@@ -191,11 +191,14 @@ class Adapt(AdaptConfig):
 
     REQUIRED: ClassVar = {"text": "required", "encoder": "required without `model`", "llm": "required without `model`"}
     text: str = ""
-    """English text: .txt, .jsonl, .csv, .tsv or .parquet (also .gz), a folder or glob of them, a hub dataset
-    "org/name" or "org/name:config". Or the folder that `mtllm tokenize` wrote: columns, language, split and limit are
-    those it was written with, and may not be given again."""
+    """English text, or with `teacher_text_column` text of any language: .txt, .jsonl, .csv, .tsv or .parquet (also
+    .gz), a folder or glob of them, a hub dataset "org/name" or "org/name:config". Or the folder that `mtllm tokenize`
+    wrote: columns, language, split and limit are those it was written with, and may not be given again."""
     text_column: str = "text"
     """Column of the text."""
+    teacher_text_column: str | None = None
+    """Column with another text for the teacher, such as the English of a translation; name the language of `text`. For
+    losses of pooled states (pooled_mse, contrast)."""
     language: str | None = None
     """MT code of the text's language; by default the encoder's own code for English."""
     language_column: str | None = None
@@ -216,7 +219,16 @@ class Adapt(AdaptConfig):
         if not self.text:
             raise ValueError("--text is missing: name a file, folder, glob or hub dataset")
         watch = self.watch.watch()
-        names = ("text", "text_column", "language", "language_column", "quoted", "split", "limit")
+        names = (
+            "text",
+            "text_column",
+            "teacher_text_column",
+            "language",
+            "language_column",
+            "quoted",
+            "split",
+            "limit",
+        )
         source = _record({name: getattr(self, name) for name in names})
         source["language"] = self.language or ENGLISH_CODES[0]
         if (Path(self.text) / STORE_FILE).is_file():
@@ -233,6 +245,7 @@ class Adapt(AdaptConfig):
             rows = read_rows(
                 self.text,
                 text_column=self.text_column,
+                teacher_text_column=self.teacher_text_column,
                 language=self.language,
                 language_column=self.language_column,
                 split=self.split,
@@ -315,6 +328,8 @@ class Sft(SftConfig):
     """Column of a second text, where rows are pairs."""
     target_column: str = "target"
     """Column of what is to be written."""
+    teacher_text_column: str | None = None
+    """Column of the same text in a language that the LLM reads well, for the teacher of `loss.kl`."""
     language: str | None = None
     """MT code of the texts' language; by default the encoder's own code for English."""
     language_column: str | None = None
@@ -347,12 +362,14 @@ class Sft(SftConfig):
             rows, labels, _ = source.load()
             train("sft", self, Data(rows, labels=labels, source=source.record()), None)
             return
-        names = ("text", "text_column", "pair_column", "target_column", "language", "language_column", "split", "limit")
+        names = ("text", "text_column", "pair_column", "target_column", "teacher_text_column")
+        names += ("language", "language_column", "split", "limit")
         stream = read_rows(
             self.text,
             text_column=self.text_column,
             pair_column=self.pair_column,
             target_column=self.target_column,
+            teacher_text_column=self.teacher_text_column,
             language=self.language,
             language_column=self.language_column,
             split=self.split,

@@ -103,6 +103,7 @@ class TokenizedRows:
     labels: list[int | None]
     ids: list[str | None]
     prompts: PromptTokens | None = None
+    texts_differ: bool = False  # of the two sides, in some row: nothing can be aligned
 
     def batch(self, index: Sequence[int], align: bool) -> Batch:
         packed: dict[str, PackedBatch] = {}
@@ -112,6 +113,11 @@ class TokenizedRows:
             spans[name] = _packed_spans(side, index, packed[name])
         pairs: tuple[Tensor | None, Tensor | None] = (None, None)
         if align and len(self.sides) == 2:
+            if self.texts_differ:
+                raise ValueError(
+                    "align=True: rows with a teacher_text have another text on the llm side, and its tokens end at "
+                    "characters of another; align=False, without paired_mse and kl"
+                )
             keys = [self._alignment_keys(name, index) for name in SIDES]
             mt_rows, llm_rows = align_rows(*keys[0], *keys[1])
             pairs = (torch.from_numpy(mt_rows), torch.from_numpy(llm_rows))
@@ -151,16 +157,22 @@ class TokenizedRows:
 def tokenise_rows(
     rows: Sequence[TextRow], tokenizer: StackTokenizer, sides: Sequence[str], writing: Writing | None = None
 ) -> TokenizedRows:
-    tokenized = {side: tokenizer.side(side, rows, ends=writing is None) for side in sides}
+    """Both sides read the text of a row, but beside "mt", which the student reads, "llm" is what a teacher reads: the
+    row's `teacher_text` where it has one."""
+    differ = len(sides) == 2 and any(row.teacher_text is not None for row in rows)
+    read = {"mt": rows, "llm": [row.for_teacher() for row in rows] if differ else rows}
+    tokenized = {side: tokenizer.side(side, read[side], ends=writing is None) for side in sides}
     prompts = None
     if writing is not None:
         prompts = PromptTokens.of(writing, rows, tokenizer)
         if "llm" in tokenized:  # all that the LLM reads, in its own tokens
+            around = PromptTokens.of(writing, read["llm"], tokenizer) if differ else prompts
             first, own = len(tokenizer.llm_prefix), tokenized["llm"]
-            whole = [prompts.around(index, ids[first:]) for index, ids in enumerate(own.ids)]
+            whole = [around.whole(index, ids[first:]) for index, ids in enumerate(own.ids)]
             tokenized["llm"] = dataclasses.replace(own, ids=whole)
         tokenized = {name: dataclasses.replace(side, spans=None) for name, side in tokenized.items()}
-    return TokenizedRows(tokenized, [row.label for row in rows], [row.id for row in rows], prompts)
+    labels, names = [row.label for row in rows], [row.id for row in rows]
+    return TokenizedRows(tokenized, labels, names, prompts, differ)
 
 
 def _with_prompts(batch: Batch, prompts: PromptTokens, index: Sequence[int]) -> Batch:

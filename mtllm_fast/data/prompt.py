@@ -106,7 +106,7 @@ class PromptTokens:
         parts = (self.before, self.after, self.targets)
         return np.sum([[len(ids) for ids in part] for part in parts], 0, dtype=np.int64)
 
-    def around(self, index: int, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    def whole(self, index: int, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """All that the LLM reads of a row whose text it reads as its own tokens `ids`."""
         return np.array([*self.before[index], *ids, *self.after[index], *self.targets[index]], dtype=np.int64)
 

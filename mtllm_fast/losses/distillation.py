@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 from .objective import Objective
 from .table import TERMS
+from .term import Need
 
 if TYPE_CHECKING:
     from ..data.batch import Batch
 
 
+@dataclass(frozen=True)
 class Weights:
     """Weight of every term as fields of a frozen dataclass, with what the terms can be set to.
 
@@ -23,23 +25,23 @@ class Weights:
         for name, weight in self.by_term.items():
             if not weight >= 0:
                 raise ValueError(f"{name}={weight}: a loss weight must be >= 0")
-        options = {name: value for name, value in self.options.items() if isinstance(value, float)}
-        if not options.get("temperature", 1.0) > 0:
-            raise ValueError(f"temperature={options['temperature']}: must be > 0")
-        if not 0 <= options.get("label_smoothing", 0.0) < 1:
-            raise ValueError(f"label_smoothing={options['label_smoothing']}: must be at least 0 and below 1")
+        for name, value in self.options.items():
+            if name.endswith("temperature") and not value > 0:
+                raise ValueError(f"{name}={value}: must be > 0")
+            if name == "label_smoothing" and not 0 <= value < 1:
+                raise ValueError(f"label_smoothing={value}: must be at least 0 and below 1")
         if not any(self.by_term.values()):
             raise ValueError(f"{', '.join(self.by_term)}: at least one weight must be > 0")
 
     @property
     def by_term(self) -> dict[str, float]:
         """The weights without the options."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name in TERMS}  # type: ignore[arg-type]
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name in TERMS}
 
     @property
-    def options(self) -> dict[str, object]:
+    def options(self) -> dict[str, float | bool]:
         """What the terms can be set to."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in TERMS}  # type: ignore[arg-type]
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in TERMS}
 
     def objective(self) -> Objective:
         return Objective(self.by_term, **self.options)
@@ -59,10 +61,30 @@ class DistillationWeights(Weights):
     """KL of the task head's distributions, times temperature^2 (stage 3)."""
     temperature: float = 1.0
     """Of both KL terms; above 1 it makes the distributions flatter."""
+    contrast: float = 0.0
+    """One-way InfoNCE of mean-pooled last hidden states: a text's is to be nearer to the teacher's of the same text
+    than to those of the other texts of its pack."""
+    contrast_temperature: float = 0.1
+    """Of `contrast`, whose cosines it divides; the lower, the more the nearest other texts count."""
+    task: float = 0.0
+    """Cross-entropy of the task head on the rows' labels (stage 3)."""
+    rank_weights: bool = False
+    """Divide a row's head_kl by the rank of its label in the teacher's logits: what the teacher has wrong counts
+    less."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank_weights and not self.head_kl:
+            raise ValueError(f"rank_weights=True: weighs the rows of head_kl, but head_kl={self.head_kl}")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the active terms need."""
+        return DistillationLoss(self).needs
 
     @property
     def needs_pairs(self) -> bool:
-        return any(weight > 0 and "pairs" in TERMS[name].needs for name, weight in self.by_term.items())
+        return "pairs" in self.needs
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """What each active term of `batch` is divided by once summed over the whole step; known before the forward."""

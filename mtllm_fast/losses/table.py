@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .contrast import Contrast
 from .head_kl import TaskHeadKL
 from .lm_head_kl import LMHeadKL
 from .paired_mse import PairedMSE
@@ -17,4 +18,5 @@ TERMS: dict[str, type[Term]] = {
     "head_kl": TaskHeadKL,
     "task": TaskCrossEntropy,
     "target_ce": TargetCrossEntropy,
+    "contrast": Contrast,
 }

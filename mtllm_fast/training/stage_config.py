@@ -45,7 +45,7 @@ class AdaptConfig:
     """Texts that `init` is fitted on, the first ones."""
     teacher_cache: str = ""
     """Folder for the teacher's pooled states, 4 bytes per text and dimension, computed once per LLM, data and settings
-    and shared by all runs, as in sweeps; without it the teacher runs in every step. For pooled_mse alone."""
+    and shared by all runs, as in sweeps; without it the teacher runs in every step. For pooled_mse and contrast."""
     train_projection: bool = True
     """Train the projection too; without, it stays as it starts, for one that was fitted with `init`."""
     train: OptimSettings = field(default_factory=OptimSettings)
@@ -68,8 +68,9 @@ class AdaptConfig:
             for name in ("causal", "projection", "lora", "init"):
                 if getattr(self, name) != getattr(own, name):
                     raise ValueError(f"{name}={getattr(self, name)!r}: model={self.model!r} has its own")
-        if self.loss.head_kl:
-            raise ValueError(f"loss.head_kl={self.loss.head_kl}: compares task heads, which stage 1 has none of")
+        for name in ("head_kl", "task"):
+            if weight := getattr(self.loss, name):
+                raise ValueError(f"loss.{name}={weight}: needs a task head, which stage 1 has none of")
         if self.init_rows < 1:
             raise ValueError(f"init_rows={self.init_rows}: must be > 0; init='none' fits nothing")
         if self.init != "none" and self.projection.kind != "linear":
@@ -118,7 +119,7 @@ class DistillConfig:
     """Folder of the run; holds the model, its checkpoints and logs."""
     teacher_cache: str = ""
     """Folder for the teacher's pooled states, computed once per teacher, data and settings and shared by all runs;
-    without it the teacher runs in every step. For pooled_mse and head_kl."""
+    without it the teacher runs in every step. For pooled_mse, contrast and head_kl."""
     train_projection: bool = False
     """Train the projection too; the paper freezes it in this stage."""
     init_from: InitFrom = "adapted"
