@@ -111,6 +111,10 @@ def train(stage: str, command: Any, data: Data, watch: Watch | None) -> None:
 def train_on_task(stage: str, command: Any) -> None:
     """`train` on the labelled rows that the command's `source` names."""
     source = command.source
+    if stage == "finetune" and source.teacher_text_column is not None:
+        raise ValueError(
+            f"--teacher-text-column {source.teacher_text_column}: stage 2 has no teacher; it is for distill"
+        )
     rows, labels, valid = source.load()
     watch = command.watch.watch(source.task, source.data, source.quoted)
     train(stage, command, Data(rows, valid or (), labels, source.record()), watch)
