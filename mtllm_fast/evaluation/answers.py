@@ -1,9 +1,10 @@
-"""The number that a written answer comes to, and whether it is the right one: exact match for tasks of kind "generated".
+"""The number that a written answer comes to, and whether it is the right one: exact match of generated answers.
 
 One rule for all languages and models, which knows nothing of either: **the last number in the answer counts**, whatever
 stands around it ("#### 18", "\\boxed{18}", "= 18 dollars", "18。").
 
-* Digits of every script count (0-9, ٠-٩, ۰-۹, ०-९, ০-৯, ౦-౯, ๐-๙, full width). Words do not: nor does 十八, and 3万 is 3.
+* Digits of every script count (0-9, ٠-٩, ۰-۹, ०-९, ০-৯, ౦-౯, ๐-๙, full width). Words do not, nor does 十八; 3万 is
+  3.
 * One kind of point or comma: repeated, it separates groups (1,234,567; 1.234.567; 12,34,567 as in India); single, it
   does so before exactly three digits (1,000 and 1.000 are 1000) and is a decimal mark else (1.5; 1,25; 0.125).
 * Both kinds: the last one is the decimal mark (1,234.50 and 1.234,50).
@@ -32,13 +33,11 @@ _GROUPED = re.compile(r"[1-9]\d{0,2}([.,'])\d{3}(\1\d{3})*|[1-9]\d?(,\d{2})+,\d{
 def number_of(answer: str) -> Decimal | None:
     """The last number in a text, by the rules of the module; None where there is none."""
     text = "".join(map(_plain, answer))
-    found = None
-    for found in _NUMBER.finditer(text):
-        pass
-    if found is None:
+    found = list(_NUMBER.finditer(text))
+    if not found:
         return None
-    number, start = _last_of(found[0])
-    return -Decimal(number) if _has_minus(text[: found.start() + start]) else Decimal(number)
+    number, start = _last_of(found[-1][0])
+    return -Decimal(number) if _has_minus(text[: found[-1].start() + start]) else Decimal(number)
 
 
 def is_right(answer: str, target: str) -> bool:
