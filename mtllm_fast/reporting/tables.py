@@ -69,10 +69,10 @@ def overview_table(scores: Scores) -> Table:
     for model in scores.models:
         mean, english = model.overall("shared"), model.languages.get(scores.english)
         row = [names[model.name], model.method, f"{len(model.languages)} of {len(scores.languages)}"]
-        for metric in scores.metrics:
-            row.append(
-                "-" if mean is None else with_interval(getattr(mean, metric), getattr(mean, f"{metric}_interval"))
-            )
+        row += [
+            "-" if mean is None else with_interval(getattr(mean, metric), getattr(mean, f"{metric}_interval"))
+            for metric in scores.metrics
+        ]
         row.append(percent(english.accuracy if english else None))
         if seeds:
             row.append(f"{model.seeds} ({percent(seed_sd(model))})")

@@ -30,8 +30,8 @@ class Task(Protocol):
 
     @property
     def kind(self) -> Literal["classification", "choice", "generated"]:
-        """The `HeadConfig.kind` it takes. Rows of a "choice" task have `choices`, and `label` says which is right. Those
-        of a "generated" task have a `target`, the right answer, which is written and not chosen (see `answers`)."""
+        """The `HeadConfig.kind` it takes. Rows of a "choice" task have `choices`, and `label` says which is right. A
+        "generated" task takes no head: its rows have a `target`, the answer that is to be written (see `answers`)."""
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -30,8 +30,8 @@ CODES: dict[str, str | None] = {
 
 MGSM = FolderTask(
     name="mgsm",
-    about="The task (MGSM) is to solve a word problem of grade-school mathematics: the answer, a number, is written. The "
-    "same problems are given in every language.",
+    about="The task (MGSM) is to solve a word problem of grade-school mathematics and to write the answer, a number. "
+    "The same problems are given in every language.",
     labels=(),
     tables=(
         Table("question", label="answer_number"),
