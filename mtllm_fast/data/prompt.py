@@ -54,6 +54,12 @@ class Prompt:
         return starts, _filled("after", self.after, rows, tokenizer)
 
 
+def prompt_of(before: str | None, after: str | None) -> Prompt | None:
+    """The prompt that two options name; None where neither is given, and `Prompt`'s own for one that is not."""
+    given = {name: text for name, text in (("before", before), ("after", after)) if text is not None}
+    return Prompt(**given) if given else None
+
+
 def target_ids(texts: Sequence[str], tokenizer: StackTokenizer, limit: int | None = None) -> tuple[list[Ids], int]:
     """LLM tokens of texts that are to be written, each with the end token; and how many were cut to `limit` tokens.
 

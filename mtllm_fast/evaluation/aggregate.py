@@ -149,6 +149,7 @@ def _cut(cell: Cell, rows: npt.NDArray[np.int64]) -> Cell:
         predictions=cell.predictions[rows],
         gold=cell.gold[rows],
         ids=tuple(cell.ids[index] for index in rows.tolist()),
+        answers=tuple(cell.answers[index] for index in rows.tolist()) if cell.answers else (),
     )
 
 

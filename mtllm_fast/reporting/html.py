@@ -29,7 +29,8 @@ View = dict[str, object]  # what a part of the template reads
 METHODS = {
     "task head": "reads the language itself",
     "linear probe": "reads the language itself; a simple classifier was fitted on its frozen states, in English",
-    "log-likelihood of the labels": "reads the language itself; the answer is the one that it would most likely write",
+    "log-likelihood of the labels": "reads the language itself; the label that it would most likely write counts",
+    "log-likelihood of the choices": "reads the language itself; the choice that it would most likely write counts",
     "generation": "reads the language itself and writes its answer",
     "translate-test": "the text is machine-translated into English first, then classified",
 }
