@@ -24,6 +24,7 @@ COMMANDS = {
     "adapt": ("train:Adapt", "stage 1: stack an MT encoder into an LLM by self-distillation on English text"),
     "finetune": ("train:Finetune", "stage 2: train the task teacher (--llm), or a baseline (--encoder, --model)"),
     "distill": ("train:Distill", "stage 3: distil the task teacher into an adapted stack"),
+    "sft": ("train:Sft", "train a stack, or an LLM alone, on what it is to write: translations, answers, labels"),
     "evaluate": ("evaluate:Evaluate", "zero-shot scores of models in every language of a task, against translate-test"),
     "translate": ("translate:Translate", "translate texts with the MT model"),
     "respond": (
@@ -47,7 +48,7 @@ COMMANDS = {
 }
 
 # whose work the processes of torchrun share; the others would do all of it in each
-SHARED = ("adapt", "finetune", "distill", "encode", "translate", "respond")
+SHARED = ("adapt", "finetune", "distill", "sft", "encode", "translate", "respond")
 
 USAGE = """usage: mtllm COMMAND [options]
 

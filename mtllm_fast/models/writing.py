@@ -73,7 +73,7 @@ class Prompts:
         before, after = prompt.ids(rows, tokenizer)
         text, more = side.ids, 0
         if isinstance(reader, StackReader):
-            more = int(getattr(reader.projection, "boundary", None) is not None)
+            more = int(reader.projection.boundary is not None)
         else:  # BOS stands before the prompt
             text = [ids[len(tokenizer.llm_prefix) :] for ids in text]
         lengths = [len(a) + len(b) + len(c) + more for a, b, c in zip(before, text, after, strict=True)]
