@@ -175,8 +175,9 @@ def _joined(parts: Parts, file: RecordFile, report: RecordReport) -> Mapping[str
     if parts.joined:  # by a process that was killed before the folder was gone
         written = json.loads(file.sidecar.read_text(encoding="utf-8")) if file.counted is not None else {}
         return {name: int(written[name]) for name in file.counted or ()}
-    counts: Counter[str] = Counter()
+    found: dict[str, int] = {}
     if file.counted is not None:
+        counts: Counter[str] = Counter()
         for block in parts.blocks(parts.records()):
             for record in _records(block):
                 counts.update(name for name, holds in file.counted.items() if holds(record))
@@ -188,7 +189,7 @@ def _joined(parts: Parts, file: RecordFile, report: RecordReport) -> Mapping[str
         _join_parquet(parts, file)
     else:
         _join_lines(parts)
-    return counts
+    return found
 
 
 def _records(block: bytes) -> list[dict[str, Any]]:
