@@ -353,7 +353,8 @@ class Sft(SftConfig):
     """Column with a code per row, instead of `language`."""
     task: str = ""
     """Instead of text: a task by name (mnli, sib200, ...), a .yaml file that describes one, or "folder"; its English
-    train split is read, and the names of its labels, or the right choices, are the targets."""
+    train split is read, and the names of its labels, or the right choices, are the targets; the checkpoint that is best
+    on its English dev split, by the likelihood of the labels, is kept."""
     data: str = ""
     """The task's folder in its published format, or its hub name; by default its own."""
     quoted: bool = True
@@ -376,8 +377,8 @@ class Sft(SftConfig):
             raise ValueError("name either --task with --data, or --text")
         if self.task:
             source = TextSource(task=self.task, data=self.data, quoted=self.quoted)
-            rows, labels, _ = source.load()
-            train("sft", self, Data(rows, labels=labels, source=source.record()), None)
+            rows, labels, valid = source.load()
+            train("sft", self, Data(rows, valid or (), labels, source.record()), None)
             return
         columns = ("text_column", "pair_column", "target_column", "teacher_text_column", "language_column")
         stream = read_rows(
