@@ -112,6 +112,8 @@ def train_on_task(stage: str, command: Any) -> None:
     """`train` on the labelled rows that the command's `source` names."""
     source = command.source
     rows, labels, valid = source.load()
+    if not labels:
+        raise ValueError(f"--task {source.task}: its answers are written, not chosen by a head; train with `mtllm sft`")
     watch = command.watch.watch(source.task, source.data, source.quoted)
     train(stage, command, Data(rows, valid or (), labels, source.record()), watch)
 
@@ -336,7 +338,7 @@ class Sft(SftConfig):
     """Column with a code per row, instead of `language`."""
     task: str = ""
     """Instead of text: a task by name (mnli, sib200, ...), a .yaml file that describes one, or "folder"; its English
-    train split is read, and the names of its labels, or the right choices, are the targets."""
+    train split is read, and the names of its labels, the right choices or the answers are the targets."""
     data: str = ""
     """The task's folder in its published format, or its hub name; by default its own."""
     quoted: bool = True
@@ -360,7 +362,8 @@ class Sft(SftConfig):
         if self.task:
             source = TextSource(task=self.task, data=self.data, quoted=self.quoted)
             rows, labels, _ = source.load()
-            train("sft", self, Data(rows, labels=labels, source=source.record()), None)
+            # the answers of a generated task are targets themselves
+            train("sft", self, Data(rows, labels=labels or None, source=source.record()), None)
             return
         names = ("text", "text_column", "pair_column", "target_column", "teacher_text_column")
         names += ("language", "language_column", "split", "limit")
