@@ -379,6 +379,7 @@ class Sft(SftConfig):
             raise ValueError("name either --task with --data, or --text")
         if self.task:
             source = TextSource(task=self.task, data=self.data, quoted=self.quoted)
+            rows, labels, valid = source.load()
             if not labels:  # a generated task's answers are targets already, and nothing chooses among them
                 train("sft", self, Data(rows, source=source.record()), None)
                 return

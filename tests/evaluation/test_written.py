@@ -314,3 +314,47 @@ def test_heads_are_not_trained_on_written_answers(
     with pytest.raises(SystemExit):
         cli.main([*command.split(), "--task", str(tmp_path / "sums.yaml"), "--output", str(tmp_path / "run")])
     assert "its answers are written, not chosen by a head; train with `mtllm sft`" in capsys.readouterr().err
+
+
+def test_answers_are_trained_on_and_scored(
+    encoder_folder: str, llm_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """respond -> sft -> evaluate: a stack that learns the LLM's own answers comes to write them itself."""
+    (tmp_path / "in.txt").write_text("".join(f"{line}\n" for line in LINES))
+    for name in ("student", "llm"):
+        model = MTLLM.stack(llm=llm_folder, reader="llm", causal=True)
+        with torch.no_grad():  # as initialised its frozen head cannot say anything for sure
+            model.require_llm().model.get_output_embeddings().weight.mul_(20.0)
+        llm = (digits_only(model) if name == "llm" else model).require_llm()
+        llm.save(tmp_path / name)
+        model.require_tokenizer().llm.save_pretrained(tmp_path / name)
+    answers, run = str(tmp_path / "answers.jsonl"), str(tmp_path / "run")
+    quiet = ["--no-progress", "--device", "cpu"]
+    around = ["--before", "Q: ", "--after", "\nA:"]
+    made = ["--llm", str(tmp_path / "llm"), "--text", str(tmp_path / "in.txt"), "--output", answers]
+    cli.main(["respond", *made, *around, "--max-new-tokens", "3", *quiet])
+    records = [json.loads(line) for line in Path(answers).read_text().split("\n")[:-1]]
+    assert len({record["target"] for record in records}) > 2
+    trained = [
+        "--encoder",
+        encoder_folder,
+        "--llm",
+        str(tmp_path / "student"),
+        "--text",
+        answers,
+        "--language",
+        "eng_Latn",
+    ]
+    steps = ["--max-steps", "60", "--lr", "1e-2", "--tokens", "2048", "--report-to", "none"]
+    cli.main(["sft", *trained, *around, *steps, "--output", run, "--no-progress", "--device", "cpu"])
+    (tmp_path / "data/en").mkdir(parents=True)
+    asked = [(record["text"], number_of(record["target"])) for record in records]
+    lines = [f"{text}\t{number}\n" for text, number in asked if number is not None]
+    (tmp_path / "data/en/test.tsv").write_text("".join(lines))
+    assert len(lines) > 3
+    untrained = MTLLM.stack(encoder_folder, str(tmp_path / "student"), causal=True)
+    given = {"before": untrained, "after": run}
+    scores = evaluate(given, "mgsm", tmp_path / "data", prompt=PROMPT, max_new_tokens=4, **OPTIONS)
+    before, after = (model.languages["en"].accuracy for model in scores.models)
+    assert after >= 0.8 > before
+    assert "generation" in scores.models[1].method and capsys.readouterr().out
