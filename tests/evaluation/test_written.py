@@ -94,13 +94,16 @@ def write_mgsm(folder: Path, model: str) -> dict[str, list[bool]]:
 def test_generated_answers(models: dict[str, str], tmp_path: Path) -> None:
     """Accuracy is the exact match of what the model writes itself, with its interval and no macro-F1."""
     right = write_mgsm(tmp_path / "data", models["stack"])
-    scores = evaluate({"ours": models["stack"]}, "mgsm", tmp_path / "data", max_new_tokens=NEW, **OPTIONS)
+    given: dict[str, Any] = {"max_new_tokens": NEW, "alignment": True}
+    scores = evaluate({"ours": models["stack"]}, "mgsm", tmp_path / "data", **given, **OPTIONS)
     (ours,) = scores.models
     assert (ours.method, scores.labels, scores.metrics) == ("generation", (), ("accuracy",))
     for language, hits in right.items():
         found = ours.languages[language]
         assert found.accuracy == np.mean(hits) and found.macro_f1 is None and found.mt_code == CODES[language]
         assert found.accuracy_interval is not None and found.accuracy_interval[0] < found.accuracy
+        retrieval = {"to_english", "from_english"} <= set(found.alignment)
+        assert retrieval == (language != "en")  # sentence retrieval both ways, by the rows' numbers
     assert "writes its answers greedily after the prompt 'Q: <text>\\nA:', at most 4 tokens" in ours.notes[0]
     assert ours.counts["unfinished_answers"] == 36 and ours.counts["truncated"] == 0
     other = evaluate({"ours": models["stack"]}, "mgsm", tmp_path / "data", max_new_tokens=2, **OPTIONS)
