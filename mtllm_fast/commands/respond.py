@@ -107,10 +107,16 @@ class Respond:
         check_device(self.device)
         check_least(self, window=1, limit=1, max_length=4, max_tokens=1)
         check_text(self.text)
-        settings = ("max_new_tokens", "temperature", "samples", "seed", "max_tokens")
-        decoding = Decoding(**{setting: getattr(self, setting) for setting in settings})
+        decoding = Decoding()
         if self.labels:
             check_labels(self.labels)
+            for setting in _WRITING:
+                if getattr(self, setting) != getattr(decoding, setting):
+                    raise ValueError(
+                        f"--{setting.replace('_', '-')}: does not go with --labels, which writes no answers"
+                    )
+        else:
+            decoding = Decoding(**{setting: getattr(self, setting) for setting in _WRITING}, max_tokens=self.max_tokens)
         output = output_file(named, FORMATS, resumable=True)
         prompt, rows = self._prompt(), self._rows()
         rank, world_size, local = ranks()
@@ -214,4 +220,5 @@ class Respond:
         return replace(rows, language=code)
 
 
+_WRITING = ("max_new_tokens", "temperature", "samples", "seed")
 _COUNTED = {"unfinished": "met the length limit"}  # as it is said of a count

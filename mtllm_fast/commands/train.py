@@ -116,6 +116,8 @@ def train_on_task(stage: str, command: Any) -> None:
             f"--teacher-text-column {source.teacher_text_column}: stage 2 has no teacher; it is for distill"
         )
     rows, labels, valid = source.load()
+    if not labels:
+        raise ValueError(f"--task {source.task}: its answers are written, not chosen by a head; train with `mtllm sft`")
     watch = command.watch.watch(source.task, source.data, source.quoted)
     train(stage, command, Data(rows, valid or (), labels, source.record()), watch)
 
@@ -353,8 +355,8 @@ class Sft(SftConfig):
     """Column with a code per row, instead of `language`."""
     task: str = ""
     """Instead of text: a task by name (mnli, sib200, ...), a .yaml file that describes one, or "folder"; its English
-    train split is read, and the names of its labels, or the right choices, are the targets; the checkpoint that is best
-    on its English dev split, by the likelihood of the labels, is kept."""
+    train split is read, and the names of its labels, the right choices or the answers are the targets; with labels, the
+    checkpoint that is best on its English dev split, by the likelihood of the labels, is kept."""
     data: str = ""
     """The task's folder in its published format, or its hub name; by default its own."""
     quoted: bool = True
@@ -378,6 +380,9 @@ class Sft(SftConfig):
         if self.task:
             source = TextSource(task=self.task, data=self.data, quoted=self.quoted)
             rows, labels, valid = source.load()
+            if not labels:  # a generated task's answers are targets already, and nothing chooses among them
+                train("sft", self, Data(rows, source=source.record()), None)
+                return
             train("sft", self, Data(rows, valid or (), labels, source.record()), None)
             return
         columns = ("text_column", "pair_column", "target_column", "teacher_text_column", "language_column")

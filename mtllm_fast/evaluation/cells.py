@@ -80,8 +80,8 @@ class CellStore(Ledger):
                 if not self.is_valid(about.pop("key"), key):
                     return None
                 arrays = {part: file.get_tensor(part) for part in _ARRAYS}
-            texts = {name: tuple(about.pop(name, ())) for name in ("ids", "answers")}
-            cell = Cell(**arrays, **about, **texts)
+            about |= {name: tuple(about.get(name, ())) for name in ("ids", "answers")}
+            cell = Cell(**arrays, **about)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError):
             self.stale["file damaged"] += 1
             return None

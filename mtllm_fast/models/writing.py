@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -192,7 +192,7 @@ class _Chooser(LogitsProcessor):
 
 
 def _generate(
-    bare: torch.nn.Module,
+    bare: Any,
     inputs: list[Tensor],
     temperature: float,
     uniforms: NDArray[np.float64] | None,

@@ -289,6 +289,7 @@ def test_command_with_an_llm_alone(capsys: pytest.CaptureFixture[str], folders: 
         ("stack", ["--max-length", "3"], "--max-length 3: must be at least 4"),
         ("stack", ["--labels", "a"], "labels=['a']: expected at least two different names"),
         ("stack", ["--labels", "a", "b", "a"], "labels=['a', 'b', 'a']"),
+        ("stack", ["--labels", "a", "b"], "--max-new-tokens: does not go with --labels"),
         ("two-way", [], "has a bidirectional LLM"),
         ("alone", [], "has no LLM"),
         ("encoder", [], "config.json is of a 'm2m_100' model, not of an MTLLM"),
