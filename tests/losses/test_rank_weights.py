@@ -98,7 +98,7 @@ def test_rows_weigh_what_the_batch_says(pack) -> None:
 
 def test_what_is_asked_for_is_needed(pack) -> None:
     student, teacher, batch, head = pack
-    with pytest.raises(ValueError, match="rank_weights=True: weighs the rows of head_kl, but head_kl=0.0"):
+    with pytest.raises(ValueError, match=r"rank_weights=True: weighs the rows of head_kl, but head_kl=0\.0"):
         DistillationWeights(rank_weights=True)
     weights = DistillationWeights(head_kl=1.0, rank_weights=True)
     assert "labels" in weights.needs and "labels" not in DistillationWeights(head_kl=1.0).needs
