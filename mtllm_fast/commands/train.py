@@ -1,4 +1,4 @@
-"""mtllm adapt | finetune | distill: the three training stages."""
+"""mtllm adapt | finetune | distill | sft: the training stages."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Annotated, Any, ClassVar
 import tyro
 
 from ..data.language import ENGLISH_CODES
+from ..data.prompt import Prompt
 from ..data.read import TextRow, read_rows
 from ..data.store import STORE_FILE, TokenStore
 from ..models.hub import check_push, push
-from ..training import STAGES, AdaptConfig, DistillConfig, FinetuneConfig, OptimSettings, run_seeds
+from ..training import STAGES, AdaptConfig, DistillConfig, FinetuneConfig, OptimSettings, SftConfig, run_seeds
 from ..training.live import Watch
 from ..training.processes import ends_process
 from ..training.record import Metrics
@@ -110,6 +111,10 @@ def train(stage: str, command: Any, data: Data, watch: Watch | None) -> None:
 def train_on_task(stage: str, command: Any) -> None:
     """`train` on the labelled rows that the command's `source` names."""
     source = command.source
+    if stage == "finetune" and source.teacher_text_column is not None:
+        raise ValueError(
+            f"--teacher-text-column {source.teacher_text_column}: stage 2 has no teacher; it is for distill"
+        )
     rows, labels, valid = source.load()
     watch = command.watch.watch(source.task, source.data, source.quoted)
     train(stage, command, Data(rows, valid or (), labels, source.record()), watch)
@@ -137,6 +142,11 @@ class TextSource:
     """Column of the second text, where rows are pairs."""
     label_column: str = "label"
     """Column of the label: a name, or its number in `labels`."""
+    language_column: str | None = None
+    """Column with an MT code per row of `text`, for labelled rows in other languages (translate-train); without, they
+    are English."""
+    teacher_text_column: str | None = None
+    """Column of the English of `text`, which the teacher of `distill` reads."""
     labels: tuple[str, ...] = ()
     """Label names in order, for `text`."""
     valid: str = ""
@@ -147,12 +157,19 @@ class TextSource:
 
     def record(self) -> dict[str, object]:
         """The options as plain data for the run's record, which is compared on resume."""
-        return _record(dataclasses.asdict(self))
+        fields = dataclasses.asdict(self)
+        for name in ("language_column", "teacher_text_column"):  # as runs before there were such columns have it
+            if fields[name] is None:
+                del fields[name]
+        return _record(fields)
 
     def load(self) -> tuple[Iterable[TextRow], list[str], list[TextRow] | None]:
         """Training rows, label names, validation rows or None."""
         if bool(self.task) == bool(self.text):
             raise ValueError("name either --task with --data, or --text with --labels")
+        for name in ("language_column", "teacher_text_column"):
+            if self.task and (column := getattr(self, name)) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} {column}: is for --text; a task's own English is read")
         if self.task:
             from ..evaluation import get_task
 
@@ -175,7 +192,8 @@ class TextSource:
             "labels": self.labels,
             "quoting": self.quoted,
         }
-        rows = read_rows(self.text, **options)  # type: ignore[arg-type]
+        more = {"language_column": self.language_column, "teacher_text_column": self.teacher_text_column}
+        rows = read_rows(self.text, **options, **more)  # type: ignore[arg-type]
         valid = list(read_rows(self.valid, **options)) if self.valid else None  # type: ignore[arg-type]
         return rows, list(self.labels), valid
 
@@ -302,3 +320,80 @@ class Distill(DistillConfig):
     @ends_process()
     def run(self) -> None:
         train_on_task("distill", self)
+
+
+@dataclass
+class Sft(SftConfig):
+    """Supervised fine-tuning on targets: [BOS] before <text> after target [EOS], the text read by the encoder.
+
+    Example: mtllm sft --encoder facebook/nllb-200-distilled-600M --llm meta-llama/Meta-Llama-3-8B-Instruct
+    --text pairs.jsonl --language-column language --no-train-llm --projection.kind mlp --projection.boundary
+    --output runs/mapping
+    """
+
+    REQUIRED: ClassVar = {
+        "text": "required, or `task`",
+        "llm": "required without `model`",
+        "encoder": "required without `model`, or `reader` llm",
+    }
+    text: str = ""
+    """Texts with their targets: a .jsonl, .csv, .tsv or .parquet file (also .gz), a folder or glob of them, or a hub
+    dataset "org/name" or "org/name:config"."""
+    text_column: str = "text"
+    """Column of the text."""
+    pair_column: str | None = None
+    """Column of a second text, where rows are pairs."""
+    target_column: str = "target"
+    """Column of what is to be written."""
+    teacher_text_column: str | None = None
+    """Column of the same text in a language that the LLM reads well, for the teacher of `loss.kl`."""
+    language: str | None = None
+    """MT code of the texts' language; by default the encoder's own code for English."""
+    language_column: str | None = None
+    """Column with a code per row, instead of `language`."""
+    task: str = ""
+    """Instead of text: a task by name (mnli, sib200, ...), a .yaml file that describes one, or "folder"; its English
+    train split is read, and the names of its labels, or the right choices, are the targets; the checkpoint that is best
+    on its English dev split, by the likelihood of the labels, is kept."""
+    data: str = ""
+    """The task's folder in its published format, or its hub name; by default its own."""
+    quoted: bool = True
+    """Quote marks in .csv and .tsv files stand around fields; without, they are text."""
+    split: str = "train"
+    """Split of a hub dataset of `text`."""
+    limit: int | None = None
+    """Read at most this many rows of `text`."""
+    prompt: Annotated[Prompt, Flat] = field(default_factory=Prompt)
+    train: Annotated[OptimSettings, Flat] = field(default_factory=lambda: SftConfig().train)
+    push_to_hub: str = ""
+    """NAME or ORGANISATION/NAME: where the finished model goes on the Hugging Face hub (private, if it is new)."""
+    seeds: tuple[int, ...] = ()
+    """One run per seed, into OUTPUT/seed-N, and OUTPUT/summary.json. The same command goes on where it stopped.
+    {seed} in --model stands for the seed."""
+
+    @ends_process()
+    def run(self) -> None:
+        if bool(self.task) == bool(self.text):
+            raise ValueError("name either --task with --data, or --text")
+        if self.task:
+            source = TextSource(task=self.task, data=self.data, quoted=self.quoted)
+            rows, labels, valid = source.load()
+            train("sft", self, Data(rows, valid or (), labels, source.record()), None)
+            return
+        columns = ("text_column", "pair_column", "target_column", "teacher_text_column", "language_column")
+        stream = read_rows(
+            self.text,
+            text_column=self.text_column,
+            pair_column=self.pair_column,
+            target_column=self.target_column,
+            teacher_text_column=self.teacher_text_column,
+            language=self.language,
+            language_column=self.language_column,
+            split=self.split,
+            limit=self.limit,
+            quoting=self.quoted,
+        )
+        record = _record(
+            {name: getattr(self, name) for name in ("text", *columns, "language", "split", "limit", "quoted")}
+        )
+        train("sft", self, Data(stream, source=record), None)

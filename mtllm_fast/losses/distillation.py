@@ -14,7 +14,41 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class DistillationWeights:
+class Weights:
+    """Weight of every term as fields of a frozen dataclass, with what the terms can be set to.
+
+    Raises:
+        ValueError: a weight or an option out of range, or no weight above 0.
+    """
+
+    def __post_init__(self) -> None:
+        for name, weight in self.by_term.items():
+            if not weight >= 0:
+                raise ValueError(f"{name}={weight}: a loss weight must be >= 0")
+        for name, value in self.options.items():
+            if name.endswith("temperature") and not value > 0:
+                raise ValueError(f"{name}={value}: must be > 0")
+            if name == "label_smoothing" and not 0 <= value < 1:
+                raise ValueError(f"label_smoothing={value}: must be at least 0 and below 1")
+        if not any(self.by_term.values()):
+            raise ValueError(f"{', '.join(self.by_term)}: at least one weight must be > 0")
+
+    @property
+    def by_term(self) -> dict[str, float]:
+        """The weights without the options."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name in TERMS}
+
+    @property
+    def options(self) -> dict[str, float | bool]:
+        """What the terms can be set to."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in TERMS}
+
+    def objective(self) -> Objective:
+        return Objective(self.by_term, **self.options)
+
+
+@dataclass(frozen=True)
+class DistillationWeights(Weights):
     """Weight of every term; 0 leaves the term out."""
 
     pooled_mse: float = 1.0
@@ -39,26 +73,9 @@ class DistillationWeights:
     less."""
 
     def __post_init__(self) -> None:
-        for name, weight in self.by_term.items():
-            if not weight >= 0:
-                raise ValueError(f"{name}={weight}: a loss weight must be >= 0")
-        for name in ("temperature", "contrast_temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be > 0")
-        if not any(self.by_term.values()):
-            raise ValueError(f"{', '.join(self.by_term)}: at least one weight must be > 0")
+        super().__post_init__()
         if self.rank_weights and not self.head_kl:
             raise ValueError(f"rank_weights=True: weighs the rows of head_kl, but head_kl={self.head_kl}")
-
-    @property
-    def by_term(self) -> dict[str, float]:
-        """The weights without the options."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name in TERMS}
-
-    @property
-    def options(self) -> dict[str, float | bool]:
-        """What the terms can be set to."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in TERMS}
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -72,6 +89,21 @@ class DistillationWeights:
     def counts(self, batch: Batch) -> dict[str, float]:
         """What each active term of `batch` is divided by once summed over the whole step; known before the forward."""
         return DistillationLoss(self).counts(batch)
+
+
+@dataclass(frozen=True)
+class TargetWeights(Weights):
+    """Weight of every term of a student that learns to write; 0 leaves the term out."""
+
+    target_ce: float = 1.0
+    """Cross-entropy of the target's tokens."""
+    kl: float = 0.0
+    """KL at the target's tokens from the bare LLM that reads the text itself and the same target, times temperature^2:
+    self-distillation on the same answer rows."""
+    temperature: float = 1.0
+    """Of the KL; above 1 it makes the distributions flatter."""
+    label_smoothing: float = 0.0
+    """Share of the cross-entropy's target distribution that is spread over the vocabulary."""
 
 
 class DistillationLoss(Objective):

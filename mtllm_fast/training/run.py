@@ -99,7 +99,7 @@ def run(kind: StageKind, config: Any, data: Data, watch: Watch | None = None) ->
     dtype = base_dtype(optim, include_base=config.include_base)
     if config.encoder:
         check_encoder(config.encoder, config.trust_remote_code)
-    lora = None if config.model else config.lora
+    lora = config.lora if not config.model and getattr(config, "train_llm", True) else None
     check_layers(optim, *adapted_base(config.model, models), lora, config.trust_remote_code)
     set_seed(optim.seed)
     recorded = {name: list(getattr(data, name)) for name in kind.records}
@@ -129,7 +129,7 @@ def starting(config: Any, dtype: torch.dtype, **options: Any) -> MTLLM:
     if config.model:
         encoder, llm = config.encoder, config.llm
         return MTLLM.from_pretrained(config.model, dtype=dtype, trust_remote_code=trust, encoder=encoder, llm=llm)
-    options |= {"causal": config.causal, "lora": config.lora}
+    options = {"causal": config.causal, "lora": config.lora, **options}
     return MTLLM.stack(config.encoder or None, config.llm or None, dtype=dtype, trust_remote_code=trust, **options)
 
 
@@ -153,6 +153,7 @@ def train(stage: Stage, optim: Settled, folder: RunFolder, *, watch: Watch | Non
         max_rows=optim.max_rows,
         sides=stage.sides,
         align=stage.align,
+        writing=stage.writing,
         lookahead=optim.lookahead,
         shuffle_buffer=shuffle if optim.shuffle_buffer is None else optim.shuffle_buffer,
         seed=optim.seed,
