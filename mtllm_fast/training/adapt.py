@@ -13,7 +13,7 @@ from dataclasses import asdict
 import torch
 
 from ..data.code_switch import CodeSwitched, read_dictionary
-from ..data.language import language_read
+from ..data.language import language_read, reads_language
 from ..data.read import RowStream
 from ..data.store import AT_ONCE, TokenStore
 from ..losses import DistillationLoss
@@ -81,8 +81,12 @@ def check(config: AdaptConfig, data: Data) -> None:
 def build(config: AdaptConfig, data: Data, dtype: torch.dtype) -> Stage:
     student, rows, cache = starting_model(config, dtype), data.rows, None
     notes: Metrics = {}
-    if isinstance(rows, RowStream) and (named := rows.language or rows.wanted.get("language_column")):
-        language_read(student.require_tokenizer(), "mt", named, "language")
+    if isinstance(rows, RowStream):
+        tokenizer = student.require_tokenizer()
+        if named := rows.language or rows.wanted.get("language_column"):
+            language_read(tokenizer, "mt", named, "language")
+        elif has_teacher_text(rows) and reads_language(tokenizer, "mt"):
+            raise ValueError("language is missing: beside a teacher_text_column, name the language that the text is in")
     if not isinstance(rows, TokenStore):
         if config.init != "none":
             notes["init"] = asdict(fit_projection(student, rows, config.init, config.init_rows))

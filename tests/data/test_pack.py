@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -27,6 +28,29 @@ def test_round_trip_through_padded_is_exact(rows):
             assert torch.equal(getattr(again, name), getattr(batch, name)), name
             assert getattr(again, name).dtype == getattr(batch, name).dtype, name
         assert again.lengths == batch.lengths == tuple(map(len, rows))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 2), max_size=3), min_size=2, max_size=12))
+def test_digests_are_equal_where_sequences_are(rows):
+    found = PackedBatch.from_sequences(rows).digests.tolist()
+    assert len(found) == len(rows)
+    for one, row in zip(found, rows):
+        for other, another in zip(found, rows):
+            assert (one == other) == (row == another)
+
+
+def test_digests_tell_many_sequences_apart():
+    """Those of every sequence of up to 5 of 8 tokens, large and small, and of all neighbours of a long one."""
+    tokens = (0, 1, 2, 3, 2**10, 2**20, 2**31 - 2, 2**31 - 1)
+    rows = [list(row) for n in range(1, 6) for row in itertools.product(tokens, repeat=n)]
+    long = list(range(500))
+    rows += [long[:i] + [token] + long[i + 1 :] for i in range(0, 500, 7) for token in (600, 601)]
+    rows += [long[:i] + [long[i + 1], long[i]] + long[i + 2 :] for i in range(0, 499, 7)]
+    digests = PackedBatch.from_sequences(rows).digests
+    assert len(digests.unique()) == len(rows)
+    again = PackedBatch.from_sequences([long, *rows[:1000], [1, 2, 3]]).digests
+    assert torch.equal(again[1:1001], digests[:1000]), "wherever they stand"
 
 
 @settings(max_examples=50, deadline=None)
