@@ -11,13 +11,17 @@ import tyro
 
 @dataclass
 class Convert:
-    """Read a model in a published layout (--from) into an MTLLM folder, or write one with LoRA merged (--to).
+    """Read a model in a published layout (--from) into an MTLLM folder, or write one, LoRA merged or swapped (--to).
 
     --from encoder and --from llm take a Hugging Face model as it is, as a reader without a head: `mtllm evaluate` reads
     it by a linear probe on its frozen pooled states.
 
     --to merged gives an MTLLM folder that needs nothing else: no adapters, and an LLM in OUTPUT/llm that
     `AutoModelForCausalLM.from_pretrained` reads. With --push-to-hub alone, MODEL goes to the hub as it is.
+
+    --to swapped is stage 3 without training (arXiv 2410.01335): MODEL, from `mtllm adapt`, keeps its adapter in the
+    outer layers of the LLM and gets the task teacher's in the inner ones, and its head. The two layers where they meet
+    change by the mean of both. The result is one adapter of both ranks together, which `distill` can go on from.
     Example: mtllm convert --model runs/sib200 --to merged --output runs/sib200-merged --push-to-hub me/sib200
     """
 
@@ -26,15 +30,31 @@ class Convert:
         "output": "required, unless MODEL is only pushed",
         "source": "required, or `to`",
         "target": "required, or `from`",
+        "teacher": "required with --to swapped",
     }
     model: str = ""
     """Folder to read."""
     output: str = ""
     """Folder to write; none where the model is only pushed."""
-    source: Annotated[Literal["nllb-llm2vec", "encoder", "llm"] | None, tyro.conf.arg(name="from")] = None
-    """What MODEL is: a published layout, or a bare model; OUTPUT becomes an MTLLM folder."""
-    target: Annotated[Literal["nllb-llm2vec", "merged"] | None, tyro.conf.arg(name="to")] = None
-    """Layout of OUTPUT: the published one, or an MTLLM folder with LoRA merged."""
+    source: Annotated[
+        Literal["nllb-llm2vec", "langbridge", "mindmerger", "encoder", "llm"] | None, tyro.conf.arg(name="from")
+    ] = None
+    """What MODEL is: a published layout (of mindmerger, its pytorch_model.bin), or a bare model; OUTPUT becomes an
+    MTLLM folder."""
+    encoder: str = ""
+    """Base encoder of a mindmerger mapping; of a langbridge model, where it is, if not where its config says."""
+    llm: str = ""
+    """Base LLM, likewise."""
+    target: Annotated[Literal["nllb-llm2vec", "merged", "swapped"] | None, tyro.conf.arg(name="to")] = None
+    """Layout of OUTPUT: the published one, or an MTLLM folder with LoRA merged, or with layers of the teacher's."""
+    teacher: str = ""
+    """Task teacher (from `mtllm finetune --llm`) whose inner layers and head are taken, for --to swapped."""
+    bottom: int | None = None
+    """Lowest layers that stay MODEL's, for --to swapped; by default as 5 are to 32 layers."""
+    top: int | None = None
+    """Highest layers that stay MODEL's, likewise; by default as 2 are to 32 layers."""
+    between: int | None = None
+    """Layers next to those, on either side, that change by the mean of both; by default 1."""
     overwrite: bool = False
     """Replace a model that OUTPUT holds already."""
     push_to_hub: str = ""
@@ -45,6 +65,8 @@ class Convert:
         from ..models.hub import check_push, push
         from ..models.merge import save_merged
         from ..models.nllb_llm2vec import load_nllb_llm2vec, save_nllb_llm2vec
+        from ..models.published import load_langbridge, load_mindmerger
+        from ..training.layer_swap import swap_layers
 
         if not self.model:
             raise ValueError("--model is missing")
@@ -55,6 +77,16 @@ class Convert:
             raise ValueError("--output is missing")
         if (self.source is None) == (self.target is None):
             raise ValueError("give exactly one of --from and --to")
+        if self.target == "swapped" and not self.teacher:
+            raise ValueError("--teacher is missing")
+        for name in ("teacher", "bottom", "top", "between"):
+            if self.target != "swapped" and getattr(self, name) not in ("", None):
+                raise ValueError(f"--{name} {getattr(self, name)}: goes with --to swapped alone")
+        if self.source == "mindmerger" and not (self.encoder and self.llm):
+            raise ValueError(f"--{'llm' if self.encoder else 'encoder'} is missing: the mapping holds no base models")
+        for name in ("encoder", "llm"):
+            if self.source not in ("mindmerger", "langbridge") and (value := getattr(self, name)):
+                raise ValueError(f"--{name} {value}: goes with --from mindmerger and --from langbridge alone")
         if not self.overwrite and (Path(self.output) / "config.json").exists():
             raise ValueError(f"--output {self.output}: holds a model already; pass --overwrite to replace it")
         if self.push_to_hub:
@@ -62,10 +94,17 @@ class Convert:
         if self.source in ("encoder", "llm"):
             bases: dict[str, Any] = {self.source: self.model}
             MTLLM.stack(reader=self.source, **bases).save_pretrained(self.output)
+        elif self.source == "mindmerger":
+            load_mindmerger(self.model, self.encoder, self.llm).save_pretrained(self.output)
+        elif self.source == "langbridge":
+            bases = {"encoder": self.encoder or None, "llm": self.llm or None}
+            load_langbridge(self.model, **bases).save_pretrained(self.output)
         elif self.source:
             load_nllb_llm2vec(self.model).save_pretrained(self.output)
         elif self.target == "merged":
             save_merged(MTLLM.from_pretrained(self.model), self.output)
+        elif self.target == "swapped":
+            swap_layers(self.model, self.teacher, self.bottom, self.top, self.between).save_pretrained(self.output)
         else:
             save_nllb_llm2vec(MTLLM.from_pretrained(self.model), self.output)
         way = f"from {self.source}" if self.source else f"to {self.target}"

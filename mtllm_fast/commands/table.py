@@ -15,6 +15,7 @@ COMMANDS = {
     "adapt": ("train:Adapt", "stage 1: stack an MT encoder into an LLM by self-distillation on English text"),
     "finetune": ("train:Finetune", "stage 2: train the task teacher (--llm), or a baseline (--encoder, --model)"),
     "distill": ("train:Distill", "stage 3: distil the task teacher into an adapted stack"),
+    "sft": ("train:Sft", "train a stack, or an LLM alone, on what it is to write: translations, answers, labels"),
     "train": (
         "recipe:TrainRecipe",
         "a whole system by its recipe: these steps one after another, by the library's YAML or yours",
@@ -38,7 +39,7 @@ COMMANDS = {
 }
 
 # whose work the processes of torchrun share; the others would do all of it in each
-SHARED = ("adapt", "finetune", "distill", "encode", "translate")
+SHARED = ("adapt", "finetune", "distill", "sft", "encode", "translate")
 
 
 def settings_of(name: str) -> type[Any]:

@@ -1,4 +1,4 @@
-"""mtllm adapt | finetune | distill: the three training stages."""
+"""mtllm adapt | finetune | distill | sft: the training stages."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Annotated, Any, ClassVar
 import tyro
 
 from ..data.language import ENGLISH_CODES
+from ..data.prompt import Prompt
 from ..data.read import TextRow, read_rows
 from ..data.store import STORE_FILE, TokenStore
 from ..models.hub import check_push, push
-from ..training import STAGES, AdaptConfig, DistillConfig, FinetuneConfig, OptimSettings, run_seeds
+from ..training import STAGES, AdaptConfig, DistillConfig, FinetuneConfig, OptimSettings, SftConfig, run_seeds
 from ..training.live import Watch
 from ..training.processes import ends_process
 from ..training.record import Metrics
@@ -190,11 +191,14 @@ class Adapt(AdaptConfig):
 
     REQUIRED: ClassVar = {"text": "required", "encoder": "required without `model`", "llm": "required without `model`"}
     text: str = ""
-    """English text: .txt, .jsonl, .csv, .tsv or .parquet (also .gz), a folder or glob of them, a hub dataset
-    "org/name" or "org/name:config". Or the folder that `mtllm tokenize` wrote: columns, language, split and limit are
-    those it was written with, and may not be given again."""
+    """English text, or with `teacher_text_column` text of any language: .txt, .jsonl, .csv, .tsv or .parquet (also
+    .gz), a folder or glob of them, a hub dataset "org/name" or "org/name:config". Or the folder that `mtllm tokenize`
+    wrote: columns, language, split and limit are those it was written with, and may not be given again."""
     text_column: str = "text"
     """Column of the text."""
+    teacher_text_column: str | None = None
+    """Column with another text for the teacher, such as the English of a translation; name the language of `text`. For
+    losses of pooled states (pooled_mse, contrast)."""
     language: str | None = None
     """MT code of the text's language; by default the encoder's own code for English."""
     language_column: str | None = None
@@ -215,7 +219,16 @@ class Adapt(AdaptConfig):
         if not self.text:
             raise ValueError("--text is missing: name a file, folder, glob or hub dataset")
         watch = self.watch.watch()
-        names = ("text", "text_column", "language", "language_column", "quoted", "split", "limit")
+        names = (
+            "text",
+            "text_column",
+            "teacher_text_column",
+            "language",
+            "language_column",
+            "quoted",
+            "split",
+            "limit",
+        )
         source = _record({name: getattr(self, name) for name in names})
         source["language"] = self.language or ENGLISH_CODES[0]
         if (Path(self.text) / STORE_FILE).is_file():
@@ -232,6 +245,7 @@ class Adapt(AdaptConfig):
             rows = read_rows(
                 self.text,
                 text_column=self.text_column,
+                teacher_text_column=self.teacher_text_column,
                 language=self.language,
                 language_column=self.language_column,
                 split=self.split,
@@ -289,3 +303,78 @@ class Distill(DistillConfig):
     @ends_process()
     def run(self) -> None:
         train_on_task("distill", self)
+
+
+@dataclass
+class Sft(SftConfig):
+    """Supervised fine-tuning on targets: [BOS] before <text> after target [EOS], the text read by the encoder.
+
+    Example: mtllm sft --encoder facebook/nllb-200-distilled-600M --llm meta-llama/Meta-Llama-3-8B-Instruct
+    --text pairs.jsonl --language-column language --no-train-llm --projection.kind mlp --projection.boundary
+    --output runs/mapping
+    """
+
+    REQUIRED: ClassVar = {
+        "text": "required, or `task`",
+        "llm": "required without `model`",
+        "encoder": "required without `model`, or `reader` llm",
+    }
+    text: str = ""
+    """Texts with their targets: a .jsonl, .csv, .tsv or .parquet file (also .gz), a folder or glob of them, or a hub
+    dataset "org/name" or "org/name:config"."""
+    text_column: str = "text"
+    """Column of the text."""
+    pair_column: str | None = None
+    """Column of a second text, where rows are pairs."""
+    target_column: str = "target"
+    """Column of what is to be written."""
+    teacher_text_column: str | None = None
+    """Column of the same text in a language that the LLM reads well, for the teacher of `loss.kl`."""
+    language: str | None = None
+    """MT code of the texts' language; by default the encoder's own code for English."""
+    language_column: str | None = None
+    """Column with a code per row, instead of `language`."""
+    task: str = ""
+    """Instead of text: a task by name (mnli, sib200, ...), a .yaml file that describes one, or "folder"; its English
+    train split is read, and the names of its labels, or the right choices, are the targets."""
+    data: str = ""
+    """The task's folder in its published format, or its hub name; by default its own."""
+    quoted: bool = True
+    """Quote marks in .csv and .tsv files stand around fields; without, they are text."""
+    split: str = "train"
+    """Split of a hub dataset of `text`."""
+    limit: int | None = None
+    """Read at most this many rows of `text`."""
+    prompt: Annotated[Prompt, Flat] = field(default_factory=Prompt)
+    train: Annotated[OptimSettings, Flat] = field(default_factory=lambda: SftConfig().train)
+    push_to_hub: str = ""
+    """NAME or ORGANISATION/NAME: where the finished model goes on the Hugging Face hub (private, if it is new)."""
+    seeds: tuple[int, ...] = ()
+    """One run per seed, into OUTPUT/seed-N, and OUTPUT/summary.json. The same command goes on where it stopped.
+    {seed} in --model stands for the seed."""
+
+    @ends_process()
+    def run(self) -> None:
+        if bool(self.task) == bool(self.text):
+            raise ValueError("name either --task with --data, or --text")
+        if self.task:
+            source = TextSource(task=self.task, data=self.data, quoted=self.quoted)
+            rows, labels, _ = source.load()
+            train("sft", self, Data(rows, labels=labels, source=source.record()), None)
+            return
+        names = ("text", "text_column", "pair_column", "target_column", "teacher_text_column")
+        names += ("language", "language_column", "split", "limit")
+        stream = read_rows(
+            self.text,
+            text_column=self.text_column,
+            pair_column=self.pair_column,
+            target_column=self.target_column,
+            teacher_text_column=self.teacher_text_column,
+            language=self.language,
+            language_column=self.language_column,
+            split=self.split,
+            limit=self.limit,
+            quoting=self.quoted,
+        )
+        record = _record({name: getattr(self, name) for name in (*names, "quoted")})
+        train("sft", self, Data(stream, source=record), None)

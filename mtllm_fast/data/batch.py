@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from mtllm_fast.data.align import align_rows
 from mtllm_fast.data.layout import TokenizedSide
 from mtllm_fast.data.pack import PackedBatch
+from mtllm_fast.data.prompt import PromptTokens, Writing, target_rows
 from mtllm_fast.data.read import TextRow
 from mtllm_fast.data.text_tokens import BadText
 from mtllm_fast.data.tokenise import StackTokenizer
@@ -27,13 +29,15 @@ class Batch:
     Fields:
         mt, llm: the packed sides, or None where a side was not asked for.
         mt_rows, llm_rows: (P,) int64, packed rows of `mt` and `llm` that end at the same character, or None; mt_rows
-            ascend.
+            ascend. With targets, the rows whose states predict them; those of a stack are known once it has read.
         labels: (B,) int64, or None where the rows have none.
         mt_spans, llm_spans: (B, C, 2) int64, packed rows [start, end) of each choice, or None.
         ids: the rows' names.
         weight: 0.0 for a filler that only keeps the ranks in step, else 1.0; multiply losses and counts with it.
         place: its number among the batches of a step over all ranks.
-        targets: a sequence of token ids per row that the student is to write, or None.
+        targets: a sequence of LLM tokens per row that the student is to write, or None.
+        before, after: LLM tokens around the texts of `mt` where there are targets, which `after` ends with; `before`
+            may be one sequence for all.
         row_weight: (B,) float, weights of the rows in terms that weigh them, or None.
     """
 
@@ -48,6 +52,8 @@ class Batch:
     weight: float = 1.0
     place: int = 0
     targets: PackedBatch | None = None
+    before: PackedBatch | None = None
+    after: PackedBatch | None = None
     row_weight: Tensor | None = None
 
     @property
@@ -57,7 +63,19 @@ class Batch:
 
     @property
     def num_pairs(self) -> int:
+        if self.targets is not None:
+            return self.targets.num_tokens
         return self.mt_rows.shape[0] if self.mt_rows is not None else 0
+
+    @property
+    def stack_lengths(self) -> tuple[int, ...]:
+        """Rows that the LLM of a stack reads of every text: `mt`, and the tokens around it (not a boundary)."""
+        lengths = self.side("mt").lengths
+        for around in (self.before, self.after):
+            if around is not None:
+                more = around.lengths * (len(lengths) // around.num_sequences)
+                lengths = tuple(map(add, lengths, more))
+        return lengths
 
     def side(self, name: str) -> PackedBatch:
         """The packed side "mt" or "llm". Raises ValueError where the batch was made without it."""
@@ -84,6 +102,8 @@ class TokenizedRows:
     sides: dict[str, TokenizedSide]
     labels: list[int | None]
     ids: list[str | None]
+    prompts: PromptTokens | None = None
+    texts_differ: bool = False  # of the two sides, in some row: nothing can be aligned
 
     def batch(self, index: Sequence[int], align: bool) -> Batch:
         packed: dict[str, PackedBatch] = {}
@@ -93,10 +113,15 @@ class TokenizedRows:
             spans[name] = _packed_spans(side, index, packed[name])
         pairs: tuple[Tensor | None, Tensor | None] = (None, None)
         if align and len(self.sides) == 2:
+            if self.texts_differ:
+                raise ValueError(
+                    "align=True: rows with a teacher_text have another text on the llm side, and its tokens end at "
+                    "characters of another; align=False, without paired_mse and kl"
+                )
             keys = [self._alignment_keys(name, index) for name in SIDES]
             mt_rows, llm_rows = align_rows(*keys[0], *keys[1])
             pairs = (torch.from_numpy(mt_rows), torch.from_numpy(llm_rows))
-        return Batch(
+        batch = Batch(
             mt=packed.get("mt"),
             llm=packed.get("llm"),
             mt_rows=pairs[0],
@@ -106,6 +131,7 @@ class TokenizedRows:
             llm_spans=spans.get("llm"),
             ids=tuple(self.ids[i] for i in index),
         )
+        return batch if self.prompts is None else _with_prompts(batch, self.prompts, index)
 
     def _alignment_keys(self, name: str, index: Sequence[int]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         ends = [self.sides[name].ends[i] for i in index]
@@ -116,19 +142,56 @@ class TokenizedRows:
 
     def totals(self) -> dict[str, tuple[int, int]]:
         """(tokens, rows cut) by side."""
-        return {name: (sum(map(len, side.ids)), side.truncated) for name, side in self.sides.items()}
+        found = {name: (sum(map(len, side.ids)), side.truncated) for name, side in self.sides.items()}
+        if self.prompts is not None:
+            found["target"] = (sum(map(len, self.prompts.targets)), self.prompts.truncated)
+        return found
 
     def costs(self) -> list[tuple[int, ...]]:
-        return list(zip(*([len(ids) for ids in side.ids] for side in self.sides.values()), strict=True))
+        lengths = {name: [len(ids) for ids in side.ids] for name, side in self.sides.items()}
+        if self.prompts is not None and "mt" in lengths:  # what the LLM of a stack reads
+            lengths["written"] = (np.array(lengths["mt"]) + self.prompts.lengths() + 1).tolist()
+        return list(zip(*lengths.values(), strict=True))
 
 
-def tokenise_rows(rows: Sequence[TextRow], tokenizer: StackTokenizer, sides: Sequence[str]) -> TokenizedRows:
-    tokenized = {side: tokenizer.side(side, rows) for side in sides}
-    return TokenizedRows(tokenized, [row.label for row in rows], [row.id for row in rows])
+def tokenise_rows(
+    rows: Sequence[TextRow], tokenizer: StackTokenizer, sides: Sequence[str], writing: Writing | None = None
+) -> TokenizedRows:
+    """Both sides read the text of a row, but beside "mt", which the student reads, "llm" is what a teacher reads: the
+    row's `teacher_text` where it has one."""
+    differ = len(sides) == 2 and any(row.teacher_text is not None for row in rows)
+    read = {"mt": rows, "llm": [row.for_teacher() for row in rows] if differ else rows}
+    tokenized = {side: tokenizer.side(side, read[side], ends=writing is None) for side in sides}
+    prompts = None
+    if writing is not None:
+        prompts = PromptTokens.of(writing, rows, tokenizer)
+        if "llm" in tokenized:  # all that the LLM reads, in its own tokens
+            around = PromptTokens.of(writing, read["llm"], tokenizer) if differ else prompts
+            first, own = len(tokenizer.llm_prefix), tokenized["llm"]
+            whole = [around.whole(index, ids[first:]) for index, ids in enumerate(own.ids)]
+            tokenized["llm"] = dataclasses.replace(own, ids=whole)
+        tokenized = {name: dataclasses.replace(side, spans=None) for name, side in tokenized.items()}
+    labels, names = [row.label for row in rows], [row.id for row in rows]
+    return TokenizedRows(tokenized, labels, names, prompts, differ)
+
+
+def _with_prompts(batch: Batch, prompts: PromptTokens, index: Sequence[int]) -> Batch:
+    targets = PackedBatch.from_sequences([prompts.targets[i] for i in index])
+    rows = None if batch.llm is None else torch.from_numpy(target_rows(batch.llm.lengths, targets.lengths))
+    before, after = [prompts.before[i] for i in index], [prompts.after[i] + prompts.targets[i] for i in index]
+    if all(ids == before[0] for ids in before):
+        before = before[:1]
+    return dataclasses.replace(
+        batch,
+        llm_rows=rows,
+        targets=targets,
+        before=PackedBatch.from_sequences(before),
+        after=PackedBatch.from_sequences(after),
+    )
 
 
 def tokenise_readable(
-    rows: Sequence[TextRow], tokenizer: StackTokenizer, sides: Sequence[str]
+    rows: Sequence[TextRow], tokenizer: StackTokenizer, sides: Sequence[str], writing: Writing | None = None
 ) -> tuple[TokenizedRows, list[tuple[str, str]]]:
     """As `tokenise_rows`, without the rows that a tokenizer cannot read, and for each of those (its name, the reason).
 
@@ -136,19 +199,19 @@ def tokenise_readable(
     """
     fallbacks = tokenizer.fallback_counts.copy()
     try:
-        return tokenise_rows(rows, tokenizer, sides), []
+        return tokenise_rows(rows, tokenizer, sides, writing), []
     except BadText:
         pass  # which row it was is not said
     readable, bad = [], []
     for row in rows:
         try:
-            tokenise_rows([row], tokenizer, sides)
+            tokenise_rows([row], tokenizer, sides, writing)
             readable.append(row)
         except BadText as error:
             bad.append((row.id if row.id is not None else repr(row.text[:40]), str(error)))
     tokenizer.fallback_counts.clear()
     tokenizer.fallback_counts.update(fallbacks)
-    return tokenise_rows(readable, tokenizer, sides), bad
+    return tokenise_rows(readable, tokenizer, sides, writing), bad
 
 
 def check_sides(sides: Sequence[str], tokenizer: StackTokenizer) -> tuple[str, ...]:

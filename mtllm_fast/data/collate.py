@@ -20,6 +20,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from mtllm_fast.data.balance import deal, pack_cost
 from mtllm_fast.data.batch import SIDES, Batch, TokenizedRows, check_sides, tokenise_readable, tokenise_rows
 from mtllm_fast.data.pack import token_budget_packs
+from mtllm_fast.data.prompt import Prompt, Writing
 from mtllm_fast.data.read import RowCounts, TextRow
 from mtllm_fast.data.store import StoredRows, TokenStore
 from mtllm_fast.data.tokenise import StackTokenizer
@@ -38,6 +39,7 @@ def collate(
     *,
     sides: Sequence[str] = SIDES,
     align: bool = True,
+    prompt: Prompt | None = None,
 ) -> Batch:
     """All rows as one batch, in the order given.
 
@@ -45,6 +47,8 @@ def collate(
         rows: at least one row.
         sides: which of "mt" and "llm" to make.
         align: find the row pairs that end at the same character; needs both sides.
+        prompt: what the LLM reads around a text and its target, where rows have targets that are to be written; the
+            "llm" side is then all of it in the LLM's own tokens, and there are no other pairs.
 
     Raises:
         ValueError: no rows, an unknown side, rows of which only some have a label, or different numbers of choices.
@@ -53,7 +57,9 @@ def collate(
     if not rows:
         raise ValueError("rows must hold at least one TextRow, got none")
     sides = check_sides(sides, tokenizer)
-    return tokenise_rows(rows, tokenizer, sides).batch(range(len(rows)), align)
+    if prompt is None:
+        return tokenise_rows(rows, tokenizer, sides).batch(range(len(rows)), align)
+    return tokenise_rows(rows, tokenizer, sides, Writing(prompt)).batch(range(len(rows)), align=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +136,7 @@ class PackedDataset(IterableDataset):
         max_tokens: budget of one batch on each side; at least the tokenizer's limits.
         max_rows: at most so many rows in a batch.
         sides, align: as in `collate`.
+        writing: how the rows' targets are written, where the student is to write them; then there is nothing to align.
         lookahead: rows of one window; more fills the packs better and mixes them further. None: as many as fill about
             64 packs, judged by the first rows, so that the last pack of a window, which is half empty on average,
             costs less than 1 % of the budget.
@@ -155,6 +162,7 @@ class PackedDataset(IterableDataset):
         max_rows: int | None = None,
         sides: Sequence[str] = SIDES,
         align: bool = True,
+        writing: Writing | None = None,
         lookahead: int | None = None,
         shuffle_buffer: int = 0,
         seed: int = 0,
@@ -169,10 +177,12 @@ class PackedDataset(IterableDataset):
             raise TypeError("rows must be re-iterable (a list, read_rows(...)), got an iterator, good for one epoch")
         self.sides = check_sides(sides, tokenizer)
         for side in self.sides:
-            limit = tokenizer.mt_limit if side == "mt" else tokenizer.max_llm_tokens
+            limit, what = tokenizer.mt_limit if side == "mt" else tokenizer.max_llm_tokens, f"max_{side}_tokens"
+            if writing is not None:
+                limit, what = limit + writing.longest(tokenizer), f"{what} with prompt and target,"
             if max_tokens < limit:
                 raise ValueError(
-                    f"max_tokens {max_tokens} is below the tokenizer's max_{side}_tokens {limit}: "
+                    f"max_tokens {max_tokens} is below the tokenizer's {what} {limit}: "
                     "a row of that length would fit in no batch"
                 )
         for name, value, least in (
@@ -189,12 +199,15 @@ class PackedDataset(IterableDataset):
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in [0, world_size {world_size}), got {rank}")
         if isinstance(rows, TokenStore):
+            if writing is not None:
+                raise ValueError("rows: a token store holds no targets; give the text")
             rows.check(tokenizer, self.sides)
         self.rows = rows
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.max_rows = max_rows
-        self.align = align
+        self.align = align and writing is None
+        self.writing = writing
         self.lookahead = lookahead
         self.shuffle_buffer = shuffle_buffer
         self.seed = seed
@@ -281,7 +294,7 @@ class PackedDataset(IterableDataset):
         if isinstance(self.rows, TokenStore):
             rows = StoredRows(self.rows, np.array(chunk, dtype=np.int64), self.sides)
         else:
-            rows, bad = tokenise_readable(chunk, self.tokenizer, self.sides)
+            rows, bad = tokenise_readable(chunk, self.tokenizer, self.sides, self.writing)
         costs = rows.costs()
         packs = token_budget_packs(costs, self.max_tokens, self.max_rows)
         order = np.random.default_rng([self.seed, self.epoch, index]).permutation(len(packs))

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_SPLITMIX = (-7046029254386353131, -4658895280553007687, -7723592293110705685)  # of splitmix64, as int64
+
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
@@ -132,6 +134,15 @@ class PackedBatch:
     def max_seqlen(self) -> int:
         """Length of the longest sequence, a host integer."""
         return max(self.lengths)
+
+    @cached_property
+    def digests(self) -> Tensor:
+        """(B,) int64, equal for equal sequences; others have different ones, but for one pair in about 2^64."""
+        # sums of token and place, stirred together; int64 wraps around, and nothing waits for the device
+        x = (self.input_ids << 32) + self.positions + _SPLITMIX[0]
+        for shift, factor in ((30, _SPLITMIX[1]), (27, _SPLITMIX[2]), (31, 1)):
+            x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+        return torch.zeros(self.num_sequences, dtype=torch.int64, device=self.device).index_add(0, self.sequence_ids, x)
 
     @cached_property
     def sequence_ids(self) -> Tensor:

@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mtllm_fast.data.read import TextRow
 from mtllm_fast.data.text_tokens import encode
 
@@ -52,6 +55,67 @@ class Prompt:
         """
         starts = [with_prefix(tokenizer.llm_prefix, ids) for ids in _filled("before", self.before, rows, tokenizer)]
         return starts, _filled("after", self.after, rows, tokenizer)
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Rows whose targets are to be written.
+
+    Fields:
+        prompt: what the LLM reads around the text.
+        target_limit: tokens of a target, the end token included; longer ones are cut and counted.
+    """
+
+    prompt: Prompt
+    target_limit: int | None = None
+
+    def longest(self, tokenizer: StackTokenizer) -> int:
+        """The most tokens that stand around a text, its target and a boundary with them."""
+        total = len(tokenizer.llm_prefix) + 1 + (self.target_limit or tokenizer.max_llm_tokens)
+        for template in (self.prompt.before, self.prompt.after):
+            parts = _PLACES.split(template)
+            total += sum(len(tokenizer.llm_ids(part)) for part in parts[::2])
+            total += len(parts[1::2]) * tokenizer.max_llm_tokens
+        return total
+
+
+@dataclass(frozen=True, eq=False)
+class PromptTokens:
+    """LLM tokens around the texts of N rows, and what is to be written after them.
+
+    Fields:
+        before, after, targets: per row. truncated: targets that were cut.
+    """
+
+    before: list[Ids]
+    after: list[Ids]
+    targets: list[Ids]
+    truncated: int
+
+    @classmethod
+    def of(cls, writing: Writing, rows: Sequence[TextRow], tokenizer: StackTokenizer) -> PromptTokens:
+        """Raises ValueError where a row has no target, or lacks what a template names."""
+        texts = [row.target for row in rows if row.target is not None]
+        if len(texts) < len(rows):
+            raise ValueError(f"target: {len(rows) - len(texts)} of {len(rows)} rows have none; name the target column")
+        around = writing.prompt.ids(rows, tokenizer)
+        return cls(*around, *target_ids(texts, tokenizer, writing.target_limit))
+
+    def lengths(self) -> NDArray[np.int64]:
+        """(N,) tokens around each text, the target's with them."""
+        parts = (self.before, self.after, self.targets)
+        return np.sum([[len(ids) for ids in part] for part in parts], 0, dtype=np.int64)
+
+    def whole(self, index: int, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """All that the LLM reads of a row whose text it reads as its own tokens `ids`."""
+        return np.array([*self.before[index], *ids, *self.after[index], *self.targets[index]], dtype=np.int64)
+
+
+def target_rows(lengths: Sequence[int], targets: Sequence[int]) -> NDArray[np.int64]:
+    """Packed rows whose states predict the target tokens: those before each of the last `targets[b]` of sequence b."""
+    ends, counts = np.cumsum(lengths), np.asarray(targets, dtype=np.int64)
+    offset = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+    return np.repeat(ends - counts - 1, counts) + offset
 
 
 def target_ids(texts: Sequence[str], tokenizer: StackTokenizer, limit: int | None = None) -> tuple[list[Ids], int]:

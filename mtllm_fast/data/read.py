@@ -5,8 +5,8 @@ from __future__ import annotations
 import glob
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ class TextRow:
         id: the row's name in its source.
         choices: answers of a multiple-choice row.
         target: what a model is to write after reading the text, or None.
+        teacher_text: what a teacher reads in place of the text, such as the text that it is a translation of, or None.
     """
 
     text: str
@@ -40,6 +41,43 @@ class TextRow:
     id: str | None = None
     choices: tuple[str, ...] | None = None
     target: str | None = None
+    teacher_text: str | None = None
+
+    def for_teacher(self) -> TextRow:
+        """The row as a teacher reads it.
+
+        Raises:
+            ValueError: a row with a text_pair or choices has a teacher_text, which takes the place of one text alone.
+        """
+        if self.teacher_text is None:
+            return self
+        if self.text_pair is not None or self.choices is not None:
+            other = "text_pair" if self.text_pair is not None else "choices"
+            raise ValueError(
+                f"teacher_text={self.teacher_text[:40]!r}: takes the place of a text alone, but the row has {other}"
+            )
+        return replace(self, text=self.teacher_text, teacher_text=None)
+
+
+class MappedRows:
+    """Rows, each as `change` makes it when it is read; re-iterable where they are."""
+
+    def __init__(self, rows: Iterable[TextRow]) -> None:
+        self.rows = rows
+
+    def change(self, row: TextRow) -> TextRow:
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[TextRow]:
+        return map(self.change, self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)  # type: ignore[arg-type]  # TypeError for a stream, as of any
+
+    @property
+    def counts(self) -> Any:
+        """The reader's own counts, where it has them."""
+        return getattr(self.rows, "counts", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +129,7 @@ def read_rows(
     language: str | None = None,
     id_column: str | None = None,
     target_column: str | None = None,
+    teacher_text_column: str | None = None,
     split: str = "train",
     limit: int | None = None,
     columns: Sequence[str] | None = None,
@@ -102,8 +141,8 @@ def read_rows(
         source: a .txt (one text per line), .jsonl, .csv, .tsv or .parquet file, each also .gz; a folder (every such
             file in it and below, by name, hidden ones left out); a glob; or a hub dataset "org/name" or
             "org/name:config".
-        text_column, pair_column, label_column, language_column, id_column, target_column: columns to read; text_column
-            is ignored for .txt.
+        text_column, pair_column, label_column, language_column, id_column, target_column, teacher_text_column: columns
+            to read; text_column is ignored for .txt.
         labels: class names in the order of their indices. Without them labels must be integers (for hub datasets, the
             names of the dataset's own ClassLabel are used).
         language: code of every row, where there is no language_column; encoders with languages need one of the two.
@@ -128,8 +167,14 @@ def read_rows(
         raise ValueError(f"labels must be distinct names, got {list(labels)!r}")
     if labels is not None and label_column is None:
         raise ValueError("labels are given but no label_column: name the column that holds them")
+    if teacher_text_column is not None and pair_column is not None:
+        raise ValueError(
+            f"teacher_text_column={teacher_text_column!r}: takes the place of a text alone, but pair_column="
+            f"{pair_column!r} makes pairs; leave one of them out"
+        )
     wanted = {"text_column": text_column, "pair_column": pair_column, "label_column": label_column}
     wanted |= {"language_column": language_column, "id_column": id_column, "target_column": target_column}
+    wanted |= {"teacher_text_column": teacher_text_column}
     stream = RowStream(
         source=str(source),
         wanted={argument: column for argument, column in wanted.items() if column is not None},
@@ -226,8 +271,9 @@ class RowStream:
 
     def _row(self, record: Mapping[str, object], labels: tuple[str, ...] | None, place: str) -> TextRow | BadRow | None:
         """The row of a record, or why there is none: None where it has no text."""
-        texts: dict[str, str | None] = {"pair_column": None, "language_column": self.language, "target_column": None}
-        for argument in ("text_column", "pair_column", "language_column", "target_column"):
+        texts: dict[str, str | None] = {"pair_column": None, "language_column": self.language}
+        texts |= {"target_column": None, "teacher_text_column": None}
+        for argument in ("text_column", *texts):
             if argument not in self.wanted:
                 continue
             column = self.wanted[argument]
@@ -254,6 +300,7 @@ class RowStream:
             label=label,
             id=self._id(record),
             target=texts["target_column"],
+            teacher_text=texts["teacher_text_column"],
         )
 
     def _id(self, record: Mapping[str, object] | BadRow) -> str | None:

@@ -234,6 +234,8 @@ def _write_shard(
         window = rows[start : start + _WINDOW]
         if any(row.choices is not None for row in window):
             raise ValueError("choices: a token store holds texts and pairs, multiple choice is tokenised as it is read")
+        if any(row.teacher_text is not None for row in window):
+            raise ValueError("teacher_text: a token store holds two tokenizations of one text; read such rows as text")
         readable, bad = tokenise_readable(window, tokenizer, sides)
         for row, reason in bad[: max(_SHOWN - unreadable, 0)]:
             logger.warning("row %s is left out: %s", row, reason)

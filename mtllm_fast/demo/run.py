@@ -39,9 +39,9 @@ class DemoConfig:
     teacher: dict[str, float] = field(default_factory=lambda: {"lr": 4e-4, "epochs": 2, "max_rows": 16})
     encoder: dict[str, float] = field(default_factory=lambda: {"lr": 1e-3, "epochs": 3, "max_rows": 16})
     adapt: dict[str, float] = field(default_factory=lambda: {"lr": 2e-4, "max_steps": 20, "max_rows": 16})
-    adapt_loss: dict[str, float] = field(default_factory=lambda: {"pooled_mse": 1.0, "paired_mse": 1.0})
+    adapt_loss: dict[str, Any] = field(default_factory=lambda: {"pooled_mse": 1.0, "paired_mse": 1.0})
     distill: dict[str, float] = field(default_factory=lambda: {"lr": 2e-4, "max_steps": 20, "max_rows": 16})
-    distill_loss: dict[str, float] = field(default_factory=lambda: {"pooled_mse": 1.0, "head_kl": 1.0})
+    distill_loss: dict[str, Any] = field(default_factory=lambda: {"pooled_mse": 1.0, "head_kl": 1.0})
 
 
 def run_demo(

@@ -1,8 +1,8 @@
 """Loss terms over packed batches, each a `(sum, count)` pair, and the objectives that weigh them."""
 
-from .distillation import DistillationLoss, DistillationWeights
+from .distillation import DistillationLoss, DistillationWeights, TargetWeights
 from .objective import Objective
 from .table import TERMS
 from .term import LossTerm
 
-__all__ = ["TERMS", "DistillationLoss", "DistillationWeights", "LossTerm", "Objective"]
+__all__ = ["TERMS", "DistillationLoss", "DistillationWeights", "LossTerm", "Objective", "TargetWeights"]

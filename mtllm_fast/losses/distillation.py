@@ -7,13 +7,48 @@ from typing import TYPE_CHECKING
 
 from .objective import Objective
 from .table import TERMS
+from .term import Need
 
 if TYPE_CHECKING:
     from ..data.batch import Batch
 
 
 @dataclass(frozen=True)
-class DistillationWeights:
+class Weights:
+    """Weight of every term as fields of a frozen dataclass, with what the terms can be set to.
+
+    Raises:
+        ValueError: a weight or an option out of range, or no weight above 0.
+    """
+
+    def __post_init__(self) -> None:
+        for name, weight in self.by_term.items():
+            if not weight >= 0:
+                raise ValueError(f"{name}={weight}: a loss weight must be >= 0")
+        for name, value in self.options.items():
+            if name.endswith("temperature") and not value > 0:
+                raise ValueError(f"{name}={value}: must be > 0")
+            if name == "label_smoothing" and not 0 <= value < 1:
+                raise ValueError(f"label_smoothing={value}: must be at least 0 and below 1")
+        if not any(self.by_term.values()):
+            raise ValueError(f"{', '.join(self.by_term)}: at least one weight must be > 0")
+
+    @property
+    def by_term(self) -> dict[str, float]:
+        """The weights without the options."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name in TERMS}
+
+    @property
+    def options(self) -> dict[str, float | bool]:
+        """What the terms can be set to."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in TERMS}
+
+    def objective(self) -> Objective:
+        return Objective(self.by_term, **self.options)
+
+
+@dataclass(frozen=True)
+class DistillationWeights(Weights):
     """Weight of every term; 0 leaves the term out."""
 
     pooled_mse: float = 1.0
@@ -26,28 +61,49 @@ class DistillationWeights:
     """KL of the task head's distributions, times temperature^2 (stage 3)."""
     temperature: float = 1.0
     """Of both KL terms; above 1 it makes the distributions flatter."""
+    contrast: float = 0.0
+    """One-way InfoNCE of mean-pooled last hidden states: a text's is to be nearer to the teacher's of the same text
+    than to those of the other texts of its pack."""
+    contrast_temperature: float = 0.1
+    """Of `contrast`, whose cosines it divides; the lower, the more the nearest other texts count."""
+    task: float = 0.0
+    """Cross-entropy of the task head on the rows' labels (stage 3)."""
+    rank_weights: bool = False
+    """Divide a row's head_kl by the rank of its label in the teacher's logits: what the teacher has wrong counts
+    less."""
 
     def __post_init__(self) -> None:
-        for name, weight in self.by_term.items():
-            if not weight >= 0:
-                raise ValueError(f"{name}={weight}: a loss weight must be >= 0")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature}: must be > 0")
-        if not any(self.by_term.values()):
-            raise ValueError(f"{', '.join(self.by_term)}: at least one weight must be > 0")
+        super().__post_init__()
+        if self.rank_weights and not self.head_kl:
+            raise ValueError(f"rank_weights=True: weighs the rows of head_kl, but head_kl={self.head_kl}")
 
     @property
-    def by_term(self) -> dict[str, float]:
-        """The weights without the options."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name in TERMS}
+    def needs(self) -> frozenset[Need]:
+        """What the active terms need."""
+        return DistillationLoss(self).needs
 
     @property
     def needs_pairs(self) -> bool:
-        return any(weight > 0 and "pairs" in TERMS[name].needs for name, weight in self.by_term.items())
+        return "pairs" in self.needs
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """What each active term of `batch` is divided by once summed over the whole step; known before the forward."""
         return DistillationLoss(self).counts(batch)
+
+
+@dataclass(frozen=True)
+class TargetWeights(Weights):
+    """Weight of every term of a student that learns to write; 0 leaves the term out."""
+
+    target_ce: float = 1.0
+    """Cross-entropy of the target's tokens."""
+    kl: float = 0.0
+    """KL at the target's tokens from the bare LLM that reads the text itself and the same target, times temperature^2:
+    self-distillation on the same answer rows."""
+    temperature: float = 1.0
+    """Of the KL; above 1 it makes the distributions flatter."""
+    label_smoothing: float = 0.0
+    """Share of the cross-entropy's target distribution that is spread over the vocabulary."""
 
 
 class DistillationLoss(Objective):
@@ -58,5 +114,5 @@ class DistillationLoss(Objective):
 
     def __init__(self, weights: DistillationWeights | None = None) -> None:
         weights = weights or DistillationWeights()
-        super().__init__(weights.by_term, temperature=weights.temperature)
+        super().__init__(weights.by_term, **weights.options)
         self.weights = weights

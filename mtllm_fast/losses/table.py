@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from .contrast import Contrast
 from .head_kl import TaskHeadKL
 from .lm_head_kl import LMHeadKL
 from .paired_mse import PairedMSE
 from .pooled_mse import PooledMSE
+from .target_ce import TargetCrossEntropy
 from .task_ce import TaskCrossEntropy
 from .term import Term
 
@@ -15,4 +17,6 @@ TERMS: dict[str, type[Term]] = {
     "kl": LMHeadKL,
     "head_kl": TaskHeadKL,
     "task": TaskCrossEntropy,
+    "target_ce": TargetCrossEntropy,
+    "contrast": Contrast,
 }

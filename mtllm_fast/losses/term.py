@@ -92,15 +92,18 @@ class Term:
 
     Attributes:
         name: in `TERMS`, in weights and in the log.
-        needs: what `Given` must hold.
+        needs: what `Given` must hold; of an instance, as it is set.
         unit: what the sum is divided by: rows (texts), aligned pairs, target tokens.
         lm_head_products: products of the LM head with a row of states per unit, forward and backward.
+        compares_texts: whether it compares the texts of a pack with each other. Its gradient then depends on which
+            texts are packed together, and a pack cannot be computed in parts.
     """
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[Need]] = frozenset()
     unit: ClassVar[Unit] = "rows"
     lm_head_products: ClassVar[int] = 0
+    compares_texts: ClassVar[bool] = False
 
     def count(self, batch: Batch) -> float:
         """The count of `forward`, known before it; a term that weighs rows sums `batch.row_weight` here."""
@@ -114,6 +117,11 @@ class Term:
     def compared(self, teacher: Side) -> Tensor | None:
         """The teacher's rows (N, D) whose variance the term may be divided by; None where that means nothing."""
         return None
+
+
+def rows_weighed(batch: Batch) -> float:
+    """The count of a term that weighs rows: how many there are, or the sum of their weights."""
+    return batch.num_rows if batch.row_weight is None else float(batch.row_weight.sum())
 
 
 def check_needs(terms: Mapping[str, Term], given: Given) -> None:

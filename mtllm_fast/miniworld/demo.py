@@ -210,7 +210,7 @@ def base_models(
     return str(folder / "mt"), str(folder / "llm")
 
 
-def _loss(weights: dict[str, float]) -> DistillationWeights:
+def _loss(weights: dict[str, Any]) -> DistillationWeights:
     from ..losses import DistillationWeights
 
     return DistillationWeights(**weights)

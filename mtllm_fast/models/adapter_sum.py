@@ -1,10 +1,13 @@
 """Two LoRA adapters as one: their ranks side by side, so that the sum is exact and the base weights stay as they are.
 
-s1 B1 A1 + s2 B2 A2 = s [B1, (s2 / s) B2] [A1; A2],   s_i = alpha_i / r_i
+w1 s1 B1 A1 + w2 s2 B2 A2 = s [(w1 s1 / s) B1, (w2 s2 / s) B2] [A1; A2],   s_i = alpha_i / r_i
+
+The shares w1 and w2 may differ from layer to layer: a layer of one adapter alone has zeros in B for the other's ranks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -38,7 +41,13 @@ def sum_settings(mine: LoraSettings, other: LoraSettings) -> LoraSettings:
 
 
 @torch.no_grad()
-def add_to_adapter(model: MTLLM, settings: LoraSettings, weights: dict[str, Tensor], name: str = "student") -> None:
+def add_to_adapter(
+    model: MTLLM,
+    settings: LoraSettings,
+    weights: dict[str, Tensor],
+    name: str = "student",
+    shares: Callable[[str], tuple[float, float]] | None = None,
+) -> None:
     """Make the adapter `name` of `model` the sum of itself and another, in place.
 
     A layer that only one of them adapts keeps a fresh A of peft and zeros in B for the other's share.
@@ -46,6 +55,7 @@ def add_to_adapter(model: MTLLM, settings: LoraSettings, weights: dict[str, Tens
     Args:
         settings: of the other adapter.
         weights: of the other adapter, under the names of the model's own (others are left aside).
+        shares: of a weight's name, what the model's own adapter and the other one are multiplied by; None: 1 and 1.
 
     Raises:
         ValueError: the other adapter does not fit the model.
@@ -64,7 +74,8 @@ def add_to_adapter(model: MTLLM, settings: LoraSettings, weights: dict[str, Tens
         for key, value in part.items():
             lora_a = ".lora_A." in key
             target = state.get(key)
-            share = None if target is None else (target[ranks] if lora_a else target[:, ranks])
-            if share is None or share.shape != value.shape:
+            place = None if target is None else (target[ranks] if lora_a else target[:, ranks])
+            if place is None or place.shape != value.shape:
                 raise ValueError(f"adapter: {key} {tuple(value.shape)} of the adapter to add does not fit the model")
-            share.copy_(value if lora_a else value * (part_settings.alpha / part_settings.r / scale))
+            share = 1.0 if shares is None else shares(key)[0 if first else 1]
+            place.copy_(value if lora_a else value * (share * part_settings.alpha / part_settings.r / scale))

@@ -144,7 +144,8 @@ def check_exportable(model: MTLLM) -> None:
     elif model.projection is not None and config.projection != ProjectionConfig():
         problems.append(
             f"projection {config.projection.kind!r}, bias={config.projection.bias}, "
-            f"fuse_layers={config.projection.fuse_layers} (needs linear with bias, of the last layer)"
+            f"fuse_layers={config.projection.fuse_layers}, boundary={config.projection.boundary} (needs linear with "
+            "bias, of the last layer, and no boundary)"
         )
     if model.encoder is not None and "m2m_100" not in model.encoder.family.model_types:
         problems.append(f"a {model.encoder.model.config.model_type} encoder (needs NLLB or M2M-100)")

@@ -22,6 +22,9 @@ class ProjectionConfig:
     fuse_layers: bool = False
     """Project a trained mean, weighted by a softmax, of the states of all encoder layers, not the last ones alone
     (arXiv 2508.09091); it starts nearly at the last layer."""
+    boundary: bool = False
+    """A trained embedding between the projected text and the LLM's own tokens, where such follow (`mtllm sft`,
+    generation); it starts at zeros. MindMerger's boundary (arXiv 2405.17386), LangBridge's end token."""
 
 
 # The weight of the last layer at the start; at 1 no other layer would get a gradient.
@@ -44,6 +47,7 @@ class Projection(nn.Module):
 
     Attributes:
         fusion: (L,), the trained numbers behind the weights of `fuse`; None without `fuse_layers`.
+        boundary: (D,), what stands behind a projected text; None without `boundary`.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Projection(nn.Module):
         super().__init__()
         config = config or ProjectionConfig()
         self.fusion: nn.Parameter | None = None
+        self.boundary = nn.Parameter(torch.zeros(d_llm)) if config.boundary else None
         if config.fuse_layers:
             if encoder_layers is None or encoder_layers < 2:
                 raise ValueError(f"projection.fuse_layers: needs an encoder of 2 layers or more, got {encoder_layers}")

@@ -1,11 +1,12 @@
-"""The three stages: `adapt` (general), `finetune` (task teacher, baselines), `distill` (task distillation)."""
+"""The stages: `adapt` (general), `finetune` (task teacher, baselines), `distill` (task), `sft` (targets)."""
 
 from .adapt import adapt
 from .config import OptimSettings
 from .distill import distill
 from .finetune import finetune
 from .seeds import run_seeds
-from .stage_config import AdaptConfig, DistillConfig, FinetuneConfig
+from .sft import sft
+from .stage_config import AdaptConfig, DistillConfig, FinetuneConfig, SftConfig
 from .stages import STAGES
 
 __all__ = [
@@ -14,8 +15,10 @@ __all__ = [
     "DistillConfig",
     "FinetuneConfig",
     "OptimSettings",
+    "SftConfig",
     "adapt",
     "distill",
     "finetune",
     "run_seeds",
+    "sft",
 ]

@@ -1,6 +1,7 @@
-"""Stage 1, general adaptation: the LLM learns from itself to read through the MT encoder. English text only.
+"""Stage 1, general adaptation: the LLM learns from itself to read through the MT encoder. English text is enough.
 
 Teacher: the LLM without adapters on its own tokens. Student: the same LLM with adapters on projected encoder states.
+Where rows have a `teacher_text`, the teacher reads that: a parallel corpus, whose other language the student reads.
 Source: arXiv 2406.12739.
 """
 
@@ -17,6 +18,7 @@ from ..data.store import AT_ONCE, TokenStore
 from ..losses import DistillationLoss
 from ..models import MTLLM
 from ..models.storage import local_folder, read_config
+from .inputs import check_teacher_text, has_teacher_text
 from .live import Watch
 from .projection_fit import fit_projection
 from .record import Metrics
@@ -59,6 +61,11 @@ def check(config: AdaptConfig, data: Data) -> None:
             raise ValueError(f"teacher_cache={config.teacher_cache!r}: finds states by text, which a token store lacks")
         data.rows.verify(AT_ONCE)
     check_cache(config.teacher_cache, config.loss.needs_pairs)
+    check_teacher_text(data.rows, config.loss.needs_pairs)
+    if config.init != "none" and has_teacher_text(data.rows):
+        raise ValueError(
+            f"init={config.init!r}: the projection is fitted on one text, and the rows have a teacher_text"
+        )
 
 
 def build(config: AdaptConfig, data: Data, dtype: torch.dtype) -> Stage:

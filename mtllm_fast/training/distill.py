@@ -2,7 +2,8 @@
 
 Student: MTLLM reading through the MT encoder. Teacher: the same LLM with the task teacher's adapter, on its own tokens.
 Both live on one copy of the LLM, or the teacher's pooled states come from a cache on disk. The student's targets are
-the teacher's sequence (or choice) embeddings, the distributions of its head, or both; the head is copied and frozen.
+the teacher's sequence (or choice) embeddings, the distributions of its head, or both, and where it is asked for the
+rows' own labels; the head is copied and frozen.
 Source: arXiv 2406.12739.
 """
 
@@ -20,12 +21,13 @@ from ..losses import DistillationLoss
 from ..models import MTLLM
 from ..models.adapter_sum import add_to_adapter, sum_settings
 from ..models.storage import based_on, read_config, read_safetensors
+from .inputs import check_teacher_text
 from .live import Watch
 from .record import Metrics
 from .run import TASK_ROWS, Data, StageKind, run, starting
 from .stage import Stage
 from .stage_config import DistillConfig
-from .task_teacher import TEACHER, add_teacher, check_teacher, in_teachers_order, teacher_config
+from .task_teacher import TEACHER, TaughtLabels, add_teacher, check_teacher, in_teachers_order, teacher_config
 from .teacher_cache import KeyedRows, cached_states, check_cache
 from .validation import validation
 
@@ -35,6 +37,7 @@ def check(config: DistillConfig, data: Data) -> None:
         if not getattr(config, name):
             raise ValueError(f"--{name} is missing: name a folder")
     check_cache(config.teacher_cache, config.loss.needs_pairs)
+    check_teacher_text(data.rows, config.loss.needs_pairs)
 
 
 def build(config: DistillConfig, data: Data, dtype: torch.dtype) -> Stage:
@@ -51,6 +54,9 @@ def build(config: DistillConfig, data: Data, dtype: torch.dtype) -> Stage:
         raise ValueError(f"teacher={config.teacher!r}: has a {head.kind} head, but the rows have {has}")
     valid_rows = in_teachers_order(head, data.labels, data.valid_rows or (), config.teacher)
     rows, cache = data.texts, None
+    if "labels" in config.loss.needs:
+        reader = f"loss.task={config.loss.task}" if config.loss.task else "loss.rank_weights=True"
+        rows = TaughtLabels(rows, head, data.labels, config.teacher, reader)
     notes: Metrics = {}
     if config.teacher_cache:
         teacher = MTLLM.from_pretrained(
@@ -89,9 +95,10 @@ def distill(
     watch: Watch | None = None,
     labels: Sequence[str] | None = None,
 ) -> Metrics:
-    """Run stage 3 on English task `rows` (labels are not used); the model ends in `config.output`; see `run.run`.
+    """Run stage 3 on English task `rows`; the model ends in `config.output`; see `run.run`.
 
     Args:
-        labels: names that the labels of `valid_rows` are indices into; None: they are the teacher's, in its order.
+        rows: their labels are read for `loss.task` and `loss.rank_weights` alone.
+        labels: names that the labels of rows are indices into; None: they are the teacher's, in its order.
     """
     return run(DISTILL, config, Data(rows, valid_rows or (), labels, source), watch)

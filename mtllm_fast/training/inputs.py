@@ -35,10 +35,32 @@ def rows_digest(rows: Iterable[TextRow]) -> str:
     """Number and SHA-256 of rows that are at hand."""
     found, count = hashlib.sha256(), 0
     for row in rows:
-        parts = (row.text, row.language or ENGLISH_CODES[0], row.text_pair, row.label, row.choices)
+        parts: tuple[object, ...] = (row.text, row.language or ENGLISH_CODES[0], row.text_pair, row.label, row.choices)
+        if row.teacher_text is not None:  # rows without one keep the digest that they had
+            parts += ("teacher_text", row.teacher_text)
         found.update(repr(parts).encode("utf-8", "surrogatepass"))
         count += 1
     return f"{count} rows {found.hexdigest()}"
+
+
+def has_teacher_text(rows: object) -> bool:
+    """Whether rows have a text of their own for the teacher; False for an iterable that must be read to know."""
+    if isinstance(rows, RowStream):
+        return "teacher_text_column" in rows.wanted
+    return isinstance(rows, Sequence) and any(row.teacher_text is not None for row in rows)
+
+
+def check_teacher_text(rows: object, needs_pairs: bool) -> None:
+    """Refuse, before anything is loaded, losses that compare single tokens where the teacher reads another text.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if needs_pairs and has_teacher_text(rows):
+        raise ValueError(
+            "teacher_text: paired_mse and kl compare tokens that end at the same character, and the teacher reads "
+            "another text; use pooled_mse, contrast and head_kl"
+        )
 
 
 def identity(source: object) -> dict[str, str]:

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ProgressCallback
 
 from ..data.batch import Batch
-from ..data.pack import PackedBatch
 from ..jobs.durable import write_text
 from ..losses.term import Term
 from ..models import MTLLM, PackedEncoder, PackedLLM
@@ -85,20 +84,20 @@ class ModelFlops:
         reader = self.student.config.reader
         flops = 0.0
         if batch.mt is not None and self.encoder is not None:
-            flops += self._pass(self.encoder, batch.mt, backward=self.encoder[1] > 0)
+            flops += self._pass(self.encoder, batch.mt.lengths, backward=self.encoder[1] > 0)
         if batch.mt is not None and reader == "stack" and self.llm is not None:
-            flops += self._pass(self.llm, batch.mt, backward=True)
+            flops += self._pass(self.llm, batch.stack_lengths, backward=True)
         if batch.llm is not None and self.llm is not None:
-            flops += self._pass(self.llm, batch.llm, backward=reader == "llm")
+            flops += self._pass(self.llm, batch.llm.lengths, backward=reader == "llm")
         return flops + 2.0 * self.head * sum(term.lm_head_products * term.count(batch) for term in self.terms)
 
-    def _pass(self, part: tuple[int, int, int], packed: PackedBatch, backward: bool) -> float:
+    def _pass(self, part: tuple[int, int, int], lengths: Sequence[int], backward: bool) -> float:
         weights, trained, width = part
         causal = self.student.config.causal and part is self.llm
-        attention = 4 * width * sum(length * length for length in packed.lengths) / (2 if causal else 1)
+        attention = 4 * width * sum(length * length for length in lengths) / (2 if causal else 1)
         if not backward:  # a teacher has its adapters off
-            return 2.0 * (weights - trained) * packed.num_tokens + attention
-        return 2.0 * (2 * weights + trained) * packed.num_tokens + 3 * attention
+            return 2.0 * (weights - trained) * sum(lengths) + attention
+        return 2.0 * (2 * weights + trained) * sum(lengths) + 3 * attention
 
 
 def bf16_peak(device: torch.device) -> float | None:

@@ -22,7 +22,7 @@ from .inputs import adapted_base, model_inputs
 from .live import Watch
 from .processes import processes
 from .record import Metrics
-from .run_folder import RunFolder
+from .run_folder import RunFolder, as_by_default
 from .stage import Rows, Stage
 from .switches import base_dtype, check_layers
 from .teacher_variance import VARIANCE_FILE, measure_variance, recorded_variance
@@ -60,8 +60,9 @@ class StageKind:
     """How a stage is made from its settings; `stages.STAGES` lists them.
 
     Fields:
-        config: its settings, a dataclass with at least encoder, llm, model, output, train, resume, include_base and
-            trust_remote_code; lora where it need not name a model, causal where it uses `starting`.
+        config: its settings, a dataclass of fields with defaults, at least encoder, llm, model, output, train, resume,
+            include_base and trust_remote_code; lora where it need not name a model, causal where it uses `starting`. A
+            field that is added later is to do by default what was done without it: old runs are resumed so.
         check: refuses, before anything is loaded, what does not fit.
         build: the stage, from settings, data and the dtype of its base models.
         reads: settings that name what the run reads besides rows and models. records: fields of `Data` that go into
@@ -91,13 +92,14 @@ def run(kind: StageKind, config: Any, data: Data, watch: Watch | None = None) ->
         ValueError: settings and data do not fit each other, or the output folder holds another run.
     """
     kind.check(config, data)
+    by_default = as_by_default(asdict(config), asdict(kind.config()))  # before this machine chooses the open ones
     models = model_inputs(config.model, encoder=config.encoder, llm=config.llm)
     optim = settled(config.train, config.output, config.resume, models.get("llm", ""), config.trust_remote_code)
     config = replace(config, train=optim)
     dtype = base_dtype(optim, include_base=config.include_base)
     if config.encoder:
         check_encoder(config.encoder, config.trust_remote_code)
-    lora = None if config.model else config.lora
+    lora = config.lora if not config.model and getattr(config, "train_llm", True) else None
     check_layers(optim, *adapted_base(config.model, models), lora, config.trust_remote_code)
     set_seed(optim.seed)
     recorded = {name: list(getattr(data, name)) for name in kind.records}
@@ -106,7 +108,7 @@ def run(kind: StageKind, config: Any, data: Data, watch: Watch | None = None) ->
     if data.valid_rows is not None:
         inputs["valid_rows"] = data.valid_rows
     inputs |= {name: getattr(config, name) for name in kind.reads} | models
-    folder = RunFolder(config.output, settings, config.resume, inputs)
+    folder = RunFolder(config.output, settings, config.resume, inputs, by_default)
     if (done := folder.finished()) is not None:
         return done
     stage = kind.build(config, data, dtype)
@@ -127,7 +129,7 @@ def starting(config: Any, dtype: torch.dtype, **options: Any) -> MTLLM:
     if config.model:
         encoder, llm = config.encoder, config.llm
         return MTLLM.from_pretrained(config.model, dtype=dtype, trust_remote_code=trust, encoder=encoder, llm=llm)
-    options |= {"causal": config.causal, "lora": config.lora}
+    options = {"causal": config.causal, "lora": config.lora, **options}
     return MTLLM.stack(config.encoder or None, config.llm or None, dtype=dtype, trust_remote_code=trust, **options)
 
 
@@ -151,6 +153,7 @@ def train(stage: Stage, optim: Settled, folder: RunFolder, *, watch: Watch | Non
         max_rows=optim.max_rows,
         sides=stage.sides,
         align=stage.align,
+        writing=stage.writing,
         lookahead=optim.lookahead,
         shuffle_buffer=shuffle if optim.shuffle_buffer is None else optim.shuffle_buffer,
         seed=optim.seed,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,8 @@ class RunFolder:
         output: the folder. settings: everything that made the run. resume: continue the run that is there, if one is.
         inputs: what the run reads, by the name of the argument (see `inputs.identity`). It is known by content: another
             path to the same is no other setting, and the same path to another content is.
+        by_default: names of settings, nested ones with a dot, that nobody changed; see `as_by_default`. A record that
+            lacks one was written before there was such a setting, and the run did what its default does.
 
     Attributes:
         packs_per_process: what gradient_accumulation is to be for a run that is resumed; None for a new one.
@@ -68,9 +70,14 @@ class RunFolder:
     """
 
     def __init__(
-        self, output: str, settings: dict[str, Any], resume: bool, inputs: Mapping[str, object] | None = None
+        self,
+        output: str,
+        settings: dict[str, Any],
+        resume: bool,
+        inputs: Mapping[str, object] | None = None,
+        by_default: Collection[str] = (),
     ) -> None:
-        self.folder, self.resume = Path(output), resume
+        self.folder, self.resume, self.by_default = Path(output), resume, by_default
         self.settings = {**settings, "processes": processes()}
         self.packs_per_process: int | None = None
         self.extended: dict[str, tuple[int, int]] = {}
@@ -114,10 +121,12 @@ class RunFolder:
             if name in known and (what := changed(record["inputs"][name], now)) is not None:
                 raise ValueError(f"--resume: {name} has changed since the run in {str(self.folder)!r} started: {what}")
         same = known & {name for name, now in self.settings.get("inputs", {}).items() if now}
-        now, before = _flatten(json.loads(json.dumps(self.settings, default=str))), _flatten(record)
+        now, before = _as_recorded(self.settings), _flatten(record)
         for name in sorted(differing(before, now)):
             short = name.rsplit(".", 1)[-1]
             if short in FREE or name in _STEP or name.split(".")[0] in _RECORDED:
+                continue
+            if name not in before and name in self.by_default:
                 continue
             # a folder that moved, its content the same
             if name in same or (name.startswith("source.") and short in _PATHS and "rows" in same):
@@ -184,6 +193,17 @@ class RunFolder:
             return None
         self.release()
         return metrics
+
+
+def as_by_default(settings: dict[str, Any], defaults: dict[str, Any]) -> set[str]:
+    """The names of the settings, nested ones with a dot, that are as in `defaults`."""
+    own, plain = _as_recorded(settings), _as_recorded(defaults)
+    return {name for name in own.keys() & plain.keys() if own[name] == plain[name]}
+
+
+def _as_recorded(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as their record has them once it is read again."""
+    return _flatten(json.loads(json.dumps(settings, default=str)))
 
 
 def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from ..jobs.durable import write_json
 from .record import Metrics
-from .stage_config import DistillConfig, FinetuneConfig
+from .stage_config import DistillConfig, FinetuneConfig, SftConfig
 
-Config = TypeVar("Config", FinetuneConfig, DistillConfig)
+Config = TypeVar("Config", FinetuneConfig, DistillConfig, SftConfig)
 PLACEHOLDER = "{seed}"
 
 

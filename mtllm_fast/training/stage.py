@@ -6,15 +6,18 @@ Training, `mtllm profile`, `mtllm plan` and the benchmarks run this step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from ..data.batch import Batch
+from ..data.prompt import Writing
 from ..data.read import TextRow
 from ..data.store import TokenStore
 from ..losses import LossTerm, Objective
 from ..models import MTLLM
+from ..models.inputs import read_with_targets
 from .record import Metrics
 
 Rows = Iterable[TextRow] | TokenStore
@@ -32,7 +35,7 @@ class Teaches(Protocol):
 class Stage(nn.Module):
     """One way to train: `stage(batch)` gives terms `(sum, count)`, `counts(batch)` their counts beforehand.
 
-    A stage of another shape overrides `states` (what the student reads), `taught` (who teaches) or `sides`.
+    A stage of another shape overrides `read` (what the student reads), `taught` (who teaches) or `sides`.
 
     Args:
         student: the model that is trained and saved.
@@ -42,6 +45,7 @@ class Stage(nn.Module):
         adapter: with which that LLM teaches; None: the bare one. It is no part of what is saved.
         train_projection: whether a projection is trained; None leaves it as it is.
         over_variance: divide terms by the variance of the teacher's states that they compare.
+        writing: how the rows' targets are written, for a student that is to write them.
         validate: scores on English validation data; the best checkpoint is kept.
         notes: what the run's metrics say besides.
     """
@@ -56,13 +60,15 @@ class Stage(nn.Module):
         adapter: str | None = None,
         train_projection: bool | None = None,
         over_variance: bool = False,
+        writing: Writing | None = None,
         validate: Validate | None = None,
         notes: Metrics | None = None,
     ) -> None:
         super().__init__()
         self.student, self.loss, self.rows = student, loss, rows
         self.teacher, self.adapter = teacher, adapter
-        self.over_variance, self.validate, self.notes = over_variance, validate, notes or {}
+        self.over_variance, self.writing = over_variance, writing
+        self.validate, self.notes = validate, notes or {}
         if student.projection is not None and train_projection is not None:
             student.projection.requires_grad_(train_projection)
 
@@ -75,7 +81,7 @@ class Stage(nn.Module):
     @property
     def align(self) -> bool:
         """Whether a batch needs the row pairs that end at the same character."""
-        return "pairs" in self.loss.needs
+        return "pairs" in self.loss.needs and self.writing is None
 
     @property
     def weights(self) -> dict[str, float]:
@@ -94,9 +100,13 @@ class Stage(nn.Module):
             raise ValueError("batch has no 'llm' side for the teacher; collate it with sides=('mt', 'llm')")
         return batch, self.student.teacher_states(batch.llm, self.adapter)
 
-    def states(self, batch: Batch) -> Tensor:
-        """The student's states (T, D) of the packed rows of its side."""
-        return self.student.states(batch.side(self.student.side))
+    def read(self, batch: Batch) -> tuple[Batch, Tensor]:
+        """The student's states (T, D) of the packed rows of its side, and the batch with that side as it was read."""
+        side = self.student.side
+        if self.writing is None:
+            return batch, self.student.states(batch.side(side))
+        packed, states, rows = read_with_targets(self.student, batch)
+        return (batch if side == "llm" else replace(batch, mt=packed, mt_rows=rows)), states
 
     def forward(self, batch: Batch) -> dict[str, LossTerm]:
         """The terms of one pack. The teacher is first: nothing of the student is held meanwhile."""
@@ -104,7 +114,7 @@ class Stage(nn.Module):
         teacher = None
         if "teacher" in needs:
             batch, teacher = self.taught(batch)
-        states = self.states(batch)
+        batch, states = self.read(batch)
         lm_head = student.llm.lm_head if "lm_head" in needs and student.llm is not None else None
         return self.loss(states, teacher, batch, lm_head=lm_head, task_head=student.head, side=student.side)
 

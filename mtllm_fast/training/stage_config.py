@@ -1,11 +1,12 @@
-"""Settings of the three stages, as typed dataclasses that the command line is made from."""
+"""Settings of the stages, as typed dataclasses that the command line is made from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
-from ..losses import DistillationWeights
+from ..data.prompt import Prompt
+from ..losses import DistillationWeights, TargetWeights
 from ..models import LoraSettings, ProjectionConfig
 from .config import OptimSettings
 from .projection_fit import InitKind
@@ -44,7 +45,7 @@ class AdaptConfig:
     """Texts that `init` is fitted on, the first ones."""
     teacher_cache: str = ""
     """Folder for the teacher's pooled states, 4 bytes per text and dimension, computed once per LLM, data and settings
-    and shared by all runs, as in sweeps; without it the teacher runs in every step. For pooled_mse alone."""
+    and shared by all runs, as in sweeps; without it the teacher runs in every step. For pooled_mse and contrast."""
     train_projection: bool = True
     """Train the projection too; without, it stays as it starts, for one that was fitted with `init`."""
     train: OptimSettings = field(default_factory=OptimSettings)
@@ -67,8 +68,9 @@ class AdaptConfig:
             for name in ("causal", "projection", "lora", "init"):
                 if getattr(self, name) != getattr(own, name):
                     raise ValueError(f"{name}={getattr(self, name)!r}: model={self.model!r} has its own")
-        if self.loss.head_kl:
-            raise ValueError(f"loss.head_kl={self.loss.head_kl}: compares task heads, which stage 1 has none of")
+        for name in ("head_kl", "task"):
+            if weight := getattr(self.loss, name):
+                raise ValueError(f"loss.{name}={weight}: needs a task head, which stage 1 has none of")
         if self.init_rows < 1:
             raise ValueError(f"init_rows={self.init_rows}: must be > 0; init='none' fits nothing")
         if self.init != "none" and self.projection.kind != "linear":
@@ -117,7 +119,7 @@ class DistillConfig:
     """Folder of the run; holds the model, its checkpoints and logs."""
     teacher_cache: str = ""
     """Folder for the teacher's pooled states, computed once per teacher, data and settings and shared by all runs;
-    without it the teacher runs in every step. For pooled_mse and head_kl."""
+    without it the teacher runs in every step. For pooled_mse, contrast and head_kl."""
     train_projection: bool = False
     """Train the projection too; the paper freezes it in this stage."""
     init_from: InitFrom = "adapted"
@@ -142,3 +144,52 @@ class DistillConfig:
     def __post_init__(self) -> None:
         if self.init_from not in get_args(InitFrom):
             raise ValueError(f"init_from={self.init_from!r}: expected one of {', '.join(get_args(InitFrom))}")
+
+
+@dataclass
+class SftConfig:
+    """Supervised fine-tuning of a stack, or of an LLM alone, on targets that it is to write: translations, answers to a
+    task, an LLM's own answers. The LLM keeps its causal attention."""
+
+    causal: ClassVar[bool] = True
+
+    encoder: str = ""
+    """Encoder: folder or hub name, of a family that `adapt` supports."""
+    llm: str = ""
+    """Causal LM: folder or hub name."""
+    model: str = ""
+    """An MTLLM folder with a causal LLM that training goes on from; encoder and llm then say where its base models are,
+    if not where they were."""
+    reader: Literal["stack", "llm"] = "stack"
+    """Who reads the texts of a new model: stack, the encoder before the LLM; llm, the LLM itself (for `llm` alone)."""
+    output: str = "runs/sft"
+    """Folder of the run; holds the model, its checkpoints and logs."""
+    prompt: Prompt = field(default_factory=Prompt)
+    max_target_tokens: int = 256
+    """Longer targets are cut to this many tokens, and counted."""
+    projection: ProjectionConfig = field(default_factory=ProjectionConfig)
+    train_projection: bool = True
+    """Train the projection of a stack."""
+    train_llm: bool = True
+    """Train a LoRA in the LLM; without, the LLM stays as it is (MindMerger, LangBridge)."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    loss: TargetWeights = field(default_factory=TargetWeights)
+    train: OptimSettings = field(default_factory=_task_training)
+    resume: bool = False
+    """Continue the run in `output` from its newest complete checkpoint."""
+    include_base: bool = False
+    """Store the base models' weights with the result, so that its folder needs nothing else."""
+    trust_remote_code: bool = False
+    """Run the code that a model on the hub brings with it."""
+
+    def __post_init__(self) -> None:
+        if self.reader not in ("stack", "llm"):
+            raise ValueError(f"reader={self.reader!r}: expected stack or llm")
+        if self.max_target_tokens < 1:
+            raise ValueError(f"max_target_tokens={self.max_target_tokens}: must be > 0")
+        own = SftConfig.__dataclass_fields__["projection"].default_factory()  # type: ignore[misc]
+        if (self.model or self.reader == "llm") and self.projection != own:
+            why = f"model={self.model!r} has its own" if self.model else "reader='llm' has none"
+            raise ValueError(f"projection={self.projection!r}: {why}")
+        if self.reader == "llm" and not (self.model or self.train_llm):
+            raise ValueError("train_llm=False: with reader='llm' there is nothing else to train")

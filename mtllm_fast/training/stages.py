@@ -6,5 +6,6 @@ from .adapt import ADAPT
 from .distill import DISTILL
 from .finetune import FINETUNE
 from .run import StageKind
+from .sft import SFT
 
-STAGES: dict[str, StageKind] = {kind.name: kind for kind in (ADAPT, FINETUNE, DISTILL)}
+STAGES: dict[str, StageKind] = {kind.name: kind for kind in (ADAPT, FINETUNE, DISTILL, SFT)}

@@ -6,7 +6,8 @@
 | the data cannot be read     | the steps so far are saved, then the error is raised                                |
 | a checkpoint is not written | the one before is kept, training goes on; raised if nothing can be written at the end |
 | a gradient is not finite    | the step changes no weight; after `bad_steps` of them in a row the run ends          |
-| out of memory               | the pack is split in two by rows, which changes no gradient, and tried again        |
+| out of memory               | the pack is split in two by rows, which changes no gradient, and tried again; not   |
+|                             | where a term compares the texts of a pack with each other                           |
 """
 
 from __future__ import annotations
@@ -190,6 +191,8 @@ class SurvivingTrainer(Trainer):
         why = None
         if inputs.num_rows < 2:
             why = "a single row does not fit"
+        elif pack := [name for name, term in self.step_module.loss.terms.items() if term.compares_texts]:
+            why = f"{pack[0]} compares the texts of a pack with each other, so it cannot be split"
         elif is_sharded(self.step_module) or self.is_deepspeed_enabled:
             why = "a pack cannot be split where the parameters are sharded"
         elif self.args.world_size > 1 and self._in_backward:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
-from ..data.read import TextRow
+from ..data.read import MappedRows, TextRow
 from ..models import MTLLM
 from ..models.fingerprint import same_model
 from ..models.heads import HeadConfig
@@ -46,18 +47,57 @@ def in_teachers_order(
     Raises:
         ValueError: the teacher has other labels, or fewer than the rows.
     """
+    order = _classes(head, labels, folder)
+    return [_with_class(row, order, folder) for row in rows]
+
+
+def _classes(head: HeadConfig, labels: Sequence[str] | None, folder: str) -> Sequence[int] | None:
+    """The class of each label number; None for a head of choices."""
     if head.kind == "choice":  # the label is the number of a choice, of which rows have as many as they like
-        return list(rows)
+        return None
     if labels is not None and sorted(labels) != sorted(head.labels):
         raise ValueError(
             f"teacher={folder!r}: its head has the labels {', '.join(head.labels)}, "
             f"but the task has {', '.join(labels)}"
         )
-    order = range(len(head.labels)) if labels is None else [head.labels.index(name) for name in labels]
-    wrong = next((row.label for row in rows if row.label is not None and not 0 <= row.label < len(order)), None)
-    if wrong is not None:
-        raise ValueError(f"teacher={folder!r}: has {len(order)} labels, but a row has the label {wrong}")
-    return [row if row.label is None else replace(row, label=order[row.label]) for row in rows]
+    return range(len(head.labels)) if labels is None else [head.labels.index(name) for name in labels]
+
+
+def _with_class(row: TextRow, order: Sequence[int] | None, folder: str) -> TextRow:
+    if row.label is None or order is None:
+        return row
+    if not 0 <= row.label < len(order):
+        raise ValueError(f"teacher={folder!r}: has {len(order)} labels, but a row has the label {row.label}")
+    return replace(row, label=order[row.label])
+
+
+class TaughtLabels(MappedRows):
+    """Training rows with their labels as classes of the teacher's head, by name; see `in_teachers_order`.
+
+    Args:
+        reader: what reads the labels, for the message.
+
+    Raises:
+        ValueError: as `in_teachers_order`; of rows at hand at once and of a stream when it is read, one that has no
+            label, or the label of no class or choice.
+    """
+
+    def __init__(
+        self, rows: Iterable[TextRow], head: HeadConfig, labels: Sequence[str] | None, folder: str, reader: str
+    ) -> None:
+        super().__init__(rows)
+        self.order, self.folder, self.reader = _classes(head, labels, folder), folder, reader
+        known = self if isinstance(rows, Sequence) else islice(self, 1)
+        for _ in known:
+            pass
+
+    def change(self, row: TextRow) -> TextRow:
+        name = repr(row.id if row.id is not None else row.text[:40])
+        if row.label is None:
+            raise ValueError(f"{self.reader}: needs the labels of all rows, but row {name} has none")
+        if row.choices is not None and not 0 <= row.label < len(row.choices):
+            raise ValueError(f"{self.reader}: row {name} has {len(row.choices)} choices and the label {row.label}")
+        return _with_class(row, self.order, self.folder)
 
 
 def teacher_config(folder: str, llm: str = "") -> MTLLMConfig:

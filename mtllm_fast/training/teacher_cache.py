@@ -23,7 +23,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ from torch import Tensor
 
 from ..data.batch import Batch, tokenise_rows
 from ..data.pack import PackedBatch, token_budget_packs
-from ..data.read import TextRow
+from ..data.read import MappedRows, TextRow
 from ..data.store import tokenizer_state
 from ..jobs.durable import exclusive, replace_folder, write_json
 from ..jobs.fingerprint import of_tensors, sha256_of, sha256_of_json
@@ -54,27 +53,17 @@ _VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "_
 
 def text_key(row: TextRow) -> bytes:
     """Digest of what the teacher reads of a row: text, second text and choices."""
+    row = row.for_teacher()
     content = json.dumps([row.text, row.text_pair, row.choices], ensure_ascii=False)
     return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=_KEY_BYTES).digest()
 
 
-class KeyedRows:
+class KeyedRows(MappedRows):
     """The rows with their key behind their name as `id`, so that a batch knows which cached states are its own."""
 
-    def __init__(self, rows: Iterable[TextRow]) -> None:
-        self.rows = rows
-
-    def __iter__(self) -> Iterator[TextRow]:
-        for row in self.rows:
-            name = row.id if row.id is not None else repr(row.text[:40])
-            yield dataclasses.replace(row, id=f"{name} {text_key(row).hex()}")
-
-    def __len__(self) -> int:
-        return len(self.rows)  # type: ignore[arg-type]  # TypeError for a stream, as of any
-
-    @property
-    def counts(self) -> Any:
-        return getattr(self.rows, "counts", None)
+    def change(self, row: TextRow) -> TextRow:
+        name = row.id if row.id is not None else repr(row.text[:40])
+        return dataclasses.replace(row, id=f"{name} {text_key(row).hex()}")
 
 
 class TeacherCache:
@@ -106,8 +95,8 @@ class TeacherCache:
         self._order = np.argsort(keys)
         self._sorted = keys[self._order]
 
-    def lookup(self, ids: Sequence[str | None]) -> Tensor:
-        """Pooled states (B, D), or (B, C, D) of choices, float32, of the texts with these ids, which `KeyedRows` gave.
+    def places(self, ids: Sequence[str | None]) -> NDArray[np.int64]:
+        """(B,), the numbers in `states` of the texts with these ids, which `KeyedRows` gave.
 
         Raises:
             ValueError: a text that the cache has not.
@@ -118,17 +107,22 @@ class TeacherCache:
             raise ValueError(
                 f"teacher_cache={str(self.folder)!r}: has not all texts of the batch; did the data change in the run?"
             )
-        return torch.from_numpy(np.asarray(self.states[self._order[place]]))
+        return self._order[place]
+
+    def lookup(self, ids: Sequence[str | None]) -> Tensor:
+        """Pooled states (B, D), or (B, C, D) of choices, float32, of the texts with these ids; see `places`."""
+        return torch.from_numpy(np.asarray(self.states[self.places(ids)]))
 
     def teach(self, batch: Batch) -> tuple[Batch, Tensor]:
         """The batch with a teacher side of one row per pooled state, and these rows (B or B * C, D).
 
-        A mean over one row is the row, so the losses need not know where the teacher's states come from.
+        A mean over one row is the row, so the losses need not know where the teacher's states come from. What stands
+        for the tokens is the number of the text, the same for equal texts alone.
         """
-        device = batch.side("mt").input_ids.device
-        states = self.lookup(batch.ids).to(device, non_blocking=True)
+        device, places = batch.side("mt").input_ids.device, self.places(batch.ids)
+        states = torch.from_numpy(np.asarray(self.states[places])).to(device, non_blocking=True)
         per_text = states.shape[1] if states.ndim == 3 else 1
-        packed = PackedBatch.from_sequences(np.zeros((batch.num_rows, per_text), np.int64))  # type: ignore[arg-type]
+        packed = PackedBatch.from_sequences(np.repeat(places[:, None], per_text, axis=1))  # type: ignore[arg-type]
         spans = None
         if states.ndim == 3:
             rows = torch.arange(batch.num_rows * per_text, device=device).view(batch.num_rows, per_text)
@@ -175,7 +169,7 @@ def check_cache(folder: str, needs_pairs: bool) -> None:
     if folder and needs_pairs:
         raise ValueError(
             f"teacher_cache={folder!r}: holds pooled states; paired_mse and kl compare single tokens: "
-            "use pooled_mse and head_kl, or leave the cache out"
+            "use pooled_mse, contrast and head_kl, or leave the cache out"
         )
     if folder and Path(folder).exists() and not Path(folder).is_dir():
         raise ValueError(f"teacher_cache={folder!r}: is a file, name a folder")
@@ -299,7 +293,7 @@ def _pooled(teacher: MTLLM, rows: list[TextRow], max_tokens: int, bf16: bool) ->
     device = next(teacher.parameters()).device
     read = teacher.teacher_states if teacher.head is None else teacher.states
     choice = teacher.head is not None and teacher.head.config.kind == "choice"
-    tokenised = tokenise_rows(rows, teacher.require_tokenizer(), ("llm",))
+    tokenised = tokenise_rows([row.for_teacher() for row in rows], teacher.require_tokenizer(), ("llm",))
     packs = list(token_budget_packs(tokenised.costs(), max_tokens))
     parts = []
     for members in packs:

@@ -39,7 +39,8 @@ class PackedTrainer(ParallelTrainer):
     """Trains a `Stage` on a `PackedDataset`.
 
     Every term is divided once, by its count over all packs of the step on all processes. So a step's gradient depends
-    on the texts in it and not on how they were packed, accumulated or distributed.
+    on the texts in it and not on how they were packed, accumulated or distributed; but for a term that compares the
+    texts of a pack with each other, where it depends on the packs.
 
     Args:
         step: the stage. Where it has `validate`, the step of highest accuracy, and of lowest loss among equals, is what

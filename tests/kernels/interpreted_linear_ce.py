@@ -63,6 +63,11 @@ def test_half_precision_in_place(dtype) -> None:
     compare(case)
 
 
+def test_the_smoothed_gradient_is_scaled_as_a_whole() -> None:
+    """fp16 gradients are written times a power of two, in every part of them."""
+    compare(make(torch.float16, count=6, width=8, vocab=150, label_smoothing=0.3))
+
+
 def test_what_is_left_out_is_not_read() -> None:
     case = make(count=7, width=8, vocab=150, ignored=True)
     right, gone = exact(case), case["targets"] == -100

@@ -58,6 +58,7 @@ def test_sizes(count, vocab, monkeypatch) -> None:
     case |= {"h": case["h"][:count], "targets": case["targets"][:count]}
     if vocab > 1:
         compare(case, LIMITS[torch.float32])
+        compare(case | {"label_smoothing": 0.3}, LIMITS[torch.float32])
     else:
         got = run(linear_ce, case)
         assert all(float(got[name].abs().max()) == 0 for name in ("total", "dh", "dw"))  # one class is certain

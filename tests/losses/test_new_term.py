@@ -113,5 +113,5 @@ def test_what_a_term_needs_is_asked_for(stage) -> None:
     batch = replace(_batch(stage.student), targets=None)
     with pytest.raises(ValueError, match="bag > 0 needs targets: the rows have none"):
         stage(batch)
-    with pytest.raises(ValueError, match="term 'bags': expected one of pooled_mse, paired_mse, kl, head_kl, task, bag"):
+    with pytest.raises(ValueError, match=r"term 'bags': expected one of pooled_mse, paired_mse, .*, bag"):
         Objective({"bags": 1.0})

@@ -168,4 +168,18 @@ MUTANTS: list[Mutant] = [
         ("offs_t = (first + inside % size) * BLOCK_T + tl.arange(0, BLOCK_T)", "offs_t = (first + inside // size) * BLOCK_T + tl.arange(0, BLOCK_T)"),
         interpreted=True,
     ),
+    *planted(
+        "triton", "kernels/linear_ce_triton.py", ("tests/kernels/interpreted_linear_ce.py",),
+        ("stop = tl.where(tl.load(weight_ptr + row) == 0.0, 0, vocab)", "stop = vocab"),
+        ("total = total * tl.exp2((running - new) * LOG2_E) + ", "total = total + "),
+        ("mean += tl.sum(tl.where(offs_v < vocab, z, 0.0), 1)", "mean += tl.sum(tl.where(offs_v < padded, z, 0.0), 1)"),
+        ("value = (1.0 - smoothing) * (top - at_target) + tl.log(whole)", "value = (top - at_target) + tl.log(whole)"),
+        ("tl.store(value_ptr + row, tl.where(stop == 0, 0.0, value))", "tl.store(value_ptr + row, value)"),
+        ("at_all = smoothing / vocab * grad_scale", "at_all = smoothing / vocab"),
+        ("(1.0 - smoothing) * grad_scale, 0.0)", "(1.0 - smoothing), 0.0)"),
+        ("grad *= 1.0 - tanh * tanh", "pass"),
+        ("for start in range(0, vocab - stop, BLOCK_V):", "for start in range(0, 0, BLOCK_V):"),
+        ("targets[r.first :]", "targets"),
+        interpreted=True,
+    ),
 ]  # fmt: skip

@@ -1,13 +1,13 @@
 """A stage from outside, as one would be added: settings, a term, `build`, and a line in each of the two tables.
 
-Contrastive alignment: the student's pooled states are to be nearer to the bare LLM's of the same text than to those of
-the other texts of the pack.
+Alignment by pull: the student's pooled states are to point where the bare LLM's of the same text do.
 """
 
 from __future__ import annotations
 
 import ast
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,19 +33,18 @@ STEPS = 4
 
 
 @dataclass(frozen=True)
-class Contrast(Term):
-    """`-sum_b log softmax_c(cos(s_b, t_c) / tau)[b]` over the texts of a pack."""
+class Pull(Term):
+    """`-sum_b log sigmoid(cos(s_b, t_b) / tau)` over texts."""
 
     temperature: float = 1.0
 
-    name = "contrast"
+    name = "pull"
     needs = frozenset({"teacher"})
 
     def forward(self, given: Given) -> LossTerm:
         student, teacher = given.student.pooled(), required(given.teacher).pooled()
-        scores = F.normalize(student, dim=-1) @ F.normalize(teacher, dim=-1).T / self.temperature
-        total = F.cross_entropy(scores, torch.arange(len(scores), device=scores.device), reduction="sum")
-        return LossTerm(total, total.new_tensor(len(scores)))
+        scores = F.cosine_similarity(student, teacher, dim=-1) / self.temperature
+        return LossTerm(-F.logsigmoid(scores).sum(), scores.new_tensor(len(scores)))
 
 
 @dataclass
@@ -69,12 +68,12 @@ def check(config: AlignConfig, data: Data) -> None:
 
 def build(config: AlignConfig, data: Data, dtype: torch.dtype) -> Stage:
     student = MTLLM.stack(config.encoder, config.llm, lora=config.lora, dtype=dtype)
-    return Stage(student, Objective({"contrast": 1.0}, temperature=config.temperature), data.rows)
+    return Stage(student, Objective({"pull": 1.0}, temperature=config.temperature), data.rows)
 
 
 @pytest.fixture
 def align(monkeypatch) -> StageKind:
-    monkeypatch.setitem(TERMS, "contrast", Contrast)
+    monkeypatch.setitem(TERMS, "pull", Pull)
     monkeypatch.setitem(STAGES, "align", StageKind("align", AlignConfig, check, build))
     return STAGES["align"]
 
@@ -95,7 +94,7 @@ def _config(encoder: str, llm: str, output: Path, **changes) -> AlignConfig:
 
 
 def _mean(student: MTLLM, batches: list[Batch], temperature: float) -> float:
-    """The loss of a step by hand: every text against all teachers of its pack, over all texts."""
+    """The loss of a step by hand: every text against its teacher, over all texts."""
     losses = []
     with torch.no_grad():
         for batch in batches:
@@ -106,9 +105,8 @@ def _mean(student: MTLLM, batches: list[Batch], temperature: float) -> float:
                     (student.teacher_states(batch.llm), batch.llm),
                 )
             )
-            for index, state in enumerate(own):
-                scores = torch.stack([torch.cosine_similarity(state, other, dim=0) for other in taught]) / temperature
-                losses.append(float(scores.logsumexp(0) - scores[index]))
+            for state, right in zip(own, taught):
+                losses.append(math.log1p(math.exp(-float(torch.cosine_similarity(state, right, dim=0)) / temperature)))
     return sum(losses) / len(losses)
 
 
@@ -128,7 +126,7 @@ def test_a_stage_from_outside_trains_logs_and_resumes(align, encoder_folder, llm
             assert state
             student.load_state_dict(state, strict=False)
             expected = _mean(student, batches, config.temperature)
-            assert logged[step]["loss"] == logged[step]["contrast"] == pytest.approx(expected, rel=1e-4)
+            assert logged[step]["loss"] == logged[step]["pull"] == pytest.approx(expected, rel=1e-4)
             assert _mean(student, batches, 2 * config.temperature) != pytest.approx(expected, rel=1e-2), "the control"
     assert metrics["train_loss"] == pytest.approx(sum(entry["loss"] for entry in logged.values()) / STEPS, rel=1e-5)
     assert logged[STEPS]["loss"] < logged[1]["loss"]

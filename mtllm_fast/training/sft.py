@@ -1,0 +1,115 @@
+"""Supervised fine-tuning on targets: an LLM behind an encoder, or alone, learns what to write after a text.
+
+    [BOS] before <text> after target [EOS]
+
+What is trained is the projection, a LoRA in the LLM, or both. The loss is the cross-entropy of the target's tokens
+(MindMerger, arXiv 2405.17386; LangBridge, arXiv 2401.10695), and the KL to the bare LLM that reads the text as its own
+tokens and the same target after it: with targets that it wrote itself, self-distillation on the same answer rows (after
+SDRRL, arXiv 2402.12204).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ..data.prompt import Prompt, Writing
+from ..data.read import TextRow
+from ..models import MTLLM
+from ..models.storage import read_config
+from .live import Watch
+from .record import Metrics
+from .run import TASK_ROWS, Data, StageKind, run, starting
+from .stage import Stage
+from .stage_config import SftConfig
+
+
+@dataclass(frozen=True)
+class LabelTargets:
+    """Labelled rows whose targets are the names of their labels, or their right choices."""
+
+    rows: Iterable[TextRow]
+    labels: Sequence[str]
+
+    def __iter__(self) -> Iterator[TextRow]:
+        for row in self.rows:
+            if row.label is None:
+                raise ValueError("target: a row has neither a target nor a label")
+            yield replace(row, target=(row.choices or self.labels)[row.label], label=None, choices=row.choices)
+
+
+def check(config: SftConfig, data: Data) -> None:
+    named = "model" if config.model else "llm"
+    if not getattr(config, named):
+        raise ValueError("--llm is missing: name a folder or a hub model, or --model to go on from")
+    if config.model:
+        start = read_config(Path(config.model))
+        if not start.causal or start.reader == "encoder" or start.head is not None:
+            what = "a task head" if start.head else "no causal LLM"
+            raise ValueError(f"model={config.model!r}: has {what}; make one with `mtllm sft` or `mtllm adapt --causal`")
+        alone = start.reader == "llm"
+    else:
+        alone = config.reader == "llm"
+        if not alone and not config.encoder:
+            raise ValueError("--encoder is missing: name a folder or a hub model, or --reader llm for the LLM alone")
+        if alone and config.encoder:
+            raise ValueError(f"encoder={config.encoder!r}: reader='llm' reads without one")
+    if alone and config.loss.kl:
+        raise ValueError(f"loss.kl={config.loss.kl}: the teacher reads what the LLM alone reads; it needs an encoder")
+    if alone and not config.train_llm:
+        raise ValueError("train_llm=False: the LLM alone has nothing else to train")
+    if not (config.train_llm or config.train_projection):
+        raise ValueError("train_llm=False, train_projection=False: nothing is trained")
+
+
+def starting_model(config: SftConfig, dtype: torch.dtype) -> MTLLM:
+    """The student as training starts."""
+    lora = config.lora if config.train_llm else None
+    student = starting(config, dtype, projection=config.projection, reader=config.reader, lora=lora)
+    llm = student.require_llm()
+    if not config.train_llm:
+        llm.requires_grad_(False)
+    elif "student" in student.config.adapters:
+        llm.train_adapter("student")
+    else:
+        llm.add_adapter(config.lora, "student")
+        student.config.adapters["student"] = config.lora
+    if config.prompt != Prompt() or student.config.prompt is None:
+        student.config.prompt = config.prompt
+    return student
+
+
+def build(config: SftConfig, data: Data, dtype: torch.dtype) -> Stage:
+    rows = data.texts
+    if data.labels is not None:
+        rows = LabelTargets(rows, data.labels)
+    student = starting_model(config, dtype)
+    prompt = student.config.prompt
+    assert prompt is not None
+    return Stage(
+        student,
+        config.loss.objective(),
+        rows,
+        writing=Writing(prompt, config.max_target_tokens),
+        train_projection=config.train_projection,
+    )
+
+
+SFT = StageKind("sft", SftConfig, check, build, shuffle=TASK_ROWS)
+
+
+def sft(
+    config: SftConfig,
+    rows: Iterable[TextRow],
+    source: Mapping[str, object] | None = None,
+    watch: Watch | None = None,
+    labels: Sequence[str] | None = None,
+) -> Metrics:
+    """Train on `rows` with targets (or labelled ones, with the labels' names); the model ends in `config.output`.
+
+    See `run.run` for the rest.
+    """
+    return run(SFT, config, Data(rows, labels=labels, source=source), watch)

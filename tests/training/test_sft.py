@@ -1,0 +1,264 @@
+"""sft: the loss against a loop that concatenates by hand, what is trained, resuming, labels as targets, bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import set_seed
+
+from mtllm_fast import MTLLM, PackedBatch, ProjectionConfig, TextRow
+from mtllm_fast.data import PackedDataset
+from mtllm_fast.data.collate import collate
+from mtllm_fast.data.prompt import Prompt, Writing
+from mtllm_fast.losses import TargetWeights
+from mtllm_fast.models import LoraSettings
+from mtllm_fast.models.inputs import read_with_targets
+from mtllm_fast.training import OptimSettings, SftConfig, sft
+from mtllm_fast.training.run import Data
+from mtllm_fast.training.sft import build
+from tests.conftest import assert_matches
+from tests.tiny import LINES
+
+ROWS = [
+    TextRow(f"{line} {i}", "eng_Latn", target=" ".join(line.split()[: 1 + i % 4])) for i, line in enumerate(LINES * 8)
+]
+PROMPT = Prompt("Text: ", "\nAgain: {text}\nFirst words:")
+STEPS = 4
+
+
+def config(encoder: str, llm: str, output: Path | str = "", **changes) -> SftConfig:
+    optim = {"max_steps": STEPS, "gradient_accumulation": 2, "tokens": 400, "max_length": 48, "log_steps": 1}
+    optim |= {"save_steps": 1, "keep": STEPS + 1, "lr": 5e-3, "progress": False, "report_to": "none", "device": "cpu"}
+    settings = {
+        "encoder": encoder, "llm": llm, "output": str(output), "prompt": PROMPT, "max_target_tokens": 16,
+        "projection": ProjectionConfig(boundary=True), "lora": LoraSettings(r=2, dropout=0.0), "train": OptimSettings(**optim),
+    }  # fmt: skip
+    return SftConfig(**{**settings, **changes})
+
+
+def by_hand(model: MTLLM, row: TextRow) -> tuple[Tensor, Tensor]:
+    """Logits that predict a row's targets, and the targets, of one sequence that is put together by plain torch."""
+    llm, tokens = model.llm.model, model.tokenizer.llm
+    table = llm.get_input_embeddings()
+
+    def plain(text: str) -> list[int]:
+        return tokens(text, add_special_tokens=False)["input_ids"]
+
+    before = [*model.tokenizer.llm_prefix, *plain("Text: ")]
+    after = [*plain("\nAgain: "), *plain(row.text), *plain("\nFirst words:")]
+    target = [*plain(row.target), tokens.eos_token_id]
+    if model.config.reader == "llm":
+        ids = [*before, *plain(row.text), *after, *target]
+        embeds, total = table(torch.tensor(ids)), len(ids)
+    else:
+        text = PackedBatch.from_sequences(model.tokenizer.mt_side([row], ends=False).ids)
+        states = model.encoder.final_norm(model.encoder(text, final_norm=False))
+        parts = [table(torch.tensor(before)), model.projection.layers(states)]
+        if model.projection.boundary is not None:
+            parts.append(model.projection.boundary[None])
+        embeds = torch.cat([*parts, table(torch.tensor([*after, *target]))])
+        total = len(embeds)
+    packed = PackedBatch.from_flat(torch.zeros(total, dtype=torch.int64), [total])
+    states = model.llm(packed, embeds=embeds)
+    logits = F.linear(states, llm.get_output_embeddings().weight)
+    return logits[-len(target) - 1 : -1], torch.tensor(target)
+
+
+@pytest.mark.parametrize("reader", ["stack", "llm"])
+@pytest.mark.parametrize("boundary", [False, True])
+def test_the_loss_is_that_of_sequences_put_together_by_hand(reader, boundary, encoder_folder, llm_folder) -> None:
+    if reader == "llm" and boundary:
+        pytest.skip("an LLM alone has no projection")
+    projection = ProjectionConfig(boundary=boundary)
+    stage = build(
+        config(encoder_folder, llm_folder, projection=projection) if reader == "stack"
+        else config("", llm_folder, reader="llm", projection=ProjectionConfig()),
+        Data(ROWS), torch.float32,
+    )  # fmt: skip
+    model = stage.student
+    if boundary:
+        torch.nn.init.normal_(model.projection.boundary)
+    for name, parameter in model.named_parameters():  # LoRA's second half starts at zero
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    stage.eval()
+    rows = ROWS[:5]
+    batch = collate(rows, model.tokenizer, sides=(model.side,), prompt=PROMPT)
+    loss = stage.step(batch)
+    loss.backward()
+    got = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    pairs = [by_hand(model, row) for row in rows]
+    expected = F.cross_entropy(torch.cat([z for z, _ in pairs]), torch.cat([y for _, y in pairs]))
+    expected.backward()
+    assert_matches(loss, expected, 1e-5)
+    right = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert got.keys() == right.keys() and len(right) > 4
+    for name, gradient in right.items():
+        assert_matches(got[name], gradient, 2e-4)
+    shifted = F.cross_entropy(torch.cat([z for z, _ in pairs])[1:], torch.cat([y for _, y in pairs])[:-1])
+    assert abs(float((shifted - expected).detach())) > 2e-3, "the control: one token off is another loss"
+
+
+def test_the_kl_is_to_the_bare_llm_on_the_same_target_rows(encoder_folder, llm_folder) -> None:
+    weights = TargetWeights(target_ce=0.0, kl=1.0, temperature=2.0)
+    stage = build(config(encoder_folder, llm_folder, loss=weights), Data(ROWS), torch.float32).eval()
+    alone = build(config("", llm_folder, reader="llm", projection=ProjectionConfig()), Data(ROWS), torch.float32).eval()
+    assert stage.sides == ("mt", "llm") and stage.align is False
+    rows = ROWS[:4]
+    batch = collate(rows, stage.student.tokenizer, prompt=PROMPT)
+    with torch.no_grad():
+        student = torch.cat([by_hand(stage.student, row)[0] for row in rows])
+        teacher = torch.cat([by_hand(alone.student, row)[0] for row in rows])  # its LoRA is the identity as yet
+        log_q, log_p = (F.log_softmax(z / 2.0, -1) for z in (student, teacher))
+        expected = 4.0 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+        assert_matches(stage.step(batch), expected, 1e-4)
+        shifted = 4.0 * F.kl_div(log_q[1:], log_p[:-1], reduction="batchmean", log_target=True)
+    assert abs(float(shifted / expected) - 1) > 1e-2, "the control: the teacher one token off"
+
+
+def test_runs_log_resume_and_save_their_prompt(encoder_folder, llm_folder, tmp_path) -> None:
+    settings = config(encoder_folder, llm_folder, tmp_path / "run")
+    metrics = sft(settings, ROWS, {"text": "lines"})
+    logged = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    first = {entry["step"]: entry for entry in logged if "loss" in entry}
+    assert sorted(first) == list(range(1, STEPS + 1)) and first[STEPS]["loss"] < first[1]["loss"]
+    student = MTLLM.from_pretrained(tmp_path / "run", dtype=torch.float32)
+    assert student.config.prompt == PROMPT and student.config.projection.boundary
+    assert float(student.projection.boundary.detach().abs().max()) > 0, "the boundary is trained"
+    # the mean of a step by hand, over all targets of its packs
+    student.tokenizer.max_mt_tokens = student.tokenizer.max_llm_tokens = 48
+    student.load_state_dict(load_file(tmp_path / f"run/checkpoint-{STEPS - 1}/model.safetensors"), strict=False)
+    packs = PackedDataset(
+        ROWS, student.tokenizer, max_tokens=400, seed=42, sides=("mt",), shuffle_buffer=2**20, writing=Writing(PROMPT, 16)
+    )  # fmt: skip
+    batches = list(packs)[2 * (STEPS - 1) : 2 * STEPS]
+    with torch.no_grad():
+        terms = []
+        for batch in batches:
+            read = read_with_targets(student, batch)
+            logits = F.linear(read.states[read.rows], student.llm.lm_head.weight)
+            terms.append(F.cross_entropy(logits, batch.targets.input_ids, reduction="none"))
+    assert first[STEPS]["target_ce"] == pytest.approx(float(torch.cat(terms).mean()), rel=1e-4)
+
+    whole = load_file(tmp_path / "run/model.safetensors")
+    part = config(encoder_folder, llm_folder, tmp_path / "part")
+    part.train.max_steps = 2
+    sft(part, ROWS, {"text": "lines"})
+    part.train.max_steps, part.resume = STEPS, True
+    with pytest.raises(ValueError, match=r"--resume: prompt\.after"):
+        sft(
+            config(encoder_folder, llm_folder, tmp_path / "part", resume=True, prompt=Prompt()), ROWS, {"text": "lines"}
+        )
+    again = sft(config(encoder_folder, llm_folder, tmp_path / "run", resume=True), ROWS, {"text": "lines"})
+    assert again["train_loss"] == metrics["train_loss"]
+    assert metrics["data"]["truncated"].get("target", 0) == 0 and whole
+
+
+@pytest.mark.parametrize(
+    ("train_llm", "train_projection", "trained"),
+    [(False, True, {"projection"}), (True, False, {"lora"}), (True, True, {"projection", "lora"})],
+)
+def test_what_is_trained(train_llm, train_projection, trained, encoder_folder, llm_folder, tmp_path) -> None:
+    settings = config(
+        encoder_folder, llm_folder, tmp_path / "run", train_llm=train_llm, train_projection=train_projection
+    )
+    settings.train.max_steps = 1
+    set_seed(settings.train.seed)
+    before = {n: p.clone() for n, p in build(settings, Data(ROWS), torch.float32).student.named_parameters()}
+    sft(settings, ROWS)
+    after = dict(MTLLM.from_pretrained(tmp_path / "run", dtype=torch.float32).named_parameters())
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert {"lora" if ".lora_" in name else name.split(".")[0] for name in changed} == trained
+    assert (tmp_path / "run/config.json").is_file() and train_llm == any(".lora_" in name for name in after)
+
+
+def test_goes_on_from_a_model_and_keeps_its_prompt(encoder_folder, llm_folder, tmp_path) -> None:
+    first = config(encoder_folder, llm_folder, tmp_path / "mapping", train_llm=False)
+    first.train.max_steps = 1
+    sft(first, ROWS)
+    second = config(
+        "", "", tmp_path / "next", model=str(tmp_path / "mapping"), prompt=Prompt(), projection=ProjectionConfig()
+    )
+    second.train.max_steps = 1
+    sft(second, ROWS)
+    model = MTLLM.from_pretrained(tmp_path / "next")
+    assert model.config.prompt == PROMPT and "student" in model.config.adapters
+    written = model.generate([ROWS[0].text], "eng_Latn", before=PROMPT.before, after="\n", max_new_tokens=3)
+    assert len(written) == 1
+
+
+def test_labels_are_targets(encoder_folder, llm_folder, tmp_path) -> None:
+    rows = [TextRow(line, "eng_Latn", label=i % 2) for i, line in enumerate(LINES * 4)]
+    settings = config(encoder_folder, llm_folder, tmp_path / "run", prompt=Prompt(after="\nOdd or even:"))
+    settings.train.max_steps = 1
+    stage = build(settings, Data(rows, labels=["even", "odd"]), torch.float32)
+    batch = collate(list(stage.rows)[:2], stage.student.tokenizer, sides=("mt",), prompt=settings.prompt)
+    words = [
+        stage.student.tokenizer.llm.decode(ids[:-1]) for ids in batch.targets.input_ids.split(batch.targets.lengths)
+    ]
+    assert words == ["even", "odd"]
+    sft(settings, rows, labels=["even", "odd"])
+
+
+def test_long_targets_are_cut_counted_and_have_no_end(encoder_folder, llm_folder, tmp_path) -> None:
+    rows = [TextRow(line, "eng_Latn", target=" ".join(LINES)) for line in LINES * 3]
+    settings = config(encoder_folder, llm_folder, tmp_path / "run", max_target_tokens=5)
+    settings.train.max_steps = 1
+    metrics = sft(settings, rows)
+    assert metrics["data"]["truncated"]["target"] == metrics["data"]["rows"] > 0
+    tokenizer = MTLLM.from_pretrained(tmp_path / "run").tokenizer
+    packs = PackedDataset(rows, tokenizer, max_tokens=1200, sides=("mt",), writing=Writing(PROMPT, 5))
+    targets = next(iter(packs)).targets
+    assert set(targets.lengths) == {5} and tokenizer.llm.eos_token_id not in targets.input_ids.tolist()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"encoder": ""}, "--encoder is missing"),
+        ({"llm": ""}, "--llm is missing"),
+        ({"reader": "llm", "projection": ProjectionConfig()}, "reads without one"),
+        ({"train_llm": False, "train_projection": False}, "nothing is trained"),
+        (
+            {"reader": "llm", "encoder": "", "projection": ProjectionConfig(), "loss": TargetWeights(kl=1.0)},
+            r"loss\.kl=1\.0",
+        ),
+    ],
+)
+def test_what_it_refuses_is_said_before_anything_is_loaded(changes, said, tmp_path) -> None:
+    with pytest.raises(ValueError, match=said):
+        sft(config(**{"encoder": "no", "llm": "no", "output": tmp_path / "run", **changes}), ROWS)
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_that_mean_nothing_are_refused() -> None:
+    for changes, said in (
+        ({"max_target_tokens": 0}, "max_target_tokens=0"),
+        ({"reader": "both"}, "reader='both'"),
+        ({"reader": "llm"}, "reader='llm' has none"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            config("no", "no", **changes)
+    with pytest.raises(ValueError, match=r"prompt\.after: \{txt\}"):
+        Prompt(after="{txt}")
+    with pytest.raises(ValueError, match="label_smoothing=1"):
+        TargetWeights(label_smoothing=1.0)
+
+
+def test_rows_and_models_that_do_not_fit(encoder_folder, llm_folder, tmp_path) -> None:
+    with pytest.raises(ValueError, match="target: 1 of"):
+        sft(config(encoder_folder, llm_folder, tmp_path / "a"), [TextRow("a", "eng_Latn"), *ROWS])
+    with pytest.raises(ValueError, match=r"prompt\.after: \{pair\}"):
+        sft(config(encoder_folder, llm_folder, tmp_path / "b", prompt=Prompt(after="{pair}")), ROWS)
+    narrow = config(encoder_folder, llm_folder, tmp_path / "c")
+    narrow.train.tokens = 60
+    with pytest.raises(ValueError, match="tokens"):
+        sft(narrow, ROWS)
+    assert not any((tmp_path / name).exists() for name in "abc")
