@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -58,3 +59,19 @@ def write_data(root: Path) -> dict[str, str]:
     lines = [f"The {text('abc'[i % 3], i)} runs past the old harbour." for i in range(40)]
     (root / "english.txt").write_text("\n".join(lines) + "\n")
     return {"english": str(root / "english.txt"), "task": "folder", "folder": str(root / "task")}
+
+
+def write_pairs(root: Path) -> dict[str, str]:
+    """Role -> rows with targets: translations, answers, translations with the answer behind them."""
+    rng = random.Random(1)
+    found = {}
+    for role in ("pairs", "answers", "chains"):
+        rows = []
+        for number in range(32):
+            words = [rng.choice(" ".join(WORDS.values()).split()) for _ in range(3)]
+            language = "eng_Latn" if role == "answers" else LANGUAGES[1 + number % 2]
+            target = {"pairs": " ".join(reversed(words)), "answers": words[0]}.get(role, f"{words[1]}: {words[0]}")
+            rows.append({"text": f"{' '.join(words)} {number}", "language": language, "target": target})
+        found[role] = str(root / f"{role}.jsonl")
+        Path(found[role]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return found
