@@ -28,6 +28,7 @@ LATE = {
     "auto -> auto_config": "registered when transformers is imported, not before",
     "auto_config -> inference.pipeline": "transformers looks for a pipeline when a config is read",
     "training.validation -> inference": "English validation scores the model as it will be used: by the Engine's packs",
+    "training.validation -> inference.likelihood": "or, where it writes, by the likelihood of the labels",
 }
 
 

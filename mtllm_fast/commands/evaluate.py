@@ -28,7 +28,9 @@ def mapping(pairs: Sequence[str], option: str) -> dict[str, str]:
 class Evaluate:
     """Zero-shot accuracy and macro-F1 in every language of a task, or of all tasks, models and seeds of a suite.
 
-    A model without a task head is read by a linear probe fitted on the English training split, and the report says so.
+    A model without a task head that was taught to write (`mtllm sft`) is read by the log-likelihood of the labels or
+    choices, and writes its answers where the task wants them (mgsm). Another one is read by a linear probe fitted on
+    the English training split. The report says which.
     A suite can be interrupted at any time: the same command goes on where it stopped and gives the same tables.
     Example: mtllm evaluate --suite suite.yaml
     Example: mtllm evaluate --model runs/sib200 --task sib200 --data DIR --translations runs/translations.parquet
@@ -47,8 +49,8 @@ class Evaluate:
     model: tuple[str, ...] = ()
     """One or more model folders."""
     task: str = ""
-    """A task by name (sib200, nusax, nli, belebele, ...), a .yaml file that describes one (its keys: below, or `mtllm
-    help task`), or "folder" for a folder of <language>/<split>.tsv files."""
+    """A task by name (sib200, nusax, nli, belebele, mgsm, ...), a .yaml file that describes one (its keys: below, or
+    `mtllm help task`), or "folder" for a folder of <language>/<split>.tsv files."""
     data: str = ""
     """The task's folder in its published format, or its hub name; "" for the one that the task names."""
     quoted: bool = True
@@ -77,6 +79,13 @@ class Evaluate:
     centre: int = 0
     """So many unlabelled texts of each language's training split, and of English's, say by how much its encoder states
     are moved, so that their means agree; 0: not."""
+    before: str | None = None
+    """The prompt before a text, for models that have no prompt of their own (`mtllm sft` gives them one): they are then
+    read by what they write."""
+    after: str | None = None
+    """Likewise the prompt between the text and what is written; by default a line break where `before` is given."""
+    max_new_tokens: int = 256
+    """Most tokens of a written answer (mgsm)."""
     resamples: int = 2000
     """Of the bootstrap behind the intervals."""
     max_tokens: int | None = None
@@ -98,6 +107,7 @@ class Evaluate:
         if self.suite:
             self._run_suite()
             return
+        from ..data.prompt import prompt_of
         from ..evaluation import evaluate
         from ..evaluation.cells import CellStore
         from ..evaluation.tasks import get_task
@@ -106,7 +116,7 @@ class Evaluate:
 
         if not self.task:
             raise ValueError("--task is missing")
-        check_least(self, limit=1, num_beams=1, resamples=1, max_tokens=1)
+        check_least(self, limit=1, num_beams=1, resamples=1, max_tokens=1, max_new_tokens=1)
         if not self.model and not (self.translator or self.translations):
             raise ValueError("--model is missing: name at least one model folder")
         output = self.output or str(Path((*self.model, self.teacher)[0]) / "evaluation")
@@ -127,6 +137,8 @@ class Evaluate:
             probe_source=self.probe_data or None,
             alignment=self.alignment,
             centre=self.centre,
+            prompt=prompt_of(self.before, self.after),
+            max_new_tokens=self.max_new_tokens,
             cells=store,
             resamples=self.resamples,
             max_tokens=self.max_tokens,

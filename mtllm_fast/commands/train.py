@@ -111,6 +111,10 @@ def train(stage: str, command: Any, data: Data, watch: Watch | None) -> None:
 def train_on_task(stage: str, command: Any) -> None:
     """`train` on the labelled rows that the command's `source` names."""
     source = command.source
+    if stage == "finetune" and source.teacher_text_column is not None:
+        raise ValueError(
+            f"--teacher-text-column {source.teacher_text_column}: stage 2 has no teacher; it is for distill"
+        )
     rows, labels, valid = source.load()
     watch = command.watch.watch(source.task, source.data, source.quoted)
     train(stage, command, Data(rows, valid or (), labels, source.record()), watch)
@@ -138,6 +142,11 @@ class TextSource:
     """Column of the second text, where rows are pairs."""
     label_column: str = "label"
     """Column of the label: a name, or its number in `labels`."""
+    language_column: str | None = None
+    """Column with an MT code per row of `text`, for labelled rows in other languages (translate-train); without, they
+    are English."""
+    teacher_text_column: str | None = None
+    """Column of the English of `text`, which the teacher of `distill` reads."""
     labels: tuple[str, ...] = ()
     """Label names in order, for `text`."""
     valid: str = ""
@@ -148,12 +157,19 @@ class TextSource:
 
     def record(self) -> dict[str, object]:
         """The options as plain data for the run's record, which is compared on resume."""
-        return _record(dataclasses.asdict(self))
+        fields = dataclasses.asdict(self)
+        for name in ("language_column", "teacher_text_column"):  # as runs before there were such columns have it
+            if fields[name] is None:
+                del fields[name]
+        return _record(fields)
 
     def load(self) -> tuple[Iterable[TextRow], list[str], list[TextRow] | None]:
         """Training rows, label names, validation rows or None."""
         if bool(self.task) == bool(self.text):
             raise ValueError("name either --task with --data, or --text with --labels")
+        for name in ("language_column", "teacher_text_column"):
+            if self.task and (column := getattr(self, name)) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} {column}: is for --text; a task's own English is read")
         if self.task:
             from ..evaluation import get_task
 
@@ -176,7 +192,8 @@ class TextSource:
             "labels": self.labels,
             "quoting": self.quoted,
         }
-        rows = read_rows(self.text, **options)  # type: ignore[arg-type]
+        more = {"language_column": self.language_column, "teacher_text_column": self.teacher_text_column}
+        rows = read_rows(self.text, **options, **more)  # type: ignore[arg-type]
         valid = list(read_rows(self.valid, **options)) if self.valid else None  # type: ignore[arg-type]
         return rows, list(self.labels), valid
 
@@ -336,7 +353,8 @@ class Sft(SftConfig):
     """Column with a code per row, instead of `language`."""
     task: str = ""
     """Instead of text: a task by name (mnli, sib200, ...), a .yaml file that describes one, or "folder"; its English
-    train split is read, and the names of its labels, or the right choices, are the targets."""
+    train split is read, and the names of its labels, or the right choices, are the targets; the checkpoint that is best
+    on its English dev split, by the likelihood of the labels, is kept."""
     data: str = ""
     """The task's folder in its published format, or its hub name; by default its own."""
     quoted: bool = True
@@ -359,11 +377,10 @@ class Sft(SftConfig):
             raise ValueError("name either --task with --data, or --text")
         if self.task:
             source = TextSource(task=self.task, data=self.data, quoted=self.quoted)
-            rows, labels, _ = source.load()
-            train("sft", self, Data(rows, labels=labels, source=source.record()), None)
+            rows, labels, valid = source.load()
+            train("sft", self, Data(rows, valid or (), labels, source.record()), None)
             return
-        names = ("text", "text_column", "pair_column", "target_column", "teacher_text_column")
-        names += ("language", "language_column", "split", "limit")
+        columns = ("text_column", "pair_column", "target_column", "teacher_text_column", "language_column")
         stream = read_rows(
             self.text,
             text_column=self.text_column,
@@ -376,5 +393,7 @@ class Sft(SftConfig):
             limit=self.limit,
             quoting=self.quoted,
         )
-        record = _record({name: getattr(self, name) for name in (*names, "quoted")})
+        record = _record(
+            {name: getattr(self, name) for name in ("text", *columns, "language", "split", "limit", "quoted")}
+        )
         train("sft", self, Data(stream, source=record), None)

@@ -57,6 +57,12 @@ class Prompt:
         return starts, _filled("after", self.after, rows, tokenizer)
 
 
+def prompt_of(before: str | None, after: str | None) -> Prompt | None:
+    """The prompt that two options name; None where neither is given, and `Prompt`'s own for one that is not."""
+    given = {name: text for name, text in (("before", before), ("after", after)) if text is not None}
+    return Prompt(**given) if given else None
+
+
 @dataclass(frozen=True)
 class Writing:
     """Rows whose targets are to be written.

@@ -69,6 +69,7 @@ def summarise(
 
     Args:
         described: the languages asked for, in order.
+        num_classes: of the task; 0 for one whose answers are written, which has no macro-F1.
         reference: name of the model that the others are compared with (translate-test), or None.
         available: the set's code -> rows that the split holds, whether scored or not.
 
@@ -148,6 +149,7 @@ def _cut(cell: Cell, rows: npt.NDArray[np.int64]) -> Cell:
         predictions=cell.predictions[rows],
         gold=cell.gold[rows],
         ids=tuple(cell.ids[index] for index in rows.tolist()),
+        answers=tuple(cell.answers[index] for index in rows.tolist()) if cell.answers else (),
     )
 
 
@@ -167,22 +169,25 @@ def _summary(
         for cell in cells:
             counts.update(cell.counts)
         hits = [accuracy(cell.predictions, cell.gold) for cell in cells]
-        f1 = [macro_f1(cell.predictions, cell.gold, num_classes) for cell in cells]
         summary.accuracy[code] = mean_samples(model.correct(code) / len(cells), resamples)
-        samples = [macro_f1_samples(cell.predictions, cell.gold, num_classes, resamples) for cell in cells]
-        # resamples of macro-F1 lie too low (a rare class can be missed altogether), which would add up over languages
-        summary.macro_f1[code] = np.mean(samples, axis=0) - np.mean(samples) + np.mean(f1)
+        f1: list[float] = []
+        if num_classes:
+            f1 = [macro_f1(cell.predictions, cell.gold, num_classes) for cell in cells]
+            samples = [macro_f1_samples(cell.predictions, cell.gold, num_classes, resamples) for cell in cells]
+            # resamples of macro-F1 lie too low (a rare class can be missed altogether), which would add up over
+            # languages
+            summary.macro_f1[code] = np.mean(samples, axis=0) - np.mean(samples) + np.mean(f1)
         scores.languages[code] = LanguageScore(
             mt_code=cells[0].mt_code,
             mapped=cells[0].mapped,
             rows=len(cells[0].gold),
             accuracy=float(np.mean(hits)),
-            macro_f1=float(np.mean(f1)),
+            macro_f1=float(np.mean(f1)) if f1 else None,
             blank=cells[0].blank,
             accuracy_interval=interval(summary.accuracy[code]),
-            macro_f1_interval=interval(summary.macro_f1[code]),
+            macro_f1_interval=interval(summary.macro_f1[code]) if f1 else None,
             accuracy_sd=float(np.std(hits, ddof=1)) if len(cells) > 1 else None,
-            macro_f1_sd=float(np.std(f1, ddof=1)) if len(cells) > 1 else None,
+            macro_f1_sd=float(np.std(f1, ddof=1)) if len(f1) > 1 else None,
             alignment=(metrics := _alignment(model, code)),
             scored=model.scored.get(code),
             available=rows if (rows := available.get(code, 0)) > len(cells[0].gold) else None,
@@ -234,12 +239,13 @@ def _groups(summary: _Summary, groups: Mapping[str, Sequence[str]]) -> dict[str,
         if len(compared) == len(codes):
             values = [score.gap.accuracy for score in scores if score.gap is not None]
             gap = Gap(float(np.mean(values)), *interval(np.mean([summary.gap[code] for code in compared], axis=0)))
+        f1 = [score.macro_f1 for score in scores if score.macro_f1 is not None]
         means[name] = GroupScore(
             languages=len(codes),
             accuracy=float(np.mean([score.accuracy for score in scores])),
             accuracy_interval=interval(np.mean([summary.accuracy[code] for code in codes], axis=0)),
-            macro_f1=float(np.mean([score.macro_f1 for score in scores])),
-            macro_f1_interval=interval(np.mean([summary.macro_f1[code] for code in codes], axis=0)),
+            macro_f1=float(np.mean(f1)) if f1 else None,
+            macro_f1_interval=interval(np.mean([summary.macro_f1[code] for code in codes], axis=0)) if f1 else None,
             gap=gap,
         )
     return means

@@ -23,7 +23,10 @@ _ARRAYS = ("logits", "predictions", "gold")  # the fields of a Cell that are ten
 
 def of_rows(rows: Sequence[TextRow], labels: Iterable[str] = ()) -> str:
     """Fingerprint of everything that rows say, except the language code they are read under (that is a setting)."""
-    content = [[row.text, row.text_pair, row.label, row.id, row.choices] for row in rows]
+    content = [
+        [row.text, row.text_pair, row.label, row.id, row.choices, *([] if row.target is None else [row.target])]
+        for row in rows
+    ]
     return fingerprint.short(json.dumps([list(labels), content], ensure_ascii=False))
 
 
@@ -32,12 +35,14 @@ class Cell:
     """One model in one language.
 
     Fields:
-        logits: (N, C) float32; predictions, gold: (N,) int64, their argmax and the right class.
+        logits: (N, C) float32; predictions, gold: (N,) int64, their argmax and the right class. Of a generated task the
+            classes are wrong and right, and all of `gold` is right.
         ids: N names of rows.
         mt_code, mapped: as in `LanguageScore`.
         blank: rows with an empty text.
         counts: things counted on the way, e.g. truncated texts.
         time_s: seconds spent predicting.
+        answers: what the model wrote, of a generated task.
         skipped: why the model was not run in this language; then there are no rows.
     """
 
@@ -51,6 +56,7 @@ class Cell:
     counts: dict[str, int] = field(default_factory=dict)
     time_s: float = 0.0
     skipped: str = ""
+    answers: tuple[str, ...] = ()
 
     @classmethod
     def without_rows(cls, reason: str) -> Cell:
@@ -74,7 +80,8 @@ class CellStore(Ledger):
                 if not self.is_valid(about.pop("key"), key):
                     return None
                 arrays = {part: file.get_tensor(part) for part in _ARRAYS}
-            cell = Cell(**arrays, **{**about, "ids": tuple(about["ids"])})
+            texts = {name: tuple(about.pop(name, ())) for name in ("ids", "answers")}
+            cell = Cell(**arrays, **about, **texts)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError):
             self.stale["file damaged"] += 1
             return None
@@ -86,6 +93,8 @@ class CellStore(Ledger):
 
         values = {part.name: getattr(cell, part.name) for part in fields(cell)}
         arrays = {name: np.ascontiguousarray(values.pop(name)) for name in _ARRAYS}
+        if not cell.answers:
+            del values["answers"]
         about = json.dumps({"key": dict(key), **values}, ensure_ascii=False)
         content = save(arrays, metadata={"cell": about})
         self.write(self.path(name, ".safetensors"), content)

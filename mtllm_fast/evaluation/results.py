@@ -44,7 +44,8 @@ class LanguageScore:
         mapped: whether `mt_code` comes from the caller's `language_map` or the tokenizer's fallbacks, not from the
             task's table.
         rows: number of rows that the scores are over: those that every model which ran this language has.
-        accuracy, macro_f1: 0 to 1, means over the seeds.
+        accuracy, macro_f1: 0 to 1, means over the seeds; of a generated task the accuracy is the exact match, and there
+            is no macro-F1.
         blank: rows with an empty text among all that the model was run on (scored all the same).
         accuracy_interval, macro_f1_interval: bootstrap intervals over the rows.
         accuracy_sd, macro_f1_sd: standard deviation over seeds (n - 1), None for one seed.
@@ -60,7 +61,7 @@ class LanguageScore:
     mapped: bool
     rows: int
     accuracy: float
-    macro_f1: float
+    macro_f1: float | None
     blank: int
     accuracy_interval: Interval | None = None
     macro_f1_interval: Interval | None = None
@@ -82,8 +83,8 @@ class GroupScore:
     languages: int
     accuracy: float
     accuracy_interval: Interval
-    macro_f1: float
-    macro_f1_interval: Interval
+    macro_f1: float | None
+    macro_f1_interval: Interval | None
     gap: Gap | None = None
 
 
@@ -93,7 +94,7 @@ class ModelScores:
 
     Fields:
         name: as the caller named it.
-        method: "task head", "linear probe" or "translate-test".
+        method: how its answers were read, e.g. "task head" (`Scorer.method`).
         languages: the set's code -> score.
         skipped: the set's code -> why it was not run.
         notes: what a reader of the table has to know.
@@ -133,7 +134,7 @@ class ModelScores:
             raise ValueError(f"metric={metric!r}: expected one of {', '.join(METRICS)}")
         chosen = self.languages if languages is None else [code for code in languages if code in self.languages]
         values = [getattr(self.languages[code], metric) for code in chosen]
-        return sum(values) / len(values) if values else None
+        return sum(values) / len(values) if values and None not in values else None
 
     def overall(self, name: str) -> GroupScore | None:
         """The group "all", "non_english" or "shared"."""
@@ -152,7 +153,7 @@ class Scores:
     """Models x languages on one task.
 
     Fields:
-        task, source, split: what was evaluated; labels: in the order of the task.
+        task, source, split: what was evaluated; labels: in the order of the task, none where answers are written.
         english: the set's code of English, left out of the non-English means.
         languages: all languages asked for, whether run or not.
         language_map: explicit overrides, the set's code -> MT code.
@@ -180,6 +181,16 @@ class Scores:
     resamples: int = 0
     issues: list[str] = field(default_factory=list)
     described: dict[str, Language] = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Those of `METRICS` that the task has."""
+        return METRICS if self.labels else ("accuracy",)
+
+    @property
+    def chance(self) -> float | None:
+        """The accuracy of guessing blindly, None where there is nothing to choose from."""
+        return 1 / len(self.labels) if self.labels else None
 
     def foreign(self) -> list[str]:
         return [code for code in self.languages if code != self.english]

@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,9 @@ from .cells import Cell, of_rows
 from .results import NO_MT_CODE
 from .scorers import (
     EngineScorer,
+    GenerationScorer,
     HeadScorer,
+    LikelihoodScorer,
     ProbeScorer,
     Scorer,
     States,
@@ -30,7 +32,7 @@ from .scorers import (
     probe_rows_of,
 )
 from .settings import Settings
-from .systems import TRANSLATE_TEST, System, is_headless, load_engine
+from .systems import TRANSLATE_TEST, Reading, System, config_of, load_engine, reading
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -158,17 +160,19 @@ class Run:
         with self._centred(inputs):
             logits = np.ascontiguousarray(self.scorer.logits(rows), np.float32)
         time_s = time.perf_counter() - start
+        generated = self.settings.task.kind == "generated"
         counts = {name: count - before.get(name, 0) for name, count in self.scorer.counts().items()}
         return Cell(
             logits=logits,
             predictions=logits.argmax(1).astype(np.int64),
-            gold=np.array([row.label for row in rows], np.int64),
+            gold=np.array([1 if generated else row.label for row in rows], np.int64),
             ids=tuple(str(row.id) for row in rows),
             mt_code=code,
             mapped=mapped,
             blank=sum(map(has_blank, rows)),
             counts={**inputs.counts, **counts},
             time_s=time_s,
+            answers=self.loaded[0].written,
         )
 
     @contextmanager
@@ -243,8 +247,11 @@ class Run:
             system.models[self.index], device=settings.device, dtype=settings.dtype, max_tokens=settings.max_tokens
         )
         name = "teacher" if system.translates else system.name
-        reader: HeadScorer | ProbeScorer
-        if engine.model.head is None:
+        how = reading(engine.model.config, settings.task, settings.prompt, name)
+        reader: HeadScorer | LikelihoodScorer | GenerationScorer | ProbeScorer
+        if how == "head":
+            reader = HeadScorer(engine, settings.task, name)
+        elif how == "probe":
             reader = ProbeScorer(
                 engine,
                 settings.task,
@@ -254,7 +261,12 @@ class Run:
                 language_map=settings.language_map,
             )
         else:
-            reader = HeadScorer(engine, settings.task, name)
+            prompt = engine.model.config.prompt or settings.prompt
+            assert prompt is not None
+            if how == "generation":
+                reader = GenerationScorer(engine, name, prompt, settings.decoding)
+            else:
+                reader = LikelihoodScorer(engine, settings.task, name, prompt)
         scorer: Scorer = reader
         if system.translations is not None:
             scorer = TranslatedScorer(reader, source=system.translations, target=system.target)
@@ -284,18 +296,39 @@ class Run:
             **({"dtype": settings.dtype} if settings.dtype else {}),
             target=system.target if system.translates else None,
             num_beams=system.num_beams if system.translator is not None else None,
+            **self._writing_key(),
         )
 
+    @property
+    def _reading(self) -> Reading | None:
+        """How the model is read; None for a hub name whose config cannot be had."""
+        system, settings = self.system, self.settings
+        config = config_of(system.models[self.index])
+        return None if config is None else reading(config, settings.task, settings.prompt, system.name)
+
+    def _writing_key(self) -> dict[str, object]:
+        """What the answers of a model that is read by what it writes depend on; {} for others.
+
+        Its own prompt belongs to the model.
+        """
+        settings, how = self.settings, self._reading
+        key: dict[str, object] = {"reading": how} if how in ("likelihood", "generation") else {}
+        if settings.prompt is not None and how not in ("head", "probe"):
+            key["prompt"] = asdict(settings.prompt)
+        if settings.task.kind == "generated":
+            key["max_new_tokens"] = settings.max_new_tokens
+        return key
+
     def _probe_key(self) -> list[str | int | None] | None:
-        """What the linear probe of a model without a head depends on; None for a model with a head."""
-        settings, headless = self.settings, is_headless(self.system.models[self.index])
-        if headless is False:
+        """What the linear probe of a model that is read by one depends on; None for other models."""
+        settings, how = self.settings, self._reading
+        if how not in ("probe", None) or settings.task.kind == "generated":
             return None
         source, code = settings.probe_source or settings.source, self._mt_code(settings.task.english)
         try:
             train, dev, _ = probe_rows_of(settings.task, self.system.name, source, settings.probe_rows)
         except ValueError:
-            if headless:
+            if how == "probe":
                 raise
             return [code, str(source), settings.probe_rows]  # it may have a head, and need no such rows
         return [code, of_rows([*train, *dev])]

@@ -1,4 +1,5 @@
-"""From rows to logits of a task's labels: by the model's task head, by a linear probe, or through translation."""
+"""From rows to logits of a task's labels: by the model's task head, by what it would write, by a linear probe, or
+through translation."""
 
 from __future__ import annotations
 
@@ -10,12 +11,15 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ..data.prompt import Prompt
 from ..data.read import TextRow
+from .answers import EXTRACTION, is_right, number_of
 from .probe import LinearProbe, fit_probe
 from .tasks import Task, nearest
 
 if TYPE_CHECKING:
     from ..inference.engine import Engine
+    from ..inference.respond import Decoding
     from ..inference.translator import Translator
     from ..models import MTLLM
 
@@ -42,10 +46,11 @@ class Scorer(Protocol):
 
 
 class EngineScorer:
-    """A model that reads the rows itself."""
+    """A model that reads the rows itself. written: its answers to the rows of the last call, where it wrote them."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.written: tuple[str, ...] = ()
         self.notes: list[str] = []
         self.mt_languages = _mt_languages(engine.model)
         self._truncated_before = engine.truncated
@@ -77,6 +82,68 @@ class HeadScorer(EngineScorer):
         if logits.shape != (len(rows), len(self.order)):
             raise ValueError(f"model: logits of shape {logits.shape} for {len(rows)} rows and {len(self.order)} labels")
         return _finite(logits[:, self.order], len(rows))
+
+
+class LikelihoodScorer(EngineScorer):
+    """The label, or the choice of a row, that a model without a head is likeliest to write after its prompt."""
+
+    def __init__(self, engine: Engine, task: Task, name: str, prompt: Prompt) -> None:
+        super().__init__(engine)
+        self.task, self.prompt, self.cut = task, prompt, 0
+        what = "choices" if task.kind == "choice" else "labels"
+        self.method = f"log-likelihood of the {what}"
+        self.notes = [
+            f"{name} has no task head: its answer is the likeliest of the {what}, written out after {_around(prompt)} "
+            "(sum of log probabilities, end token included)."
+        ]
+
+    def logits(self, rows: Sequence[TextRow]) -> Logits:
+        from ..inference.likelihood import log_likelihoods
+
+        candidates = [row.choices or self.task.labels for row in rows]
+        found, truncated = log_likelihoods(
+            self.engine.model, rows, candidates, self.prompt, max_tokens=self.engine.max_tokens
+        )
+        self.cut += truncated
+        logits = np.full((len(rows), max(map(len, candidates), default=0)), -np.inf, np.float32)
+        for row, values in zip(logits, found, strict=True):
+            row[: len(values)] = values
+        return _finite(logits, len(rows))
+
+    def counts(self) -> dict[str, int]:
+        return {"truncated": self.cut}
+
+
+class GenerationScorer(EngineScorer):
+    """Whether what a model writes after its prompt, greedily, is the right answer: logits of wrong and right."""
+
+    method = "generation"
+
+    def __init__(self, engine: Engine, name: str, prompt: Prompt, decoding: Decoding) -> None:
+        from ..inference.respond import Responder
+
+        super().__init__(engine)
+        self.responder = Responder(engine.model, prompt, decoding)
+        self.unfinished = self.without_number = 0
+        self.notes = [
+            f"{name} writes its answers greedily after {_around(prompt)}, at most {decoding.max_new_tokens} tokens; "
+            f"{EXTRACTION} has to be the right one."
+        ]
+
+    def logits(self, rows: Sequence[TextRow]) -> Logits:
+        answers = [one for (one,) in self.responder.answers(rows)]
+        self.written = tuple(answer.text for answer in answers)
+        self.unfinished += sum(not answer.finished for answer in answers)
+        self.without_number += sum(number_of(text) is None for text in self.written)
+        right = [is_right(text, str(row.target)) for text, row in zip(self.written, rows, strict=True)]
+        return np.array([[not hit, hit] for hit in right], np.float32).reshape(-1, 2)
+
+    def counts(self) -> dict[str, int]:
+        return {
+            "truncated": self.responder.truncated,
+            "unfinished_answers": self.unfinished,
+            "answers_without_a_number": self.without_number,
+        }
 
 
 class ProbeScorer(EngineScorer):
@@ -179,6 +246,11 @@ class TranslatedScorer:
 
     def counts(self) -> dict[str, int]:
         return self.classifier.counts()
+
+
+def _around(prompt: Prompt) -> str:
+    """A prompt in words."""
+    return f"the prompt {prompt.before + '<text>' + prompt.after!r}"
 
 
 def check_labels(labels: Sequence[str] | None, task: Task, name: str) -> None:

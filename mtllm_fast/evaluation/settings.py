@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import get_args
 
+from ..data.prompt import Prompt
+from ..inference.respond import Decoding
 from .cells import CellStore
 from .rows import TaskRows
 from .scorers import check_codes
@@ -36,6 +38,8 @@ class Settings:
     probe_rows: int = PROBE_ROWS
     alignment: bool = False
     centre: int = 0
+    prompt: Prompt | None = None
+    max_new_tokens: int = Decoding.max_new_tokens
     resamples: int = RESAMPLES
     max_tokens: int | None = None
     device: str | None = None
@@ -52,9 +56,16 @@ class Settings:
             raise ValueError(f"dtype={self.dtype!r}: expected one of {', '.join(get_args(Dtype))}")
         if self.centre < 0:
             raise ValueError(f"centre={self.centre}: expected a number of texts, 0 for none")
+        if self.task.kind == "generated":
+            self.decoding  # noqa: B018
         check_codes(self.language_map, self.data.available, None)
         if self.centre:
             self.data.unlabelled(self.task.english, self.centre)
+
+    @property
+    def decoding(self) -> Decoding:
+        """How answers are written. Raises ValueError for a number of tokens out of range."""
+        return Decoding(self.max_new_tokens, max_tokens=self.max_tokens or Decoding.max_tokens)
 
     @cached_property
     def data(self) -> TaskRows:

@@ -7,7 +7,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..data.prompt import Prompt
 from ..inference.progress import Advance, progress_bar
+from ..inference.respond import Decoding
 from .aggregate import ModelCells, summarise
 from .cells import CellStore
 from .languages import describe
@@ -47,6 +49,8 @@ def evaluate(
     probe_rows: int = PROBE_ROWS,
     alignment: bool = False,
     centre: int = 0,
+    prompt: Prompt | None = None,
+    max_new_tokens: int = Decoding.max_new_tokens,
     cells: str | Path | CellStore | None = None,
     resamples: int = RESAMPLES,
     max_tokens: int | None = None,
@@ -56,8 +60,10 @@ def evaluate(
 ) -> Scores:
     """Accuracy and macro-F1 of models in every language of a task, with nothing learned from the foreign languages.
 
-    A model with a task head for the task's labels is read by it. A model without a head (one that was only adapted) is
-    read by a linear probe fitted on the English training split, and the scores say so. A language that the MT model
+    A model with a task head for the task's labels is read by it. A model without a head that was taught to write is
+    read by the log-likelihood of the labels, or of a row's choices, after its prompt. Others (that were only adapted)
+    are read by a linear probe fitted on the English training split, and the scores say so. Where the answer is to be
+    written (MGSM), it is, greedily, and accuracy is the exact match of `answers`. A language that the MT model
     has no code for is named in `ModelScores.skipped` and runs only if `language_map` says what it is to be read as.
     Scores carry bootstrap intervals, and with translate-test an exact paired test against it (see `statistics`). Where
     one model lacks rows of a language (translations that are missing), all are scored on the rows that every one has,
@@ -86,6 +92,8 @@ def evaluate(
             sets whose rows with one id are translations of each other).
         centre: so many unlabelled texts of every language's training split, and of English's, say by how much the
             encoder states of the language are moved, so that their means agree (`Engine.encoder_mean`); 0: not.
+        prompt: what models without a prompt of their own answer: then they are read by what they write.
+        max_new_tokens: most tokens of a written answer.
         cells: folder for finished cells (or a CellStore). A run that is killed goes on there: each language of each
             model is kept as soon as it is done, and computed again only where model, data or settings have changed.
             Models must then be given by folder or hub name.
@@ -115,6 +123,8 @@ def evaluate(
         probe_rows=probe_rows,
         alignment=alignment,
         centre=centre,
+        prompt=prompt,
+        max_new_tokens=max_new_tokens,
         resamples=resamples,
         max_tokens=max_tokens,
         device=device,
@@ -127,7 +137,7 @@ def evaluate(
         raise ValueError("models: none given, and no translator")
     chosen = settings.choose(languages)
     for system in systems:  # before hours of evaluation
-        system.check(task)
+        system.check(task, prompt)
     if translations is not None:
         settings.data.check_translations(chosen, translations, target)
     total = len(chosen) * sum(len(system.models) for system in systems)

@@ -9,6 +9,7 @@
       - sib200
       - {task: nusax, data: DIR, name: sentiment, split: test, languages: [acehnese], language_map: {ngaju: ind_Latn},
          limit: 100, centre: 200, probe_data: DIR}
+      - {task: mgsm, data: DIR, before: "", after: "\\nAnswer:", max_new_tokens: 256}   # of models without own prompt
       - {task: folder, data: DIR, name: mine, quoted: false}             # quote marks in .csv and .tsv are text
     translate_test:                         # may be left out
       teacher: runs/{task}/teacher/seed-{seed}
@@ -30,6 +31,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar, get_type_hints
 
+from ..data.prompt import prompt_of
+from ..inference.respond import Decoding
 from ..yaml_file import converted, read_yaml, wrong_type
 from .cells import CellStore
 from .results import Scores
@@ -56,6 +59,9 @@ class TaskEntry:
     limit: int | None = None
     centre: int = 0
     probe_data: str | None = None
+    before: str | None = None
+    after: str | None = None
+    max_new_tokens: int = Decoding.max_new_tokens
 
 
 @dataclass
@@ -161,6 +167,8 @@ def run_suite(suite: Suite, *, progress: bool = True) -> tuple[list[Scores], Cel
             probe_source=entry.probe_data,
             alignment=suite.alignment,
             centre=entry.centre,
+            prompt=prompt_of(entry.before, entry.after),
+            max_new_tokens=entry.max_new_tokens,
             cells=store,
             resamples=suite.resamples,
             max_tokens=suite.max_tokens,

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
+from ..data.prompt import Prompt
 from ..jobs.fingerprint import hub_config, of_model
 from .scorers import check_labels
 from .tasks import Task
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     Models = Model | Sequence[Model] | Mapping[str, Model | Sequence[Model]]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Reading = Literal["head", "likelihood", "generation", "probe"]
 TRANSLATE_TEST = "translate-test"
 
 
@@ -56,18 +58,18 @@ class System:
             return self.translator
         return Translator.from_pretrained(self.translator, device=self.device)
 
-    def check(self, task: Task) -> None:
+    def check(self, task: Task, prompt: Prompt | None = None) -> None:
         """Before anything is loaded.
 
         Raises:
-            ValueError: a folder that is no model, or whose head cannot answer the task; some seeds have a head and
-                others do not.
+            ValueError: a folder that is no model, or that cannot answer the task; some seeds have a head and others do
+                not.
         """
         headless: dict[str, bool] = {}
         for model in self.models:
             if (config := _local_config(model)) is not None:
                 headless[str(model)] = config.head is None
-                if config.head is not None:
+                if reading(config, task, prompt, str(model)) == "head":
                     check_labels(config.labels, task, str(model))
         if len(set(headless.values())) > 1:
             without = next(name for name, missing in headless.items() if missing)
@@ -155,14 +157,42 @@ def load_engine(model: Model, *, device: str | None, dtype: Dtype | None, max_to
     return Engine(model, max_tokens=max_tokens, device=device)
 
 
-def is_headless(model: Model) -> bool | None:
-    """Whether a model has no head; None for a hub name whose config cannot be had."""
+def reading(config: MTLLMConfig, task: Task, prompt: Prompt | None, name: str) -> Reading:
+    """How a model answers a task: by its head; without one by what it would write after its prompt; else by a probe.
+
+    Args:
+        prompt: for a model that has none of its own.
+
+    Raises:
+        ValueError: the answer has to be written, and the model has no prompt, no LLM or one that cannot.
+    """
+    writes = config.reader != "encoder" and config.causal
+    prompt = config.prompt or prompt
+    if task.kind == "generated":
+        if not writes:
+            lacks = "no LLM" if config.reader == "encoder" else "a bidirectional LLM"
+            raise ValueError(
+                f"model={name!r}: has {lacks}, and the answers of {task.name!r} are written by a causal one"
+            )
+        if prompt is None:
+            raise ValueError(
+                f"model={name!r}: was not taught to write (`mtllm sft`), and {task.name!r} wants written answers; name "
+                "the prompt that it is to answer (before, after)"
+            )
+        return "generation"
+    if config.head is not None:
+        return "head"
+    return "likelihood" if writes and prompt is not None else "probe"
+
+
+def config_of(model: Model) -> MTLLMConfig | None:
+    """The config of a model's folder; None for a hub name whose config cannot be had."""
     from ..models.storage import read_config
 
     config = _local_config(model)
     if config is None and (path := hub_config(str(model))) is not None:
         config = read_config(path.parent)
-    return None if config is None else config.head is None
+    return config
 
 
 def _local_config(model: Model) -> MTLLMConfig | None:

@@ -194,9 +194,9 @@ def new_tokens(options: Mapping[str, Any], configs: Sequence[GenerationConfig | 
 
 
 def left_padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Prompts (L_i, D) -> embeddings (B, L, D) and mask (B, L) int64, padded with zeros on the left."""
+    """Prompts (L_i, D) or (L_i,) -> (B, L, D) or (B, L), and mask (B, L) int64, padded with zeros on the left."""
     longest = max(map(len, prompts))
-    embeds = prompts[0].new_zeros(len(prompts), longest, prompts[0].shape[1])
+    embeds = prompts[0].new_zeros(len(prompts), longest, *prompts[0].shape[1:])
     mask = torch.zeros(len(prompts), longest, dtype=torch.int64, device=embeds.device)
     for row, prompt in enumerate(prompts):
         embeds[row, longest - len(prompt) :] = prompt

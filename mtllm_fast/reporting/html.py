@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from ..evaluation.languages import GROUPINGS
 from ..evaluation.results import ModelScores, Scores
 from ..evaluation.tasks import TASKS
-from .sentences import counts, notes, reasons
+from .sentences import answers, counts, notes, reasons
 from .tables import (
     alignment_by_language,
     alignment_table,
@@ -29,6 +29,9 @@ View = dict[str, object]  # what a part of the template reads
 METHODS = {
     "task head": "reads the language itself",
     "linear probe": "reads the language itself; a simple classifier was fitted on its frozen states, in English",
+    "log-likelihood of the labels": "reads the language itself; the label that it would most likely write counts",
+    "log-likelihood of the choices": "reads the language itself; the choice that it would most likely write counts",
+    "generation": "reads the language itself and writes its answer",
     "translate-test": "the text is machine-translated into English first, then classified",
 }
 # Okabe and Ito's colours, told apart by colour-blind readers too
@@ -54,24 +57,25 @@ def to_html(all_scores: Sequence[Scores]) -> str:
         seeds=any(model.seeds > 1 for scores in all_scores for model in scores.models),
         reference=any(scores.reference for scores in all_scores),
         alignment=any(task["alignment"] for task in tasks),
+        labelled=any(scores.labels for scores in all_scores),
         resamples=first.resamples,
         versions=", ".join(f"{name} {number}" for name, number in first.versions.items()),
     )
 
 
 def _task(scores: Scores, number: int) -> View:
-    names, chance = short_names(scores), 1 / len(scores.labels)
+    names, chance = short_names(scores), scores.chance
     return {
         "name": scores.task,
         "anchor": f"task-{number}",
         "about": getattr(TASKS.get(scores.task), "about", "")
         or "The task is to give each text one of the labels below.",
-        "labels": scores.labels,
+        "answers": f"Possible answers: {', '.join(scores.labels)}." if scores.labels else answers(scores),
         "split": scores.split,
         "source": scores.source,
         "languages": len(scores.languages),
         "rows": max((score.rows for model in scores.models for score in model.languages.values()), default=0),
-        "chance": percent(chance),
+        "chance": None if chance is None else percent(chance),
         "models": [
             {"name": names[model.name], "method": METHODS.get(model.method, model.method)} for model in scores.models
         ],
@@ -112,10 +116,9 @@ def _findings(scores: Scores, names: dict[str, str]) -> list[str]:
         count = (
             f"{len(shared)} languages other than English" if len(shared) != 1 else "the one language besides English"
         )
-        lines.append(
-            f"Right answers on average over {count} that every model could read: {', '.join(parts)}. Guessing blindly "
-            f"would give {percent(1 / len(scores.labels))} %."
-        )
+        line = f"Right answers on average over {count} that every model could read: {', '.join(parts)}."
+        guess = "" if scores.chance is None else f" Guessing blindly would give {percent(scores.chance)} %."
+        lines.append(line + guess)
     for model in scores.compared() if scores.reference else []:
         above, below, surely_above, surely_below = wins(model, scores.foreign())
         total = sum(1 for code in scores.foreign() if code in model.languages and model.languages[code].gap is not None)
@@ -274,7 +277,7 @@ def _shade(share: float) -> str:
     return f"background:rgb({colour[0]},{colour[1]},{colour[2]});color:{text}"
 
 
-def _distribution(scores: Scores, names: dict[str, str], chance: float) -> View:
+def _distribution(scores: Scores, names: dict[str, str], chance: float | None) -> View:
     """Per model, how many languages lie in each band of accuracy."""
     bins = 40 if len(scores.languages) > 60 else 20
     lanes = []
@@ -306,4 +309,4 @@ def _distribution(scores: Scores, names: dict[str, str], chance: float) -> View:
                 ],
             }
         )
-    return {"lanes": lanes, "chance": round(100 * chance, 2), "step": f"{100 / bins:g}"}
+    return {"lanes": lanes, "chance": None if chance is None else round(100 * chance, 2), "step": f"{100 / bins:g}"}

@@ -28,7 +28,7 @@ def draw_scores(scores: Scores, path: str | Path) -> None:
     """Draw accuracy by language into a PNG at `path`.
 
     Panels side by side hold up to 52 languages each. A dashed line is a model's mean over the non-English languages
-    that all models ran, the dotted one chance (one over the number of labels).
+    that all models ran, the dotted one chance (one over the number of labels, where there are labels).
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -41,7 +41,6 @@ def draw_scores(scores: Scores, path: str | Path) -> None:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, panels, sharex=True, squeeze=False)[0]
-    chance = 100 / len(scores.labels)
     over = scores.shared() if len(scores.models) > 1 else scores.foreign()
     several = len({frozenset(model.languages) for model in scores.models}) > 1
     of = f" of {len(over)}" if several else ""
@@ -76,7 +75,9 @@ def draw_scores(scores: Scores, path: str | Path) -> None:
                 label=label + (f", mean{of} {100 * mean:.1f}" if mean is not None else ""),
                 zorder=3,
             )
-        axis.axvline(chance, color="0.4", linewidth=0.9, linestyle=":", label=f"chance {chance:.1f}", zorder=1)
+        if scores.chance is not None:
+            chance = 100 * scores.chance
+            axis.axvline(chance, color="0.4", linewidth=0.9, linestyle=":", label=f"chance {chance:.1f}", zorder=1)
         axis.set_yticks(range(len(codes)), [_label(scores, code) for code in codes], fontsize=small)
         for tick, code in zip(axis.get_yticklabels(), codes, strict=True):
             if code == scores.english:

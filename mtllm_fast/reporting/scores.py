@@ -12,7 +12,7 @@ from ..evaluation.results import Scores
 from ..jobs.durable import replacing, write_text
 from .html import to_html
 from .numbers import to_csv, to_groups_csv
-from .sentences import limits, summary_lines, title
+from .sentences import answers, limits, summary_lines, title
 from .tables import language_table, tables
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def to_markdown(scores: Scores, figure: str | None = None) -> str:
     lines = [
         f"# {title(scores)}",
         "",
-        f"Source: `{scores.source}`. Labels: {', '.join(scores.labels)}. Scores in percent.",
+        f"Source: `{scores.source}`. {answers(scores)} Scores in percent.",
         "",
         *(f"- {line.strip()}" for line in summary_lines(scores)),
         "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..evaluation.answers import EXTRACTION
 from ..evaluation.results import ModelScores, Scores
 from .tables import gap_text, short_names
 
@@ -9,6 +10,13 @@ from .tables import gap_text, short_names
 def title(scores: Scores) -> str:
     count = len(scores.languages)
     return f"{scores.task}, {scores.split}: {count} language{'' if count == 1 else 's'}, zero-shot"
+
+
+def answers(scores: Scores) -> str:
+    """What there is to answer."""
+    if scores.labels:
+        return f"Labels: {', '.join(scores.labels)}."
+    return f"Answers are written; accuracy is the exact match of {EXTRACTION}."
 
 
 def limits(scores: Scores) -> str:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from ..evaluation.alignment import METRICS as ALIGNMENT
 from ..evaluation.languages import GROUPINGS
-from ..evaluation.results import METRICS, Gap, Interval, LanguageScore, ModelScores, Scores
+from ..evaluation.results import Gap, Interval, LanguageScore, ModelScores, Scores
 from .table import Table
 
 GROUPING_NAMES = {"family": "language family", "script": "script", "resource": "resource level"}
+_TITLES = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
 _HEADS = {"accuracy": "acc.", "macro_f1": "F1"}  # on a console
 _MEANS = {"non_english": "non-English mean", "shared": "mean over the languages that all ran"}
 _BRIEF_MEANS = {"all": "mean", "non_english": "non-English mean", "shared": "shared mean"}
@@ -26,8 +27,8 @@ def signed(value: float) -> str:
     return "0.0" if text in ("+0.0", "-0.0") else text
 
 
-def with_interval(value: float, bounds: Interval) -> str:
-    return f"{percent(value)} [{percent(bounds[0])}, {percent(bounds[1])}]"
+def with_interval(value: float | None, bounds: Interval | None) -> str:
+    return "-" if bounds is None else f"{percent(value)} [{percent(bounds[0])}, {percent(bounds[1])}]"
 
 
 def gap_text(gap: Gap | None, *, interval: bool = False) -> str:
@@ -62,17 +63,16 @@ def wins(model: ModelScores, foreign: Sequence[str]) -> tuple[int, int, int, int
 def overview_table(scores: Scores) -> Table:
     """One row per model: means over the languages that all were run in, and the comparison with translate-test."""
     seeds = any(model.seeds > 1 for model in scores.models)
-    header = ["model", "read by", "languages", "accuracy", "macro-F1", "English accuracy"]
+    header = ["model", "read by", "languages", *(_TITLES[metric] for metric in scores.metrics), "English accuracy"]
     header += ["seeds (sd)"] * seeds + ["gap to translate-test", "better", "worse"] * (scores.reference is not None)
     names, rows = short_names(scores), []
     for model in scores.models:
         mean, english = model.overall("shared"), model.languages.get(scores.english)
         row = [names[model.name], model.method, f"{len(model.languages)} of {len(scores.languages)}"]
-        if mean is None:
-            row += ["-", "-"]
-        else:
-            row.append(with_interval(mean.accuracy, mean.accuracy_interval))
-            row.append(with_interval(mean.macro_f1, mean.macro_f1_interval))
+        row += [
+            "-" if mean is None else with_interval(getattr(mean, metric), getattr(mean, f"{metric}_interval"))
+            for metric in scores.metrics
+        ]
         row.append(percent(english.accuracy if english else None))
         if seeds:
             row.append(f"{model.seeds} ({percent(seed_sd(model))})")
@@ -123,8 +123,8 @@ def language_table(scores: Scores, *, brief: bool = False) -> Table:
     `brief`: to fit a console; with more than two models only accuracy, and no gaps.
     """
     names = short_names(scores)
-    metrics = METRICS if not brief or len(scores.models) <= 2 else ("accuracy",)
-    heads = _HEADS if brief else {"accuracy": "accuracy", "macro_f1": "macro-F1"}
+    metrics = scores.metrics if not brief or len(scores.models) <= 2 else ("accuracy",)
+    heads = _HEADS if brief else _TITLES
     with_gap = [scores.reference not in (None, model.name) and not brief for model in scores.models]
     header = ["language", "read as", "rows"] if brief else ["language", "code", "read as", "rows"]
     for model, gap in zip(scores.models, with_gap, strict=True):

@@ -12,6 +12,7 @@ from dataclasses import asdict
 
 import torch
 
+from ..data.code_switch import CodeSwitched, read_dictionary
 from ..data.language import language_read
 from ..data.read import RowStream
 from ..data.store import AT_ONCE, TokenStore
@@ -60,6 +61,15 @@ def check(config: AdaptConfig, data: Data) -> None:
         if config.teacher_cache:
             raise ValueError(f"teacher_cache={config.teacher_cache!r}: finds states by text, which a token store lacks")
         data.rows.verify(AT_ONCE)
+    if config.code_switch:
+        if isinstance(data.rows, TokenStore):
+            raise ValueError(f"code_switch={config.code_switch!r}: changes words of text, which a token store lacks")
+        if config.loss.needs_pairs:
+            raise ValueError(
+                f"code_switch={config.code_switch!r}: paired_mse and kl compare tokens that end at the same character, "
+                "and the teacher reads another text; use pooled_mse and contrast"
+            )
+        read_dictionary(config.code_switch)
     check_cache(config.teacher_cache, config.loss.needs_pairs)
     check_teacher_text(data.rows, config.loss.needs_pairs)
     if config.init != "none" and has_teacher_text(data.rows):
@@ -76,6 +86,10 @@ def build(config: AdaptConfig, data: Data, dtype: torch.dtype) -> Stage:
     if not isinstance(rows, TokenStore):
         if config.init != "none":
             notes["init"] = asdict(fit_projection(student, rows, config.init, config.init_rows))
+        if config.code_switch:
+            dictionary = read_dictionary(config.code_switch)
+            rows = CodeSwitched(rows, dictionary, config.code_switch_share, config.train.seed)
+            notes["code_switch"] = rows.report()
         if config.teacher_cache:
             cache, report = cached_states(config.teacher_cache, rows, student, config.train)
             rows, notes["teacher_cache"] = KeyedRows(rows), asdict(report)
@@ -90,7 +104,7 @@ def build(config: AdaptConfig, data: Data, dtype: torch.dtype) -> Stage:
     )
 
 
-ADAPT = StageKind("adapt", AdaptConfig, check, build)
+ADAPT = StageKind("adapt", AdaptConfig, check, build, reads=("code_switch",))
 
 
 def adapt(

@@ -17,7 +17,7 @@ _MODEL_FILES = ("*.safetensors", "config.json", "tokenizer.json", "sentencepiece
 
 
 def files_of(source: RowStream | str | Path) -> dict[str, str]:
-    """Digest by file name of what a stream of rows or a model folder (its path) reads; {} for names of the hub."""
+    """Digest by file name of a stream's files, a model folder (its path) or one file; {} for names of the hub."""
     if isinstance(source, RowStream):
         try:
             paths = resolve(source.source)
@@ -26,6 +26,8 @@ def files_of(source: RowStream | str | Path) -> dict[str, str]:
         root = Path(source.source)
         return {path.relative_to(root).as_posix() if root.is_dir() else path.name: of_file(path) for path in paths}
     folder = Path(source)
+    if folder.is_file():
+        return {folder.name: of_file(folder)}
     if not folder.is_dir():
         return {}
     return {path.name: of_file(path) for pattern in _MODEL_FILES for path in sorted(folder.glob(pattern))}
@@ -38,6 +40,8 @@ def rows_digest(rows: Iterable[TextRow]) -> str:
         parts: tuple[object, ...] = (row.text, row.language or ENGLISH_CODES[0], row.text_pair, row.label, row.choices)
         if row.teacher_text is not None:  # rows without one keep the digest that they had
             parts += ("teacher_text", row.teacher_text)
+        if row.target is not None:
+            parts += ("target", row.target)
         found.update(repr(parts).encode("utf-8", "surrogatepass"))
         count += 1
     return f"{count} rows {found.hexdigest()}"

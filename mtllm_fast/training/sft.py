@@ -25,6 +25,7 @@ from .record import Metrics
 from .run import TASK_ROWS, Data, StageKind, run, starting
 from .stage import Stage
 from .stage_config import SftConfig
+from .validation import validation
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ def check(config: SftConfig, data: Data) -> None:
         raise ValueError(f"loss.kl={config.loss.kl}: the teacher reads what the LLM alone reads; it needs an encoder")
     if alone and not config.train_llm:
         raise ValueError("train_llm=False: the LLM alone has nothing else to train")
+    if data.valid_rows and data.labels is None:
+        raise ValueError("valid_rows: are scored by the likelihood of their labels; name the labels")
     if not (config.train_llm or config.train_projection):
         raise ValueError("train_llm=False, train_projection=False: nothing is trained")
 
@@ -95,6 +98,7 @@ def build(config: SftConfig, data: Data, dtype: torch.dtype) -> Stage:
         rows,
         writing=Writing(prompt, config.max_target_tokens),
         train_projection=config.train_projection,
+        validate=validation(student, data.valid_rows or (), config.train, data.labels),
     )
 
 
@@ -104,12 +108,12 @@ SFT = StageKind("sft", SftConfig, check, build, shuffle=TASK_ROWS)
 def sft(
     config: SftConfig,
     rows: Iterable[TextRow],
+    valid_rows: Sequence[TextRow] | None = None,
     source: Mapping[str, object] | None = None,
     watch: Watch | None = None,
     labels: Sequence[str] | None = None,
 ) -> Metrics:
-    """Train on `rows` with targets (or labelled ones, with the labels' names); the model ends in `config.output`.
-
-    See `run.run` for the rest.
+    """Train on `rows` with targets, or on labelled ones, whose targets are the names of their `labels`; the model ends
+    in `config.output`. With labels, the best checkpoint on labelled English `valid_rows` is kept; see `run.run`.
     """
-    return run(SFT, config, Data(rows, labels=labels, source=source), watch)
+    return run(SFT, config, Data(rows, valid_rows, labels, source), watch)

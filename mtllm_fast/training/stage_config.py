@@ -46,6 +46,11 @@ class AdaptConfig:
     teacher_cache: str = ""
     """Folder for the teacher's pooled states, 4 bytes per text and dimension, computed once per LLM, data and settings
     and shared by all runs, as in sweeps; without it the teacher runs in every step. For pooled_mse and contrast."""
+    code_switch: str = ""
+    """A bilingual dictionary, `word translation` lines of any languages: the student reads the text with words replaced
+    by their translations, the teacher reads it as it is. For pooled_mse and contrast."""
+    code_switch_share: float = 0.5
+    """Of the words that the dictionary has, how many are replaced."""
     train_projection: bool = True
     """Train the projection too; without, it stays as it starts, for one that was fitted with `init`."""
     train: OptimSettings = field(default_factory=OptimSettings)
@@ -71,6 +76,8 @@ class AdaptConfig:
         for name in ("head_kl", "task"):
             if weight := getattr(self.loss, name):
                 raise ValueError(f"loss.{name}={weight}: needs a task head, which stage 1 has none of")
+        if not 0 < self.code_switch_share <= 1:
+            raise ValueError(f"code_switch_share={self.code_switch_share}: must be a share in (0, 1]")
         if self.init_rows < 1:
             raise ValueError(f"init_rows={self.init_rows}: must be > 0; init='none' fits nothing")
         if self.init != "none" and self.projection.kind != "linear":
@@ -187,8 +194,7 @@ class SftConfig:
             raise ValueError(f"reader={self.reader!r}: expected stack or llm")
         if self.max_target_tokens < 1:
             raise ValueError(f"max_target_tokens={self.max_target_tokens}: must be > 0")
-        own = SftConfig.__dataclass_fields__["projection"].default_factory()  # type: ignore[misc]
-        if (self.model or self.reader == "llm") and self.projection != own:
+        if (self.model or self.reader == "llm") and self.projection != ProjectionConfig():
             why = f"model={self.model!r} has its own" if self.model else "reader='llm' has none"
             raise ValueError(f"projection={self.projection!r}: {why}")
         if self.reader == "llm" and not (self.model or self.train_llm):

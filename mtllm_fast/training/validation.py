@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from ..data.language import ENGLISH_CODES
 from ..data.read import TextRow
@@ -15,10 +16,15 @@ from .config import OptimSettings
 from .stage import Validate
 
 
-def validation(student: MTLLM, rows: Sequence[TextRow], optim: OptimSettings) -> Validate | None:
+def validation(
+    student: MTLLM, rows: Sequence[TextRow], optim: OptimSettings, labels: Sequence[str] | None = None
+) -> Validate | None:
     """A function that scores the student on labelled English rows: accuracy, and mean cross-entropy to settle ties.
 
     It runs with the token budget and the autocast of training. None where there are no rows.
+
+    Args:
+        labels: of a student that writes their names, or a row's choices: the likeliest counts; None for a task head.
 
     Raises:
         ValueError: a row has no label or is not English: the best checkpoint is chosen in English alone.
@@ -33,10 +39,19 @@ def validation(student: MTLLM, rows: Sequence[TextRow], optim: OptimSettings) ->
     def score() -> dict[str, float]:
         # training's one import from a room to its right: scores are those that the finished model will have
         from ..inference import Engine
+        from ..inference.likelihood import log_likelihoods
 
-        engine = Engine(student, max_tokens=optim.tokens)
-        with torch.autocast(engine.device.type, torch.bfloat16, enabled=optim.bf16):
-            logits = torch.from_numpy(engine.classify(rows))
+        device = student.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=optim.bf16):
+            if labels is None:
+                logits = torch.from_numpy(Engine(student, max_tokens=optim.tokens).classify(rows))
+            else:
+                prompt = student.config.prompt
+                assert prompt is not None
+                candidates = [row.choices or labels for row in rows]
+                found, _ = log_likelihoods(student, rows, candidates, prompt, max_tokens=optim.tokens)
+                of_rows = [torch.from_numpy(one) for one in found]  # rows may have fewer choices than others
+                logits = pad_sequence(of_rows, batch_first=True, padding_value=-torch.inf).float()
         gold = torch.tensor([row.label for row in rows])
         right = (logits.argmax(-1) == gold).float().mean()
         return {"accuracy": float(right), "loss": float(F.cross_entropy(logits, gold))}

@@ -17,7 +17,9 @@ class FakeEngine:
     ):
         tokenizer = SimpleNamespace(languages=tuple(languages), fallbacks=dict(fallbacks or {}))
         head = None if labels is None and kind == "classification" else object()
-        config = SimpleNamespace(labels=list(labels) if labels else None)
+        config = SimpleNamespace(
+            labels=list(labels) if labels else None, head=head, prompt=None, reader="stack", causal=False
+        )
         self.model = SimpleNamespace(side=side, tokenizer=tokenizer, head=head, config=config)
         self.truncated = 0
         self.classes = classes

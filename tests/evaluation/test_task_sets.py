@@ -28,7 +28,8 @@ def test_codes_are_nllb_codes_and_remarks_belong_to_languages():
     for task in TASKS.values():
         assert {code for code in task.mt_codes.values() if code is not None} <= known
         assert set(task.notes) <= {code for code, mt in task.mt_codes.items() if mt is not None}
-        assert task.kind == ("choice" if task.name in ("belebele", "xcopa", "copa") else "classification")
+        kinds = {"belebele": "choice", "xcopa": "choice", "copa": "choice", "mgsm": "generated"}
+        assert task.kind == kinds.get(task.name, "classification")
     assert TASKS["kardesnlu"].mt_code("ug") == "uig_Arab" and "Cyrillic" in TASKS["kardesnlu"].notes["ug"]
     assert TASKS["xcopa"].mt_code("qu") == "quy_Latn" and "Quechua" in TASKS["xcopa"].notes["qu"]
     assert {name: task.default_source for name, task in TASKS.items()} == {
@@ -42,6 +43,7 @@ def test_codes_are_nllb_codes_and_remarks_belong_to_languages():
         "belebele": "facebook/belebele",
         "xcopa": "cambridgeltl/xcopa",
         "copa": "aps/super_glue",
+        "mgsm": "juletxara/mgsm",
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -125,7 +126,7 @@ def test_the_kl_is_to_the_bare_llm_on_the_same_target_rows(encoder_folder, llm_f
 
 def test_runs_log_resume_and_save_their_prompt(encoder_folder, llm_folder, tmp_path) -> None:
     settings = config(encoder_folder, llm_folder, tmp_path / "run")
-    metrics = sft(settings, ROWS, {"text": "lines"})
+    metrics = sft(settings, ROWS, source={"text": "lines"})
     logged = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     first = {entry["step"]: entry for entry in logged if "loss" in entry}
     assert sorted(first) == list(range(1, STEPS + 1)) and first[STEPS]["loss"] < first[1]["loss"]
@@ -150,13 +151,15 @@ def test_runs_log_resume_and_save_their_prompt(encoder_folder, llm_folder, tmp_p
     whole = load_file(tmp_path / "run/model.safetensors")
     part = config(encoder_folder, llm_folder, tmp_path / "part")
     part.train.max_steps = 2
-    sft(part, ROWS, {"text": "lines"})
+    sft(part, ROWS, source={"text": "lines"})
     part.train.max_steps, part.resume = STEPS, True
     with pytest.raises(ValueError, match=r"--resume: prompt\.after"):
         sft(
-            config(encoder_folder, llm_folder, tmp_path / "part", resume=True, prompt=Prompt()), ROWS, {"text": "lines"}
+            config(encoder_folder, llm_folder, tmp_path / "part", resume=True, prompt=Prompt()),
+            ROWS,
+            source={"text": "lines"},
         )
-    again = sft(config(encoder_folder, llm_folder, tmp_path / "run", resume=True), ROWS, {"text": "lines"})
+    again = sft(config(encoder_folder, llm_folder, tmp_path / "run", resume=True), ROWS, source={"text": "lines"})
     assert again["train_loss"] == metrics["train_loss"]
     assert metrics["data"]["truncated"].get("target", 0) == 0 and whole
 
@@ -204,7 +207,20 @@ def test_labels_are_targets(encoder_folder, llm_folder, tmp_path) -> None:
         stage.student.tokenizer.llm.decode(ids[:-1]) for ids in batch.targets.input_ids.split(batch.targets.lengths)
     ]
     assert words == ["even", "odd"]
-    sft(settings, rows, labels=["even", "odd"])
+    settings.train.max_steps, settings.train.epochs = -1, 2
+    metrics = sft(settings, rows, valid_rows=rows[:4], labels=["even", "odd"])
+    model = MTLLM.from_pretrained(tmp_path / "run", dtype=torch.float32)
+    with torch.no_grad():
+        likelier = []
+        for row in rows[:4]:
+            sums = []
+            for word in ("even", "odd"):
+                one = collate([replace(row, target=word)], model.tokenizer, sides=("mt",), prompt=settings.prompt)
+                read = read_with_targets(model, one)
+                logits = F.linear(read.states[read.rows], model.llm.lm_head.weight)
+                sums.append(-float(F.cross_entropy(logits, one.targets.input_ids, reduction="sum")))
+            likelier.append(sums.index(max(sums)) == row.label)
+    assert metrics["best_eval_accuracy"] == sum(likelier) / 4
 
 
 def test_long_targets_are_cut_counted_and_have_no_end(encoder_folder, llm_folder, tmp_path) -> None:

@@ -15,6 +15,7 @@ from .folder import FolderTask
 from .hub import HubSet
 from .kardesnlu import KARDESNLU
 from .layout import Layout
+from .mgsm import MGSM
 from .mnli import MNLI
 from .nli import NLI
 from .nusax import NUSAX
@@ -35,6 +36,7 @@ TASKS: dict[str, Task] = {
         BELEBELE,
         XCOPA,
         COPA,
+        MGSM,
     )
 }
 

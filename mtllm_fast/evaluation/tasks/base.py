@@ -29,12 +29,14 @@ class Task(Protocol):
     def name(self) -> str: ...
 
     @property
-    def kind(self) -> Literal["classification", "choice"]:
-        """The `HeadConfig.kind` it takes. Rows of a "choice" task have `choices`, and `label` says which is right."""
+    def kind(self) -> Literal["classification", "choice", "generated"]:
+        """The `HeadConfig.kind` it takes. Rows of a "choice" task have `choices`, and `label` says which is right. A
+        "generated" task takes no head: its rows have a `target`, the answer that is to be written (see `answers`)."""
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Label names; a row's `label` is an index into them. "1", "2", ... where the label is a choice."""
+        """Label names; a row's `label` is an index into them. "1", "2", ... where the label is a choice; none where the
+        answer is generated."""
 
     @property
     def default_source(self) -> str | None:

@@ -1,9 +1,9 @@
 """A task of one's own, described in one YAML file.
 
     name: reviews
-    kind: pair                     # classification | pair | choice
+    kind: pair                     # classification | pair | choice | generated
     columns: {text: title, pair: body, label: stars, id: number}
-    labels: [bad, good]            # integer labels count from label_base (0); not for choice
+    labels: [bad, good]            # integer labels count from label_base (0); not for choice, generated
     english: en                    # which language is English
     languages: {en: eng_Latn, fr: fra_Latn, tlh: null}       # the set's code: MT code, null where there is none
     files: "data/{language}/{split}.csv"
@@ -13,8 +13,9 @@ path per language and split, {en: {train: a.csv, test: b.csv}, fr: {test: c.csv}
 A path per split without {language} holds English only, or, with columns.language, all languages.
 
 For kind "choice", columns.choices lists the columns of the answers, the label is the number of the right one (counted
-from label_base), and columns.text may be a list, e.g. [passage, question]. csv files are read with quoting unless
-`quoted: false`; `header: [...]` names the columns of a table without a header line.
+from label_base), and columns.text may be a list, e.g. [passage, question]. For kind "generated" the label column holds
+the answer that is to be written, a number. csv files are read with quoting unless `quoted: false`; `header: [...]`
+names the columns of a table without a header line.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .folder import FolderTask
 from .layout import Layout
 from .table import Table
 
-KINDS = ("classification", "pair", "choice")
+KINDS = ("classification", "pair", "choice", "generated")
 _KEYS = {"name", "kind", "columns", "labels", "label_base", "english", "languages", "files", "quoted", "header"}
 _COLUMNS = {"text", "pair", "choices", "label", "id", "language"}
 
@@ -85,7 +86,10 @@ def _task(content: object, path: Path, home: Path) -> FolderTask:
         if labels:
             raise _Fault("labels: a choice task has none; the label column numbers the choices, from label_base")
         labels = tuple(str(number + 1) for number in range(len(choices)))
-    if len(labels) < 2 or len(set(labels)) != len(labels):
+    for name in ("labels", "label_base"):
+        if kind == "generated" and name in data:
+            raise _Fault(f"{name}: a generated task has none; the label column holds the answer that is to be written")
+    if kind != "generated" and (len(labels) < 2 or len(set(labels)) != len(labels)):
         raise _Fault(f"{'columns.choices' if kind == 'choice' else 'labels'}: expected at least two different names")
     base = data.get("label_base", 0)
     if not isinstance(base, int) or isinstance(base, bool):
@@ -118,7 +122,7 @@ def _task(content: object, path: Path, home: Path) -> FolderTask:
         english=english,
         mt_codes=codes,
         layouts=layouts,
-        kind="choice" if kind == "choice" else "classification",
+        kind="classification" if kind == "pair" else kind,
         home=str(home),
     )
 

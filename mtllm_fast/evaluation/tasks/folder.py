@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 from ...data.read import TextRow
+from ..answers import number_of
 from .base import SPLITS, canonical_split, nearest
 from .files import Record, records
 from .hub import HubSet, hub_configs, hub_records, hub_splits, looks_like_hub_name
@@ -27,7 +28,7 @@ class FolderTask:
     Fields:
         name: the task's name in reports.
         labels: label names; string labels are looked up here, integer labels count from the table's `base`. For a
-            choice task "1", "2", ..., one per choice.
+            choice task "1", "2", ..., one per choice; for a generated one none.
         tables: how a file may be written; the first that fits its first row is used.
         english: the set's code of English.
         mt_codes: the set's codes -> MT codes, None where the MT model has none; a code that is not in it has none. If
@@ -36,7 +37,8 @@ class FolderTask:
             with a `label` column, one line per row.
         hubs: how the set is laid out on the hub; the first one is the default source and the pattern for mirrors.
         layouts: how its files may be named.
-        kind: "choice" where rows have choices.
+        kind: "choice" where rows have choices; "generated" where the table's `label` is the answer that is to be
+            written, with a number in it (see `answers`).
         notes: remarks on how a language is read, e.g. where the MT code is that of a near relative.
         home: the default source where there is no hub set.
         about: what a model has to do, for readers of a report who know nothing of it.
@@ -51,14 +53,16 @@ class FolderTask:
     label_files: tuple[str, ...] = ()
     hubs: tuple[HubSet, ...] = ()
     layouts: tuple[Layout, ...] = (Layout(),)
-    kind: Literal["classification", "choice"] = "classification"
+    kind: Literal["classification", "choice", "generated"] = "classification"
     notes: Mapping[str, str] = field(default_factory=dict)
     home: str | None = None
     fixed_words: tuple[str, ...] = ()
     about: str = ""
 
     def __post_init__(self) -> None:
-        if len(self.labels) < 2 or len(set(self.labels)) != len(self.labels):
+        if self.kind == "generated" and self.labels:
+            raise ValueError(f"labels={self.labels!r}: a generated task has none")
+        if self.kind != "generated" and (len(self.labels) < 2 or len(set(self.labels)) != len(self.labels)):
             raise ValueError(f"labels={self.labels!r}: expected at least two different names")
         for table in self.tables:
             if len(table.choices) != (len(self.labels) if self.kind == "choice" else 0):
@@ -130,7 +134,7 @@ class FolderTask:
     def rows(
         self, source: str | Path, language: str, split: str = "test", *, limit: int | None = None, labelled: bool = True
     ) -> list[TextRow]:
-        """All rows of a split, in file order, with ids and labels. Rows with a blank text are kept.
+        """All rows of a split, in file order, with ids and labels, or targets. Rows with a blank text are kept.
 
         Args:
             source: folder or hub name.
@@ -140,7 +144,8 @@ class FolderTask:
             labelled: whether labels are needed; False leaves `label` None where the set gives none.
 
         Raises:
-            ValueError: no such language or split in `source`; a malformed file; no labels; a label outside `labels`.
+            ValueError: no such language or split in `source`; a malformed file; no labels; a label outside `labels`; a
+                target without a number.
         """
         split = canonical_split(split)
         if limit is not None and limit < 1:
@@ -162,12 +167,17 @@ class FolderTask:
                 f"source={str(source)!r}: {where!r} does not have the columns {wanted} of the task {self.name!r}"
             )
         content = self._chosen(table, content, language, split, where)
-        labels = self._label_column(folder, table, content, split, where, labelled)
+        values = self._label_column(folder, table, content, split, where, labelled)
+        generated = self.kind == "generated"
+        targets = self._targets(values, where) if generated else [None] * len(values)
+        labels = [None] * len(values) if generated else self._classes(table, values, where)
         code = self.mt_code(language) or language
-        rows = zip(content, labels, strict=True)
-        return [
-            table.row(record, label, code, index, where) for index, (record, label) in enumerate(islice(rows, limit))
-        ]
+        written = zip(content, labels, targets, strict=True)
+        rows = []
+        for index, (record, label, target) in enumerate(islice(written, limit)):
+            row = table.row(record, label, code, index, where)
+            rows.append(row if target is None else replace(row, target=target))
+        return rows
 
     def _chosen(self, table: Table, content: list[Record], language: str, split: str, where: str) -> list[Record]:
         """The records of one language and split that have a label; those without are counted."""
@@ -190,8 +200,8 @@ class FolderTask:
 
     def _label_column(
         self, folder: Path | None, table: Table, content: list[Record], split: str, where: str, labelled: bool
-    ) -> list[int | None]:
-        """The class of each row, None throughout for an unlabelled split that need not be labelled."""
+    ) -> list[object]:
+        """The label of each row as it is written, None throughout for an unlabelled split that need not be labelled."""
         values = [_or_none(record.get(table.label)) for record in content]
         if all(value is None for value in values):
             tried = [folder / pattern.format(split=split) for pattern in self.label_files] if folder else []
@@ -209,6 +219,17 @@ class FolderTask:
             raise ValueError(
                 f"split={split!r}: {where!r} row {values.index(None)} has no label ({count} of {len(values)} have none)"
             )
+        return values
+
+    def _targets(self, values: Sequence[object], where: str) -> list[str | None]:
+        """The answers of a generated task as text."""
+        targets = [None if value is None else _answer(value) for value in values]
+        for index, target in enumerate(targets):
+            if target is not None and number_of(target) is None:
+                raise ValueError(f"{where!r} row {index}: the answer {target!r} holds no number to compare with")
+        return targets
+
+    def _classes(self, table: Table, values: Sequence[object], where: str) -> list[int | None]:
         choice = self.kind == "choice"
         classes = [None if value is None else table.index(value, self.labels, choice) for value in values]
         wrong = [i for i, (value, label) in enumerate(zip(values, classes)) if value is not None and label is None]
@@ -262,6 +283,10 @@ _CODE = re.compile(r"[a-z]{2,3}(_[A-Z][a-z]{3})?")
 
 def _or_none(value: object) -> object:
     return None if value == "" or (value == -1 and not isinstance(value, bool)) else value
+
+
+def _answer(value: object) -> str:
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _labels_of(folder: Path, english: str, table: Table) -> tuple[str, ...]:

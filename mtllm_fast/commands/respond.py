@@ -1,0 +1,217 @@
+"""mtllm respond."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from ..data.language import language_read, reads_language
+from ..data.prompt import Prompt, prompt_of
+from ..data.read import RowStream, read_rows
+from .files import check_least, check_text, output_file, ranks
+
+if TYPE_CHECKING:
+    from ..models import MTLLM
+
+
+@dataclass
+class Respond:
+    """Write a model's own answers to the texts of a file, or the log-likelihood of given labels.
+
+    The output has a record per answer: id, language, text, sample, target (the answer), score (mean log probability per
+    token), finished; with --labels a record per text: id, language, text, label (the likeliest), log_likelihoods.
+    OUTPUT.run.json says what made it. `mtllm sft --text OUTPUT --target-column target` trains on it. A stopped run goes
+    on where it was when the same command is given again.
+    Example: mtllm respond --llm meta-llama/Meta-Llama-3-8B-Instruct --text questions.jsonl --after $'\\nAnswer:'
+    --output answers.jsonl
+    """
+
+    REQUIRED: ClassVar = {
+        "text": "required",
+        "output": "required",
+        "llm": "required, or `model`",
+        "model": "required, or `llm`",
+    }
+    llm: str = ""
+    """The LLM alone, reading its own tokens: folder or hub name."""
+    model: str = ""
+    """Instead of it a model folder of ours with a causal LLM: a stack reads the texts through its encoder."""
+    text: str = ""
+    """.txt, .jsonl, .csv, .tsv or .parquet (also .gz), a folder or glob of them, or a hub dataset."""
+    output: str = ""
+    """The .jsonl or .parquet file to write."""
+    text_column: str = "text"
+    """Column of the text."""
+    pair_column: str | None = None
+    """Column of a second text, where rows are pairs; it is written to the output, too."""
+    id_column: str | None = None
+    """Column with a name per row; by default their numbers, rows without text not counted."""
+    language: str | None = None
+    """MT code of the texts' language, which an encoder with languages needs, or else `language_column`."""
+    language_column: str | None = None
+    """Column with a code per row, instead of `language`."""
+    quoted: bool = True
+    """Quote marks in .csv and .tsv files stand around fields; without, they are text."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    limit: int | None = None
+    """Only the first rows."""
+    before: str | None = None
+    """The prompt before the text, in which special tokens and {text} and {pair} count; by default the model's own."""
+    after: str | None = None
+    """The prompt between the text and the answer; by default the model's own, or a line break."""
+    labels: tuple[str, ...] = ()
+    """Write the log-likelihoods of these instead of answers."""
+    max_new_tokens: int = 256
+    """Most tokens of an answer, its end token with them."""
+    temperature: float = 0.0
+    """0 takes the likeliest token each time; above, tokens are sampled, logits divided by it."""
+    samples: int = 1
+    """Answers to each text; more than one need a `temperature`."""
+    seed: int = 0
+    """Of the sampling, which depends on it and the row's number alone."""
+    max_length: int | None = None
+    """Most tokens of a text, which is cut there; by default 512 with `llm`, and what the model was saved with else."""
+    max_tokens: int = 8192
+    """Most tokens of one batch: prompts, padding and new tokens."""
+    window: int = 1024
+    """Texts that are sorted by length and saved together."""
+    device: str | None = None
+    """"cpu", "cuda", "cuda:1", ...; by default a GPU where there is one."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the weights; by default as they are stored."""
+    overwrite: bool = False
+    """Begin anew even where there is the output or a stopped run."""
+    progress: bool = True
+    """Show a progress bar; a line now and then where stderr is no terminal."""
+
+    def run(self) -> None:
+        import torch
+
+        from ..inference.device import check_device
+        from ..inference.likelihood import Labeller, check_labels
+        from ..inference.records import FORMATS
+        from ..inference.respond import Decoding, Output, Responder, label_file, respond_file
+        from ..inference.stream import Interrupted
+        from ..jobs.fingerprint import of_model
+
+        if bool(self.llm) == bool(self.model):
+            raise ValueError("name either --llm LLM or --model FOLDER")
+        if not self.text:
+            raise ValueError("--text is missing")
+        name = self.llm or self.model
+        named = SimpleNamespace(model=name, input=self.text, output=self.output, overwrite=self.overwrite)
+        check_device(self.device)
+        check_least(self, window=1, limit=1, max_length=4, max_tokens=1)
+        check_text(self.text)
+        settings = ("max_new_tokens", "temperature", "samples", "seed", "max_tokens")
+        decoding = Decoding(**{setting: getattr(self, setting) for setting in settings})
+        if self.labels:
+            check_labels(self.labels)
+        output = output_file(named, FORMATS, resumable=True)
+        prompt, rows = self._prompt(), self._rows()
+        rank, world_size, local = ranks()
+        device = self.device or (f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
+        model = self._loaded().to(device)
+        tokenizer = model.require_tokenizer()
+        if self.max_length is not None:
+            tokenizer.max_mt_tokens = tokenizer.max_llm_tokens = self.max_length
+        rows = self._in_language(rows, model, rank)
+        goes = Output(
+            output,
+            {
+                "model": name,
+                "weights": of_model(name),
+                "reader": model.config.reader,
+                "dtype": self.dtype,
+                "device": device[:4],
+                "max_length": tokenizer.mt_limit if model.side == "mt" else tokenizer.max_llm_tokens,
+                **rows.identity(),
+            },
+            pairs=self.pair_column is not None,
+            window=self.window,
+            overwrite=self.overwrite,
+            rank=rank,
+            world_size=world_size,
+            progress=self.progress and rank == 0,
+        )
+        prompt = prompt or model.config.prompt or Prompt()
+        try:
+            if self.labels:
+                report = label_file(Labeller(model, prompt, self.labels, max_tokens=self.max_tokens), rows, goes)
+            else:
+                report = respond_file(Responder(model, prompt, decoding), rows, goes)
+        except Interrupted as stopped:
+            print(f"mtllm respond: {stopped}", file=sys.stderr)
+            raise SystemExit(130) from None
+        if not report.complete:
+            print(f"respond: process {rank} of {world_size} is done; the last one to finish writes {output}")
+            return
+        before = f" ({report.resumed} of them by an earlier run)" if report.resumed else ""
+        each = f" x {self.samples} answers" if self.samples > 1 else ""
+        counted = "".join(f", {count} {_COUNTED.get(what, what)}" for what, count in report.counts.items())
+        print(f"respond: {report.rows} texts{each} -> {output}{before}; {report.truncated} truncated{counted}")
+        if skipped := rows.counts.empty + rows.counts.failed:
+            reasons = "".join(f", {count} {reason}" for reason, count in rows.counts.reasons.items())
+            print(f"respond: {skipped} rows skipped: {rows.counts.empty} empty{reasons}", file=sys.stderr)
+
+    def _prompt(self) -> Prompt | None:
+        """The prompt of the options, checked against the columns that are read."""
+        prompt = prompt_of(self.before, self.after)
+        if prompt is not None and self.pair_column is None and "{pair}" in prompt.before + prompt.after:
+            raise ValueError("--pair-column is missing: the prompt has {pair} in it")
+        return prompt
+
+    def _rows(self) -> RowStream:
+        return read_rows(
+            self.text,
+            text_column=self.text_column,
+            pair_column=self.pair_column,
+            id_column=self.id_column,
+            language=self.language,
+            language_column=self.language_column,
+            split=self.split,
+            limit=self.limit,
+            quoting=self.quoted,
+        )
+
+    def _loaded(self) -> MTLLM:
+        import torch
+
+        from ..models import MTLLM
+        from ..models.names import is_path
+        from ..models.storage import read_config
+
+        dtype = getattr(torch, self.dtype) if self.dtype else None
+        if self.llm:
+            return MTLLM.stack(llm=self.llm, reader="llm", causal=True, dtype=dtype)
+        if is_path(self.model):
+            config = read_config(Path(self.model))
+            if config.reader == "encoder" or not config.causal:
+                lacks = "no LLM" if config.reader == "encoder" else "a bidirectional LLM"
+                raise ValueError(f"--model {self.model}: has {lacks}, and answers are written by a causal one")
+        return MTLLM.from_pretrained(self.model, dtype=dtype)
+
+    def _in_language(self, rows: RowStream, model: MTLLM, rank: int) -> RowStream:
+        """The rows with the language that they are read in; those in an unknown one are left out and counted."""
+        from ..inference.stream import language_check
+
+        tokenizer = model.require_tokenizer()
+        if not reads_language(tokenizer, model.side):
+            return rows
+        if self.language_column is not None:
+            return replace(rows, unusable=language_check(tokenizer))
+
+        def tell(message: str) -> None:
+            if not rank:
+                print(f"mtllm respond: {message}", file=sys.stderr)
+
+        code = str(language_read(tokenizer, model.side, self.language, "--language", tell=tell))
+        tokenizer.language_id(code)
+        return replace(rows, language=code)
+
+
+_COUNTED = {"unfinished": "met the length limit"}  # as it is said of a count
