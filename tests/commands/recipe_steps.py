@@ -62,16 +62,17 @@ def write_data(root: Path) -> dict[str, str]:
 
 
 def write_pairs(root: Path) -> dict[str, str]:
-    """Role -> rows with targets: translations, answers, translations with the answer behind them."""
+    """Role -> prompts, a dictionary, and rows with targets: translations, translations with an answer behind them."""
     rng = random.Random(1)
-    found = {}
-    for role in ("pairs", "answers", "chains"):
+    found = {"dictionary": str(root / "dictionary.txt")}
+    Path(found["dictionary"]).write_text("river fleuve\nbread mkate\nold vieux\nstar nyota\n")
+    for role in ("pairs", "prompts", "chains"):
         rows = []
         for number in range(32):
             words = [rng.choice(" ".join(WORDS.values()).split()) for _ in range(3)]
-            language = "eng_Latn" if role == "answers" else LANGUAGES[1 + number % 2]
-            target = {"pairs": " ".join(reversed(words)), "answers": words[0]}.get(role, f"{words[1]}: {words[0]}")
-            rows.append({"text": f"{' '.join(words)} {number}", "language": language, "target": target})
+            row = {"text": f"{' '.join(words)} {number}", "language": LANGUAGES[1 + number % 2]}
+            target = {"pairs": " ".join(reversed(words)), "chains": f"{words[1]}: {words[0]}"}
+            rows.append({**row, "target": target[role]} if role in target else {"text": row["text"]})
         found[role] = str(root / f"{role}.jsonl")
         Path(found[role]).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return found
