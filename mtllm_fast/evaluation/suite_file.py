@@ -15,6 +15,7 @@
       teacher: runs/{task}/teacher/seed-{seed}
       translations: runs/{task}/translations.parquet         # or translator: an MT model, with num_beams: 1
       target: eng_Latn
+    against: MT encoder                     # whom the others are compared with; by default translate-test
     alignment: true                         # compare hidden states with English (tasks whose rows are parallel)
     resamples: 2000                         # of the bootstrap
     max_tokens: 8192                        # token budget of one forward pass
@@ -38,7 +39,7 @@ from .cells import CellStore
 from .results import Scores
 from .statistics import RESAMPLES
 from .suite import evaluate
-from .systems import Dtype
+from .systems import TRANSLATE_TEST, Dtype
 from .tasks import get_task
 
 Folders = str | list[str] | dict[str, str | list[str]]  # for every task, one per seed, or by task
@@ -84,6 +85,7 @@ class Suite:
     tasks: list[TaskEntry] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     translate_test: TranslateTest | None = None
+    against: str | None = None
     alignment: bool = False
     resamples: int = RESAMPLES
     max_tokens: int | None = None
@@ -121,6 +123,9 @@ def read_suite(path: str | Path) -> Suite:
         suite.translate_test = _instance(TranslateTest, suite.translate_test, f"{where}: translate_test")
     if not suite.models and suite.translate_test is None:
         raise ValueError(f"{where}: models: none given, and no translate_test")
+    names = [*suite.models, *([] if suite.translate_test is None else [TRANSLATE_TEST])]
+    if suite.against is not None and suite.against not in names:
+        raise ValueError(f"{where}: against: {suite.against!r} is none of the models; they are {', '.join(names)}")
     for entry in entries:  # a folder that is missing or has no {seed} is an error of the file, found before any work
         for name, folders in suite.models.items():
             _folders(folders, entry.name, suite.seeds, f"{where}: models: {name}")
@@ -164,6 +169,7 @@ def run_suite(suite: Suite, *, progress: bool = True) -> tuple[list[Scores], Cel
             teacher=teacher,
             target=test.target,
             num_beams=test.num_beams,
+            against=suite.against,
             probe_source=entry.probe_data,
             alignment=suite.alignment,
             centre=entry.centre,

@@ -42,7 +42,7 @@ class Ended:
     received: signal.Signals | None
 
 
-def run_measured(words: Sequence[str], log: Path | None, report: Callable[[Used], object]) -> Ended:
+def run_measured(words: Sequence[str], log: Path | None, report: Callable[[Used], object] = lambda used: None) -> Ended:
     """Run a command to its end.
 
     It is in a process group of its own: a signal of the terminal comes to this process alone, which passes it on once,
