@@ -20,7 +20,7 @@ USAGE = """usage: mtllm COMMAND [options]
 
 `mtllm COMMAND --help` shows the options of one command. Every command takes --config FILE.yaml, whose keys are its
 options (nested where the option has a dot); options on the command line override it.
-`mtllm help TOPIC` shows the keys of a file; topics are suite, task and recipe."""
+`mtllm help TOPIC` shows the keys of a file; topics are suite, task, recipe and compare."""
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -193,7 +193,7 @@ class RecipeRun:
             raise Stopped(ended.received, name)
         if not record.finished:
             how = f"ended with exit code {ended.code}" if ended.code >= 0 else f"was ended by signal {-ended.code}"
-            said = "" if log is None else f": {_last_line(log)}"
+            said = f": {line}" if log is not None and (line := _last_line(log)) else ""
             raise RunFailed(f"step {name}: mtllm {step.command} {how}{said}; finished steps are kept in {self.output}")
         used = ended.used
         print(
@@ -240,6 +240,8 @@ def _without_free(settings: Any) -> Any:
 
 
 def _last_line(log: Path) -> str:
-    """The last line of a log that says something."""
+    """The last line of a log that says something, "" where there is none."""
+    if not log.is_file():
+        return ""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")

@@ -20,6 +20,10 @@ COMMANDS = {
         "recipe:TrainRecipe",
         "a whole system by its recipe: these steps one after another, by the library's YAML or yours",
     ),
+    "compare": (
+        "compare:Compare",
+        "recipes x seeds x tasks in one table: what each system scores, costs and learns from",
+    ),
     "evaluate": ("evaluate:Evaluate", "zero-shot scores of models in every language of a task, against translate-test"),
     "translate": ("translate:Translate", "translate texts with the MT model"),
     "respond": (
