@@ -11,6 +11,7 @@ ENCODE = "encode --model stack --input text.txt --output e.npy "
 EVALUATE = "evaluate --model teacher --task folder --data task --output scores --no-progress "
 TRANSLATE = "translate --model encoder --input text.txt --output t.jsonl --language fra_Latn "
 TOKENIZE = "tokenize --encoder encoder --llm llm --text text.txt --output tokens "
+SHRINK = "shrink --encoder encoder --output out "
 PROFILE = "profile --encoder encoder --llm llm --text text.txt "
 
 COMMANDS = [
@@ -273,6 +274,22 @@ MORE = [
     ("report bench.json --profile text.txt", "--profile text.txt"),
     ("doctor --llm ./nosuch", "llm='./nosuch'"),
     ("doctor --llm encoder", "llm='encoder'"),
+    # shrink
+    ("shrink --text text.txt --output out", "--encoder is missing"),
+    ("shrink --encoder encoder --text text.txt", "--output is missing"),
+    (SHRINK, "--text and --layers are missing"),
+    (SHRINK + "--text nosuch.txt", "nosuch.txt"),
+    (SHRINK + "--text text.txt --held-out x*.txt", "'x*.txt' matches no file"),
+    (SHRINK + "--text rows.csv --text-column body", "text_column 'body'"),
+    (SHRINK + "--text text.txt --limit 0", "--limit 0"),
+    (SHRINK + "--text text.txt --keep-languages xx", "'xx' is unknown"),
+    (SHRINK + "--text text.txt --min-frequency 2", "min_frequency=2.0"),
+    (SHRINK + "--text text.txt --output task", "--output task: exists"),
+    (SHRINK + "--text text.txt --output text.txt/small", "text.txt is a file"),
+    (SHRINK + "--text text.txt --encoder llm", "encoder='llm'"),
+    (SHRINK + "--text text.txt --encoder ./nosuch", "encoder='./nosuch'"),
+    (SHRINK + "--layers 3", "layers=3"),
+    (SHRINK + "--layers 1 --keep-languages fra_Latn", "keep_languages"),
     # fetch, convert, demo
     ("fetch gpt-9 --output model", "'gpt-9'"),
     ("fetch e5-small", "--output is missing"),

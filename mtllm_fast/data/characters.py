@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 Form = Literal["NFC", "NFKC"]
 
+REMOVED = "removed_characters"  # setting of a tokenizer that was trimmed (trim.py): what it does not know any more
+
 # canonically equal texts are one to these, with nothing but those before them
 _CANONICAL = ("Precompiled", "NFC", "NFKC", "NFD", "NFKD")
 _HARMLESS = ("Lowercase", "Strip", "Prepend")
@@ -264,6 +266,7 @@ class Reader:
     Attributes:
         characters: its character map where it begins with one, which is then applied here and not by the tokenizer.
         canonical: canonically equal texts are one to it, whether they are composed here or not.
+        removed: characters that it knew before it was trimmed (trim.py).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -280,6 +283,16 @@ class Reader:
         elif steps and steps[0]["type"] in ("NFKC", "NFKD"):
             self._form = "NFKC"  # the library's own gives wrong offsets where a ligature has a mark
         self._rest: Tokenizer | None = None
+        self.removed = frozenset(getattr(tokenizer, "init_kwargs", {}).get(REMOVED, ""))
+
+    def missing(self, written: Written) -> str | None:
+        """A character of the text that a trimmed tokenizer does not know any more; None where there is none."""
+        if not self.removed:
+            return None
+        text = written.text
+        if self.characters is None and self._backend.normalizer is not None:
+            text = self._backend.normalizer.normalize_str(text)
+        return None if self.removed.isdisjoint(text) else next(c for c in text if c in self.removed)
 
     def write(self, text: str, compose: bool) -> Written:
         """`text` as the tokenizer is given it; `compose`: as sentencepiece does, where the tokenizer does not.

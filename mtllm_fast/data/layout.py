@@ -61,7 +61,7 @@ def lay_out(form: SideFormat, prefixes: Sequence[list[int]], rows: Sequence[Text
     segments: list[str] = []
     counts: list[int] = []
     for row in rows:
-        texts = _segments(row)
+        texts = texts_of(row)
         segments.extend(texts)
         counts.append(len(texts))
     has_choices = any(row.choices is not None for row in rows)
@@ -118,7 +118,12 @@ def lay_out(form: SideFormat, prefixes: Sequence[list[int]], rows: Sequence[Text
     return TokenizedSide(all_ids, all_ends, truncated, spans if has_choices else None)
 
 
-def _segments(row: TextRow) -> list[str]:
+def texts_of(row: TextRow) -> list[str]:
+    """The texts of a row, each of which is tokenised by itself.
+
+    Raises:
+        ValueError: text_pair and choices in one row, or no choices.
+    """
     if row.choices is not None:
         if row.text_pair is not None:
             raise ValueError("a TextRow takes text_pair or choices, not both: put the question at the end of text")

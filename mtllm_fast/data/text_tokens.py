@@ -53,6 +53,12 @@ def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[str], with_ends: boo
         return [], []
     reader = reader_of(tokenizer)
     written = [reader.write(text, compose) if isinstance(text, str) else Written(text) for text in texts]
+    for text, given in zip(texts, written, strict=True) if reader.removed else ():
+        if isinstance(text, str) and (missing := reader.missing(given)) is not None:
+            raise BadText(
+                f"text {text[:40]!r} holds {missing!r}, which the full vocabulary had and this trimmed one lacks: "
+                "read it with the full model, or trim that with such texts too (`mtllm shrink --text`)"
+            )
     ids: list[list[int]] = [[] for _ in texts]
     ends: list[list[int]] = [[] for _ in texts]
     for mapped in (False, True):

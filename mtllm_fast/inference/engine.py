@@ -158,7 +158,8 @@ class Engine:
                 means English, with a FutureWarning); others ignore them, as a log line says once.
             pooling: "mean" of the last hidden states (what the stack is trained on), or its "first" or "last" row.
             normalize: scale every row to length 1.
-            on_bad_text: what a text that is empty, has no token or is no str does: "fail", or a row of "nan".
+            on_bad_text: what a text that is empty, has no token, is no str or cannot be read does: "fail", or a row of
+                "nan".
             progress: show a bar on stderr.
 
         Raises:

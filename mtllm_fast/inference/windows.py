@@ -16,6 +16,7 @@ from ..data.batch import Batch, TokenizedRows
 from ..data.layout import TokenizedSide
 from ..data.pack import consecutive_packs
 from ..data.read import TextRow, UnusableRow
+from ..data.text_tokens import BadText
 from ..data.tokenise import StackTokenizer
 from .texts import OnBadText
 
@@ -89,10 +90,15 @@ class WindowReader:
 
     def _window(self, index: int, rows: list[TextRow | UnusableRow], on_bad_text: OnBadText) -> Window:
         usable = [(k, row) for k, row in enumerate(rows) if isinstance(row, TextRow)]
-        side = self.tokenizer.side(self.side, [row for _, row in usable], ends=False)
+        start = index * self.size
+        try:
+            side = self.tokenizer.side(self.side, [row for _, row in usable], ends=False)
+        except BadText:
+            usable = self._readable(start, usable, on_bad_text)
+            side = self.tokenizer.side(self.side, [row for _, row in usable], ends=False)
         window = Window(
             index,
-            index * self.size,
+            start,
             [row.id for row in rows],
             [row.language for row in rows],
             side.truncated,
@@ -127,6 +133,24 @@ class WindowReader:
             batch = tokenised.batch([first[order[k]] for k in pack], align=False)
             window.batches.append(batch.pin_memory() if self.pin else batch)
         return window
+
+    def _readable(
+        self, start: int, usable: list[tuple[int, TextRow]], on_bad_text: OnBadText
+    ) -> list[tuple[int, TextRow]]:
+        """Those of the rows that the tokenizer can read. Raises ValueError for the first other one, unless "nan"."""
+        kept: list[tuple[int, TextRow]] = []
+        bad: list[str] = []
+        for k, row in usable:
+            try:
+                self.tokenizer.side(self.side, [row], ends=False)
+                kept.append((k, row))
+            except BadText as error:
+                name = "" if row.id is None else f" (id {row.id!r})"
+                bad.append(f"row {start + k}{name}: {error}")
+        if on_bad_text == "fail":
+            raise ValueError(f"{bad[0]}; on_bad_text='nan' gives it a row of NaN")
+        logger.warning("%d rows cannot be read; the first is %s", len(bad), bad[0])
+        return kept
 
 
 def _distinct(side: TokenizedSide) -> tuple[list[int], list[int]]:

@@ -83,6 +83,36 @@ def scratch(folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def staged(folder: Path, doing: str) -> Iterator[Path]:
+    """An empty folder beside `folder` that nobody else writes, for `replace_folder`; else it is gone afterwards.
+
+    What a killed process left in it is removed.
+
+    Args:
+        doing: what is done to make it, as "fetching"; its name ends so.
+
+    Raises:
+        ValueError: another process is at it.
+    """
+    staging = folder.with_name(f".{folder.name}.{doing}")
+    staging.mkdir(exist_ok=True)
+    handle = os.open(staging, os.O_RDONLY)
+    try:
+        if not lock(handle, wait=False):
+            raise ValueError(f"--output {folder}: another process is {doing} it")
+        if not is_at(handle, staging):
+            raise ValueError(f"--output {folder}: another process has just finished {doing} it")
+        for path in staging.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        try:
+            yield staging
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    finally:
+        os.close(handle)
+
+
 def check_folder_above(option: str, path: Path) -> None:
     """Raise ValueError where `path` lies in what is no folder; folders that are not there can be made."""
     for folder in path.absolute().parents:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 class Bert(EncoderFamily["Model"]):
     model_types: ClassVar[tuple[str, ...]] = ("bert",)
     about = "multilingual-E5-small, LaBSE, mBERT"
+    even_layers = True
 
     def encoder_class(self, config: PreTrainedConfig) -> type[Model]:
         from transformers import BertModel

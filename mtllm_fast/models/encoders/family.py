@@ -28,11 +28,13 @@ class EncoderFamily(ABC, Generic[Encoder]):
         model_types: values of `model_type` in the config.json of its models.
         about: models that people know, for messages and `mtllm doctor`.
         language_codes: texts begin with a language token, so that its tokenizers must have language codes.
+        even_layers: its layers are built alike, so that some of them make a shallower encoder (models/shrink.py).
     """
 
     model_types: ClassVar[tuple[str, ...]]
     about: ClassVar[str]
     language_codes: ClassVar[bool] = False
+    even_layers: ClassVar[bool] = False
 
     @abstractmethod
     def encoder_class(self, config: PreTrainedConfig) -> type[Encoder]:

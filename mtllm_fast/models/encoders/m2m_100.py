@@ -35,6 +35,7 @@ class M2M100(SequenceToSequence["M2M100Encoder"]):
     model_types = ("m2m_100",)
     about = "NLLB-200, M2M-100"
     language_codes = True
+    even_layers = True
 
     def encoder_class(self, config: PreTrainedConfig) -> type[M2M100Encoder]:
         from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder

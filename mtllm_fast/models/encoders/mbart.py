@@ -21,6 +21,7 @@ class MBart(SequenceToSequence["MBartEncoder"]):
     model_types = ("mbart",)
     about = "mBART-50"
     language_codes = True
+    even_layers = True
 
     def encoder_class(self, config: PreTrainedConfig) -> type[MBartEncoder]:
         from transformers.models.mbart.modeling_mbart import MBartEncoder

