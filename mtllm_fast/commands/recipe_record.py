@@ -12,7 +12,7 @@ from typing import Any
 from ..data.formats import kind_of
 from ..data.read import resolve
 from ..jobs.durable import write_json
-from ..jobs.fingerprint import of_file, of_model
+from ..jobs.fingerprint import hub_config, of_file, of_model
 from ..jobs.ledger import differing
 from ..jobs.measured import Used
 from ..training.inputs import changed
@@ -150,6 +150,12 @@ def identity(role: str, value: str) -> dict[str, Any]:
         ValueError: a file, folder or model that is not there.
     """
     if role in MODELS:
+        if (
+            not Path(value).expanduser().exists()
+            and not value.startswith((".", "/", "~"))
+            and hub_config(value) is None
+        ):
+            raise ValueError(f"--{role} {value}: no such folder, and no model of the hub that can be had now")
         try:
             return {"value": value, "content": {"": of_model(value)}}
         except ValueError as error:
