@@ -16,6 +16,7 @@ setup(
         "mtllm_fast.reporting": ["templates/*"],
         "mtllm_fast.evaluation": ["*.tsv"],
         "mtllm_fast.training": ["configs/*.yaml"],
+        "mtllm_fast.recipes": ["*.yaml"],
         "mtllm_fast": ["py.typed"],
     },
 )

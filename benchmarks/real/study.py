@@ -19,7 +19,6 @@ import argparse
 import csv
 import json
 import random
-import resource
 import subprocess
 import sys
 import time
@@ -32,6 +31,7 @@ import yaml
 
 from mtllm_fast.evaluation import get_task
 from mtllm_fast.evaluation.pretraining import XLM_R
+from mtllm_fast.jobs.measured import run_measured
 from mtllm_fast.models.packages.translate import translate_portuguese
 
 from .study_table import CENTRED, CPU_SECONDS, NEW, OURS, READ, Study, write_tables
@@ -133,27 +133,23 @@ def train(stage: str, output: Path, settings: dict[str, object]) -> None:
     """One training command, unless its run is finished; one that was stopped goes on."""
     if (output / "result.json").is_file():
         return
-    began, used = time.perf_counter(), cpu_seconds()
     settings = {**settings, "output": output}
     if (output / "run.json").is_file():
         settings["resume"] = True
     output.parent.mkdir(parents=True, exist_ok=True)
     print(f"{stage} -> {output}", flush=True)
-    with output.with_suffix(".log").open("a") as log:
-        words = command(stage, {**settings, "no_progress": True})
-        log.write(" ".join(words) + "\n")
-        log.flush()
-        done = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT)
-        log.write(f"{CPU_SECONDS} {cpu_seconds() - used:.1f}\n")
-    if done.returncode:
-        raise SystemExit(f"{stage} ended with {done.returncode}: see {output.with_suffix('.log')}")
-    print(f"    {time.perf_counter() - began:.0f} s", flush=True)
+    words, path = command(stage, {**settings, "no_progress": True}), output.with_suffix(".log")
+    add_line(path, " ".join(words))
+    ended = run_measured(words, path)
+    add_line(path, f"{CPU_SECONDS} {ended.used.cpu_seconds:.1f}")
+    if ended.code or ended.received:
+        raise SystemExit(f"{stage} ended with {ended.received or ended.code}: see {path}")
+    print(f"    {ended.used.seconds:.0f} s", flush=True)
 
 
-def cpu_seconds() -> float:
-    """Processor time of all children so far."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+def add_line(path: Path, line: str) -> None:
+    with path.open("a") as file:
+        file.write(line + "\n")
 
 
 def train_seed(options: argparse.Namespace, seed: int) -> None:
@@ -245,7 +241,7 @@ def evaluate(options: argparse.Namespace, seeds: list[int]) -> None:
     tasks = list(groups_of(options).values())
     if options.centre:
         tasks += [{**entry, "name": f"{entry['name']}{CENTRED}", "centre": options.centre} for entry in tasks]
-    run_suite(options, "suite", {"seeds": seeds, "models": places_of(options), "tasks": tasks})
+    run_suite(options, "suite", {"seeds": seeds, "models": places_of(options), "against": OURS, "tasks": tasks})
     plan = TASKS[options.task]
     if plan.translations is None or options.stacks:
         return
@@ -331,7 +327,7 @@ def main() -> None:
     for done, seed in enumerate(options.seeds, 1):
         train_seed(options, seed)
         evaluate(options, options.seeds[:done])
-        study = Study(options.output, options.task, plan.title, plan.english, options.seeds[:done])
+        study = Study(options.output, options.task, plan.title, options.seeds[:done])
         write_tables(study, save, systems(options.texts, options.anew, options.stacks))
 
 

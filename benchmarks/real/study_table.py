@@ -15,7 +15,7 @@ import yaml
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from mtllm_fast.evaluation.results import ModelScores, Scores
+from mtllm_fast.evaluation.results import Gap, ModelScores, Scores
 from mtllm_fast.evaluation.statistics import interval, mean_samples
 from mtllm_fast.evaluation.systems import TRANSLATE_TEST
 from mtllm_fast.reporting.scores import read_scores
@@ -34,7 +34,6 @@ class Study:
     output: Path
     task: str
     title: str
-    english: str
     seeds: Sequence[int]
 
     @property
@@ -137,15 +136,12 @@ def summarise(study: Study, systems: Mapping[str, str]) -> dict[str, Any]:
             scores = next(model for model in part.models if model.name == name)
             mean = scores.overall("non_english")
             assert mean is not None
-            ours = hits(study, group, OURS, part.foreign())
-            theirs = hits(study, group, name, part.foreign())
-            apart = hits(study, group.removesuffix(CENTRED), name, part.foreign())
             models[name]["groups"][group] = {
                 "accuracy": mean.accuracy,
                 "interval": list(mean.accuracy_interval),
                 "seeds": scores.seed_means,
-                "ours_minus_it": None if name == OURS else difference(ours, theirs),
-                "gain_of_centring": difference(theirs, apart) if group.endswith(CENTRED) else None,
+                "ours_minus_it": ours_minus(mean.gap),
+                "gain_of_centring": of_centring(study, group, name, part.foreign()),
                 "retrieval": of_retrieval(scores, part.foreign()),
             }
             if not group.endswith(CENTRED):
@@ -159,7 +155,7 @@ def summarise(study: Study, systems: Mapping[str, str]) -> dict[str, Any]:
         "dtype": suite.get("dtype", "float32"),
         "centre": max(task.get("centre", 0) for task in suite["tasks"]),
         "rows": first.limit or next(iter(first.models[0].languages.values())).rows,
-        "english": {name: of_english(study, next(iter(parts)), name) for name in systems},
+        "english": {name: of_english(first, name) for name in systems},
         "texts": {name: int(f.split("-")[1]) for name, f in systems.items() if f.startswith("stack-")},
         "translated": of_translations(study),
         "systems": models,
@@ -197,10 +193,23 @@ def of_translations(study: Study) -> dict[str, Any] | None:
     return found
 
 
-def of_english(study: Study, group: str, system: str) -> dict[str, Any]:
+def ours_minus(gap: Gap | None) -> list[float] | None:
+    """What MT-LLM has more than a system, by the report's gap of that to MT-LLM; None for MT-LLM itself."""
+    return None if gap is None else [-gap.accuracy, -gap.high, -gap.low]
+
+
+def of_centring(study: Study, group: str, system: str, codes: Sequence[str]) -> list[float] | None:
+    """What a system gains by centring, None where the group is of systems without."""
+    if not group.endswith(CENTRED):
+        return None
+    centred, apart = (hits(study, name, system, codes) for name in (group, group.removesuffix(CENTRED)))
+    return difference(centred, apart)
+
+
+def of_english(part: Scores, system: str) -> dict[str, Any]:
     """English accuracy over the seeds with its interval: the task teacher's is the bound of what reads its states."""
-    middle, samples = of_mean(hits(study, group, system, [study.english]))
-    return {"accuracy": middle, "interval": list(interval(samples))}
+    score = next(model for model in part.models if model.name == system).languages[part.english]
+    return {"accuracy": score.accuracy, "interval": list(score.accuracy_interval or ())}
 
 
 def markdown(found: Mapping[str, Any]) -> list[str]:

@@ -145,7 +145,7 @@ class Evaluate:
             dtype=self.dtype,
             progress=self.progress,
         )
-        _report([scores], store, write_report(scores, output, overwrite=self.overwrite))
+        print_report([scores], [store] if store else [], write_report(scores, output, overwrite=self.overwrite))
 
     def _run_suite(self) -> None:
         from ..evaluation.suite_file import read_suite, run_suite
@@ -162,14 +162,16 @@ class Evaluate:
             raise ValueError(f"--output is missing, and {self.suite} names no 'output' either")
         check_output(suite.output, overwrite=True)
         results, store = run_suite(suite, progress=self.progress)
-        _report(results, store, write_report(results, suite.output, overwrite=True))
+        print_report(results, [store], write_report(results, suite.output, overwrite=True))
 
 
-def _report(results: Sequence[Scores], store: CellStore | None, paths: Mapping[str, Path]) -> None:
+def print_report(results: Sequence[Scores], stores: Sequence[CellStore], paths: Mapping[str, Path]) -> None:
+    """Scores on the console, what was found finished, and where the files are."""
     from ..reporting import print_scores
 
     for scores in results:
         print_scores(scores)
-    for note in store.notes() if store else ():
-        print(note)
+    for store in stores:
+        for note in store.notes():
+            print(note)
     print("written:", ", ".join(map(str, paths.values())))

@@ -37,10 +37,19 @@ def read_settings(settings_type: type[Settings], path: str) -> Settings:
         raise ValueError(f"{where}: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{where}: expected a mapping of options")
-    return _replaced(settings_type(), _values(settings_type, data, where))
+    return settings_from(settings_type, data, where)
 
 
-def _options(settings_type: type[DataclassInstance]) -> Options:
+def settings_from(settings_type: type[Settings], data: Mapping[object, object], where: str) -> Settings:
+    """As `read_settings`, of a mapping that is at hand; errors start with `where`."""
+    values = values_of(settings_type, data, where)
+    try:
+        return replaced(settings_type(), values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def options_of(settings_type: type[DataclassInstance]) -> Options:
     """A field may also be called as its option is (`from`), and what has no prefix
     on the command line (`tyro.conf.arg(name="")`) needs none here."""
     hints = typing.get_type_hints(settings_type, include_extras=True)
@@ -52,13 +61,13 @@ def _options(settings_type: type[DataclassInstance]) -> Options:
             names = [one.name for one in extras if isinstance(one, type(tyro.conf.arg()))]  # type: ignore[attr-defined]
         options |= {name.replace("-", "_"): ((field.name,), kind) for name in (field.name, *names) if name}
         if "" in names:
-            flat |= {key: ((field.name, *path), inner) for key, (path, inner) in _options(kind).items()}
+            flat |= {key: ((field.name, *path), inner) for key, (path, inner) in options_of(kind).items()}
     return flat | options
 
 
-def _values(settings_type: type[DataclassInstance], data: Mapping[object, object], where: str) -> Values:
+def values_of(settings_type: type[DataclassInstance], data: Mapping[object, object], where: str) -> Values:
     """The checked values of a mapping; keys may use `-` or `_`."""
-    options, values = _options(settings_type), Values()
+    options, values = options_of(settings_type), Values()
     for key, value in data.items():
         name = str(key).replace("-", "_")
         if name not in options:
@@ -68,7 +77,7 @@ def _values(settings_type: type[DataclassInstance], data: Mapping[object, object
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             if not isinstance(value, dict):
                 raise ValueError(f"{where}: {key} must be a mapping")
-            found = {(*path, *inner): one for inner, one in _values(kind, value, f"{where}: {key}").items()}
+            found = {(*path, *inner): one for inner, one in values_of(kind, value, f"{where}: {key}").items()}
         else:
             try:
                 found = {path: converted(kind, value)}
@@ -80,10 +89,10 @@ def _values(settings_type: type[DataclassInstance], data: Mapping[object, object
     return values
 
 
-def _replaced(base: Settings, values: Values) -> Settings:
+def replaced(base: Settings, values: Values) -> Settings:
     """`base`, an instance of a dataclass, with the values of some of its fields and of those nested in it."""
     changes = {}
     for name in {path[0] for path in values}:
         inner = {path[1:]: value for path, value in values.items() if path[0] == name}
-        changes[name] = inner[()] if () in inner else _replaced(getattr(base, name), inner)
+        changes[name] = inner[()] if () in inner else replaced(getattr(base, name), inner)
     return dataclasses.replace(base, **changes)

@@ -24,6 +24,8 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 TOPICS = {
     "suite": ("evaluation/suite_file.py", "the file of `--suite`"),
     "task": ("evaluation/tasks/custom.py", "the file of `--task FILE.yaml`"),
+    "recipe": ("commands/recipe_file.py", "the file of `--recipe`"),
+    "compare": ("commands/compare_file.py", "the file of `mtllm compare`"),
 }
 registry = ConstructorRegistry()
 

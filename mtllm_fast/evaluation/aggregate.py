@@ -1,4 +1,4 @@
-"""From cells to scores: means over seeds, intervals, and the comparison with translate-test."""
+"""From cells to scores: means over seeds, intervals, and the comparison with translate-test or another reference."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def summarise(
     Args:
         described: the languages asked for, in order.
         num_classes: of the task; 0 for one whose answers are written, which has no macro-F1.
-        reference: name of the model that the others are compared with (translate-test), or None.
+        reference: name of the model that the others are compared with, or None.
         available: the set's code -> rows that the split holds, whether scored or not.
 
     Raises:
@@ -207,7 +207,7 @@ def _alignment(model: ModelCells, code: str) -> dict[str, float]:
 
 
 def _compare(model: ModelCells, against: ModelCells, summary: _Summary, english: str, resamples: int) -> None:
-    """Fill in the gaps of a model against translate-test, language by language."""
+    """Fill in the gaps of a model against the reference, language by language."""
     gaps: dict[str, Gap] = {}
     for code in summary.scores.languages:
         seeds, others = len(model.run(code)), len(against.run(code))

@@ -16,12 +16,12 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Gap:
-    """Accuracy of a model minus that of translate-test on the same rows.
+    """Accuracy of a model minus that of the reference (translate-test, or another) on the same rows.
 
     Fields:
         accuracy: the difference, -1 to 1; low, high: its bootstrap interval.
         p: two-sided p-value of the paired test; p_holm: adjusted over the non-English languages of the model and task.
-            None where not tested (English, which needs no translation, and means over languages).
+            None where not tested (English, and means over languages).
     """
 
     accuracy: float
@@ -49,7 +49,7 @@ class LanguageScore:
         blank: rows with an empty text among all that the model was run on (scored all the same).
         accuracy_interval, macro_f1_interval: bootstrap intervals over the rows.
         accuracy_sd, macro_f1_sd: standard deviation over seeds (n - 1), None for one seed.
-        gap: against translate-test, None where there is none.
+        gap: against the reference, None where there is none.
         alignment: metrics of `alignment.METRICS`, means over the seeds; empty where not asked for.
         time_s: seconds spent predicting, all seeds together.
         scored: rows that this model was run on, None where they are `rows`.
@@ -78,7 +78,7 @@ class LanguageScore:
 @dataclass(frozen=True)
 class GroupScore:
     """Unweighted mean of one model over the languages of a group, with the bootstrap interval of that mean (rows
-    resampled, languages fixed). `gap` is None where translate-test lacks one of the languages."""
+    resampled, languages fixed). `gap` is None where the reference lacks one of the languages."""
 
     languages: int
     accuracy: float
@@ -160,7 +160,8 @@ class Scores:
         models: in the order given.
         limit: rows per language, None for all; limit_seed: of their draw, None for the first rows of a file.
         versions: package versions.
-        reference: name of the translate-test among the models, None without one.
+        reference: name of the model that the others are compared with: translate-test, unless another was named; None
+            where there is none.
         resamples: of the bootstrap.
         issues: what is odd about the data, counted.
         described: the set's code -> the language.
@@ -204,7 +205,7 @@ class Scores:
         return [code for code in self.languages if any(m.skipped.get(code) == NO_MT_CODE for m in self.models)]
 
     def compared(self) -> list[ModelScores]:
-        """The models other than translate-test."""
+        """The models other than the reference."""
         return [model for model in self.models if model.name != self.reference]
 
     def aligned(self) -> list[str]:

@@ -45,6 +45,7 @@ def evaluate(
     teacher: Model | Sequence[Model] | None = None,
     target: str = "eng_Latn",
     num_beams: int = 1,
+    against: str | None = None,
     probe_source: str | Path | None = None,
     probe_rows: int = PROBE_ROWS,
     alignment: bool = False,
@@ -65,9 +66,9 @@ def evaluate(
     are read by a linear probe fitted on the English training split, and the scores say so. Where the answer is to be
     written (MGSM), it is, greedily, and accuracy is the exact match of `answers`. A language that the MT model
     has no code for is named in `ModelScores.skipped` and runs only if `language_map` says what it is to be read as.
-    Scores carry bootstrap intervals, and with translate-test an exact paired test against it (see `statistics`). Where
-    one model lacks rows of a language (translations that are missing), all are scored on the rows that every one has,
-    and the scores say how many.
+    Scores carry bootstrap intervals, and with translate-test, or another model to compare `against`, an exact paired
+    test against it (see `statistics`). Where one model lacks rows of a language (translations that are missing), all
+    are scored on the rows that every one has, and the scores say how many.
 
     Args:
         models: one model, a list, or name -> model; each an MTLLM, an Engine, or a folder or hub name. In a mapping a
@@ -85,6 +86,7 @@ def evaluate(
         teacher: the classifier of the target language that reads the translations; a list for several seeds.
         target: MT code of the language that translate-test translates into.
         num_beams: 1 for greedy decoding.
+        against: name of the model that the others are compared with; by default translate-test, where there is one.
         probe_source: where a probe's English rows come from, if not from `source` (XNLI's folder has no training
             split).
         probe_rows: at most this many training rows for a probe, spread over the file.
@@ -135,6 +137,9 @@ def evaluate(
     systems = [*named_systems(models), *([] if baseline is None else [baseline])]
     if not systems:
         raise ValueError("models: none given, and no translator")
+    reference = against or (None if baseline is None else baseline.name)
+    if reference is not None and reference not in (names := [system.name for system in systems]):
+        raise ValueError(f"against={against!r}: is none of the models; they are {', '.join(names)}")
     chosen = settings.choose(languages)
     for system in systems:  # before hours of evaluation
         system.check(task, prompt)
@@ -143,7 +148,7 @@ def evaluate(
     total = len(chosen) * sum(len(system.models) for system in systems)
     with progress_bar(task.name, total, progress, unit="languages") as advance:
         results = [_run(system, settings, chosen, advance) for system in systems]
-    return _scores(settings, chosen, results, None if baseline is None else baseline.name)
+    return _scores(settings, chosen, results, reference)
 
 
 def _run(system: System, settings: Settings, languages: Sequence[str], advance: Advance) -> ModelCells:

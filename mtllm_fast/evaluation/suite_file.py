@@ -15,6 +15,7 @@
       teacher: runs/{task}/teacher/seed-{seed}
       translations: runs/{task}/translations.parquet         # or translator: an MT model, with num_beams: 1
       target: eng_Latn
+    against: MT encoder                     # whom the others are compared with; by default translate-test
     alignment: true                         # compare hidden states with English (tasks whose rows are parallel)
     resamples: 2000                         # of the bootstrap
     max_tokens: 8192                        # token budget of one forward pass
@@ -38,7 +39,7 @@ from .cells import CellStore
 from .results import Scores
 from .statistics import RESAMPLES
 from .suite import evaluate
-from .systems import Dtype
+from .systems import TRANSLATE_TEST, Dtype
 from .tasks import get_task
 
 Folders = str | list[str] | dict[str, str | list[str]]  # for every task, one per seed, or by task
@@ -84,6 +85,7 @@ class Suite:
     tasks: list[TaskEntry] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     translate_test: TranslateTest | None = None
+    against: str | None = None
     alignment: bool = False
     resamples: int = RESAMPLES
     max_tokens: int | None = None
@@ -100,11 +102,29 @@ def read_suite(path: str | Path) -> Suite:
         content = read_yaml(path)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    suite = _instance(Suite, content, where)
+    suite = suite_of(content, where)
+    if not suite.models and suite.translate_test is None:
+        raise ValueError(f"{where}: models: none given, and no translate_test")
+    names = [*suite.models, *([] if suite.translate_test is None else [TRANSLATE_TEST])]
+    if suite.against is not None and suite.against not in names:
+        raise ValueError(f"{where}: against: {suite.against!r} is none of the models; they are {', '.join(names)}")
+    for (
+        entry
+    ) in suite.tasks:  # a folder that is missing or has no {seed} is an error of the file, found before any work
+        for name, folders in suite.models.items():
+            _folders(folders, entry.name, suite.seeds, f"{where}: models: {name}")
+        if suite.translate_test is not None:
+            _translations(suite.translate_test, entry.name, suite.seeds, f"{where}: translate_test")
+    return suite
+
+
+def suite_of(content: object, where: str) -> Suite:
+    """A suite from a mapping, whose models need not be there yet. Errors start with `where`."""
+    suite = instance(Suite, content, where)
     if not isinstance(suite.tasks, list) or not suite.tasks:
         raise ValueError(f"{where}: tasks: expected a list with at least one task")
     entries = [
-        TaskEntry(task=entry) if isinstance(entry, str) else _instance(TaskEntry, entry, f"{where}: tasks[{index}]")
+        TaskEntry(task=entry) if isinstance(entry, str) else instance(TaskEntry, entry, f"{where}: tasks[{index}]")
         for index, entry in enumerate(suite.tasks)
     ]
     for index, entry in enumerate(entries):
@@ -118,14 +138,7 @@ def read_suite(path: str | Path) -> Suite:
     if not isinstance(suite.models, dict):
         raise ValueError(f"{where}: models: expected a mapping of names to folders")
     if suite.translate_test is not None:
-        suite.translate_test = _instance(TranslateTest, suite.translate_test, f"{where}: translate_test")
-    if not suite.models and suite.translate_test is None:
-        raise ValueError(f"{where}: models: none given, and no translate_test")
-    for entry in entries:  # a folder that is missing or has no {seed} is an error of the file, found before any work
-        for name, folders in suite.models.items():
-            _folders(folders, entry.name, suite.seeds, f"{where}: models: {name}")
-        if suite.translate_test is not None:
-            _translations(suite.translate_test, entry.name, suite.seeds, f"{where}: translate_test")
+        suite.translate_test = instance(TranslateTest, suite.translate_test, f"{where}: translate_test")
     return suite
 
 
@@ -164,6 +177,7 @@ def run_suite(suite: Suite, *, progress: bool = True) -> tuple[list[Scores], Cel
             teacher=teacher,
             target=test.target,
             num_beams=test.num_beams,
+            against=suite.against,
             probe_source=entry.probe_data,
             alignment=suite.alignment,
             centre=entry.centre,
@@ -217,11 +231,15 @@ def _translations(test: TranslateTest, task: str, seeds: list[int], where: str) 
     return chosen
 
 
-Kind = TypeVar("Kind", TaskEntry, TranslateTest, Suite)
+Kind = TypeVar("Kind")
 
 
-def _instance(kind: type[Kind], content: object, where: str) -> Kind:
-    """An instance of a dataclass from a mapping, whose keys must be its fields."""
+def instance(kind: type[Kind], content: object, where: str) -> Kind:
+    """An instance of a dataclass from a mapping, whose keys must be its fields, of their types.
+
+    Raises:
+        ValueError: another key or type. What `_BY_HAND` names is not checked.
+    """
     if not isinstance(content, dict):
         raise ValueError(f"{where}: expected a mapping, got {type(content).__name__}")
     hints = get_type_hints(kind)

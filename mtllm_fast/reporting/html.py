@@ -23,6 +23,7 @@ from .tables import (
     short_names,
     signed,
     wins,
+    yardstick,
 )
 
 View = dict[str, object]  # what a part of the template reads
@@ -55,7 +56,7 @@ def to_html(all_scores: Sequence[Scores]) -> str:
         title=", ".join(scores.task for scores in all_scores) + ": zero-shot scores by language",
         tasks=tasks,
         seeds=any(model.seeds > 1 for scores in all_scores for model in scores.models),
-        reference=any(scores.reference for scores in all_scores),
+        references=list(dict.fromkeys(name for scores in all_scores if (name := yardstick(scores)) is not None)),
         alignment=any(task["alignment"] for task in tasks),
         labelled=any(scores.labels for scores in all_scores),
         resamples=first.resamples,
@@ -81,6 +82,7 @@ def _task(scores: Scores, number: int) -> View:
         ],
         "findings": _findings(scores, names),
         "overview": overview_table(scores),
+        "reference": yardstick(scores),
         "gaps": [_gaps(scores, model, names) for model in scores.compared()] if scores.reference else [],
         "ranking": None if scores.reference else _ranking(scores, names),
         "heat": _heat(scores, names),
@@ -119,11 +121,12 @@ def _findings(scores: Scores, names: dict[str, str]) -> list[str]:
         line = f"Right answers on average over {count} that every model could read: {', '.join(parts)}."
         guess = "" if scores.chance is None else f" Guessing blindly would give {percent(scores.chance)} %."
         lines.append(line + guess)
-    for model in scores.compared() if scores.reference else []:
+    against = yardstick(scores)
+    for model in scores.compared() if against is not None else []:
         above, below, surely_above, surely_below = wins(model, scores.foreign())
         total = sum(1 for code in scores.foreign() if code in model.languages and model.languages[code].gap is not None)
         lines.append(
-            f"{names[model.name]} is above translate-test in {above} of {total} languages and below it in {below}. "
+            f"{names[model.name]} is above {against} in {above} of {total} languages and below it in {below}. "
             f"Beyond what chance explains: above in {surely_above}, below in {surely_below}."
         )
     english = [
@@ -185,7 +188,7 @@ def _gaps(scores: Scores, model: ModelScores, names: dict[str, str]) -> View:
 
 
 def _ranking(scores: Scores, names: dict[str, str]) -> View:
-    """Without translate-test: bars of the first model's accuracy, best first."""
+    """Without a reference: bars of the first model's accuracy, best first."""
     model = scores.models[0]
     bars = []
     for code in sorted(model.languages, key=lambda code: (-model.languages[code].accuracy, code)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..evaluation.answers import EXTRACTION
 from ..evaluation.results import ModelScores, Scores
-from .tables import gap_text, short_names
+from .tables import gap_text, short_names, yardstick
 
 
 def title(scores: Scores) -> str:
@@ -43,7 +43,7 @@ def summary_lines(scores: Scores, *, rates: bool = False) -> list[str]:
         mean = model.overall("shared")
         if mean is not None and mean.gap is not None:
             points = gap_text(mean.gap, interval=True)
-            lines.append(f"  gap to translate-test: {points} points, mean over {mean.languages} languages")
+            lines.append(f"  gap to {yardstick(scores)}: {points} points, mean over {mean.languages} languages")
     mapped = {code: score.mt_code for model in scores.models for code, score in model.languages.items() if score.mapped}
     if mapped:
         lines.append(

@@ -53,18 +53,24 @@ def short_names(scores: Scores) -> dict[str, str]:
     return short if len(set(short.values())) == len(short) else {name: name for name in short}
 
 
+def yardstick(scores: Scores) -> str | None:
+    """Name of the model that the others are compared with, None without one."""
+    return None if scores.reference is None else short_names(scores)[scores.reference]
+
+
 def wins(model: ModelScores, foreign: Sequence[str]) -> tuple[int, int, int, int]:
-    """Non-English languages in which a model is above and below translate-test, and those in which significantly so."""
+    """Non-English languages in which a model is above and below the reference, and those in which significantly so."""
     gaps = [score.gap for code in foreign if (score := model.languages.get(code)) is not None and score.gap is not None]
     above, below = [gap for gap in gaps if gap.accuracy > 0], [gap for gap in gaps if gap.accuracy < 0]
     return len(above), len(below), sum(gap.significant for gap in above), sum(gap.significant for gap in below)
 
 
 def overview_table(scores: Scores) -> Table:
-    """One row per model: means over the languages that all were run in, and the comparison with translate-test."""
+    """One row per model: means over the languages that all were run in, and the comparison with the reference."""
     seeds = any(model.seeds > 1 for model in scores.models)
     header = ["model", "read by", "languages", *(_TITLES[metric] for metric in scores.metrics), "English accuracy"]
-    header += ["seeds (sd)"] * seeds + ["gap to translate-test", "better", "worse"] * (scores.reference is not None)
+    against = yardstick(scores)
+    header += ["seeds (sd)"] * seeds + [f"gap to {against}", "better", "worse"] * (against is not None)
     names, rows = short_names(scores), []
     for model in scores.models:
         mean, english = model.overall("shared"), model.languages.get(scores.english)
@@ -87,8 +93,8 @@ def overview_table(scores: Scores) -> Table:
         f"Means over the {len(scores.shared())} non-English languages that every model was run in, in percent, "
         "with 95 % bootstrap intervals."
     )
-    if scores.reference is not None:
-        note += " better, worse: languages above and below translate-test (* of them significantly)."
+    if against is not None:
+        note += f" better, worse: languages above and below {against} (* of them significantly)."
     return Table(header, rows, 2, "Overview", note)
 
 
@@ -101,7 +107,7 @@ def seed_sd(model: ModelScores) -> float | None:
 
 
 def group_table(scores: Scores, by: str) -> Table:
-    """One row per family, script or resource level: mean accuracy of every model, and gaps to translate-test."""
+    """One row per family, script or resource level: mean accuracy of every model, and gaps to the reference."""
     names = short_names(scores)
     compared = scores.compared() if scores.reference is not None else []
     header = [GROUPING_NAMES[by], "languages", *names.values(), *(f"gap {names[model.name]}" for model in compared)]
@@ -113,7 +119,7 @@ def group_table(scores: Scores, by: str) -> Table:
         rows.append([*row, *(gap_text(model.groups[by][group].gap, interval=True) for model in compared)])
     note = "Mean accuracy in percent over the languages of a group, languages that every model was run in."
     if scores.reference is not None:
-        note += " gap: points above translate-test, with its 95 % interval."
+        note += f" gap: points above {yardstick(scores)}, with its 95 % interval."
     return Table(header, rows, 1, f"By {GROUPING_NAMES[by]}", note)
 
 
@@ -146,7 +152,7 @@ def language_table(scores: Scores, *, brief: bool = False) -> Table:
         rows.append(row)
     means = _mean_rows(scores, metrics, with_gap, brief)
     note = (
-        "Percent; gap: points above translate-test, * significant at 5 % (see Method)."
+        f"Percent; gap: points above {yardstick(scores)}, * significant at 5 % (see Method)."
         if scores.reference
         else "Percent."
     )

@@ -25,8 +25,8 @@ VERSIONS_FILE = "versions.json"  # of every start: command, package versions, st
 RESULT = "result.json"
 
 # Settings that may differ between a run and its continuation without changing what it computes.
-_FREE = {"resume", "output", "save_steps", "log_steps", "keep", "workers", "progress", "report_to", "device"}
-_FREE |= {"checkpointing", "activation_memory_gib", "compile", "liger", "async_save", "bad_steps", "parallel"}
+FREE = {"resume", "output", "save_steps", "log_steps", "keep", "workers", "progress", "report_to", "device"}
+FREE |= {"checkpointing", "activation_memory_gib", "compile", "liger", "async_save", "bad_steps", "parallel"}
 # Settings whose product is what may not differ.
 _STEP = ("train.gradient_accumulation", "processes")
 # What may grow when a run is resumed; what the record says besides the settings; paths of a source of rows.
@@ -124,7 +124,7 @@ class RunFolder:
         now, before = _as_recorded(self.settings), _flatten(record)
         for name in sorted(differing(before, now)):
             short = name.rsplit(".", 1)[-1]
-            if short in _FREE or name in _STEP or name.split(".")[0] in _RECORDED:
+            if short in FREE or name in _STEP or name.split(".")[0] in _RECORDED:
                 continue
             if name not in before and name in self.by_default:
                 continue

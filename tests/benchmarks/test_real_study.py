@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,17 @@ import pytest
 from safetensors.numpy import save_file
 
 from benchmarks.real import readme, study, study_table
+from mtllm_fast.evaluation.aggregate import ModelCells, summarise
+from mtllm_fast.evaluation.languages import describe
+from mtllm_fast.evaluation.statistics import RESAMPLES
 from tests.conftest import REPO
+from tests.reporting import made
 
 SHARED = REPO.parent / "shared" / "data"
 
 
 def of(output: Path, seeds: list[int]) -> study_table.Study:
-    return study_table.Study(output, "sib200", "SIB-200", "eng_Latn", seeds)
+    return study_table.Study(output, "sib200", "SIB-200", seeds)
 
 
 @pytest.mark.parametrize("page", readme.BLOCKS)
@@ -54,6 +59,31 @@ def test_rows_are_paired_over_languages_and_seeds(tmp_path: Path) -> None:
     middle, low, high = study_table.difference(ours, theirs)
     assert middle == pytest.approx(0.25)
     assert (low, high) == pytest.approx((0.0, 0.75))  # only the first row differs: drawn never, or always
+
+
+def test_the_report_pairs_as_the_cells_do() -> None:
+    """What MT-LLM has more by the suite's own gaps, and by the rows themselves."""
+    cells = {
+        name: {
+            code: made.cell(right, mt_code=code) for code, right in zip(("eng_Latn", "deu_Latn", "swh_Latn"), rights)
+        }
+        for name, rights in {"MT-LLM": (25, 20, 9), "other": (28, 11, 14)}.items()
+    }
+    models = [ModelCells(name, "task head", [], [one]) for name, one in cells.items()]
+    described = {code: describe(code) for code in cells["other"]}
+    ours, theirs = summarise(
+        models, described, english="eng_Latn", num_classes=3, reference="MT-LLM", resamples=RESAMPLES
+    )
+    assert study_table.ours_minus(ours.overall("non_english").gap) is None
+    hits = [
+        {code: (one.predictions == one.gold).astype(float) for code, one in cells[name].items() if code != "eng_Latn"}
+        for name in ("MT-LLM", "other")
+    ]
+    found = study_table.ours_minus(theirs.overall("non_english").gap)
+    assert found == pytest.approx(study_table.difference(*hits), abs=1e-6)
+    assert found != pytest.approx(study_table.difference(*reversed(hits)), abs=1e-2), "the control: the other way round"
+    scores = replace(made.make_scores(3), models=[ours, theirs], english="eng_Latn")
+    assert study_table.of_english(scores, "other")["accuracy"] == pytest.approx(28 / 30)
 
 
 def test_languages_of_unequal_rows(tmp_path: Path) -> None:

@@ -113,6 +113,40 @@ def test_suite_end_to_end(world):
     assert (store.written, store.reused) == (0, written)
 
 
+def test_another_model_to_compare_against(world, tmp_path):
+    """The rows are those that all have; nothing is computed again for it."""
+    suite = read_suite(world / "suite.yaml")
+    suite.output = str(world / "first")
+    (before,), _ = run_suite(suite, progress=False)
+    suite.against = "adapted"
+    (scores,), store = run_suite(suite, progress=False)
+    assert store.written == 0
+    stack, adapted, test = scores.models
+    assert (before.reference, scores.reference) == ("translate-test", "adapted")
+    assert [model.name for model in scores.compared()] == ["stack", "translate-test"]
+    for model in (stack, test):
+        gap = model.languages["fra_Latn"].gap
+        difference = model.languages["fra_Latn"].accuracy - adapted.languages["fra_Latn"].accuracy
+        assert gap.accuracy == pytest.approx(difference) and gap.low <= gap.accuracy <= gap.high
+    mean = stack.overall("shared").gap
+    codes = scores.shared()
+    assert mean.accuracy == pytest.approx(sum(stack.languages[code].gap.accuracy for code in codes) / len(codes))
+    assert adapted.languages["fra_Latn"].gap is None and adapted.overall("shared").gap is None
+    assert stack.languages["fra_Latn"].accuracy == before.models[0].languages["fra_Latn"].accuracy
+    other = before.models[0].languages["fra_Latn"].gap
+    assert other != stack.languages["fra_Latn"].gap, "the same gap to two models"
+    from mtllm_fast.reporting import write_report
+
+    text = write_report([scores], tmp_path)["markdown"].read_text()
+    assert "gap to adapted" in text and "points above adapted" in text and "above translate-test" not in text
+    page = (tmp_path / "scores.html").read_text()
+    assert "The yardstick is <b>adapted</b>" in page and "stack minus adapted" in page
+    assert "minus translate-test" not in page and "let a machine translate" not in page
+    text = write_report([before], tmp_path / "before")["markdown"].read_text()
+    assert "gap to translate-test" in text and "adapted in" not in text
+    assert "let a machine translate" in (tmp_path / "before/scores.html").read_text()
+
+
 def test_what_changed_is_computed_again_and_named(world, tmp_path):
     root = tmp_path / "copy"
     shutil.copytree(world, root, ignore=shutil.ignore_patterns("out*", "first*"))
@@ -224,6 +258,8 @@ def test_a_bad_language_costs_itself_only(world, tmp_path):
             "translate_test: translations: mt-1, mt-2: expected one, which all seeds share",
         ),
         ("models: {a: b}\ntasks: [nusax]\ntranslate_test: {translator: {sib200: x}}", "translator: names sib200"),
+        ("models: {a: b, c: d}\ntasks: [nusax]\nagainst: e", "against: 'e' is none of the models; they are a, c"),
+        ("models: {a: b}\ntasks: [nusax]\nagainst: translate-test", "against: 'translate-test' is none of the models"),
     ],
 )
 def test_bad_files(tmp_path, content, match):
