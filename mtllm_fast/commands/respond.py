@@ -47,6 +47,9 @@ class Respond:
     """Column of the text."""
     pair_column: str | None = None
     """Column of a second text, where rows are pairs; it is written to the output, too."""
+    teacher_text_column: str | None = None
+    """Column of the same text in another language, which is not read and written to the output, for a teacher that is
+    to read it (`mtllm sft --teacher-text-column teacher_text`)."""
     id_column: str | None = None
     """Column with a name per row; by default their numbers, rows without text not counted."""
     language: str | None = None
@@ -126,6 +129,7 @@ class Respond:
         if self.max_length is not None:
             tokenizer.max_mt_tokens = tokenizer.max_llm_tokens = self.max_length
         rows = self._in_language(rows, model, rank)
+        texts = {"text_pair": self.pair_column, "teacher_text": self.teacher_text_column}
         goes = Output(
             output,
             {
@@ -137,7 +141,7 @@ class Respond:
                 "max_length": tokenizer.mt_limit if model.side == "mt" else tokenizer.max_llm_tokens,
                 **rows.identity(),
             },
-            pairs=self.pair_column is not None,
+            also=tuple(name for name, column in texts.items() if column is not None),
             window=self.window,
             overwrite=self.overwrite,
             rank=rank,
@@ -176,6 +180,7 @@ class Respond:
             self.text,
             text_column=self.text_column,
             pair_column=self.pair_column,
+            teacher_text_column=self.teacher_text_column,
             id_column=self.id_column,
             language=self.language,
             language_column=self.language_column,

@@ -127,12 +127,12 @@ class Output:
     Fields:
         settings: plain data that tells the texts and the model apart from others; compared, with the prompt and how
             answers are made, before a stopped run goes on, and written to `<path>.run.json`.
-        pairs: whether rows have a second text.
+        also: other texts of a row that are written: text_pair, teacher_text.
     """
 
     path: str | Path
     settings: Mapping[str, object]
-    pairs: bool = False
+    also: tuple[str, ...] = ()
     window: int = 1024
     overwrite: bool = False
     rank: int = 0
@@ -141,7 +141,7 @@ class Output:
 
 
 def respond_file(responder: Responder, rows: Iterable[TextRow], output: Output) -> RecordReport:
-    """Write a record per answer: id, language, text, (text_pair), sample, target, score, finished.
+    """Write a record per answer: id, language, text, (text_pair, teacher_text), sample, target, score, finished.
 
     `target` is the answer as it was written, without the end token; `score` the mean log probability of its tokens, end
     token included; `finished` says whether it ended before the limit. Of the report's counts, "unfinished" did not, and
@@ -170,7 +170,7 @@ def respond_file(responder: Responder, rows: Iterable[TextRow], output: Output) 
 
 
 def label_file(labeller: Labeller, rows: Iterable[TextRow], output: Output) -> RecordReport:
-    """Write a record per row: id, language, text, (text_pair), label, log_likelihoods.
+    """Write a record per row: id, language, text, (text_pair, teacher_text), label, log_likelihoods.
 
     `log_likelihoods` are those of each label, in their order, end token included; `label` is the likeliest.
 
@@ -205,6 +205,7 @@ def _about(rows: Sequence[TextRow], first: int) -> list[dict[str, object]]:
             "language": row.language,
             "text": row.text,
             "text_pair": row.text_pair,
+            "teacher_text": row.teacher_text,
         }
         for place, row in enumerate(rows)
     ]
@@ -218,9 +219,7 @@ def _write(
     make: Callable[[int, list[TextRow]], Made],
     counted: Mapping[str, Callable[[Mapping[str, Any]], bool]],
 ) -> RecordReport:
-    about: dict[str, Kind] = dict.fromkeys(
-        ("id", "language", "text", *(["text_pair"] if output.pairs else [])), "string"
-    )
+    about: dict[str, Kind] = dict.fromkeys(("id", "language", "text", *output.also), "string")
     file = RecordFile(
         Path(output.path),
         "respond",

@@ -72,7 +72,7 @@ def write_pairs(root: Path) -> dict[str, str]:
             words = [rng.choice(" ".join(WORDS.values()).split()) for _ in range(3)]
             row = {"text": f"{' '.join(words)} {number}", "language": LANGUAGES[1 + number % 2]}
             target = {"pairs": " ".join(reversed(words)), "chains": f"{words[1]}: {words[0]}"}
-            rows.append({**row, "target": target[role]} if role in target else {"text": row["text"]})
+            rows.append({**row, "target": target[role]} if role in target else {**row, "english": " ".join(words)})
         found[role] = str(root / f"{role}.jsonl")
         Path(found[role]).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return found

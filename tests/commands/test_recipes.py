@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from mtllm_fast import MTLLM
+from mtllm_fast import MTLLM, LoraSettings
 from mtllm_fast.commands import recipe_run
 from mtllm_fast.commands.recipe_file import names, read_recipe
 from mtllm_fast.commands.recipe_run import Known, RecipeRun
+from mtllm_fast.data.prompt import Prompt
 from mtllm_fast.failures import RunFailed
 from mtllm_fast.training.stage import Stage
 from tests.commands.recipe_steps import QUICK, inside, write_data, write_pairs
@@ -20,13 +22,17 @@ STEPS = 3
 TINY = [*QUICK, f"*.max_steps={STEPS}", "*.save_steps=1", "*.log_steps=1", "*.lr=1e-2"]
 OWN = {"layer_swap": ["swapped.bottom=0", "swapped.top=1", "swapped.between=0"]}  # the LLM has two layers
 OWN |= {name: ["answers.max_new_tokens=6"] for name in ("sdrrl", "sdrrl_ce")}
-WRITERS = {"mindmerger", "mindmerger_replaced", "langbridge", "sdrrl", "sdrrl_ce", "xcot"}
+OWN["copsd"] = ["first_answers.max_new_tokens=6", "second_answers.max_new_tokens=6"]
+WRITERS = {"copsd", "mindmerger", "mindmerger_replaced", "langbridge", "sdrrl", "sdrrl_ce", "xcot"}
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, encoder_folder, llm_folder):
     root = tmp_path_factory.mktemp("recipes")
-    given = {**write_data(root), **write_pairs(root)}
+    given = {**write_data(root), **write_pairs(root), "start": str(root / "start")}
+    stack = MTLLM.stack(encoder_folder, llm_folder, causal=True, lora=LoraSettings(r=2), dtype=torch.float32)
+    stack.config.prompt = Prompt(after="\nAnswer:")
+    stack.save_pretrained(root / "start")
     known: Known = {}
 
     def job(name: str, folder: str) -> RecipeRun:

@@ -26,7 +26,7 @@ def test_the_column_is_read(tmp_path) -> None:
     plain = read_rows(path, text_column="fr", language="fra_Latn")
     assert [row.teacher_text for row in plain] == [None] * len(lines), "the control"
     assert rows.identity() != plain.identity()
-    with pytest.raises(ValueError, match="teacher_text_column 'english' is not a column|'english'"):
+    with pytest.raises(ValueError, match=r"teacher_text_column 'english' is not a column|'english'"):
         list(read_rows(path, text_column="fr", teacher_text_column="english"))
     with pytest.raises(ValueError, match="teacher_text_column='en': takes the place of a text alone, but pair_column"):
         read_rows(path, text_column="fr", pair_column="fr", teacher_text_column="en")

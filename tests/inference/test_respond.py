@@ -93,7 +93,7 @@ def test_records(model: MTLLM, tmp_path: Path) -> None:
     assert 0 < unfinished < 80 and empty and report.counts == {"unfinished": unfinished, "empty": empty}
     rows = list(read_rows(output, target_column="target", language_column="language", id_column="id"))
     assert [row.target for row in rows] == [answer.text for answer in answers if answer.text.strip()]
-    table = respond(model, tmp_path / "a.parquet", pairs=True) and pq.read_table(tmp_path / "a.parquet")
+    table = respond(model, tmp_path / "a.parquet", also=("text_pair",)) and pq.read_table(tmp_path / "a.parquet")
     kept = [{name: value for name, value in row.items() if name != "text_pair"} for row in table.to_pylist()]
     assert kept == records and table.column("text_pair").null_count == 80
     assert json.loads(table.schema.metadata[b"mtllm_respond"])["prompt"] == {"before": "Say: ", "after": "\nAnswer:"}
