@@ -45,7 +45,8 @@ class AdaptConfig:
     """Texts that `init` is fitted on, the first ones."""
     teacher_cache: str = ""
     """Folder for the teacher's pooled states, 4 bytes per text and dimension, computed once per LLM, data and settings
-    and shared by all runs, as in sweeps; without it the teacher runs in every step. For pooled_mse and contrast."""
+    and shared by all runs, as in sweeps; without it the teacher runs in every step. For pooled_mse and contrast (a pack
+    then holds more texts, since the teacher's tokens take no room in it)."""
     code_switch: str = ""
     """A bilingual dictionary, `word translation` lines of any languages: the student reads the text with words replaced
     by their translations, the teacher reads it as it is. For pooled_mse and contrast."""

@@ -26,7 +26,7 @@ def test_the_column_is_read(tmp_path) -> None:
     plain = read_rows(path, text_column="fr", language="fra_Latn")
     assert [row.teacher_text for row in plain] == [None] * len(lines), "the control"
     assert rows.identity() != plain.identity()
-    with pytest.raises(ValueError, match=r"teacher_text_column 'english' is not a column|'english'"):
+    with pytest.raises(ValueError, match="'english'"):
         list(read_rows(path, text_column="fr", teacher_text_column="english"))
     with pytest.raises(ValueError, match="teacher_text_column='en': takes the place of a text alone, but pair_column"):
         read_rows(path, text_column="fr", pair_column="fr", teacher_text_column="en")
@@ -58,7 +58,10 @@ def test_nothing_can_be_aligned(stack) -> None:
 
 
 def test_it_takes_the_place_of_one_text_alone(stack) -> None:
-    for row, other in ((replace(ROWS[0], text_pair="b"), "text_pair"), (replace(ROWS[0], choices=("a", "b")), "choices")):
+    for row, other in (
+        (replace(ROWS[0], text_pair="b"), "text_pair"),
+        (replace(ROWS[0], choices=("a", "b")), "choices"),
+    ):
         with pytest.raises(ValueError, match=f"teacher_text='the summer.*, but the row has {other}"):
             collate([row], stack, align=False)
     plain = TextRow("a", text_pair="b", label=1)
