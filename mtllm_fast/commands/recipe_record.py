@@ -167,6 +167,8 @@ def _digests(role: str, value: str) -> Mapping[str, str]:
     path = Path(value).expanduser()
     if value and path.is_file():
         return {"": of_file(path)}
+    if value and (path / "config.json").is_file():  # a model, whose folder may also get logs and reports
+        return {"": of_model(path)}
     if value and path.is_dir():
         inside = sorted(one for one in path.rglob("*") if one.is_file())
         shown = {one.relative_to(path): one for one in inside}

@@ -61,7 +61,7 @@ def test_killed_within_and_between_steps_it_ends_in_the_same_bytes(arguments, fo
         "while the last step trains": lambda: list((killed / "student").glob("checkpoint-*")),
     }
     for number, (name, is_there) in enumerate(moments.items()):
-        pid, deadline = forked.start(*arguments(killed), code=FORK), time.monotonic() + 60
+        pid, deadline = forked.start(*arguments(killed), code=FORK), time.monotonic() + 240
         while not is_there():
             assert time.monotonic() < deadline, name
             time.sleep(0.001)

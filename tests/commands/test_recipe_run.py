@@ -17,7 +17,7 @@ import yaml
 from mtllm_fast import cli
 from mtllm_fast.commands import recipe_run
 from mtllm_fast.commands.recipe_file import read_recipe
-from mtllm_fast.commands.recipe_record import read_record
+from mtllm_fast.commands.recipe_record import identity, read_record
 from mtllm_fast.commands.recipe_run import RecipeRun, Stopped
 from mtllm_fast.failures import RunFailed
 from mtllm_fast.jobs import measured
@@ -232,6 +232,32 @@ def test_what_may_differ_when_a_run_goes_on(world, started, tmp_path) -> None:
         file.write("new\ta new line\ta\n")
     with pytest.raises(ValueError, match=r"has changed since the run in .*: eng_Latn/train.tsv: .* then, .* now"):
         short(world, started, data=data)
+
+
+def test_data_are_known_by_content(world, tmp_path) -> None:
+    """A file, a folder, a glob, a model, a name; what stands beside a model's files does not count."""
+    (tmp_path / "a.txt").write_text("a\n")
+    (tmp_path / "folder").mkdir()
+    shutil.copy(tmp_path / "a.txt", tmp_path / "folder/b.txt")
+    shutil.copytree(world["llm"], tmp_path / "model")
+
+    def content(value: str) -> dict[str, str]:
+        found = identity("role", value)
+        assert found["value"] == value
+        return found["content"]
+
+    one, folder = content(f"{tmp_path}/a.txt"), content(f"{tmp_path}/folder")
+    assert folder == {"b.txt": one[""]} == content(f"{tmp_path}/folder/*.txt")
+    (tmp_path / "folder/.hidden").write_text("x")
+    assert content(f"{tmp_path}/folder") == folder
+    (tmp_path / "folder/c.txt").write_text("x")
+    assert content(f"{tmp_path}/folder") != folder
+    assert content("sib200") == content("org/name:config") == content("") == {}
+    model = content(f"{tmp_path}/model")
+    (tmp_path / "model/log.jsonl").write_text("x")
+    assert content(f"{tmp_path}/model") == model == identity("llm", f"{tmp_path}/model")["content"]
+    (tmp_path / "model/config.json").write_text("{}")
+    assert content(f"{tmp_path}/model") != model
 
 
 def test_another_recipe_or_a_damaged_record_is_refused(world, started, tmp_path) -> None:
