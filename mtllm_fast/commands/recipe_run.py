@@ -2,8 +2,9 @@
 
 A process of its own: a step is then the very command that a user would type. Nothing that an earlier step left in
 libraries or on a GPU reaches it, its time and memory are known, and one that is killed for its memory takes no other
-with it. It costs some seconds of imports a step. Signals that ask to stop are passed on to the step. After a kill -9 of
-this process the step goes on by itself: the same command then finds its folder taken, and later finds the step finished.
+with it. It costs some seconds of imports a step. Signals that ask to stop are passed on to the step. After a kill -9
+of this process the step goes on by itself: the same command then finds its folder taken, and later finds the step
+finished.
 
     OUTPUT/recipe.json      the recipe, what it was given, and what each step cost
     OUTPUT/STEP.yaml        the options of a step: `mtllm COMMAND --config OUTPUT/STEP.yaml` does it by hand
