@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from mtllm_fast.data.read import TextRow
+from mtllm_fast.data.read import MappedRows, TextRow
 
 _WORD = re.compile(r"\w+")
 
@@ -42,21 +42,21 @@ def read_dictionary(path: str | Path) -> dict[str, list[str]]:
     return found
 
 
-@dataclass(frozen=True, eq=False)
-class CodeSwitched:
+class CodeSwitched(MappedRows):
     """Rows whose text is code-switched, and whose `teacher_text` is the text as it was; re-iterable.
 
     Every word that the dictionary has is replaced with probability `share`, by one of its translations. The choice is a
     function of the seed and the text alone, so that it is the same in every epoch and process.
     """
 
-    rows: Iterable[TextRow]
-    dictionary: Mapping[str, list[str]]
-    share: float
-    seed: int = 0
+    def __init__(
+        self, rows: Iterable[TextRow], dictionary: Mapping[str, list[str]], share: float, seed: int = 0
+    ) -> None:
+        super().__init__(rows)
+        self.dictionary, self.share, self.seed = dictionary, share, seed
 
-    def __iter__(self) -> Iterator[TextRow]:
-        return (self.switched(row)[0] for row in self.rows)
+    def change(self, row: TextRow) -> TextRow:
+        return self.switched(row)[0]
 
     def switched(self, row: TextRow) -> tuple[TextRow, int, int]:
         """The row, its words, and those replaced.

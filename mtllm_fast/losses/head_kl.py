@@ -70,6 +70,9 @@ def kl(
         raise ValueError(f"temperature={temperature}: must be > 0")
     log_p = F.log_softmax(teacher_logits.float() / temperature, -1)
     log_q = F.log_softmax(student_logits.float() / temperature, -1)
-    points = F.kl_div(log_q, log_p, reduction="none", log_target=True)
-    total = (points if weights is None else points * weights[:, None]).sum() * temperature**2
+    if weights is None:
+        total = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    else:
+        total = (F.kl_div(log_q, log_p, reduction="none", log_target=True) * weights[:, None]).sum()
+    total = total * temperature**2
     return LossTerm(total, total.new_tensor(student_logits.shape[0]))

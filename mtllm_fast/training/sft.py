@@ -10,14 +10,14 @@ SDRRL, arXiv 2402.12204).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..data.prompt import Prompt, Writing
-from ..data.read import TextRow
+from ..data.read import MappedRows, TextRow
 from ..models import MTLLM
 from ..models.storage import read_config
 from .live import Watch
@@ -28,18 +28,17 @@ from .stage_config import SftConfig
 from .validation import validation
 
 
-@dataclass(frozen=True)
-class LabelTargets:
+class LabelTargets(MappedRows):
     """Labelled rows whose targets are the names of their labels, or their right choices."""
 
-    rows: Iterable[TextRow]
-    labels: Sequence[str]
+    def __init__(self, rows: Iterable[TextRow], labels: Sequence[str]) -> None:
+        super().__init__(rows)
+        self.labels = labels
 
-    def __iter__(self) -> Iterator[TextRow]:
-        for row in self.rows:
-            if row.label is None:
-                raise ValueError("target: a row has neither a target nor a label")
-            yield replace(row, target=(row.choices or self.labels)[row.label], label=None, choices=row.choices)
+    def change(self, row: TextRow) -> TextRow:
+        if row.label is None:
+            raise ValueError("target: a row has neither a target nor a label")
+        return replace(row, target=(row.choices or self.labels)[row.label], label=None)
 
 
 def check(config: SftConfig, data: Data) -> None:

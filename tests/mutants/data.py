@@ -65,9 +65,9 @@ MUTANTS: list[Mutant] = [
     ),
     *planted(
         "data", "mtllm_fast/models/inputs.py", INPUTS,
-        ("_embedded(reader.llm, before), _embedded(reader.llm, after))", "_embedded(reader.llm, after), _embedded(reader.llm, before))"),
+        ("embeds = reader.projected(text, _embedded(reader.llm, before), closing)", "embeds = reader.projected(text, closing, _embedded(reader.llm, before))"),
         ("kept = offset < np.repeat(lengths.ravel(), counts)", "kept = offset <= np.repeat(lengths.ravel(), counts)"),
-        ("part = np.repeat(np.tile(np.arange(3), count), counts)[kept]", "part = np.repeat(np.tile(np.arange(3), count), counts)[: kept.sum()]"),
+        ("part = np.repeat(np.tile(np.arange(4), count), counts)[kept]", "part = np.repeat(np.tile(np.arange(4), count), counts)[: kept.sum()]"),
         ("ids[rows] = tokens.input_ids.repeat(count // tokens.num_sequences)", "pass"),
         ("PackedBatch.from_flat(ids, lengths.sum(1).tolist())", "PackedBatch.from_flat(ids, lengths.sum(1)[::-1].tolist())"),
         ("return embeds if tokens.num_sequences == 1 else tokens.pad_states(embeds)", "return embeds.detach() if tokens.num_sequences == 1 else tokens.pad_states(embeds)"),

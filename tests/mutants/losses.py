@@ -44,13 +44,13 @@ MUTANTS: list[Mutant] = [
     ),
     *planted(
         "losses", "mtllm_fast/losses/distillation.py", LOSSES,
-        ("if not self.temperature > 0:", "if not self.temperature >= 0:"),
+        ("if name.endswith(\"temperature\") and not value > 0:", "if name.endswith(\"temperature\") and not value >= 0:"),
     ),
     *planted(
         "losses", "mtllm_fast/losses/head_kl.py", LOSSES,
-        ("return kl(head(given.student.pooled()), head(required(given.teacher).pooled()), self.temperature)", "return kl(head(required(given.teacher).pooled()), head(given.student.pooled()), self.temperature)"),
-        ("return kl(head(given.student.pooled()), head(required(given.teacher).pooled()), self.temperature)", "return kl(head(given.student.pooled()), head(required(given.teacher).pooled()))"),
-        ("total = F.kl_div(log_q, log_p, reduction=\"sum\", log_target=True) * temperature**2", "total = F.kl_div(log_q, log_p, reduction=\"sum\", log_target=True) * temperature"),
+        ("total = kl(student, teacher, self.temperature, weights).sum", "total = kl(teacher, student, self.temperature, weights).sum"),
+        ("total = kl(student, teacher, self.temperature, weights).sum", "total = kl(student, teacher, 1.0, weights).sum"),
+        ("total = total * temperature**2", "total = total * temperature"),
         ("log_p = F.log_softmax(teacher_logits.float() / temperature, -1)", "log_p = F.log_softmax(teacher_logits.float(), -1)"),
         ("return LossTerm(total, total.new_tensor(student_logits.shape[0]))", "return LossTerm(total, total.new_tensor(student_logits.numel()))"),
     ),

@@ -95,8 +95,8 @@ MUTANTS: list[Mutant] = [
     ),
     *planted(
         "trainer", "mtllm_fast/training/task_teacher.py", TEACHER,
-        ("return [row if row.label is None else replace(row, label=order[row.label]) for row in rows]", "return list(rows)"),
-        ("order = range(len(head.labels)) if labels is None else [head.labels.index(name) for name in labels]", "order = range(len(head.labels)) if labels is None else [list(labels).index(name) for name in head.labels]"),
+        ("    return replace(row, label=order[row.label])\n\n\nclass TaughtLabels", "    return row\n\n\nclass TaughtLabels"),
+        ("return range(len(head.labels)) if labels is None else [head.labels.index(name) for name in labels]", "return range(len(head.labels)) if labels is None else [list(labels).index(name) for name in head.labels]"),
         ("own.add_adapter(config.adapters[\"student\"], TEACHER)", "own.add_adapter(student.config.adapters[\"student\"], TEACHER)"),
     ),
     *planted(
@@ -105,7 +105,7 @@ MUTANTS: list[Mutant] = [
     ),
     *planted(
         "trainer", "mtllm_fast/training/stage.py", OWN,
-        ("return self.student.states(batch.side(self.student.side))", "return self.student.states(batch.side(self.student.side)) * 1.01"),
+        ("return batch, self.student.states(batch.side(side))", "return batch, self.student.states(batch.side(side)) * 1.01"),
     ),
     *planted(
         "trainer", "mtllm_fast/training/projection_fit.py", FIT,
