@@ -43,7 +43,7 @@ class TaskHeadKL(Term):
         if self.rank_weights:
             shares = 1 / label_ranks(teacher, required(given.batch.labels))
             weights = shares if weights is None else weights * shares
-        total = kl(student, teacher, self.temperature, weights).sum
+        total = kl(student, teacher, self.temperature, weights)
         return LossTerm(total, total.new_tensor(rows_weighed(given.batch)))
 
 
@@ -54,8 +54,8 @@ def label_ranks(logits: Tensor, labels: Tensor) -> Tensor:
 
 def kl(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, weights: Tensor | None = None
-) -> LossTerm:
-    """`tau^2 * sum_i w_i KL(softmax(t_i / tau) || softmax(s_i / tau))`, count = rows.
+) -> Tensor:
+    """`tau^2 * sum_i w_i KL(softmax(t_i / tau) || softmax(s_i / tau))`, 0-d.
 
     Args:
         student_logits, teacher_logits: (N, C), used in float32.
@@ -74,5 +74,4 @@ def kl(
         total = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
     else:
         total = (F.kl_div(log_q, log_p, reduction="none", log_target=True) * weights[:, None]).sum()
-    total = total * temperature**2
-    return LossTerm(total, total.new_tensor(student_logits.shape[0]))
+    return total * temperature**2

@@ -48,11 +48,11 @@ MUTANTS: list[Mutant] = [
     ),
     *planted(
         "losses", "mtllm_fast/losses/head_kl.py", LOSSES,
-        ("total = kl(student, teacher, self.temperature, weights).sum", "total = kl(teacher, student, self.temperature, weights).sum"),
-        ("total = kl(student, teacher, self.temperature, weights).sum", "total = kl(student, teacher, 1.0, weights).sum"),
-        ("total = total * temperature**2", "total = total * temperature"),
+        ("total = kl(student, teacher, self.temperature, weights)", "total = kl(teacher, student, self.temperature, weights)"),
+        ("total = kl(student, teacher, self.temperature, weights)", "total = kl(student, teacher, 1.0, weights)"),
+        ("return total * temperature**2", "return total * temperature"),
         ("log_p = F.log_softmax(teacher_logits.float() / temperature, -1)", "log_p = F.log_softmax(teacher_logits.float(), -1)"),
-        ("return LossTerm(total, total.new_tensor(student_logits.shape[0]))", "return LossTerm(total, total.new_tensor(student_logits.numel()))"),
+        ("return LossTerm(total, total.new_tensor(rows_weighed(given.batch)))", "return LossTerm(total, total.new_tensor(2 * rows_weighed(given.batch)))"),
     ),
     *planted(
         "losses", "mtllm_fast/models/heads.py", LOSSES,
