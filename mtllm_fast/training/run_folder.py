@@ -135,9 +135,10 @@ class RunFolder:
                 self.extended[name] = (before[name], now[name])
                 continue
             hint = "; a run can be extended, not cut" if name in _MORE else ""
+            then = f"with {before[name]!r}" if name in before else "without it"
             raise ValueError(
                 f"--resume: {name.removeprefix('train.')}={now.get(name)!r}, "
-                f"but the run in {str(self.folder)!r} was started with {before.get(name)!r}{hint}"
+                f"but the run in {str(self.folder)!r} was started {then}{hint}"
             )
         if all(name in now and name in before for name in _STEP):
             self.packs_per_process = packs_per_process(now[_STEP[0]], *(before[name] for name in _STEP))

@@ -38,7 +38,10 @@ def measured(spec, lengths):
 
 
 @pytest.mark.parametrize("checkpointing", [False, 2, True])
-@pytest.mark.parametrize("weights", [DistillationWeights(), DistillationWeights(kl=1.0, paired_mse=1.0)])
+@pytest.mark.parametrize(
+    "weights",
+    [DistillationWeights(), DistillationWeights(kl=1.0, paired_mse=1.0), DistillationWeights(0.5, contrast=1.0)],
+)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_predicted_memory_is_within_a_tenth_of_a_real_step(weights, checkpointing):
     spec = planning.StepSpec(ENCODER, LLM, weights, dtype=torch.float32, checkpointing=checkpointing)
@@ -46,6 +49,19 @@ def test_predicted_memory_is_within_a_tenth_of_a_real_step(weights, checkpointin
     assert planning.ours(spec, LENGTHS, architecture="cpu").peak == pytest.approx(real, rel=0.1)
     fewer = planning.ours(spec, LENGTHS[:2], architecture="cpu").peak  # negative control: other texts, other memory
     assert fewer != pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_contrast_is_planned_and_what_stage_1_lacks_is_named():
+    plain, contrast = (planning.StepSpec(ENCODER, LLM, DistillationWeights(contrast=weight)) for weight in (0.0, 1.0))
+    lengths = LENGTHS * 4
+    flops = [planning.ours(spec, lengths).flops for spec in (plain, contrast)]
+    product = 2 * len(lengths) ** 2 * LLM.hidden_size  # of the cosines; one more for the gradient of the student's
+    assert flops[1]["loss"] - flops[0].get("loss", 0) == pytest.approx(product, rel=0.01)
+    assert flops[1]["backward"] - flops[0]["backward"] == pytest.approx(product, rel=0.01)
+    for name, what in (("task", "task > 0 needs task_head"), ("head_kl", "head_kl > 0 needs task_head")):
+        with pytest.raises(ValueError, match=what):
+            planning.ours(planning.StepSpec(ENCODER, LLM, DistillationWeights(**{name: 1.0})), LENGTHS)
 
 
 def test_products_that_are_added_in_place_count():

@@ -37,6 +37,13 @@ def test_a_training_step(stack, tmp_path):
     assert set(parts[3:]) <= names
 
 
+def test_contrast_is_profiled_and_what_stage_1_lacks_is_named(stack):
+    result = profile_steps(stack, ROWS, loss=DistillationWeights(0.0, contrast=1.0), tokens=256, steps=1, bf16=True)
+    assert result.seconds["loss"][0] > 0 and result.texts[0] > 1
+    with pytest.raises(ValueError, match="task > 0 needs task_head"):
+        profile_steps(stack, ROWS, loss=DistillationWeights(task=1.0), tokens=256, steps=1)
+
+
 def test_encoding_changes_nothing(stack):
     before = {n: p.detach().clone() for n, p in stack.named_parameters()}
     result = profile_steps(stack, ROWS, mode="encode", tokens=128, steps=1)

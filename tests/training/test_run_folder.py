@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from mtllm_fast import TextRow
+from mtllm_fast.losses import DistillationWeights
+from mtllm_fast.training import STAGES, AdaptConfig, OptimSettings, adapt
 from mtllm_fast.training.provenance import git_state, provenance
-from mtllm_fast.training.run_folder import RunFolder
+from mtllm_fast.training.run_folder import RunFolder, as_by_default
+from tests.tiny import LINES
 
 
 def _git(folder: Path, *arguments: str) -> None:
@@ -35,6 +42,110 @@ def test_every_start_is_recorded_and_none_prevents_a_resume(tmp_path, monkeypatc
     assert first["processes"] == 1
     with pytest.raises(ValueError, match=r"lr=0\.01"):
         RunFolder(str(folder), {"stage": "adapt", "train": {"lr": 1e-2}}, True)
+
+
+# ---- settings that there were not when a run was started
+@dataclass
+class Inner:
+    scale: float = 1.0
+    names: tuple[str, ...] = ("a", "b")
+
+
+@dataclass
+class Settings:
+    lr: float = 1e-3
+    wide: bool = False
+    chosen: int | None = None
+    inner: Inner = field(default_factory=Inner)
+
+
+def _of(settings: Settings, **chosen) -> dict:
+    """What a run records: the settings as the machine has settled them."""
+    return {"stage": "x", **asdict(replace(settings, **chosen))}
+
+
+NEW = [("wide", True), ("inner.scale", 2.0), ("inner.names", ("b",)), ("lr", 1e-2)]
+
+
+@pytest.mark.parametrize(("name", "value"), NEW)
+def test_a_setting_that_the_record_lacks_had_its_default(name, value, tmp_path) -> None:
+    RunFolder(str(tmp_path / "run"), _of(Settings()), False).start()
+    path, short = tmp_path / "run/run.json", name.rsplit(".", 1)[-1]
+    record = json.loads(path.read_text())
+    del (record["inner"] if "." in name else record)[short]
+    path.write_text(json.dumps(record))
+    before = path.read_bytes()
+
+    def resumed(settings: Settings) -> RunFolder:
+        return RunFolder(
+            str(tmp_path / "run"), _of(settings), True, by_default=as_by_default(asdict(settings), asdict(Settings()))
+        )
+
+    resumed(Settings()).start()
+    assert path.read_bytes() == before
+    changed = replace(Settings(), **({"inner": Inner(**{short: value})} if "." in name else {name: value}))
+    with pytest.raises(ValueError, match=rf"--resume: {re.escape(name)}=.*, but the run in .* was started without it"):
+        resumed(changed)
+    with pytest.raises(ValueError, match=f"--resume: {re.escape(name)}="):  # the control: defaults that nobody named
+        RunFolder(str(tmp_path / "run"), _of(Settings()), True)
+
+
+def test_what_the_record_has_is_compared_default_or_not(tmp_path) -> None:
+    RunFolder(str(tmp_path / "run"), _of(Settings(wide=True)), False).start()
+    default = as_by_default(asdict(Settings()), asdict(Settings()))
+    assert default == {"lr", "wide", "chosen", "inner.scale", "inner.names"}
+    with pytest.raises(ValueError, match=r"--resume: wide=False, but the run in .* was started with True"):
+        RunFolder(str(tmp_path / "run"), _of(Settings()), True, by_default=default)
+
+
+def test_what_the_machine_chooses_is_by_default_too(tmp_path) -> None:
+    """An older run had no such choice to make."""
+    RunFolder(str(tmp_path / "run"), _of(Settings()), False).start()
+    path = tmp_path / "run/run.json"
+    record = json.loads(path.read_text())
+    del record["chosen"]
+    path.write_text(json.dumps(record))
+    for given, fits in ((None, True), (8, False)):
+        default = as_by_default(asdict(Settings(chosen=given)), asdict(Settings()))
+        make = partial(RunFolder, str(tmp_path / "run"), _of(Settings(), chosen=8), True, by_default=default)
+        if fits:
+            make()
+        else:
+            with pytest.raises(ValueError, match="--resume: chosen=8"):
+                make()
+
+
+def test_a_run_from_before_the_last_settings_goes_on(encoder_folder, llm_folder, tmp_path) -> None:
+    """What a run recorded before there were `contrast`, `task` and `rank_weights`."""
+    rows = [TextRow(line) for line in LINES]
+    settings = {"tokens": 128, "max_length": 48, "progress": False, "report_to": "none", "device": "cpu"}
+
+    def config(steps: int, **changes) -> AdaptConfig:
+        train = OptimSettings(max_steps=steps, **settings)
+        return AdaptConfig(encoder_folder, llm_folder, str(tmp_path / "run"), train=train, **changes)
+
+    adapt(config(2), rows)
+    path = tmp_path / "run/run.json"
+    record = json.loads(path.read_text())
+    new = ("contrast", "contrast_temperature", "task", "rank_weights")
+    record["loss"] = {name: value for name, value in record["loss"].items() if name not in new}
+    assert set(record["loss"]) == {"pooled_mse", "paired_mse", "kl", "head_kl", "temperature"}
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"--resume: loss\.contrast=1\.0, but the run in .* was started without it"):
+        adapt(config(3, resume=True, loss=DistillationWeights(contrast=1.0)), rows)
+    with pytest.raises(ValueError, match=r"--resume: loss\.contrast_temperature=0\.2"):
+        adapt(config(3, resume=True, loss=DistillationWeights(contrast_temperature=0.2)), rows)
+    adapt(config(3, resume=True), rows)
+    assert json.loads(path.read_text())["train"]["max_steps"] == 3
+    adapt(config(4, resume=True), rows)  # the extended record lacks them too
+    assert json.loads(path.read_text())["train"]["max_steps"] == 4
+
+
+def test_every_stage_has_defaults_to_compare_with() -> None:
+    for kind in STAGES.values():
+        plain = asdict(kind.config())
+        names = as_by_default(plain, asdict(kind.config()))
+        assert len(names) > 20 and names >= {"output", "train.lr", "resume"}, kind.name
 
 
 def test_a_damaged_record_does_not_prevent_a_start(tmp_path) -> None:
