@@ -305,6 +305,8 @@ def _step(name: str, content: object, where: str) -> Step:
         raise ValueError(f"{where}: command: {command!r} is no command that a step can be{_near(command, known)}")
     if "output" not in options_of(settings_of(command)):
         raise ValueError(f"{where}: command: {command!r} has no output that another step could use")
+    if not {"resume", "overwrite"} & set(options_of(settings_of(command))):
+        raise ValueError(f"{where}: command: {command!r} cannot be gone on with, so it is no step")
     if not isinstance(output, str) or not re.fullmatch(r"\w[\w.-]*", output) or output == "recipe.json":
         raise ValueError(f"{where}: output: {output!r}: expected a plain name, which lies in the recipe's --output")
     return Step(name, command, options, output)

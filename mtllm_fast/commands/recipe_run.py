@@ -127,6 +127,8 @@ class RecipeRun:
             self.record.starts.append(provenance())
             self.record.write(self.folder)
             due = self._due()
+            self.record.finished = not due
+            self.record.write(self.folder)
             for number, (name, step) in enumerate(self.recipe.steps.items(), 1):
                 where = f"step {number} of {len(self.recipe.steps)}, {name}"
                 if name not in due:

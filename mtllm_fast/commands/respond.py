@@ -121,7 +121,8 @@ class Respond:
         else:
             decoding = Decoding(**{setting: getattr(self, setting) for setting in _WRITING}, max_tokens=self.max_tokens)
         output = output_file(named, FORMATS, resumable=True)
-        prompt, rows = self._prompt(), self._rows()
+        self._check_prompt()
+        rows = self._rows()
         rank, world_size, local = ranks()
         device = self.device or (f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
         model = self._loaded().to(device)
@@ -148,7 +149,7 @@ class Respond:
             world_size=world_size,
             progress=self.progress and rank == 0,
         )
-        prompt = prompt or model.config.prompt or Prompt()
+        prompt = prompt_of(self.before, self.after, model.config.prompt) or Prompt()
         try:
             if self.labels:
                 report = label_file(Labeller(model, prompt, self.labels, max_tokens=self.max_tokens), rows, goes)
@@ -168,12 +169,11 @@ class Respond:
             reasons = "".join(f", {count} {reason}" for reason, count in rows.counts.reasons.items())
             print(f"respond: {skipped} rows skipped: {rows.counts.empty} empty{reasons}", file=sys.stderr)
 
-    def _prompt(self) -> Prompt | None:
-        """The prompt of the options, checked against the columns that are read."""
+    def _check_prompt(self) -> None:
+        """Raises ValueError where the prompt of the options names a column that is not read."""
         prompt = prompt_of(self.before, self.after)
         if prompt is not None and self.pair_column is None and "{pair}" in prompt.before + prompt.after:
             raise ValueError("--pair-column is missing: the prompt has {pair} in it")
-        return prompt
 
     def _rows(self) -> RowStream:
         return read_rows(

@@ -12,7 +12,6 @@ from typing import Annotated, Any, ClassVar
 import tyro
 
 from ..data.language import ENGLISH_CODES
-from ..data.prompt import Prompt
 from ..data.read import TextRow, read_rows
 from ..data.store import STORE_FILE, TokenStore
 from ..models.hub import check_push, push
@@ -349,6 +348,9 @@ class Sft(SftConfig):
     """Column of what is to be written."""
     teacher_text_column: str | None = None
     """Column of the same text in a language that the LLM reads well, for the teacher of `loss.kl`."""
+    finished_column: str | None = None
+    """Column that says whether a target has its end, true or false, as `mtllm respond` writes it: after one that was
+    cut no end is learned."""
     language: str | None = None
     """MT code of the texts' language; by default the encoder's own code for English."""
     language_column: str | None = None
@@ -365,7 +367,6 @@ class Sft(SftConfig):
     """Split of a hub dataset of `text`."""
     limit: int | None = None
     """Read at most this many rows of `text`."""
-    prompt: Annotated[Prompt, Flat] = field(default_factory=Prompt)
     train: Annotated[OptimSettings, Flat] = field(default_factory=lambda: SftConfig().train)
     push_to_hub: str = ""
     """NAME or ORGANISATION/NAME: where the finished model goes on the Hugging Face hub (private, if it is new)."""
@@ -377,6 +378,11 @@ class Sft(SftConfig):
     def run(self) -> None:
         if bool(self.task) == bool(self.text):
             raise ValueError("name either --task with --data, or --text")
+        columns = [f"{name}_column" for name in ("text", "pair", "target", "teacher_text", "finished", "language")]
+        for name in (*columns, "language", "split", "limit") if self.task else ("data",):
+            if (value := getattr(self, name)) != getattr(type(self), name):
+                other = "text" if self.task else "task"
+                raise ValueError(f"--{name.replace('_', '-')} {value}: goes with --{other} alone")
         if self.task:
             source = TextSource(task=self.task, data=self.data, quoted=self.quoted)
             rows, labels, valid = source.load()
@@ -385,13 +391,13 @@ class Sft(SftConfig):
                 return
             train("sft", self, Data(rows, valid or (), labels, source.record()), None)
             return
-        columns = ("text_column", "pair_column", "target_column", "teacher_text_column", "language_column")
         stream = read_rows(
             self.text,
             text_column=self.text_column,
             pair_column=self.pair_column,
             target_column=self.target_column,
             teacher_text_column=self.teacher_text_column,
+            finished_column=self.finished_column,
             language=self.language,
             language_column=self.language_column,
             split=self.split,

@@ -145,6 +145,8 @@ class TokenizedRows:
         found = {name: (sum(map(len, side.ids)), side.truncated) for name, side in self.sides.items()}
         if self.prompts is not None:
             found["target"] = (sum(map(len, self.prompts.targets)), self.prompts.truncated)
+            around = sum(map(len, [*self.prompts.before, *self.prompts.after]))
+            found["prompt"] = (around, self.prompts.cut)
         return found
 
     def costs(self) -> list[tuple[int, ...]]:

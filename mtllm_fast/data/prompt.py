@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,20 +47,25 @@ class Prompt:
                 if field not in FIELDS:
                     raise ValueError(f"prompt.{name}: {{{field}}} is none of {{text}} and {{pair}}")
 
-    def ids(self, rows: Sequence[TextRow], tokenizer: StackTokenizer) -> tuple[list[Ids], list[Ids]]:
-        """LLM tokens before (with BOS) and after the text of every row. Texts are cut to the tokenizer's limit.
+    def ids(self, rows: Sequence[TextRow], tokenizer: StackTokenizer) -> tuple[list[Ids], list[Ids], int]:
+        """LLM tokens before (with BOS) and after the text of every row, and how many rows had a text in them cut to the
+        tokenizer's limit.
 
         Raises:
             ValueError: a template names a field that a row lacks.
         """
-        starts = [with_prefix(tokenizer.llm_prefix, ids) for ids in _filled("before", self.before, rows, tokenizer)]
-        return starts, _filled("after", self.after, rows, tokenizer)
+        before, first = _filled("before", self.before, rows, tokenizer)
+        after, second = _filled("after", self.after, rows, tokenizer)
+        return [with_prefix(tokenizer.llm_prefix, ids) for ids in before], after, len(first | second)
 
 
-def prompt_of(before: str | None, after: str | None) -> Prompt | None:
-    """The prompt that two options name; None where neither is given, and `Prompt`'s own for one that is not."""
+def prompt_of(before: str | None, after: str | None, own: Prompt | None = None) -> Prompt | None:
+    """The prompt that two options name; what is not given is `own`'s, the model's, or else `Prompt`'s.
+
+    None where nothing is given and there is no own one.
+    """
     given = {name: text for name, text in (("before", before), ("after", after)) if text is not None}
-    return Prompt(**given) if given else None
+    return replace(own or Prompt(), **given) if given else own
 
 
 @dataclass(frozen=True)
@@ -90,13 +95,15 @@ class PromptTokens:
     """LLM tokens around the texts of N rows, and what is to be written after them.
 
     Fields:
-        before, after, targets: per row. truncated: targets that were cut.
+        before, after, targets: per row.
+        truncated: targets that were cut; cut: rows whose text within the prompt was.
     """
 
     before: list[Ids]
     after: list[Ids]
     targets: list[Ids]
     truncated: int
+    cut: int
 
     @classmethod
     def of(cls, writing: Writing, rows: Sequence[TextRow], tokenizer: StackTokenizer) -> PromptTokens:
@@ -104,8 +111,12 @@ class PromptTokens:
         texts = [row.target for row in rows if row.target is not None]
         if len(texts) < len(rows):
             raise ValueError(f"target: {len(rows) - len(texts)} of {len(rows)} rows have none; name the target column")
-        around = writing.prompt.ids(rows, tokenizer)
-        return cls(*around, *target_ids(texts, tokenizer, writing.target_limit))
+        before, after, cut = writing.prompt.ids(rows, tokenizer)
+        targets, truncated = target_ids(texts, tokenizer, writing.target_limit)
+        for row, ids in zip(rows, targets, strict=True):
+            if not row.finished and ids[-1] == tokenizer.llm.eos_token_id:
+                del ids[-1]
+        return cls(before, after, targets, truncated, cut)
 
     def lengths(self) -> NDArray[np.int64]:
         """(N,) tokens around each text, the target's with them."""
@@ -140,18 +151,21 @@ def target_ids(texts: Sequence[str], tokenizer: StackTokenizer, limit: int | Non
     return [ids[:limit] for ids in whole], 0 if limit is None else sum(len(ids) > limit for ids in whole)
 
 
-def _filled(name: str, template: str, rows: Sequence[TextRow], tokenizer: StackTokenizer) -> list[Ids]:
+def _filled(name: str, template: str, rows: Sequence[TextRow], tokenizer: StackTokenizer) -> tuple[list[Ids], set[int]]:
+    """The template's tokens for every row, and the rows whose text in it was cut."""
     parts = _PLACES.split(template)  # literal, field, literal, ...
     literals = [tokenizer.llm_ids(part) for part in parts[::2]]
     filled = [list(literals[0]) for _ in rows]
-    limit = tokenizer.max_llm_tokens
+    limit, cut = tokenizer.max_llm_tokens, set[int]()
     for field, literal in zip(parts[1::2], literals[1:], strict=True):
         texts = [getattr(row, FIELDS[field]) for row in rows]
         if any(text is None for text in texts):
             raise ValueError(f"prompt.{name}: {{{field}}}, but a row has no {FIELDS[field]}")
-        for ids, text in zip(filled, encode(tokenizer.llm, texts, limit=limit)[0], strict=True):
+        for row, (ids, text) in enumerate(zip(filled, encode(tokenizer.llm, texts, limit=limit)[0], strict=True)):
             ids += [*text[:limit], *literal]
-    return filled
+            if len(text) > limit:
+                cut.add(row)
+    return filled, cut
 
 
 def with_prefix(prefix: Ids, ids: Ids) -> Ids:

@@ -31,6 +31,7 @@ class TextRow:
         id: the row's name in its source.
         choices: answers of a multiple-choice row.
         target: what a model is to write after reading the text, or None.
+        finished: False of a target that was cut, after which no end is to be written.
         teacher_text: what a teacher reads in place of the text, such as the text that it is a translation of, or None.
     """
 
@@ -41,6 +42,7 @@ class TextRow:
     id: str | None = None
     choices: tuple[str, ...] | None = None
     target: str | None = None
+    finished: bool = True
     teacher_text: str | None = None
 
     def for_teacher(self) -> TextRow:
@@ -130,6 +132,7 @@ def read_rows(
     id_column: str | None = None,
     target_column: str | None = None,
     teacher_text_column: str | None = None,
+    finished_column: str | None = None,
     split: str = "train",
     limit: int | None = None,
     columns: Sequence[str] | None = None,
@@ -141,7 +144,8 @@ def read_rows(
         source: a .txt (one text per line), .jsonl, .csv, .tsv or .parquet file, each also .gz; a folder (every such
             file in it and below, by name, hidden ones left out); a glob; or a hub dataset "org/name" or
             "org/name:config".
-        text_column, pair_column, label_column, language_column, id_column, target_column, teacher_text_column: columns
+        text_column, pair_column, label_column, language_column, id_column, target_column, teacher_text_column,
+            finished_column (true or false: whether the target has its end): columns
             to read; text_column is ignored for .txt.
         labels: class names in the order of their indices. Without them labels must be integers (for hub datasets, the
             names of the dataset's own ClassLabel are used).
@@ -174,7 +178,7 @@ def read_rows(
         )
     wanted = {"text_column": text_column, "pair_column": pair_column, "label_column": label_column}
     wanted |= {"language_column": language_column, "id_column": id_column, "target_column": target_column}
-    wanted |= {"teacher_text_column": teacher_text_column}
+    wanted |= {"teacher_text_column": teacher_text_column, "finished_column": finished_column}
     stream = RowStream(
         source=str(source),
         wanted={argument: column for argument, column in wanted.items() if column is not None},
@@ -287,6 +291,11 @@ class RowStream:
             if not value.isascii() and _SURROGATE.search(value):
                 return BadRow("invalid Unicode (lone surrogate)")
             texts[argument] = value
+        finished = True
+        if "finished_column" in self.wanted:
+            finished = record.get(self.wanted["finished_column"])  # type: ignore[assignment]
+            if not isinstance(finished, bool):
+                return BadRow(f"{self.wanted['finished_column']!r} is {finished!r}, neither true nor false")
         label = None
         if "label_column" in self.wanted:
             value = record.get(self.wanted["label_column"])
@@ -301,6 +310,7 @@ class RowStream:
             id=self._id(record),
             target=texts["target_column"],
             teacher_text=texts["teacher_text_column"],
+            finished=finished,
         )
 
     def _id(self, record: Mapping[str, object] | BadRow) -> str | None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+
 from .batch import Batch
 from .pack import PackedBatch
+from .prompt import target_rows
 
 
 def halves(batch: Batch) -> tuple[Batch, Batch]:
@@ -36,6 +39,10 @@ def _rows(batch: Batch, start: int, stop: int) -> Batch:
         # both tokens of a pair stand in one row, so one side tells
         own = (batch.mt_rows >= mt_first) & (batch.mt_rows < mt_end)
         mt_rows, llm_rows = batch.mt_rows[own] - mt_first, batch.llm_rows[own] - llm_first
+    targets = _packed(batch.targets, start, stop)[0]
+    if targets is not None and llm is not None:
+        llm_rows = torch.from_numpy(target_rows(llm.lengths, targets.lengths)).to(llm.device)
+    shared = batch.before is not None and batch.before.num_sequences == 1
     return dataclasses.replace(
         batch,
         mt=mt,
@@ -46,7 +53,9 @@ def _rows(batch: Batch, start: int, stop: int) -> Batch:
         mt_spans=batch.mt_spans[start:stop] - mt_first if batch.mt_spans is not None else None,
         llm_spans=batch.llm_spans[start:stop] - llm_first if batch.llm_spans is not None else None,
         ids=batch.ids[start:stop],
-        targets=_packed(batch.targets, start, stop)[0],
+        targets=targets,
+        before=batch.before if shared else _packed(batch.before, start, stop)[0],
+        after=_packed(batch.after, start, stop)[0],
         row_weight=batch.row_weight[start:stop] if batch.row_weight is not None else None,
     )
 

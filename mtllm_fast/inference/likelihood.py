@@ -85,7 +85,8 @@ def log_likelihoods(
     if not np.isfinite(found).all():
         raise ValueError("model: gives NaN or infinite likelihoods; is its dtype wide enough?")
     counts = np.cumsum([len(texts) for texts in candidates])
-    return np.split(found, counts[:-1]), tokenizer.side(model.side, rows, ends=False).truncated
+    cut = prompt.ids(rows, tokenizer)[2]
+    return np.split(found, counts[:-1]), max(tokenizer.side(model.side, rows, ends=False).truncated, cut)
 
 
 class Labeller:

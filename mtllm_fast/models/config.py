@@ -47,6 +47,8 @@ def config_to_dict(config: MTLLMConfig) -> dict[str, Any]:
     data = {"model_type": MODEL_TYPE, "format": FORMAT, **asdict(config)}
     if config.prompt is None:  # as earlier versions wrote it
         del data["prompt"]
+    if not config.projection.boundary:
+        del data["projection"]["boundary"]
     return data
 
 

@@ -61,7 +61,8 @@ def generate_ids(
         model: reader "stack", causal LLM.
         texts: N texts; languages: one MT code for all, or one per text; encoders with languages need them.
         before, after: prompt in the LLM's own tokens around each text, one for all or one per text. Special tokens
-            written in them count as such, so that a chat template can be given here; those in `texts` never do.
+            written in them count as such, so that a chat template can be given here; those in `texts` never do. The
+            prompt that a model was taught with is not taken by itself: it is `model.config.prompt`.
         bos: start with the LLM's BOS token, where its tokenizer writes one and `before` does not begin with it.
         batch_size: texts generated together, left-padded to the longest; texts of similar length share a batch.
         generation_config, options: as in `transformers.GenerationMixin.generate` (`max_new_tokens`, `num_beams`, ...).

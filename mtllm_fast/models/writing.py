@@ -70,14 +70,14 @@ class Prompts:
         """Raises ValueError for an unknown language, or a row that a template does not fit."""
         tokenizer, reader = check_writer(model), model.reader
         side = tokenizer.side(reader.side, rows, ends=False)
-        before, after = prompt.ids(rows, tokenizer)
+        before, after, cut = prompt.ids(rows, tokenizer)
         text, more = side.ids, 0
         if isinstance(reader, StackReader):
             more = int(reader.projection.boundary is not None)
         else:  # BOS stands before the prompt
             text = [ids[len(tokenizer.llm_prefix) :] for ids in text]
         lengths = [len(a) + len(b) + len(c) + more for a, b, c in zip(before, text, after, strict=True)]
-        return cls(text, before, after, np.array(lengths, np.int64), side.truncated)
+        return cls(text, before, after, np.array(lengths, np.int64), max(side.truncated, cut))
 
     def inputs(self, model: MTLLM, index: Sequence[int]) -> list[Tensor]:
         """What the LLM reads of some rows: embeddings (L, D) of a stack, token ids (L,) of an LLM alone."""

@@ -84,7 +84,7 @@ def build(config: DistillConfig, data: Data, dtype: torch.dtype) -> Stage:
     )
 
 
-DISTILL = StageKind("distill", DistillConfig, check, build, reads=("teacher",), shuffle=TASK_ROWS)
+DISTILL = StageKind("distill", DistillConfig, check, build, reads=("teacher",), records=("labels",), shuffle=TASK_ROWS)
 
 
 def distill(

@@ -41,7 +41,7 @@ def rows_digest(rows: Iterable[TextRow]) -> str:
         if row.teacher_text is not None:  # rows without one keep the digest that they had
             parts += ("teacher_text", row.teacher_text)
         if row.target is not None:
-            parts += ("target", row.target)
+            parts += ("target", row.target, *(() if row.finished else ("unfinished",)))
         found.update(repr(parts).encode("utf-8", "surrogatepass"))
         count += 1
     return f"{count} rows {found.hexdigest()}"

@@ -102,12 +102,12 @@ def run(kind: StageKind, config: Any, data: Data, watch: Watch | None = None) ->
     lora = config.lora if not config.model and getattr(config, "train_llm", True) else None
     check_layers(optim, *adapted_base(config.model, models), lora, config.trust_remote_code)
     set_seed(optim.seed)
-    recorded = {name: list(getattr(data, name)) for name in kind.records}
+    recorded = {name: list(found) for name in kind.records if (found := getattr(data, name)) is not None}
     settings = {"stage": kind.name, "source": data.source or {}, **recorded, **asdict(config)}
     inputs: dict[str, object] = {"rows": data.rows}
     if data.valid_rows is not None:
         inputs["valid_rows"] = data.valid_rows
-    inputs |= {name: getattr(config, name) for name in kind.reads} | models
+    inputs |= {name: value for name in kind.reads if (value := getattr(config, name))} | models
     folder = RunFolder(config.output, settings, config.resume, inputs, by_default)
     if (done := folder.finished()) is not None:
         return done

@@ -126,7 +126,7 @@ class RunFolder:
             short = name.rsplit(".", 1)[-1]
             if short in FREE or name in _STEP or name.split(".")[0] in _RECORDED:
                 continue
-            if name not in before and name in self.by_default:
+            if name not in before and (name in self.by_default or name == "labels"):  # labels: not recorded at first
                 continue
             # a folder that moved, its content the same
             if name in same or (name.startswith("source.") and short in _PATHS and "rows" in same):

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 
-from ..data.prompt import Prompt, Writing
+from ..data.prompt import Prompt, Writing, prompt_of
 from ..data.read import MappedRows, TextRow
-from ..models import MTLLM
+from ..models import MTLLM, LoraSettings
 from ..models.storage import read_config
+from .inputs import has_teacher_text
 from .live import Watch
 from .record import Metrics
 from .run import TASK_ROWS, Data, StageKind, run, starting
@@ -51,6 +52,8 @@ def check(config: SftConfig, data: Data) -> None:
             what = "a task head" if start.head else "no causal LLM"
             raise ValueError(f"model={config.model!r}: has {what}; make one with `mtllm sft` or `mtllm adapt --causal`")
         alone = start.reader == "llm"
+        if "student" in start.adapters and config.lora != LoraSettings():
+            raise ValueError(f"lora={config.lora!r}: model={config.model!r} has its own")
     else:
         alone = config.reader == "llm"
         if not alone and not config.encoder:
@@ -59,6 +62,8 @@ def check(config: SftConfig, data: Data) -> None:
             raise ValueError(f"encoder={config.encoder!r}: reader='llm' reads without one")
     if alone and config.loss.kl:
         raise ValueError(f"loss.kl={config.loss.kl}: the teacher reads what the LLM alone reads; it needs an encoder")
+    if has_teacher_text(data.rows) and not config.loss.kl:
+        raise ValueError("teacher_text: is for the teacher of loss.kl, whose weight is 0")
     if alone and not config.train_llm:
         raise ValueError("train_llm=False: the LLM alone has nothing else to train")
     if data.valid_rows and data.labels is None:
@@ -79,8 +84,7 @@ def starting_model(config: SftConfig, dtype: torch.dtype) -> MTLLM:
     else:
         llm.add_adapter(config.lora, "student")
         student.config.adapters["student"] = config.lora
-    if config.prompt != Prompt() or student.config.prompt is None:
-        student.config.prompt = config.prompt
+    student.config.prompt = prompt_of(config.before, config.after, student.config.prompt) or Prompt()
     return student
 
 
@@ -101,7 +105,7 @@ def build(config: SftConfig, data: Data, dtype: torch.dtype) -> Stage:
     )
 
 
-SFT = StageKind("sft", SftConfig, check, build, shuffle=TASK_ROWS)
+SFT = StageKind("sft", SftConfig, check, build, records=("labels",), shuffle=TASK_ROWS)
 
 
 def sft(

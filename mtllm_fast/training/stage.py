@@ -71,6 +71,8 @@ class Stage(nn.Module):
         self.validate, self.notes = validate, notes or {}
         if student.projection is not None and train_projection is not None:
             student.projection.requires_grad_(train_projection)
+        if student.projection is not None and student.projection.boundary is not None and writing is None:
+            student.projection.boundary.requires_grad_(False)  # it stands before tokens that are written
 
     @property
     def sides(self) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
-from ..data.prompt import Prompt
+from ..data.prompt import prompt_of
 from ..losses import DistillationWeights, TargetWeights
 from ..models import LoraSettings, ProjectionConfig
 from .config import OptimSettings
@@ -79,6 +79,11 @@ class AdaptConfig:
                 raise ValueError(f"loss.{name}={weight}: needs a task head, which stage 1 has none of")
         if not 0 < self.code_switch_share <= 1:
             raise ValueError(f"code_switch_share={self.code_switch_share}: must be a share in (0, 1]")
+        if self.projection.boundary:
+            raise ValueError(
+                "projection.boundary=True: stands before the LLM's own tokens, which stage 1 has none of; it is for "
+                "`mtllm sft`"
+            )
         if self.init_rows < 1:
             raise ValueError(f"init_rows={self.init_rows}: must be > 0; init='none' fits nothing")
         if self.init != "none" and self.projection.kind != "linear":
@@ -172,7 +177,11 @@ class SftConfig:
     """Who reads the texts of a new model: stack, the encoder before the LLM; llm, the LLM itself (for `llm` alone)."""
     output: str = "runs/sft"
     """Folder of the run; holds the model, its checkpoints and logs."""
-    prompt: Prompt = field(default_factory=Prompt)
+    before: str | None = None
+    """Prompt before the text, in the LLM's tokens, in which {text} and {pair} stand for the row's own texts; by default
+    that of `model`, or none."""
+    after: str | None = None
+    """Prompt between the text and the target, likewise; by default that of `model`, or a line break."""
     max_target_tokens: int = 256
     """Longer targets are cut to this many tokens, and counted."""
     projection: ProjectionConfig = field(default_factory=ProjectionConfig)
@@ -193,8 +202,11 @@ class SftConfig:
     def __post_init__(self) -> None:
         if self.reader not in ("stack", "llm"):
             raise ValueError(f"reader={self.reader!r}: expected stack or llm")
+        prompt_of(self.before, self.after)  # refuses what stands for nothing
         if self.max_target_tokens < 1:
             raise ValueError(f"max_target_tokens={self.max_target_tokens}: must be > 0")
+        if self.model and self.reader != "stack":
+            raise ValueError(f"reader={self.reader!r}: model={self.model!r} has its own")
         if (self.model or self.reader == "llm") and self.projection != ProjectionConfig():
             why = f"model={self.model!r} has its own" if self.model else "reader='llm' has none"
             raise ValueError(f"projection={self.projection!r}: {why}")

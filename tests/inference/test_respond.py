@@ -248,7 +248,7 @@ def test_command(capsys: pytest.CaptureFixture[str], folders: dict[str, str], tm
         "--limit",
         "7",
     )
-    other = Responder(loaded, Prompt("", "!"), Decoding(5))
+    other = Responder(loaded, Prompt(PROMPT.before, "!"), Decoding(5))
     rows = [replace(row, text_pair="M") for row in ROWS[:7]]
     assert [row["target"] for row in pq.read_table(tmp_path / "b.parquet").to_pylist()] == [
         one.text for (one,) in other.answers(rows)

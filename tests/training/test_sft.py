@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from mtllm_fast import MTLLM, PackedBatch, ProjectionConfig, TextRow
-from mtllm_fast.data import PackedDataset
+from mtllm_fast.data import PackedDataset, read_rows
 from mtllm_fast.data.collate import collate
 from mtllm_fast.data.prompt import Prompt, Writing
 from mtllm_fast.losses import TargetWeights
@@ -40,7 +40,11 @@ def config(encoder: str, llm: str, output: Path | str = "", **changes) -> SftCon
         "encoder": encoder, "llm": llm, "output": str(output), "prompt": PROMPT, "max_target_tokens": 16,
         "projection": ProjectionConfig(boundary=True), "lora": LoraSettings(r=2, dropout=0.0), "train": OptimSettings(**optim),
     }  # fmt: skip
-    return SftConfig(**{**settings, **changes})
+    settings |= changes
+    prompt = settings.pop("prompt")
+    if prompt is not None:
+        settings |= {"before": prompt.before, "after": prompt.after}
+    return SftConfig(**settings)
 
 
 def by_hand(model: MTLLM, row: TextRow) -> tuple[Tensor, Tensor]:
@@ -153,7 +157,7 @@ def test_runs_log_resume_and_save_their_prompt(encoder_folder, llm_folder, tmp_p
     part.train.max_steps = 2
     sft(part, ROWS, source={"text": "lines"})
     part.train.max_steps, part.resume = STEPS, True
-    with pytest.raises(ValueError, match=r"--resume: prompt\.after"):
+    with pytest.raises(ValueError, match="--resume: after="):
         sft(
             config(encoder_folder, llm_folder, tmp_path / "part", resume=True, prompt=Prompt()),
             ROWS,
@@ -187,7 +191,13 @@ def test_goes_on_from_a_model_and_keeps_its_prompt(encoder_folder, llm_folder, t
     first.train.max_steps = 1
     sft(first, ROWS)
     second = config(
-        "", "", tmp_path / "next", model=str(tmp_path / "mapping"), prompt=Prompt(), projection=ProjectionConfig()
+        "",
+        "",
+        tmp_path / "next",
+        model=str(tmp_path / "mapping"),
+        prompt=None,
+        lora=LoraSettings(),
+        projection=ProjectionConfig(),
     )
     second.train.max_steps = 1
     sft(second, ROWS)
@@ -202,7 +212,7 @@ def test_labels_are_targets(encoder_folder, llm_folder, tmp_path) -> None:
     settings = config(encoder_folder, llm_folder, tmp_path / "run", prompt=Prompt(after="\nOdd or even:"))
     settings.train.max_steps = 1
     stage = build(settings, Data(rows, labels=["even", "odd"]), torch.float32)
-    batch = collate(list(stage.rows)[:2], stage.student.tokenizer, sides=("mt",), prompt=settings.prompt)
+    batch = collate(list(stage.rows)[:2], stage.student.tokenizer, sides=("mt",), prompt=Prompt("", "\nOdd or even:"))
     words = [
         stage.student.tokenizer.llm.decode(ids[:-1]) for ids in batch.targets.input_ids.split(batch.targets.lengths)
     ]
@@ -215,7 +225,9 @@ def test_labels_are_targets(encoder_folder, llm_folder, tmp_path) -> None:
         for row in rows[:4]:
             sums = []
             for word in ("even", "odd"):
-                one = collate([replace(row, target=word)], model.tokenizer, sides=("mt",), prompt=settings.prompt)
+                one = collate(
+                    [replace(row, target=word)], model.tokenizer, sides=("mt",), prompt=Prompt("", "\nOdd or even:")
+                )
                 read = read_with_targets(model, one)
                 logits = F.linear(read.states[read.rows], model.llm.lm_head.weight)
                 sums.append(-float(F.cross_entropy(logits, one.targets.input_ids, reduction="sum")))
@@ -278,3 +290,55 @@ def test_rows_and_models_that_do_not_fit(encoder_folder, llm_folder, tmp_path) -
     with pytest.raises(ValueError, match="tokens"):
         sft(narrow, ROWS)
     assert not any((tmp_path / name).exists() for name in "abc")
+
+
+def test_a_prompt_that_is_given_is_taken_part_by_part(encoder_folder, llm_folder, tmp_path) -> None:
+    first = config(encoder_folder, llm_folder, tmp_path / "first", prompt=Prompt("Text: ", ""))
+    first.train.max_steps = 0
+    sft(first, ROWS)
+    for given, expected in (
+        ({}, Prompt("Text: ", "")),
+        ({"after": "\n"}, Prompt("Text: ", "\n")),
+        ({"before": ""}, Prompt("", "")),
+    ):
+        changes = {
+            "model": str(tmp_path / "first"),
+            "prompt": None,
+            "projection": ProjectionConfig(),
+            "lora": LoraSettings(),
+        }
+        settings = config("", "", tmp_path / "next", **changes, **given)
+        assert build(settings, Data(ROWS), torch.float32).student.config.prompt == expected
+
+
+def test_an_answer_that_was_cut_has_no_end(encoder_folder, llm_folder, tmp_path) -> None:
+    path = tmp_path / "answers.jsonl"
+    records = [{"text": line, "target": "a b", "finished": i % 2 == 0} for i, line in enumerate(LINES)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    rows = list(read_rows(path, target_column="target", finished_column="finished", language="eng_Latn"))
+    tokenizer = build(config(encoder_folder, llm_folder), Data(ROWS), torch.float32).student.tokenizer
+    batch = collate(rows, tokenizer, sides=("mt",), prompt=PROMPT)
+    ends = [
+        ids[-1].item() == tokenizer.llm.eos_token_id for ids in batch.targets.input_ids.split(batch.targets.lengths)
+    ]
+    assert ends == [record["finished"] for record in records]
+    path.write_text(json.dumps({"text": "a", "target": "b", "finished": "no"}) + "\n" + json.dumps(records[0]) + "\n")
+    stream = read_rows(path, target_column="target", finished_column="finished")
+    assert len(list(stream)) == 1 and stream.counts.failed == 1
+
+
+def test_a_text_in_the_prompt_that_is_cut_is_counted(encoder_folder, llm_folder) -> None:
+    tokenizer = build(config(encoder_folder, llm_folder), Data(ROWS), torch.float32).student.tokenizer
+    tokenizer.max_llm_tokens = 5
+    assert PROMPT.ids(ROWS[:3], tokenizer)[2] == 3
+    assert Prompt("", "\n").ids(ROWS[:3], tokenizer)[2] == 0, "the control: a prompt without the text"
+
+
+def test_resuming_with_other_labels_is_refused(encoder_folder, llm_folder, tmp_path) -> None:
+    rows = [TextRow(line, "eng_Latn", label=i % 2) for i, line in enumerate(LINES * 4)]
+    settings = config(encoder_folder, llm_folder, tmp_path / "run")
+    settings.train.max_steps = 1
+    sft(settings, rows, labels=["even", "odd"])
+    settings.resume = True
+    with pytest.raises(ValueError, match="--resume: labels="):
+        sft(settings, rows, labels=["yes", "no"])

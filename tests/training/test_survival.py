@@ -19,6 +19,7 @@ from transformers import Trainer
 from benchmarks.studies.survive import entries, unreadable
 from mtllm_fast import TextRow
 from mtllm_fast.data.collate import collate
+from mtllm_fast.data.prompt import Prompt
 from mtllm_fast.data.split import halves
 from mtllm_fast.data.tokenise import StackTokenizer
 from mtllm_fast.failures import RunFailed
@@ -211,6 +212,16 @@ def test_halves_of_a_batch() -> None:
     cost = np.add(uneven.mt.lengths, uneven.llm.lengths)
     apart = [abs(int(cost[:row].sum() - cost[row:].sum())) for row in range(1, 6)]
     assert halves(uneven)[0].num_rows == 1 + int(np.argmin(apart))
+    written = [TextRow(line, "eng_Latn", target=" ".join(line.split()[: 1 + i])) for i, line in enumerate(lines)]
+    for prompt in (Prompt("Text: ", "\nWords:"), Prompt("{text}\n", "\n")):
+        batch = collate(written, tokenizer, prompt=prompt)
+        first, second = halves(batch)
+        for part, own in ((first, written[: first.num_rows]), (second, written[first.num_rows :])):
+            alone = collate(own, tokenizer, prompt=prompt)
+            assert torch.equal(part.llm_rows, alone.llm_rows)
+            for name in ("targets", "before", "after", "mt", "llm"):
+                got, want = getattr(part, name), getattr(alone, name)
+                assert got.lengths == want.lengths and torch.equal(got.input_ids, want.input_ids), name
     choices = [TextRow(line, choices=("yes", "or no"), label=0) for line in lines]
     batch = collate(choices, tokenizer, align=False)
     _, second = halves(batch)
