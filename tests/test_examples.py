@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from mtllm_fast import cli
+from mtllm_fast.commands import recipe_run
+from mtllm_fast.commands.recipe_file import names
+from tests.commands.recipe_steps import inside
 from tests.conftest import REPO
 from tests.forked import Forked
 from tests.tiny import LINES
@@ -114,3 +118,19 @@ def test_the_commands_of_the_readme(inputs: Path, forked: Forked) -> None:
         words = ["2" if word == "200" else word for word in words]
         out = forked.run(inputs, *words[1:], *few, code=code)
     assert "swh_Latn" in out
+
+
+def test_the_recipe_of_the_readme(inputs: Path, monkeypatch, capsys) -> None:
+    """The three stages in one call, as written, with fewer steps."""
+    readme = (REPO / "README.md").read_text(encoding="utf-8")
+    block = readme.split("## Five minutes to your own data")[1].split("```")[3]
+    commands = [shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    assert [words[:2] for words in commands] == [["mtllm", "train"], ["mtllm", "train"], ["mtllm", "compare"]]
+    monkeypatch.chdir(inputs)
+    monkeypatch.setattr(recipe_run, "run_measured", inside)
+    cli.main(commands[0][1:])
+    listed = capsys.readouterr().out
+    assert sum(name in listed for name in names()) == len(names()) == 16
+    words = [word.replace("max_steps=200", "max_steps=2") for word in commands[1][1:]]
+    cli.main([*words, "teacher.max_steps=2", "student.max_steps=2", "*.device=cpu", "*.report_to=none"])
+    assert (inputs / "runs/mt-llm/student/model.safetensors").is_file()

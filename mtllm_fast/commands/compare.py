@@ -158,7 +158,11 @@ class Runs:
             if suite.against not in names:
                 suite = replace(suite, against=None)
             if names:
-                scores, store = run_suite(suite, progress=progress)
+                try:
+                    scores, store = run_suite(suite, progress=progress)
+                except ValueError as error:  # such as a text that no tokenizer of a system reads
+                    self.failed.append(Failure("all systems", entry.name, None, str(error)))
+                    continue
                 found += scores
                 self.stores.append(store)
         return found

@@ -13,13 +13,11 @@ from dataclasses import asdict
 import torch
 
 from ..data.code_switch import CodeSwitched, read_dictionary
-from ..data.language import language_read, reads_language
-from ..data.read import RowStream
 from ..data.store import AT_ONCE, TokenStore
 from ..losses import DistillationLoss
 from ..models import MTLLM
 from ..models.storage import local_folder, read_config
-from .inputs import check_teacher_text, has_teacher_text
+from .inputs import check_language, check_teacher_text, has_teacher_text
 from .live import Watch
 from .projection_fit import fit_projection
 from .record import Metrics
@@ -81,12 +79,7 @@ def check(config: AdaptConfig, data: Data) -> None:
 def build(config: AdaptConfig, data: Data, dtype: torch.dtype) -> Stage:
     student, rows, cache = starting_model(config, dtype), data.rows, None
     notes: Metrics = {}
-    if isinstance(rows, RowStream):
-        tokenizer = student.require_tokenizer()
-        if named := rows.language or rows.wanted.get("language_column"):
-            language_read(tokenizer, "mt", named, "language")
-        elif has_teacher_text(rows) and reads_language(tokenizer, "mt"):
-            raise ValueError("language is missing: beside a teacher_text_column, name the language that the text is in")
+    check_language(rows, student)
     if not isinstance(rows, TokenStore):
         if config.init != "none":
             notes["init"] = asdict(fit_projection(student, rows, config.init, config.init_rows))

@@ -21,7 +21,7 @@ from ..losses import DistillationLoss
 from ..models import MTLLM
 from ..models.adapter_sum import add_to_adapter, sum_settings
 from ..models.storage import based_on, read_config, read_safetensors
-from .inputs import check_teacher_text
+from .inputs import check_language, check_teacher_text
 from .live import Watch
 from .record import Metrics
 from .run import TASK_ROWS, Data, StageKind, run, starting
@@ -67,6 +67,7 @@ def build(config: DistillConfig, data: Data, dtype: torch.dtype) -> Stage:
         rows, notes["teacher_cache"] = KeyedRows(rows), asdict(report)
         set_seed(config.train.seed)  # the same run, whether the states were there or not
     student = starting(config, dtype)
+    check_language(data.rows, student)
     if config.init_from == "teacher":
         weights = read_safetensors(Path(config.teacher), "model")
         add_to_adapter(student, taught.adapters["student"], weights)

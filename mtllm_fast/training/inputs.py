@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ..data.language import ENGLISH_CODES
+from ..data.language import ENGLISH_CODES, language_read, reads_language
 from ..data.read import RowStream, TextRow, resolve
 from ..data.store import TokenStore
 from ..jobs.fingerprint import of_file
 from ..jobs.ledger import differing
+from ..models import MTLLM
 from ..models.storage import read_config
 
 _MODEL_FILES = ("*.safetensors", "config.json", "tokenizer.json", "sentencepiece.bpe.model", "tokenizer.model")
@@ -65,6 +66,21 @@ def check_teacher_text(rows: object, needs_pairs: bool) -> None:
             "teacher_text: paired_mse and kl compare tokens that end at the same character, and the teacher reads "
             "another text; use pooled_mse, contrast and head_kl"
         )
+
+
+def check_language(rows: object, student: MTLLM) -> None:
+    """What a stream says of its texts' language fits a student that reads through an encoder.
+
+    Raises:
+        ValueError: an unknown language, or none beside texts for the teacher: the student's would be read as English.
+    """
+    if not isinstance(rows, RowStream) or student.side == "llm":
+        return
+    tokenizer = student.require_tokenizer()
+    if named := rows.language or rows.wanted.get("language_column"):
+        language_read(tokenizer, "mt", named, "language")
+    elif has_teacher_text(rows) and reads_language(tokenizer, "mt"):
+        raise ValueError("language is missing: beside a teacher_text_column, name the language that the text is in")
 
 
 def identity(source: object) -> dict[str, str]:

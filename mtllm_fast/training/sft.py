@@ -20,7 +20,7 @@ from ..data.prompt import Prompt, Writing, prompt_of
 from ..data.read import MappedRows, TextRow
 from ..models import MTLLM, LoraSettings
 from ..models.storage import read_config
-from .inputs import has_teacher_text
+from .inputs import check_language, has_teacher_text
 from .live import Watch
 from .record import Metrics
 from .run import TASK_ROWS, Data, StageKind, run, starting
@@ -93,6 +93,7 @@ def build(config: SftConfig, data: Data, dtype: torch.dtype) -> Stage:
     if data.labels is not None:
         rows = LabelTargets(rows, data.labels)
     student = starting_model(config, dtype)
+    check_language(data.rows, student)
     prompt = student.config.prompt
     assert prompt is not None
     return Stage(

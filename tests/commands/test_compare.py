@@ -185,6 +185,16 @@ def test_a_training_that_fails_is_named_and_the_others_are_compared(root, conten
     assert read(root / "none")["against"] == {"mini": "alone"} and read(root / "none")["failed"] == []
 
 
+def test_a_task_that_cannot_be_read_is_named(root, content, calls, monkeypatch, tmp_path, capsys) -> None:
+    def unreadable(suite, *, progress):
+        raise ValueError("text 'x' holds a lone surrogate")
+
+    monkeypatch.setattr("mtllm_fast.evaluation.suite_file.run_suite", unreadable)
+    assert compare(write(tmp_path / "compare.yaml", of(content, "alone", output=str(tmp_path / "out")))) == 1
+    assert "readings failed: all systems, mini: text 'x' holds a lone surrogate" in capsys.readouterr().err
+    assert (tmp_path / "out/runs/alone").is_dir(), "what was trained is kept"
+
+
 def test_trained_for_each_task_where_the_data_say_so(root, given, content, calls, tmp_path) -> None:
     """A step that does not read the task is shared by the tasks; translate-test's teacher is a system."""
     data = {"english": given["english"], "task": "{task}", "folder": {"folder": given["folder"], "nusax": "NUSAX"}}

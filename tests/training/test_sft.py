@@ -75,11 +75,8 @@ def by_hand(model: MTLLM, row: TextRow) -> tuple[Tensor, Tensor]:
     return logits[-len(target) - 1 : -1], torch.tensor(target)
 
 
-@pytest.mark.parametrize("reader", ["stack", "llm"])
-@pytest.mark.parametrize("boundary", [False, True])
+@pytest.mark.parametrize(("reader", "boundary"), [("stack", False), ("stack", True), ("llm", False)])
 def test_the_loss_is_that_of_sequences_put_together_by_hand(reader, boundary, encoder_folder, llm_folder) -> None:
-    if reader == "llm" and boundary:
-        pytest.skip("an LLM alone has no projection")
     projection = ProjectionConfig(boundary=boundary)
     stage = build(
         config(encoder_folder, llm_folder, projection=projection) if reader == "stack"
@@ -345,3 +342,16 @@ def test_resuming_with_other_labels_is_refused(encoder_folder, llm_folder, tmp_p
     settings.resume = True
     with pytest.raises(ValueError, match="--resume: labels="):
         sft(settings, rows, labels=["yes", "no"])
+
+
+def test_texts_of_another_language_are_not_read_as_english_in_silence(encoder_folder, llm_folder, tmp_path) -> None:
+    path = tmp_path / "rows.jsonl"
+    records = [{"text": line, "english": line, "target": "a"} for line in LINES * 3]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    settings = config(encoder_folder, llm_folder, tmp_path / "run", loss=TargetWeights(kl=1.0))
+    settings.train.max_steps = 1
+    columns = {"target_column": "target", "teacher_text_column": "english"}
+    with pytest.raises(ValueError, match="language is missing: beside a teacher_text_column"):
+        sft(settings, read_rows(path, **columns))
+    assert not (tmp_path / "run").exists()
+    sft(settings, read_rows(path, **columns, language="swh_Latn"))
