@@ -23,17 +23,22 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: str | Path) -> Any:
+def read_yaml(path: str | Path, where: str) -> Any:
     """As `yaml.safe_load` of the file's text.
 
+    Args:
+        where: what errors begin with: the argument and its value.
+
     Raises:
-        ValueError: not YAML, or a key is given twice; says in which lines.
+        ValueError: no such file, not YAML, or a key is given twice; says in which lines.
     """
+    if not Path(path).is_file():
+        raise ValueError(f"{where}: no such file")
     try:
         return yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         said = " ".join(str(error).split())
-        raise ValueError(said if "is given twice" in said else f"not YAML: {said}") from None
+        raise ValueError(f"{where}: {said if 'is given twice' in said else f'not YAML: {said}'}") from None
 
 
 def converted(kind: Any, value: Any) -> Any:

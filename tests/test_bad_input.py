@@ -46,12 +46,12 @@ from tests.tiny import LINES
 def test_a_key_that_is_given_twice(text, said, tmp_path) -> None:
     (tmp_path / "f.yaml").write_text(text)
     with pytest.raises(ValueError, match=said):
-        read_yaml(tmp_path / "f.yaml")
+        read_yaml(tmp_path / "f.yaml", "f")
 
 
 def test_what_is_no_key_given_twice(tmp_path) -> None:
     (tmp_path / "f.yaml").write_text("base: &base {lr: 1}\nmore:\n  <<: *base\n  lr: 2\n'1': a\n1: b\n")
-    assert read_yaml(tmp_path / "f.yaml") == {"base": {"lr": 1}, "more": {"lr": 2}, "1": "a", 1: "b"}
+    assert read_yaml(tmp_path / "f.yaml", "f") == {"base": {"lr": 1}, "more": {"lr": 2}, "1": "a", 1: "b"}
 
 
 @pytest.fixture(scope="module")

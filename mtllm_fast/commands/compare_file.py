@@ -111,12 +111,7 @@ class Comparison:
 def read_comparison(path: str | Path) -> Comparison:
     """Raises ValueError for a file that is missing, no YAML, or describes no comparison; it names the entry."""
     where = f"compare={str(path)!r}"
-    if not Path(path).is_file():
-        raise ValueError(f"{where}: no such file")
-    try:
-        content = read_yaml(path)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+    content = read_yaml(path, where)
     if not isinstance(content, dict):
         raise ValueError(f"{where}: expected a mapping with the keys of `mtllm help compare`")
     own_keys = [part.name for part in fields(Own)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
 import typing
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -29,12 +28,7 @@ def read_settings(settings_type: type[Settings], path: str) -> Settings:
         ValueError: the file is missing, no YAML mapping, has a key that is no option, or a value of another type.
     """
     where = f"--config {path}"
-    if not os.path.isfile(path):
-        raise ValueError(f"{where}: no such file")
-    try:
-        data = read_yaml(path)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+    data = read_yaml(path, where)
     if not isinstance(data, dict):
         raise ValueError(f"{where}: expected a mapping of options")
     return settings_from(settings_type, data, where)

@@ -173,12 +173,7 @@ def read_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
             )
         path = RECIPES / f"{name}.yaml"
     where = f"recipe={name!r}"
-    if not path.is_file():
-        raise ValueError(f"{where}: no such file")
-    try:
-        content = read_yaml(path)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+    content = read_yaml(path, where)
     recipe = _recipe(content, name, where)
     for text in overrides:
         recipe = _overridden(recipe, text)

@@ -96,12 +96,7 @@ class Suite:
 def read_suite(path: str | Path) -> Suite:
     """Raises ValueError for a file that is missing, no YAML, or describes no suite; it names the entry."""
     where = f"suite={str(path)!r}"
-    if not Path(path).is_file():
-        raise ValueError(f"{where}: no such file")
-    try:
-        content = read_yaml(path)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+    content = read_yaml(path, where)
     suite = suite_of(content, where)
     if not suite.models and suite.translate_test is None:
         raise ValueError(f"{where}: models: none given, and no translate_test")

@@ -37,7 +37,8 @@ def log_likelihoods(
     *,
     max_tokens: int | None = None,
 ) -> tuple[list[NDArray[np.float64]], int]:
-    """Log-likelihoods (C_i,) of the candidates of each of N rows, and how many rows had their text cut.
+    """Log-likelihoods (C_i,) of the candidates of each of N rows, and how many rows had their text cut (for
+    the encoder or within the prompt, whichever were more).
 
     Args:
         model: an MTLLM with a causal LLM, reader "stack" or "llm".

@@ -56,7 +56,7 @@ class Prompts:
     Fields:
         text: per row the tokens of the text, of the encoder or of the LLM; before, after: LLM tokens around it.
         lengths: (N,) positions that the LLM reads of each.
-        truncated: rows whose text was cut.
+        truncated: rows whose text was cut, for the encoder or within the prompt; at least so many where both are cut.
     """
 
     text: list[NDArray[np.int64]]

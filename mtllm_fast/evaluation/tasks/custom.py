@@ -45,12 +45,7 @@ def from_yaml(path: str | Path, folder: str | Path | None = None) -> FolderTask:
         ValueError: no such file, no YAML mapping, an unknown or missing key, or values that do not fit together.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise ValueError(f"task={str(path)!r}: no such file")
-    try:
-        data = read_yaml(path)
-    except ValueError as error:
-        raise ValueError(f"task={str(path)!r}: {error}") from None
+    data = read_yaml(path, f"task={str(path)!r}")
     try:
         return _task(data, path, Path(folder).expanduser() if folder else path.parent)
     except _Fault as fault:
