@@ -18,7 +18,9 @@
 Options that a step leaves out are those of its command. In the text of an option `{encoder}`, `{llm}` and `{seed}`
 stand for what the command line gives, a role for its data, and the name of an earlier step for its output, which is
 OUTPUT/STEP. A command that writes a file is given its name there: `output: answers.jsonl`. `--seed` goes to every step
-that takes one. `{text}` and `{pair}` stay as they are: they are those of a prompt.
+that takes one. In the list of an option that takes several, `{role...}` stands for all that a role names, with commas
+between them: `labels: ["{labels...}"]` with `--data labels=no,yes`. `{text}` and `{pair}` stay as they are: they are
+those of a prompt.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ GIVEN = ("encoder", "llm", "seed")  # placeholders that the command line fills
 RECIPES = Path(str(files("mtllm_fast"))) / "recipes"
 ANY = "*"  # in an override: every step that has the option
 
-_PLACE = re.compile(r"\{(\w+)\}")
+_PLACE = re.compile(r"\{(\w+)(\.\.\.)?\}")
 _TEXTS = ("system", "source", "about", "differs")
 _KEYS = (*_TEXTS, "labels_in_test_language", "data", "published", "steps", "result")
 _REQUIRED = ("system", "source", "about", "labels_in_test_language", "steps", "result")
@@ -189,8 +191,16 @@ def fill(value: Any, values: Mapping[str, str]) -> Any:
     if isinstance(value, dict):
         return {key: fill(one, values) for key, one in value.items()}
     if isinstance(value, list):
-        return [fill(one, values) for one in value]
+        return [filled for one in value for filled in _several(one, values)]
     return value
+
+
+def _several(item: Any, values: Mapping[str, str]) -> list[Any]:
+    """What stands in a list for one of its items."""
+    place = _PLACE.fullmatch(item) if isinstance(item, str) else None
+    if place is None or not place[2] or place[1] not in values:
+        return [fill(item, values)]
+    return [one.strip() for one in values[place[1]].split(",")]
 
 
 def stated(step: Step, seed: int) -> dict[str, Any]:
@@ -201,7 +211,7 @@ def stated(step: Step, seed: int) -> dict[str, Any]:
 
 def _places(value: Any) -> Iterator[str]:
     if isinstance(value, str):
-        yield from (name for name in _PLACE.findall(value) if name not in FIELDS)
+        yield from (name for name, _ in _PLACE.findall(value) if name not in FIELDS)
     elif isinstance(value, (dict, list)):
         for one in value.values() if isinstance(value, dict) else value:
             yield from _places(one)

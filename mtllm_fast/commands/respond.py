@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 class Respond:
     """Write a model's own answers to the texts of a file, or the log-likelihood of given labels.
 
+    Of a model with a task head, these are the head's log-probabilities, and it needs no causal LLM.
+
     The output has a record per answer: id, language, text, sample, target (the answer), score (mean log probability per
     token), finished; with --labels a record per text: id, language, text, label (the likeliest), log_likelihoods.
     OUTPUT.run.json says what made it. `mtllm sft --text OUTPUT --target-column target` trains on it. A stopped run goes
@@ -38,7 +40,8 @@ class Respond:
     llm: str = ""
     """The LLM alone, reading its own tokens: folder or hub name."""
     model: str = ""
-    """Instead of it a model folder of ours with a causal LLM: a stack reads the texts through its encoder."""
+    """Instead of it a model folder of ours with a causal LLM, or with `labels` any that has a task head: a stack reads
+    the texts through its encoder."""
     text: str = ""
     """.txt, .jsonl, .csv, .tsv or .parquet (also .gz), a folder or glob of them, or a hub dataset."""
     output: str = ""
@@ -67,7 +70,8 @@ class Respond:
     after: str | None = None
     """The prompt between the text and the answer; by default the model's own, or a line break."""
     labels: tuple[str, ...] = ()
-    """Write the log-likelihoods of these instead of answers."""
+    """Write the log-likelihoods of these instead of answers; `mtllm finetune --soft-label-column log_likelihoods` of
+    the same labels learns from them."""
     max_new_tokens: int = 256
     """Most tokens of an answer, its end token with them."""
     temperature: float = 0.0
@@ -95,7 +99,7 @@ class Respond:
         import torch
 
         from ..inference.device import check_device
-        from ..inference.likelihood import Labeller, check_labels
+        from ..inference.likelihood import HeadLabeller, Labeller, check_labels
         from ..inference.records import FORMATS
         from ..inference.respond import Decoding, Output, Responder, label_file, respond_file
         from ..inference.stream import Interrupted
@@ -113,7 +117,7 @@ class Respond:
         decoding = Decoding()
         if self.labels:
             check_labels(self.labels)
-            for setting in _WRITING:
+            for setting in _WRITING[:-1]:  # a seed decides nothing here, as it decides nothing of greedy answers
                 if getattr(self, setting) != getattr(decoding, setting):
                     raise ValueError(
                         f"--{setting.replace('_', '-')}: does not go with --labels, which writes no answers"
@@ -152,7 +156,12 @@ class Respond:
         prompt = prompt_of(self.before, self.after, model.config.prompt) or Prompt()
         try:
             if self.labels:
-                report = label_file(Labeller(model, prompt, self.labels, max_tokens=self.max_tokens), rows, goes)
+                labeller: Labeller | HeadLabeller
+                if model.head is not None:
+                    labeller = HeadLabeller(model, self.labels, max_tokens=self.max_tokens)
+                else:
+                    labeller = Labeller(model, prompt, self.labels, max_tokens=self.max_tokens)
+                report = label_file(labeller, rows, goes)
             else:
                 report = respond_file(Responder(model, prompt, decoding), rows, goes)
         except Interrupted as stopped:
@@ -201,7 +210,10 @@ class Respond:
             return MTLLM.stack(llm=self.llm, reader="llm", causal=True, dtype=dtype)
         if is_path(self.model):
             config = read_config(Path(self.model))
-            if config.reader == "encoder" or not config.causal:
+            if self.labels and config.head is not None:
+                if self.before is not None or self.after is not None:
+                    raise ValueError(f"--before, --after: --model {self.model} has a task head, which reads no prompt")
+            elif config.reader == "encoder" or not config.causal:
                 lacks = "no LLM" if config.reader == "encoder" else "a bidirectional LLM"
                 raise ValueError(f"--model {self.model}: has {lacks}, and answers are written by a causal one")
         return MTLLM.from_pretrained(self.model, dtype=dtype)

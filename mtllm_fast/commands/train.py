@@ -114,6 +114,10 @@ def train_on_task(stage: str, command: Any) -> None:
         raise ValueError(
             f"--teacher-text-column {source.teacher_text_column}: stage 2 has no teacher; it is for distill"
         )
+    if stage == "distill" and source.soft_label_column is not None:
+        raise ValueError(
+            f"--soft-label-column {source.soft_label_column}: stage 3 has a teacher of its own; it is for finetune"
+        )
     rows, labels, valid = source.load()
     if not labels:
         raise ValueError(f"--task {source.task}: its answers are written, not chosen by a head; train with `mtllm sft`")
@@ -148,6 +152,9 @@ class TextSource:
     are English."""
     teacher_text_column: str | None = None
     """Column of the English of `text`, which the teacher of `distill` reads."""
+    soft_label_column: str | None = None
+    """Column with the log-probability of each of `labels` in a list, as `mtllm respond --labels` writes it
+    (log_likelihoods), for loss.label_kl of `finetune`."""
     labels: tuple[str, ...] = ()
     """Label names in order, for `text`."""
     valid: str = ""
@@ -159,7 +166,7 @@ class TextSource:
     def record(self) -> dict[str, object]:
         """The options as plain data for the run's record, which is compared on resume."""
         fields = dataclasses.asdict(self)
-        for name in ("language_column", "teacher_text_column"):  # as runs before there were such columns have it
+        for name in ("language_column", "teacher_text_column", "soft_label_column"):  # as earlier runs have it
             if fields[name] is None:
                 del fields[name]
         return _record(fields)
@@ -168,7 +175,7 @@ class TextSource:
         """Training rows, label names, validation rows or None."""
         if bool(self.task) == bool(self.text):
             raise ValueError("name either --task with --data, or --text with --labels")
-        for name in ("language_column", "teacher_text_column"):
+        for name in ("language_column", "teacher_text_column", "soft_label_column"):
             if self.task and (column := getattr(self, name)) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} {column}: is for --text; a task's own English is read")
         if self.task:
@@ -193,7 +200,11 @@ class TextSource:
             "labels": self.labels,
             "quoting": self.quoted,
         }
-        more = {"language_column": self.language_column, "teacher_text_column": self.teacher_text_column}
+        more = {
+            "language_column": self.language_column,
+            "teacher_text_column": self.teacher_text_column,
+            "soft_label_column": self.soft_label_column,
+        }
         rows = read_rows(self.text, **options, **more)  # type: ignore[arg-type]
         valid = list(read_rows(self.valid, **options)) if self.valid else None  # type: ignore[arg-type]
         return rows, list(self.labels), valid

@@ -39,6 +39,7 @@ class Batch:
         before, after: LLM tokens around the texts of `mt` where there are targets, which `after` ends with; `before`
             may be one sequence for all.
         row_weight: (B,) float, weights of the rows in terms that weigh them, or None.
+        soft_labels: (B, C) float32, the log-probability of each class, up to a constant, or None where rows have none.
     """
 
     mt: PackedBatch | None
@@ -55,6 +56,7 @@ class Batch:
     before: PackedBatch | None = None
     after: PackedBatch | None = None
     row_weight: Tensor | None = None
+    soft_labels: Tensor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -104,6 +106,7 @@ class TokenizedRows:
     ids: list[str | None]
     prompts: PromptTokens | None = None
     texts_differ: bool = False  # of the two sides, in some row: nothing can be aligned
+    soft_labels: list[tuple[float, ...]] | None = None
 
     def batch(self, index: Sequence[int], align: bool) -> Batch:
         packed: dict[str, PackedBatch] = {}
@@ -130,6 +133,7 @@ class TokenizedRows:
             mt_spans=spans.get("mt"),
             llm_spans=spans.get("llm"),
             ids=tuple(self.ids[i] for i in index),
+            soft_labels=None if self.soft_labels is None else torch.tensor([self.soft_labels[i] for i in index]),
         )
         return batch if self.prompts is None else _with_prompts(batch, self.prompts, index)
 
@@ -174,7 +178,7 @@ def tokenise_rows(
             tokenized["llm"] = dataclasses.replace(own, ids=whole)
         tokenized = {name: dataclasses.replace(side, spans=None) for name, side in tokenized.items()}
     labels, names = [row.label for row in rows], [row.id for row in rows]
-    return TokenizedRows(tokenized, labels, names, prompts, differ)
+    return TokenizedRows(tokenized, labels, names, prompts, differ, _soft_labels(rows))
 
 
 def _with_prompts(batch: Batch, prompts: PromptTokens, index: Sequence[int]) -> Batch:
@@ -223,6 +227,16 @@ def check_sides(sides: Sequence[str], tokenizer: StackTokenizer) -> tuple[str, .
         if getattr(tokenizer, side) is None:
             raise ValueError(f"sides holds {side!r} but the tokenizer has no {side} tokenizer")
     return tuple(side for side in SIDES if side in sides)
+
+
+def _soft_labels(rows: Sequence[TextRow]) -> list[tuple[float, ...]] | None:
+    given = [row.soft_label for row in rows if row.soft_label is not None]
+    if not given:
+        return None
+    if len(given) != len(rows) or len(set(map(len, given))) > 1:
+        counts = sorted({0 if row.soft_label is None else len(row.soft_label) for row in rows})
+        raise ValueError(f"soft_label: every row needs one, of as many classes as the others; they have {counts}")
+    return given
 
 
 def _labels(labels: list[int | None]) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +34,8 @@ class TextRow:
         target: what a model is to write after reading the text, or None.
         finished: False of a target that was cut, after which no end is to be written.
         teacher_text: what a teacher reads in place of the text, such as the text that it is a translation of, or None.
+        soft_label: the log-probability of each class, up to a constant, as a teacher that is not at hand gave it, or
+            None.
     """
 
     text: str
@@ -44,6 +47,7 @@ class TextRow:
     target: str | None = None
     finished: bool = True
     teacher_text: str | None = None
+    soft_label: tuple[float, ...] | None = None
 
     def for_teacher(self) -> TextRow:
         """The row as a teacher reads it.
@@ -133,6 +137,7 @@ def read_rows(
     target_column: str | None = None,
     teacher_text_column: str | None = None,
     finished_column: str | None = None,
+    soft_label_column: str | None = None,
     split: str = "train",
     limit: int | None = None,
     columns: Sequence[str] | None = None,
@@ -145,8 +150,8 @@ def read_rows(
             file in it and below, by name, hidden ones left out); a glob; or a hub dataset "org/name" or
             "org/name:config".
         text_column, pair_column, label_column, language_column, id_column, target_column, teacher_text_column,
-            finished_column (true or false: whether the target has its end): columns
-            to read; text_column is ignored for .txt.
+            finished_column (true or false: whether the target has its end), soft_label_column (a list of the
+            log-probability of each label): columns to read; text_column is ignored for .txt.
         labels: class names in the order of their indices. Without them labels must be integers (for hub datasets, the
             names of the dataset's own ClassLabel are used).
         language: code of every row, where there is no language_column; encoders with languages need one of the two.
@@ -161,7 +166,8 @@ def read_rows(
     Raises:
         FileNotFoundError: nothing at `source`.
         ValueError, TypeError: an unsupported or empty file, or an argument that does not fit the data. While iterating:
-            a label outside `labels`, a damaged file, or a source without one usable row.
+            a label outside `labels`, no list of log-probabilities, one each, a damaged file, or a source without one
+            usable row.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 or None, got {limit}")
@@ -169,8 +175,10 @@ def read_rows(
         raise TypeError(f"labels must be a sequence of names, got the string {labels!r}")
     if labels is not None and (not labels or len(set(labels)) != len(labels)):
         raise ValueError(f"labels must be distinct names, got {list(labels)!r}")
-    if labels is not None and label_column is None:
+    if labels is not None and label_column is None and soft_label_column is None:
         raise ValueError("labels are given but no label_column: name the column that holds them")
+    if soft_label_column is not None and labels is None:
+        raise ValueError(f"soft_label_column={soft_label_column!r}: holds a number per label; name the labels")
     if teacher_text_column is not None and pair_column is not None:
         raise ValueError(
             f"teacher_text_column={teacher_text_column!r}: takes the place of a text alone, but pair_column="
@@ -179,6 +187,7 @@ def read_rows(
     wanted = {"text_column": text_column, "pair_column": pair_column, "label_column": label_column}
     wanted |= {"language_column": language_column, "id_column": id_column, "target_column": target_column}
     wanted |= {"teacher_text_column": teacher_text_column, "finished_column": finished_column}
+    wanted |= {"soft_label_column": soft_label_column}
     stream = RowStream(
         source=str(source),
         wanted={argument: column for argument, column in wanted.items() if column is not None},
@@ -302,6 +311,7 @@ class RowStream:
             if value is None or value == "" or (value == -1 and not isinstance(value, bool)):
                 return BadRow("no label")  # -1 is how hub datasets write it
             label = self._label(value, labels, place)
+        soft_label = self._soft_label(record, labels, place) if "soft_label_column" in self.wanted else None
         return TextRow(
             text=str(texts["text_column"]),
             language=texts["language_column"],
@@ -311,6 +321,7 @@ class RowStream:
             target=texts["target_column"],
             teacher_text=texts["teacher_text_column"],
             finished=finished,
+            soft_label=soft_label,
         )
 
     def _id(self, record: Mapping[str, object] | BadRow) -> str | None:
@@ -334,6 +345,20 @@ class RowStream:
         column = self.wanted["label_column"]
         right = f"one of {', '.join(labels)}" if labels is not None else "an integer >= 0; name the classes with labels"
         raise ValueError(f"label_column {column!r}: {value!r} at {place} is no label, it must be {right}")
+
+    def _soft_label(self, record: Mapping[str, object], labels: Sequence[str] | None, place: str) -> tuple[float, ...]:
+        column = self.wanted["soft_label_column"]
+        value: Any = record.get(column)
+        try:
+            found = tuple(map(float, value)) if not isinstance(value, str | bytes | Mapping) else ()
+        except (TypeError, ValueError):
+            found = ()
+        if len(found) != len(labels or found) or not found or not all(-math.inf < one <= 0 for one in found):
+            raise ValueError(
+                f"soft_label_column {column!r}: {value!r} at {place} is no list of {len(labels or ()) or 'finite'} "
+                "log-probabilities, one for each label, none above 0"
+            )
+        return found
 
     def _open_hub(self, name: str, config: str | None) -> tuple[IterableDataset, tuple[str, ...] | None]:
         import datasets

@@ -25,7 +25,7 @@ from ..models import MTLLM
 from ..models.inputs import read_with_targets
 from ..models.modes import evaluating
 from ..models.writing import check_writer
-from .engine import default_budget
+from .engine import Engine, default_budget
 
 
 @torch.no_grad()
@@ -111,6 +111,37 @@ class Labeller:
         )
         self.truncated += truncated
         return np.stack(found) if found else np.zeros((0, len(self.labels)))
+
+
+class HeadLabeller:
+    """The log-probabilities of a task head's classes. Attributes as those of `Labeller`; there is no prompt.
+
+    Args:
+        labels: the head's own, in the order of the columns.
+
+    Raises:
+        ValueError: the model has no head of classes, or one of others.
+    """
+
+    prompt = None
+
+    def __init__(self, model: MTLLM, labels: Sequence[str], *, max_tokens: int | None = None) -> None:
+        self.engine = Engine(model, max_tokens=max_tokens)
+        own = model.config.labels
+        if own is None or sorted(own) != sorted(labels):
+            has = "no task head of classes" if own is None else f"a task head for {', '.join(own)}"
+            raise ValueError(f"labels={list(labels)!r}: the model has {has}")
+        self.labels, self.order = tuple(labels), [own.index(label) for label in labels]
+        self.max_tokens = self.engine.max_tokens
+
+    @property
+    def truncated(self) -> int:
+        return self.engine.truncated
+
+    def log_likelihoods(self, rows: Sequence[TextRow]) -> NDArray[np.float64]:
+        """(N, C)."""
+        logits = torch.from_numpy(self.engine.classify(rows)).double()
+        return torch.log_softmax(logits, -1)[:, self.order].numpy()
 
 
 def check_labels(labels: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ from ..models.writing import Prompts, check_writer, ends_of, write
 from .records import Kind, Made, RecordFile, RecordReport, write_records
 
 if TYPE_CHECKING:
-    from .likelihood import Labeller
+    from .likelihood import HeadLabeller, Labeller
 
 
 @dataclass(frozen=True)
@@ -169,10 +169,11 @@ def respond_file(responder: Responder, rows: Iterable[TextRow], output: Output) 
     return _write(rows, output, columns, settings, make, counted)
 
 
-def label_file(labeller: Labeller, rows: Iterable[TextRow], output: Output) -> RecordReport:
+def label_file(labeller: Labeller | HeadLabeller, rows: Iterable[TextRow], output: Output) -> RecordReport:
     """Write a record per row: id, language, text, (text_pair, teacher_text), label, log_likelihoods.
 
-    `log_likelihoods` are those of each label, in their order, end token included; `label` is the likeliest.
+    `log_likelihoods` are those of each label, in their order, written out with the end token, or a task head's
+    log-probabilities; `label` is the likeliest.
 
     Raises:
         ValueError: as `write_records`; a row that cannot be read. Interrupted: Ctrl-C.
@@ -188,7 +189,8 @@ def label_file(labeller: Labeller, rows: Iterable[TextRow], output: Output) -> R
         return Made(records, labeller.truncated - before)
 
     columns: dict[str, Kind] = {"label": "string", "log_likelihoods": "float64s"}
-    settings = {"prompt": asdict(labeller.prompt), "labels": list(labels), "max_tokens": labeller.max_tokens}
+    prompt = None if labeller.prompt is None else asdict(labeller.prompt)
+    settings = {"prompt": prompt, "labels": list(labels), "max_tokens": labeller.max_tokens}
     counted = {f"label {name!r}": partial(_has_label, name) for name in labels}
     return _write(rows, output, columns, settings, make, counted)
 

@@ -1,8 +1,16 @@
 """Loss terms over packed batches, each a `(sum, count)` pair, and the objectives that weigh them."""
 
-from .distillation import DistillationLoss, DistillationWeights, TargetWeights
+from .distillation import DistillationLoss, DistillationWeights, LabelWeights, TargetWeights
 from .objective import Objective
 from .table import TERMS
 from .term import LossTerm
 
-__all__ = ["TERMS", "DistillationLoss", "DistillationWeights", "LossTerm", "Objective", "TargetWeights"]
+__all__ = [
+    "TERMS",
+    "DistillationLoss",
+    "DistillationWeights",
+    "LabelWeights",
+    "LossTerm",
+    "Objective",
+    "TargetWeights",
+]

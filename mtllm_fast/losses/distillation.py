@@ -106,6 +106,19 @@ class TargetWeights(Weights):
     """Share of the cross-entropy's target distribution that is spread over the vocabulary."""
 
 
+@dataclass(frozen=True)
+class LabelWeights(Weights):
+    """Weight of every term of a reader that learns a task from labels; 0 leaves the term out."""
+
+    task: float = 1.0
+    """Cross-entropy of the task head on the rows' labels."""
+    label_kl: float = 0.0
+    """KL of the task head's distribution from the rows' soft labels, times temperature^2: another model's
+    log-probabilities, as `mtllm respond --labels` writes them."""
+    temperature: float = 1.0
+    """Of the KL; above 1 it makes the distributions flatter."""
+
+
 class DistillationLoss(Objective):
     """Distils a teacher's states into a student's over one pack.
 

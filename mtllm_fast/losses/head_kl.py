@@ -58,7 +58,7 @@ def kl(
     """`tau^2 * sum_i w_i KL(softmax(t_i / tau) || softmax(s_i / tau))`, 0-d.
 
     Args:
-        student_logits, teacher_logits: (N, C), used in float32.
+        student_logits, teacher_logits: (N, C), used in float32; log-probabilities are logits, too.
         temperature: tau > 0; the factor tau^2 keeps the gradient's scale (Hinton et al., arXiv 1503.02531).
         weights: (N,), 1 where there are none.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .contrast import Contrast
 from .head_kl import TaskHeadKL
+from .label_kl import SoftLabelKL
 from .lm_head_kl import LMHeadKL
 from .paired_mse import PairedMSE
 from .pooled_mse import PooledMSE
@@ -17,6 +18,7 @@ TERMS: dict[str, type[Term]] = {
     "kl": LMHeadKL,
     "head_kl": TaskHeadKL,
     "task": TaskCrossEntropy,
+    "label_kl": SoftLabelKL,
     "target_ce": TargetCrossEntropy,
     "contrast": Contrast,
 }

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..models.llm import LMHead
 
 T = TypeVar("T")
-Need = Literal["teacher", "pairs", "lm_head", "task_head", "labels", "targets"]
+Need = Literal["teacher", "pairs", "lm_head", "task_head", "labels", "targets", "soft_labels"]
 Unit = Literal["rows", "pairs", "targets"]
 
 MISSING: dict[Need, str] = {
@@ -29,6 +29,7 @@ MISSING: dict[Need, str] = {
     "task_head": "task_head, a head on pooled states",
     "labels": "labels: the rows have none",
     "targets": "targets: the rows have none",
+    "soft_labels": "soft labels: the rows have none",
 }
 
 
@@ -84,7 +85,7 @@ class Given:
     def has(self, need: Need) -> bool:
         if need == "pairs":
             return self.batch.mt_rows is not None and self.batch.llm_rows is not None
-        return getattr(self.batch if need in ("labels", "targets") else self, need) is not None
+        return getattr(self.batch if need in ("labels", "targets", "soft_labels") else self, need) is not None
 
 
 class Term:

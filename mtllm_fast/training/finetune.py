@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from ..data.read import TextRow
-from ..losses import Objective
+from ..data.store import TokenStore
 from ..models import HeadConfig
 from .live import Watch
 from .record import Metrics
@@ -39,6 +39,11 @@ def check(config: FinetuneConfig, data: Data) -> None:
         raise ValueError(f"name exactly one of --llm, --encoder and --model, got {', '.join(sources) or 'none'}")
     if config.train.max_steps == 0:
         raise ValueError("max_steps=0: the task head starts at random, so there is nothing to save; train it")
+    first = None if isinstance(data.rows, TokenStore) else next(iter(data.rows), None)
+    if first is not None and config.loss.label_kl and first.soft_label is None:
+        raise ValueError(f"loss.label_kl={config.loss.label_kl}: learns from soft labels, which the rows do not have")
+    if first is not None and not config.loss.label_kl and first.soft_label is not None:
+        raise ValueError("soft_label: the rows have some, but loss.label_kl=0 reads none; give it a weight")
 
 
 def build(config: FinetuneConfig, data: Data, dtype: torch.dtype) -> Stage:
@@ -48,7 +53,7 @@ def build(config: FinetuneConfig, data: Data, dtype: torch.dtype) -> Stage:
         student.set_head(head)
     return Stage(
         student,
-        Objective({"task": 1.0}),
+        config.loss.objective(),
         data.rows,
         train_projection=config.train_projection,
         validate=validation(student, data.valid_rows or (), config.train),

@@ -211,3 +211,17 @@ def test_the_help_shows_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for key in ("system:", "labels_in_test_language:", "published:", "steps:", "result:"):
         assert key in out
     assert list(read_recipe(write(tmp_path, out.split("\n\n")[2])).steps) == ["adapt", "teacher", "student"]
+
+
+def test_a_role_may_name_several(tmp_path: Path) -> None:
+    """`{role...}` in a list is all of them; anywhere else, and without the dots, a role is one text."""
+    options = {"command": "respond", "llm": "{llm}", "text": "{lines}", "labels": ["x", "{names...}", "{names}"]}
+    content = changed(data={"lines": "texts", "names": "labels"}, steps={**GOOD["steps"], "said": options})
+    content["steps"]["second"]["data"] = ""
+    recipe = read_recipe(write(tmp_path, content))
+    values = {"llm": "L", "lines": "F", "names": "yes, no,maybe so"}
+    assert recipe.settings("said", values).labels == ("x", "yes", "no", "maybe so", "yes, no,maybe so")
+    assert recipe.steps["said"].uses == ["llm", "lines", "names"]
+    wrong = changed(steps={"first": {**options, "labels": ["{nobody...}"]}}, result="first", data={"lines": "texts"})
+    with pytest.raises(ValueError, match=r"steps: first: nothing makes \{nobody\}"):
+        read_recipe(write(tmp_path, wrong))

@@ -29,7 +29,8 @@ WRITERS = {"copsd", "mindmerger", "mindmerger_replaced", "langbridge", "sdrrl", 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, encoder_folder, llm_folder):
     root = tmp_path_factory.mktemp("recipes")
-    given = {**write_data(root), **write_pairs(root), "start": str(root / "start")}
+    given = {**write_data(root), **write_pairs(root), "start": str(root / "start"), "labels": "a, b,c"}
+    given["texts"] = given["prompts"]
     stack = MTLLM.stack(encoder_folder, llm_folder, causal=True, lora=LoraSettings(r=2), dtype=torch.float32)
     stack.config.prompt = Prompt(after="\nAnswer:")
     stack.save_pretrained(root / "start")
