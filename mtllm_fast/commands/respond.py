@@ -219,14 +219,15 @@ class Respond:
         return MTLLM.from_pretrained(self.model, dtype=dtype)
 
     def _in_language(self, rows: RowStream, model: MTLLM, rank: int) -> RowStream:
-        """The rows with the language that they are read in; those in an unknown one are left out and counted."""
-        from ..inference.stream import language_check
+        """The rows with the language that they are read in; those in an unknown one, and those that the tokenizer
+        fails on, are left out and counted."""
+        from ..inference.stream import language_check, text_check
 
         tokenizer = model.require_tokenizer()
         if not reads_language(tokenizer, model.side):
-            return rows
+            return replace(rows, unusable=text_check(tokenizer, model.side))
         if self.language_column is not None:
-            return replace(rows, unusable=language_check(tokenizer))
+            return replace(rows, unusable=text_check(tokenizer, model.side, language_check(tokenizer)))
 
         def tell(message: str) -> None:
             if not rank:
@@ -234,7 +235,7 @@ class Respond:
 
         code = str(language_read(tokenizer, model.side, self.language, "--language", tell=tell))
         tokenizer.language_id(code)
-        return replace(rows, language=code)
+        return replace(rows, language=code, unusable=text_check(tokenizer, model.side))
 
 
 _WRITING = ("max_new_tokens", "temperature", "samples", "seed")

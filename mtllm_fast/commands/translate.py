@@ -177,7 +177,7 @@ class Translate:
             print(f"translate: not translated, {reason}: {', '.join(languages)}")
 
     def _of_file(self, translator: Translator) -> _Texts:
-        from ..inference.stream import language_check
+        from ..inference.stream import language_check, text_check
         from ..inference.translate import Source
 
         rows = read_rows(
@@ -199,9 +199,9 @@ class Translate:
 
             code = str(language_read(translator.tokenizer, "mt", self.language, "--language", tell=tell))
             translator.tokenizer.language_id(code)
-            rows.language = code
+            rows.language, rows.unusable = code, text_check(translator.tokenizer, "mt")
         else:
-            rows.unusable = language_check(translator.tokenizer)
+            rows.unusable = text_check(translator.tokenizer, "mt", language_check(translator.tokenizer))
 
         def sources() -> Iterable[Source]:
             for index, row in enumerate(rows):

@@ -36,7 +36,8 @@ class Cell:
 
     Fields:
         logits: (N, C) float32; predictions, gold: (N,) int64, their argmax and the right class. Of a generated task the
-            classes are wrong and right, and all of `gold` is right.
+            classes are wrong and right, and all of `gold` is right. A row that the tokenizer fails on has the
+            prediction UNREAD, and logits of 0.
         ids: N names of rows.
         mt_code, mapped: as in `LanguageScore`.
         blank: rows with an empty text.

@@ -17,6 +17,7 @@ from ..data.text_fields import has_blank
 from ..jobs.fingerprint import of_settings
 from .alignment import alignment, parallel
 from .cells import Cell, of_rows
+from .metrics import UNREAD
 from .results import NO_MT_CODE
 from .scorers import (
     EngineScorer,
@@ -157,14 +158,19 @@ class Run:
             return Cell.without_rows(reason)
         rows = _read_as(inputs.rows, code)
         before, start = self.scorer.counts(), time.perf_counter()
+        good = self.scorer.readable(rows)
         with self._centred(inputs):
-            logits = np.ascontiguousarray(self.scorer.logits(rows), np.float32)
+            read = np.asarray(self.scorer.logits([rows[index] for index in good]), np.float32)
         time_s = time.perf_counter() - start
+        logits, predictions = np.zeros((len(rows), read.shape[1]), np.float32), np.full(len(rows), UNREAD)
+        logits[good], predictions[good] = read, read.argmax(1)
         generated = self.settings.task.kind == "generated"
         counts = {name: count - before.get(name, 0) for name, count in self.scorer.counts().items()}
+        if unread := len(rows) - len(good):
+            counts["rows_that_a_tokenizer_fails_on_(wrong)"] = unread
         return Cell(
             logits=logits,
-            predictions=logits.argmax(1).astype(np.int64),
+            predictions=predictions.astype(np.int64),
             gold=np.array([1 if generated else row.label for row in rows], np.int64),
             ids=tuple(str(row.id) for row in rows),
             mt_code=code,
@@ -172,7 +178,7 @@ class Run:
             blank=sum(map(has_blank, rows)),
             counts={**inputs.counts, **counts},
             time_s=time_s,
-            answers=self.loaded[0].written,
+            answers=_placed(self.loaded[0].written, good, len(rows)),
         )
 
     @contextmanager
@@ -185,7 +191,8 @@ class Run:
         language, english = inputs.unlabelled
 
         def mean(name: str) -> Tensor:
-            return engine.encoder_mean(_read_as(inputs.unlabelled[name], self._model_code(name)[0]))
+            rows = _read_as(inputs.unlabelled[name], self._model_code(name)[0])
+            return engine.encoder_mean([rows[index] for index in self.scorer.readable(rows)])
 
         if self._english_mean is None:
             self._english_mean = mean(english)
@@ -221,12 +228,12 @@ class Run:
         pairs = parallel([row.id for row in inputs.rows], [row.id for row in english_rows])
         if len(pairs) < 2:
             return
-        self.pairs[language] = len(pairs)
         name, key = (*self.folder, f"{language}.alignment"), inputs.key
         if store is not None:
             settings = f"{key['settings']} {self._mt_code(english)}"
             key = {**key, "data": key["data"] + of_rows(english_rows), "settings": settings}
             if (record := store.read_record(name, key)) is not None:
+                self.pairs[language] = record.pop("pairs", len(pairs))
                 self.alignment[language] = record
                 return
         code, _, reason = self._model_code(english)
@@ -234,12 +241,22 @@ class Run:
             return
         reader = self.loaded[0]
         if self._english_states is None:
-            self._english_states = reader.states(_read_as(english_rows, code))
+            as_read = _read_as(english_rows, code)
+            good = reader.readable(as_read)
+            states = reader.states([as_read[index] for index in good])
+            self._english_states = np.full((len(as_read), states.shape[1]), np.nan, np.float32)
+            self._english_states[good] = states
+        texts = _read_as(inputs.rows, self._model_code(language)[0])
+        good = set(reader.readable(texts))
+        pairs = [(i, j) for i, j in pairs if i in good and not np.isnan(self._english_states[j, 0])]
+        if len(pairs) < 2:
+            return
         with self._centred(inputs):
-            states = reader.states(_read_as([inputs.rows[i] for i, _ in pairs], self._model_code(language)[0]))
+            states = reader.states([texts[i] for i, _ in pairs])
+        self.pairs[language] = len(pairs)
         self.alignment[language] = alignment(states, self._english_states[[j for _, j in pairs]])
         if store is not None:
-            store.write_record(name, key, self.alignment[language])
+            store.write_record(name, key, {**self.alignment[language], "pairs": len(pairs)})
 
     def _load(self) -> tuple[EngineScorer, Scorer]:
         system, settings = self.system, self.settings
@@ -332,6 +349,12 @@ class Run:
                 raise
             return [code, str(source), settings.probe_rows]  # it may have a head, and need no such rows
         return [code, of_rows([*train, *dev])]
+
+
+def _placed(answers: tuple[str, ...], rows: Sequence[int], count: int) -> tuple[str, ...]:
+    """Answers to some of `count` rows, with "" for the others; none where nothing was written."""
+    found = dict(zip(rows, answers, strict=True)) if answers else {}
+    return tuple(found.get(index, "") for index in range(count)) if answers else ()
 
 
 def _read_as(rows: Sequence[TextRow], code: str | None) -> list[TextRow]:

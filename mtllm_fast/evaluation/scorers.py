@@ -13,11 +13,13 @@ import numpy.typing as npt
 
 from ..data.prompt import Prompt
 from ..data.read import TextRow
+from ..data.text_tokens import BadText
 from .answers import EXTRACTION, is_right, number_of
 from .probe import LinearProbe, fit_probe
 from .tasks import Task, nearest
 
 if TYPE_CHECKING:
+    from ..data.tokenise import StackTokenizer
     from ..inference.engine import Engine
     from ..inference.respond import Decoding
     from ..inference.translator import Translator
@@ -38,6 +40,9 @@ class Scorer(Protocol):
     notes: list[str]
     mt_languages: Mapping[str, str] | None
 
+    def readable(self, rows: Sequence[TextRow]) -> list[int]:
+        """Which of the rows no tokenizer fails on."""
+
     def logits(self, rows: Sequence[TextRow]) -> Logits:
         """One column per label of the task, in its order."""
 
@@ -54,6 +59,9 @@ class EngineScorer:
         self.notes: list[str] = []
         self.mt_languages = _mt_languages(engine.model)
         self._truncated_before = engine.truncated
+
+    def readable(self, rows: Sequence[TextRow]) -> list[int]:
+        return readable(self.engine.tokenizer, self.engine.model.side, rows)
 
     def states(self, rows: Sequence[TextRow]) -> States:
         """Pooled hidden states."""
@@ -171,6 +179,7 @@ class ProbeScorer(EngineScorer):
         code = language_map.get(task.english)
         if code is not None:
             train, dev = ([replace(row, language=code) for row in rows] for rows in (train, dev))
+        train, dev = ([rows[i] for i in self.readable(rows)] for rows in (train, dev))
         self.probe: LinearProbe = fit_probe(
             self.states(train), _gold(train), self.states(dev), _gold(dev), len(task.labels)
         )
@@ -212,6 +221,9 @@ class TranslateScorer:
             *classifier.notes,
         ]
 
+    def readable(self, rows: Sequence[TextRow]) -> list[int]:
+        return readable(self.translator.tokenizer, "mt", rows)
+
     def logits(self, rows: Sequence[TextRow]) -> Logits:
         foreign = [index for index, row in enumerate(rows) if row.language != self.target]
         translated = self.translator.translate_rows(
@@ -240,6 +252,9 @@ class TranslatedScorer:
     def __init__(self, classifier: Scorer, *, source: str | Path, target: str) -> None:
         self.classifier = classifier
         self.notes = [f"translate-test: existing translations into {target} from {source}", *classifier.notes]
+
+    def readable(self, rows: Sequence[TextRow]) -> list[int]:
+        return self.classifier.readable(rows)
 
     def logits(self, rows: Sequence[TextRow]) -> Logits:
         return self.classifier.logits(rows)
@@ -304,6 +319,18 @@ def probe_rows_of(task: Task, name: str, source: str | Path, max_rows: int) -> t
         raise ValueError(f"{needs}, but {str(source)!r} has only {len(train)} of them; {remedy}")
     step = max(1, -(-len(train) // max_rows))  # spread over the file: published sets are sometimes sorted by label
     return train[::step], dev, held_out
+
+
+def readable(tokenizer: StackTokenizer, side: str, rows: Sequence[TextRow]) -> list[int]:
+    """Which of the rows the tokenizer does not fail on."""
+    try:
+        tokenizer.side(side, rows, ends=False)
+        return list(range(len(rows)))
+    except BadText:
+        from ..inference.stream import text_check
+
+        check = text_check(tokenizer, side)
+        return [index for index, row in enumerate(rows) if check(row) is None]
 
 
 def _gold(rows: Sequence[TextRow]) -> list[int]:

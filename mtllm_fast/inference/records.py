@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from ..jobs.durable import write_text
-from ..jobs.parts import Parts, clear
+from ..jobs.parts import Parts
 from .progress import progress_bar
-from .stream import Interrupted
+from .stream import Interrupted, begin_anew
 
 FORMATS = (".parquet", ".jsonl")
 Row = TypeVar("Row")
@@ -115,9 +115,7 @@ def write_records(
     if window < 1 or not 0 <= rank < world_size:
         raise ValueError(f"window={window}, rank={rank}, world_size={world_size}: expected window >= 1, a rank below")
     if overwrite:
-        if world_size > 1:
-            raise ValueError("overwrite with several processes: delete the output and its .part folder first")
-        clear(file.path)
+        begin_anew(file.path, rank, world_size)
     parts = Parts(file.path, {**file.settings, **file.more}, rank=rank, replace=overwrite)
     resumed = parts.rows()
     try:

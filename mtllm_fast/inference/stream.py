@@ -12,6 +12,7 @@ import torch.distributed
 
 from ..data.language import reads_language
 from ..data.read import RowStream, TextRow, UnusableRow
+from ..data.text_tokens import BadText
 from ..data.tokenise import StackTokenizer
 from ..jobs.parts import Parts, clear
 from ..models.fingerprint import fingerprint
@@ -102,7 +103,7 @@ def encode_file(
     metadata = {name: str(settings[name]) for name in ("model", "pooling", "normalize", "source")}
     file = embedding_file(output, engine.model.hidden_size, metadata)
     if overwrite:
-        _begin_anew(output, rank, world_size)
+        begin_anew(output, rank, world_size)
     parts = Parts(output, settings, reserve=file.reserve, rank=rank, replace=overwrite)
     resumed = parts.rows()
     try:
@@ -138,7 +139,7 @@ def encode_file(
         parts.close()
 
 
-def _begin_anew(output: Path, rank: int, world_size: int) -> None:
+def begin_anew(output: Path, rank: int, world_size: int) -> None:
     """Clear a stopped run before any rank begins."""
     if world_size == 1:
         clear(output)
@@ -190,6 +191,23 @@ def _publish(parts: Parts, name: str, wanted: bool) -> Path | None:
     if held.exists():
         os.replace(held, path)
     return path
+
+
+def text_check(
+    tokenizer: StackTokenizer, side: str, language: Callable[[TextRow], str | None] | None = None
+) -> Callable[[TextRow], str | None]:
+    """A function that says of a row why it cannot be read on `side`, or None; `language` is asked first."""
+
+    def unusable(row: TextRow) -> str | None:
+        if language is not None and (reason := language(row)) is not None:
+            return reason
+        try:
+            tokenizer.side(side, [row], ends=False)
+        except BadText:
+            return "cannot be tokenised"
+        return None
+
+    return unusable
 
 
 def language_check(tokenizer: StackTokenizer) -> Callable[[TextRow], str | None]:

@@ -337,3 +337,21 @@ def test_killed_with_signal_9(
     cli.main(command("a.parquet"))
     assert "by an earlier run" in capsys.readouterr().out
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+
+
+def test_two_processes_begin_anew(
+    forked: Forked, capsys: pytest.CaptureFixture[str], llm_folder: str, tmp_path: Path
+) -> None:
+    """With --overwrite neither what is there nor a stopped run's windows come into the output."""
+    (tmp_path / "in.txt").write_text("\n".join(row.text for row in ROWS) + "\n")
+    files = ["--text", str(tmp_path / "in.txt"), "--output", str(tmp_path / "a.jsonl"), "--device", "cpu"]
+    command = ["respond", "--llm", llm_folder, *files, "--window", "4", "--max-new-tokens", "3", "--no-progress"]
+    cli.main(command)
+    whole = (tmp_path / "a.jsonl").read_bytes()
+    (tmp_path / "a.jsonl").write_text("what was there\n")
+    (tmp_path / "a.jsonl.part").mkdir()
+    (tmp_path / "a.jsonl.part" / "run.json").write_text('{"model": "another"}')
+    said = forked.group(*command, "--overwrite")
+    assert (tmp_path / "a.jsonl").read_bytes() == whole
+    assert sum("respond: 40 texts" in one for one in said) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "a.jsonl.run.json", "in.txt"]
