@@ -20,7 +20,7 @@ def cross_entropy_cpu(a: CrossEntropy) -> Five:
     """(Σ weight · value, values (N,), dh (T, D), dw (V, D), db (V,)); gradients not asked for are empty tensors."""
     vocab, eps = a.w_s.shape[0], a.smoothing
     check_targets(a.rows_t, vocab, "targets")
-    chunks = Chunks(a, Head(a.w_s, a.bias_s, tiles.LINEAR_KL_CPU.block_v, 1.0, a.softcap), sides=1)
+    chunks = Chunks(a, Head(a.w_s, a.bias_s, tiles.LINEAR_KL_CPU.block_v, 1.0, a.softcap), sides=1, name="rows")
     head, dtype, targets = chunks.head, chunks.dtype, chunks.pairs.rows_t
     assert targets is not None
     # Of a block its softmax, which needs but a factor later; with soft-capping, whose slope they give, the logits.

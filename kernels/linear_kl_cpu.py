@@ -31,9 +31,7 @@ def check_rows(rows: Tensor | None, limit: int, name: str) -> None:
         return
     low, high = (int(v) for v in torch.aminmax(rows))
     if low < 0 or high >= limit:
-        raise IndexError(
-            f"{name} holds {low if low < 0 else high}, but its states have {limit} rows (0 to {limit - 1})"
-        )
+        raise IndexError(f"{name} holds {low if low < 0 else high}, but there are {limit} of them (0 to {limit - 1})")
 
 
 class Pairs:
@@ -297,12 +295,12 @@ def difference_cpu(a: Difference) -> Five:
 class Chunks:
     """The rows of an op over a head, some at a time: their values, and the products of their logits' gradients.
 
-    `sides`: logits of so many states a row are held."""
+    `sides`: logits of so many states a row are held. `name`: what `rows_s` is called by who calls the op."""
 
-    def __init__(self, a: OverPairs, head: Head, sides: int = 2) -> None:
+    def __init__(self, a: OverPairs, head: Head, sides: int = 2, name: str = "rows_s") -> None:
         self.a, self.head = a, head
         self.dtype = accumulation_dtype(a.h_s.dtype)
-        check_rows(a.rows_s, a.h_s.shape[0], "rows_s")
+        check_rows(a.rows_s, a.h_s.shape[0], name)
         self.pairs = Pairs(a)
         sizes = tiles.LINEAR_KL_CPU
         self.rows = sizes.rows_for(self.pairs.count, a.w_s.shape[0], self.dtype.itemsize, sides)

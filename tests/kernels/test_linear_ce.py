@@ -159,7 +159,7 @@ def test_opcheck() -> None:
         ({"targets": torch.zeros(23)}, TypeError, "targets must hold int64 or int32"),
         ({"targets": torch.full((23,), 301)}, IndexError, "targets holds 301"),
         ({"targets": torch.full((23,), -7)}, IndexError, "targets holds -7"),
-        ({"rows": torch.full((23,), 23)}, IndexError, "rows_s holds 23"),
+        ({"rows": torch.full((23,), 23)}, IndexError, "^rows holds 23, but there are 23 of them"),
         ({"label_smoothing": 1.0}, ValueError, "label_smoothing is 1.0"),
         ({"label_smoothing": -0.1}, ValueError, "label_smoothing is -0.1"),
         ({"softcap": 0.0}, ValueError, "softcap is 0.0"),
