@@ -242,10 +242,10 @@ class Run:
         reader = self.loaded[0]
         if self._english_states is None:
             as_read = _read_as(english_rows, code)
-            good = reader.readable(as_read)
-            states = reader.states([as_read[index] for index in good])
+            known = reader.readable(as_read)
+            states = reader.states([as_read[index] for index in known])
             self._english_states = np.full((len(as_read), states.shape[1]), np.nan, np.float32)
-            self._english_states[good] = states
+            self._english_states[known] = states
         texts = _read_as(inputs.rows, self._model_code(language)[0])
         good = set(reader.readable(texts))
         pairs = [(i, j) for i, j in pairs if i in good and not np.isnan(self._english_states[j, 0])]

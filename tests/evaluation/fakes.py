@@ -15,13 +15,15 @@ class FakeEngine:
     def __init__(
         self, labels=None, *, side="mt", languages=LANGUAGES, fallbacks=None, kind="classification", classes=3
     ):
-        tokenizer = SimpleNamespace(languages=tuple(languages), fallbacks=dict(fallbacks or {}))
+        tokenizer = SimpleNamespace(
+            languages=tuple(languages), fallbacks=dict(fallbacks or {}), side=lambda name, rows, ends: None
+        )
         head = None if labels is None and kind == "classification" else object()
         config = SimpleNamespace(
             labels=list(labels) if labels else None, head=head, prompt=None, reader="stack", causal=False
         )
         self.model = SimpleNamespace(side=side, tokenizer=tokenizer, head=head, config=config)
-        self.truncated = 0
+        self.tokenizer, self.truncated = tokenizer, 0
         self.classes = classes
         self.seen: list = []
 

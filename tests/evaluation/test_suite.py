@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -114,6 +116,7 @@ class FakeTranslator:
     """Keeps the class word and says that it is English."""
 
     name, languages, truncated, unfinished = "fake-mt", ("eng_Latn", "fra_Latn", "arb_Arab"), 0, 0
+    tokenizer = SimpleNamespace(side=lambda name, rows, ends: None)
 
     def __init__(self):
         self.asked = []
