@@ -2,30 +2,31 @@
 
     log p(candidate | text) = sum over its tokens, and the end token, of log p(token | prompt, text, tokens before)
 
-The candidates of a row are read one by one, packed with those of other rows; `linear_ce` gives the loss of every target
-token from the states before it. Sums are not divided by lengths: with the end token they are probabilities of whole
-answers, which is what a model trained on such answers (`mtllm sft`) has learned to tell apart.
+What stands before the candidates of a row is read once (`attention.Branches`); `linear_ce` gives the loss of every
+target token from the states before it. Sums are not divided by lengths: with the end token they are probabilities of
+whole answers, which is what a model trained on such answers (`mtllm sft`) has learned to tell apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from ..data.batch import tokenise_rows
-from ..data.pack import consecutive_packs
-from ..data.prompt import Prompt, Writing
+from ..data.pack import PackedBatch, consecutive_packs
+from ..data.prompt import Prompt, target_ids
 from ..data.read import TextRow
 from ..kernels import linear_ce
 from ..models import MTLLM
-from ..models.inputs import read_with_targets
+from ..models.attention import Branches
 from ..models.modes import evaluating
-from ..models.writing import check_writer
+from ..models.writing import Prompts, check_writer
 from .engine import Engine, default_budget
+
+_COPIES = 4  # a budget of tokens holds so many times as many copies of them, which attention alone has
 
 
 @torch.no_grad()
@@ -54,40 +55,105 @@ def log_likelihoods(
         raise ValueError(f"candidates: {len(candidates)} lists for {len(rows)} rows")
     if [] in map(list, candidates):
         raise ValueError(f"candidates[{list(map(list, candidates)).index([])}]: has none")
-    written = [replace(row, target=text) for row, texts in zip(rows, candidates, strict=True) for text in texts]
-    if not written:
+    if not rows:
         return [], 0
-    tokens = tokenise_rows(written, tokenizer, (model.side,), Writing(prompt))
-    costs = [(max(cost),) for cost in tokens.costs()]
-    order = sorted(range(len(written)), key=lambda index: (-costs[index][0], index))
-    found = np.zeros(len(written))
-    head, device = model.require_llm().lm_head, model.device
+    prompts = Prompts.of(model, rows, prompt)
+    flat = iter(target_ids([text for texts in candidates for text in texts], tokenizer)[0])
+    targets = [[next(flat) for _ in texts] for texts in candidates]
+    more = [[len(ids) - 1 for ids in of_row] for of_row in targets]  # the last one of each is not read
+    lengths = prompts.lengths.tolist()
+    costs = [max(n + sum(own), -(-(n * len(own) + sum(own)) // _COPIES)) for n, own in zip(lengths, more, strict=True)]
+    order = sorted(range(len(rows)), key=lambda index: (-costs[index], index))
+    found = [np.zeros(len(texts)) for texts in candidates]
+    head, device, llm = model.require_llm().lm_head, model.device, model.require_llm()
     with evaluating(model):
         for pack in consecutive_packs(
-            [costs[index] for index in order], max_tokens or default_budget(model), even=True
+            [(costs[index],) for index in order], max_tokens or default_budget(model), even=True
         ):
             members = [order[place] for place in pack]
-            batch = tokens.batch(members, align=False).to(device)
-            read = read_with_targets(model, batch)
-            targets = batch.targets
-            assert targets is not None
+            branches, places = branched([lengths[i] for i in members], [more[i] for i in members])
+            ids = PackedBatch.from_sequences([one for i in members for one in targets[i]]).to(device)
+            batch, embeds = _read(model, prompts, members, [one[:-1] for i in members for one in targets[i]], branches)
             *_, losses = linear_ce(
-                read.states,
+                llm(batch, embeds=embeds),
                 head.weight,
-                targets.input_ids,
+                ids.input_ids,
                 bias=head.bias,
-                rows=read.rows,
-                num_valid=targets.num_tokens,
+                rows=places.to(device),
+                num_valid=ids.num_tokens,
                 softcap=head.softcap,
                 per_row=True,
             )
-            sums = torch.zeros(len(members), dtype=torch.float64, device=device)
-            found[members] = -sums.index_add_(0, targets.sequence_ids, losses.double()).cpu().numpy()
-    if not np.isfinite(found).all():
+            sums = torch.zeros(ids.num_sequences, dtype=torch.float64, device=device)
+            sums = -sums.index_add_(0, ids.sequence_ids, losses.double()).cpu()
+            for i, values in zip(members, sums.split([len(targets[i]) for i in members]), strict=True):
+                found[i] = values.numpy()
+    if not all(np.isfinite(values).all() for values in found):
         raise ValueError("model: gives NaN or infinite likelihoods; is its dtype wide enough?")
-    counts = np.cumsum([len(texts) for texts in candidates])
-    cut = prompt.ids(rows, tokenizer)[2]
-    return np.split(found, counts[:-1]), max(tokenizer.side(model.side, rows, ends=False).truncated, cut)
+    return found, prompts.truncated
+
+
+def branched(lengths: Sequence[int], more: Sequence[Sequence[int]]) -> tuple[Branches, Tensor]:
+    """How groups of sequences lie that begin alike: each its beginning, then the rest of each of its sequences.
+
+    Args:
+        lengths: rows of each beginning, at least one. more: how many rows each sequence has after it.
+
+    Returns:
+        the branches, whose ids are 0; and, for each sequence the rows of which the states predict its rest and what
+            follows that, end to end.
+    """
+    rows, slots, places, positions, whole = [], [], [], [], []
+    start = copied = 0
+    for first, own in zip(lengths, more, strict=True):
+        beginning, row = np.arange(start, start + first), start + first
+        positions.append(np.arange(first))
+        slots.append(copied + np.arange(first))
+        for count in own:
+            rest = np.arange(row, row + count)
+            rows += [beginning, rest]
+            places += [beginning[-1:], rest]
+            positions.append(first + np.arange(count))
+            slots.append(copied + first + np.arange(count))
+            whole.append(first + count)
+            row, copied = row + count, copied + first + count
+        start = row
+    joined = [torch.from_numpy(np.concatenate(part)) for part in (rows, slots, places, positions)]
+    groups = [first + sum(own) for first, own in zip(lengths, more, strict=True)]
+    batch = PackedBatch.from_flat(torch.zeros(start, dtype=torch.int64), groups)
+    batch = PackedBatch(batch.input_ids, batch.cu_seqlens, joined[3], batch.lengths)
+    copies = PackedBatch.from_flat(torch.zeros(copied, dtype=torch.int64), whole)
+    return Branches(batch, copies, joined[0], joined[1]), joined[2]
+
+
+def _read(
+    model: MTLLM, prompts: Prompts, members: Sequence[int], rest: Sequence[Sequence[int]], branches: Branches
+) -> tuple[Branches, Tensor | None]:
+    """The branches on the model's device with what they read: ids of an LLM alone, or else embeddings (T, D).
+
+    Args:
+        rest: ids after the beginnings of all sequences, in their order.
+    """
+    device, batch = model.device, branches.batch
+    firsts = prompts.inputs(model, members)
+    ids = torch.tensor([one for some in rest for one in some], dtype=torch.int64, device=device)
+    starts = batch.cu_seqlens[:-1].tolist()
+    of_first = np.concatenate([start + np.arange(len(first)) for start, first in zip(starts, firsts, strict=True)])
+    is_rest = np.ones(batch.num_tokens, np.bool_)
+    is_rest[of_first] = False
+    places = [torch.from_numpy(rows).to(device) for rows in (of_first, np.flatnonzero(is_rest))]
+    embeds = None
+    if model.side == "llm":
+        read = torch.zeros(batch.num_tokens, dtype=torch.int64, device=device)
+        read[places[0]], read[places[1]] = torch.cat(firsts), ids
+    else:
+        llm = model.require_llm().model
+        read = batch.input_ids.to(device)
+        embeds = torch.empty(batch.num_tokens, firsts[0].shape[-1], dtype=llm.dtype, device=device)
+        embeds[places[0]], embeds[places[1]] = torch.cat(firsts), llm.get_input_embeddings()(ids).to(llm.dtype)
+    moved = PackedBatch(read, batch.cu_seqlens.to(device), batch.positions.to(device), batch.lengths)
+    whole, rows, slots = branches.whole.to(device), branches.rows.to(device), branches.slots.to(device)
+    return Branches(moved, whole, rows, slots), embeds
 
 
 class Labeller:

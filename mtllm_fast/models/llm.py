@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..data.pack import PackedBatch
 from .adapters import AdaptedModel
-from .attention import NAME, AttentionPlan, run_packed
+from .attention import NAME, AttentionPlan, Branches, run_packed
 from .gate import require
 from .loading import empty_llm, load_pretrained
 
@@ -156,21 +156,26 @@ class PackedLLM(AdaptedModel):
         with torch.no_grad():
             return float(table(ids).float().std())
 
-    def forward(self, batch: PackedBatch, embeds: Tensor | None = None) -> Tensor:
+    def forward(self, batch: PackedBatch | Branches, embeds: Tensor | None = None) -> Tensor:
         """Last hidden states (T, D), after the final norm.
 
         Args:
-            batch: packed tokens; their ids are read unless `embeds` is given.
+            batch: packed tokens; their ids are read unless `embeds` is given. Of branches the T rows are read.
             embeds: (T, D) input embeddings in place of the ids' own.
 
         Raises:
-            ValueError: a sequence beyond `length_limit`.
+            ValueError: a sequence beyond `length_limit`, or branches of a bidirectional LLM, whose rows would see what
+                follows them.
         """
+        branches = batch if isinstance(batch, Branches) else None
+        batch = batch.whole if isinstance(batch, Branches) else batch
+        if branches is not None and not self.causal:
+            raise ValueError("batch: sequences share rows only where these do not see what follows; causal=True")
         if self.length_limit is not None and batch.max_seqlen > self.length_limit[0]:
             limit, kind = self.length_limit
             raise ValueError(
                 f"llm: a text has {batch.max_seqlen} tokens; {kind!r} scaling of the positions changes every text of a "
                 f"pack above {limit}; cut texts to {limit} tokens (max_mt_tokens, max_llm_tokens)"
             )
-        plan = AttentionPlan(batch, self.causal, self.attention, self._verdict.exclusive)
+        plan = AttentionPlan(batch, self.causal, self.attention, self._verdict.exclusive, branches)
         return run_packed(self.decoder, plan, embeds)

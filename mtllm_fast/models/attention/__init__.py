@@ -11,7 +11,7 @@ transformers.py  the attention name "mtllm_packed" of Hugging Face models
 """
 
 from .choice import BACKENDS, attention, check_backend, choose_backend
-from .contract import AttentionPlan, Backend, Call, DistanceBias, reference
+from .contract import AttentionPlan, Backend, Branches, Call, DistanceBias, reference
 from .transformers import NAME, packed_attention, run_packed
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "NAME",
     "AttentionPlan",
     "Backend",
+    "Branches",
     "Call",
     "DistanceBias",
     "attention",

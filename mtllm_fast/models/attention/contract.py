@@ -91,6 +91,26 @@ class DistanceBias:
         return self.values[:, steps - steps[:, None] + self.values.shape[1] // 2]
 
 
+@dataclass(frozen=True, eq=False)
+class Branches:
+    """Causal sequences of which several begin alike: the rows of a common beginning are there once.
+
+    Everything but attention runs on these T rows. Attention runs on the E rows of the whole sequences, whose queries,
+    keys and values are copies of them.
+
+    Fields:
+        batch: the T rows, ids and positions within their sequences; its lengths are of whole groups.
+        whole: the sequences.
+        rows: (E,) int64, the row of `batch` that each row of `whole` is.
+        slots: (T,) int64, for each row of `batch` one of `whole` that it is.
+    """
+
+    batch: PackedBatch
+    whole: PackedBatch
+    rows: Tensor
+    slots: Tensor
+
+
 @dataclass
 class AttentionPlan:
     """What every layer needs to know about a packed batch, computed once per model call.
@@ -100,12 +120,14 @@ class AttentionPlan:
         causal: rows see only themselves and earlier rows of their sequence.
         backend: a name of `BACKENDS` or "flash_attn", or None to choose by the call.
         exclusive: the model's windows that look both ways mean |i - j| < w (Gemma 3) and not |i - j| <= w.
+        branches: whose `whole` the batch is; the model then reads its `batch`.
     """
 
     batch: PackedBatch
     causal: bool
     backend: str | None = None
     exclusive: bool = False
+    branches: Branches | None = None
     _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def cached(self, key: Hashable, make: Callable[[], Made]) -> Made:

@@ -50,18 +50,22 @@ def packed_attention(
         if extra is not None:
             raise ValueError(f"{type(module).__name__} has {name}, which packed attention does not know")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if plan.branches is not None:
+        q, k, v = (x.index_select(0, plan.branches.rows) for x in (q, k, v))
     out = attention(q, k, v, plan, scale=scaling, window=sliding_window, softcap=softcap, dropout=dropout, bias=bias)
+    if plan.branches is not None:
+        out = out.index_select(0, plan.branches.slots)
     return out[None], None
 
 
 def run_packed(decoder: nn.Module, plan: AttentionPlan, embeds: Tensor | None = None) -> Tensor:
-    """Last hidden states (T, D) of a transformers decoder on the plan's batch.
+    """Last hidden states (T, D) of a transformers decoder on the plan's batch, or on that of its branches.
 
     Args:
         decoder: its attention is `NAME`.
         embeds: (T, D) input embeddings in place of the ids' own.
     """
-    batch = plan.batch
+    batch = plan.batch if plan.branches is None else plan.branches.batch
     inputs = {"input_ids": batch.input_ids[None]} if embeds is None else {"inputs_embeds": embeds[None]}
     output = decoder(
         **inputs,
