@@ -112,7 +112,7 @@ def steps(out: Path, device: str = "cuda", quick: bool = False, folder: str = ""
         Step("other tests", test_commands(out, False), 0.14, 3),
         benchmark(3, "small kernels", "cases.packed_path", 0.06, *few, "--variants", *packed, sizes=small),
         benchmark(3, "projection in training", "cases.projection_training", 0.02, *few, sizes=small),
-        benchmark(3, "attention and lora", "run", 0.08, "attention", "lora", *few),
+        benchmark(3, "attention, lora, labels", "run", 0.08, "attention", "lora", "label_likelihood", *few),
     ]
 
 

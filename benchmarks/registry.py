@@ -35,6 +35,7 @@ MODULES = {
     "pack_collate": "pipelines",
     "translate": "pipelines",
     "encode": "pipelines",
+    "label_likelihood": "label_likelihood",
     "kl_accuracy": "kl_accuracy",
 }
 Size = Mapping[str, Any]  # "label" and the keyword arguments of `make`
