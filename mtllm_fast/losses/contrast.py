@@ -18,23 +18,33 @@ class Contrast(Term):
 
     One-way InfoNCE on mean-pooled states, a text of choices being its choices' states end to end; the teacher's have no
     gradient. A text that stands twice in a pack, for the student or for the teacher, is not its own negative.
+    contrast_layer: of the states after that layer of the LLM, from 1; None: of the last hidden states.
     Source: arXiv 2502.14830 (cosine, one way, temperature 0.1, there between translations at an inner layer).
     """
 
     contrast_temperature: float = 0.1
+    contrast_layer: int | None = None
 
     name = "contrast"
     needs = frozenset({"teacher"})
     compares_texts = True
 
+    def __post_init__(self) -> None:
+        if self.contrast_layer is not None:
+            object.__setattr__(self, "needs", self.needs | {"inner"})
+
     def forward(self, given: Given) -> LossTerm:
         student, teacher = given.student, required(given.teacher)
+        if self.contrast_layer is not None:
+            student, teacher = required(given.inner)
         total = info_nce(
             student.pooled().flatten(1),
             teacher.pooled().flatten(1),
             self.contrast_temperature,
             _same(student) | _same(teacher),
         )
+        if self.contrast_layer is not None:  # DDP waits for a gradient of every weight, of the layers above, too
+            total = total + 0 * given.student.states.sum()
         return LossTerm(total, total.new_tensor(given.batch.num_rows))
 
 

@@ -26,6 +26,8 @@ class Weights:
             if not weight >= 0:
                 raise ValueError(f"{name}={weight}: a loss weight must be >= 0")
         for name, value in self.options.items():
+            if value is None:
+                continue
             if name.endswith("temperature") and not value > 0:
                 raise ValueError(f"{name}={value}: must be > 0")
             if name == "label_smoothing" and not 0 <= value < 1:
@@ -39,7 +41,7 @@ class Weights:
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name in TERMS}
 
     @property
-    def options(self) -> dict[str, float | bool]:
+    def options(self) -> dict[str, float | bool | None]:
         """What the terms can be set to."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in TERMS}
 
@@ -66,6 +68,8 @@ class DistillationWeights(Weights):
     than to those of the other texts of its pack."""
     contrast_temperature: float = 0.1
     """Of `contrast`, whose cosines it divides; the lower, the more the nearest other texts count."""
+    contrast_layer: int | None = None
+    """Take `contrast` of the states after this layer of the LLM, from 1, in place of the last hidden states."""
     task: float = 0.0
     """Cross-entropy of the task head on the rows' labels (stage 3)."""
     rank_weights: bool = False
@@ -74,6 +78,10 @@ class DistillationWeights(Weights):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.contrast_layer is not None and not self.contrast:
+            raise ValueError(f"contrast_layer={self.contrast_layer}: is that of contrast, whose weight is 0")
+        if self.contrast_layer is not None and self.contrast_layer < 1:
+            raise ValueError(f"contrast_layer={self.contrast_layer}: layers are counted from 1")
         if self.rank_weights and not self.head_kl:
             raise ValueError(f"rank_weights=True: weighs the rows of head_kl, but head_kl={self.head_kl}")
 

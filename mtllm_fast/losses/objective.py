@@ -58,6 +58,12 @@ class Objective(nn.Module):
         """What its terms need."""
         return frozenset().union(*(term.needs for term in self.terms.values()))
 
+    @property
+    def inner_layer(self) -> int | None:
+        """The LLM's layer, from 1, whose states a term needs besides the last ones."""
+        contrast = self.terms.get("contrast")
+        return getattr(contrast, "contrast_layer", None)
+
     def counts(self, batch: Batch) -> dict[str, float]:
         """What each term of `batch` is divided by once summed over the whole step; known before the forward."""
         return {name: term.count(batch) * batch.weight for name, term in self.terms.items()}
@@ -71,19 +77,23 @@ class Objective(nn.Module):
         lm_head: LMHead | None = None,
         task_head: TaskHead | None = None,
         side: Literal["mt", "llm"] = "mt",
+        inner: tuple[Tensor, Tensor] | None = None,  # (T, D), (T_llm, D)
     ) -> dict[str, LossTerm]:
         """The active terms of `batch`, unweighted sums with their counts.
 
         Args:
             student: states of the packed rows of `side`; teacher: of `batch.llm`, where a term needs them.
-            lm_head, task_head: where a term needs them.
+            lm_head, task_head: where a term needs them. inner: of student and teacher, after `inner_layer`.
 
         Raises:
             ValueError: states and batch do not fit, or an active term lacks what it needs.
         """
         own = Side.of(batch, side, student, "student")
         taught = None if teacher is None else Side.of(batch, "llm", teacher, "teacher")
-        given = Given(batch, own, taught, lm_head, task_head)
+        between = None
+        if inner is not None:
+            between = Side.of(batch, side, inner[0], "student"), Side.of(batch, "llm", inner[1], "teacher")
+        given = Given(batch, own, taught, lm_head, task_head, between)
         if teacher is not None and student.shape[1] != teacher.shape[1]:
             raise ValueError(f"student states are {student.shape[1]} wide, teacher states {teacher.shape[1]}")
         check_needs(self.terms, given)

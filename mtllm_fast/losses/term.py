@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..models.llm import LMHead
 
 T = TypeVar("T")
-Need = Literal["teacher", "pairs", "lm_head", "task_head", "labels", "targets", "soft_labels"]
+Need = Literal["teacher", "pairs", "lm_head", "task_head", "labels", "targets", "soft_labels", "inner"]
 Unit = Literal["rows", "pairs", "targets"]
 
 MISSING: dict[Need, str] = {
@@ -30,6 +30,7 @@ MISSING: dict[Need, str] = {
     "labels": "labels: the rows have none",
     "targets": "targets: the rows have none",
     "soft_labels": "soft labels: the rows have none",
+    "inner": "the states of student and teacher after an inner layer",
 }
 
 
@@ -74,13 +75,17 @@ class Side:
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """What the terms of one pack are made from; labels, targets and row weights are in `batch`."""
+    """What the terms of one pack are made from; labels, targets and row weights are in `batch`.
+
+    inner: student and teacher after the LLM's layer that a term asks for.
+    """
 
     batch: Batch
     student: Side
     teacher: Side | None = None
     lm_head: LMHead | None = None
     task_head: TaskHead | None = None
+    inner: tuple[Side, Side] | None = None
 
     def has(self, need: Need) -> bool:
         if need == "pairs":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -148,6 +150,24 @@ class PackedLLM(AdaptedModel):
                 )
         head = self.model.get_output_embeddings()
         return LMHead(head.weight, getattr(head, "bias", None), getattr(config, "final_logit_softcapping", None))
+
+    @contextmanager
+    def states_after(self, layer: int | None) -> Iterator[list[Tensor]]:
+        """A list that gets the states (T, D) after layer `layer`, from 1, of every call in the block; None: it stays
+        empty."""
+        found: list[Tensor] = []
+        if layer is None:
+            yield found
+            return
+
+        def keep(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            found.append((output[0] if isinstance(output, tuple) else output)[0])
+
+        handle = self.layers[layer - 1].register_forward_hook(keep)
+        try:
+            yield found
+        finally:
+            handle.remove()
 
     def embedding_std(self) -> float:
         """Standard deviation of the LLM's input embeddings, as its layers receive them (sampled on 4,096 tokens)."""

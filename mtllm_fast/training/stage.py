@@ -65,6 +65,8 @@ class Stage(nn.Module):
         notes: Metrics | None = None,
     ) -> None:
         super().__init__()
+        if (layer := loss.inner_layer) is not None and layer > (count := len(student.require_llm().layers)):
+            raise ValueError(f"loss.contrast_layer={layer}: the LLM has {count} layers")
         self.student, self.loss, self.rows = student, loss, rows
         self.teacher, self.adapter = teacher, adapter
         self.over_variance, self.writing = over_variance, writing
@@ -112,13 +114,23 @@ class Stage(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, LossTerm]:
         """The terms of one pack. The teacher is first: nothing of the student is held meanwhile."""
-        needs, student = self.loss.needs, self.student
-        teacher = None
-        if "teacher" in needs:
-            batch, teacher = self.taught(batch)
-        batch, states = self.read(batch)
+        needs, student, layer = self.loss.needs, self.student, self.loss.inner_layer
+        teacher = inner = None
+        if layer is None:
+            if "teacher" in needs:
+                batch, teacher = self.taught(batch)
+            batch, states = self.read(batch)
+        else:
+            llm = student.require_llm()
+            with llm.states_after(layer) as theirs:
+                batch, teacher = self.taught(batch)
+            with llm.states_after(layer) as mine:
+                batch, states = self.read(batch)
+            inner = mine[0], theirs[0]
         lm_head = student.llm.lm_head if "lm_head" in needs and student.llm is not None else None
-        return self.loss(states, teacher, batch, lm_head=lm_head, task_head=student.head, side=student.side)
+        return self.loss(
+            states, teacher, batch, lm_head=lm_head, task_head=student.head, side=student.side, inner=inner
+        )
 
     def step(self, batch: Batch) -> Tensor:
         """The loss of a step of one pack."""

@@ -18,6 +18,13 @@ def _task_training() -> OptimSettings:
     return OptimSettings(lr=1e-4, warmup=0.1, max_steps=-1, epochs=3, max_rows=32)
 
 
+def _check_inner(config: AdaptConfig | DistillConfig) -> None:
+    if config.teacher_cache and (layer := config.loss.contrast_layer) is not None:
+        raise ValueError(
+            f"loss.contrast_layer={layer}: teacher_cache={config.teacher_cache!r} holds the last states alone"
+        )
+
+
 @dataclass
 class AdaptConfig:
     """General adaptation of an LLM to an MT encoder by self-distillation."""
@@ -77,6 +84,7 @@ class AdaptConfig:
         for name in ("head_kl", "task"):
             if weight := getattr(self.loss, name):
                 raise ValueError(f"loss.{name}={weight}: needs a task head, which stage 1 has none of")
+        _check_inner(self)
         if not 0 < self.code_switch_share <= 1:
             raise ValueError(f"code_switch_share={self.code_switch_share}: must be a share in (0, 1]")
         if self.projection.boundary:
@@ -156,6 +164,7 @@ class DistillConfig:
     """Where the LLM of model and teacher is, likewise."""
 
     def __post_init__(self) -> None:
+        _check_inner(self)
         if self.init_from not in get_args(InitFrom):
             raise ValueError(f"init_from={self.init_from!r}: expected one of {', '.join(get_args(InitFrom))}")
 

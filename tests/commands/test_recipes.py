@@ -22,6 +22,7 @@ STEPS = 3
 TINY = [*QUICK, f"*.max_steps={STEPS}", "*.save_steps=1", "*.log_steps=1", "*.lr=1e-2"]
 OWN = {"layer_swap": ["swapped.bottom=0", "swapped.top=1", "swapped.between=0"]}  # the LLM has two layers
 OWN |= {name: ["answers.max_new_tokens=6"] for name in ("sdrrl", "sdrrl_ce")}
+OWN["mid_align"] = ["align.loss.contrast_layer=1"]
 OWN["copsd"] = ["first_answers.max_new_tokens=6", "second_answers.max_new_tokens=6"]
 WRITERS = {"copsd", "mindmerger", "mindmerger_replaced", "langbridge", "sdrrl", "sdrrl_ce", "xcot"}
 

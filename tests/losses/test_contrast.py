@@ -5,12 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mtllm_fast import MTLLM, LoraSettings, TextRow
 from mtllm_fast.data.batch import Batch
+from mtllm_fast.data.collate import collate
 from mtllm_fast.data.pack import PackedBatch
 from mtllm_fast.data.split import halves
 from mtllm_fast.losses import DistillationLoss, DistillationWeights, Objective
 from mtllm_fast.losses.contrast import info_nce, reference
+from mtllm_fast.training import AdaptConfig
+from mtllm_fast.training.stage import Stage
 from tests.conftest import assert_matches, relative_error
+from tests.tiny import LINES
 
 B, D = 7, 24
 SAME = torch.zeros(B, B, dtype=torch.bool)
@@ -173,3 +178,72 @@ def test_what_a_weight_needs() -> None:
     assert DistillationWeights(0.0, contrast=1.0).needs == {"teacher"}
     assert DistillationWeights(0.0, task=1.0).needs == {"task_head", "labels"}
     assert DistillationWeights(kl=1.0).needs_pairs and not DistillationWeights(contrast=1.0).needs_pairs
+
+
+# ---- after an inner layer
+def _stage(encoder_folder: str, llm_folder: str, layer: int | None) -> Stage:
+    torch.manual_seed(0)
+    model = MTLLM.stack(encoder_folder, llm_folder, lora=LoraSettings(r=2, dropout=0.0), dtype=torch.float32)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ".lora_B" in name:
+                weight.normal_(0, 0.1)
+    weights = DistillationWeights(0.0, contrast=1.0, contrast_temperature=0.2, contrast_layer=layer)
+    return Stage(model, DistillationLoss(weights), train_projection=True).eval()
+
+
+def test_after_an_inner_layer(encoder_folder: str, llm_folder: str) -> None:
+    """Of the states that Hugging Face's `output_hidden_states` gives; weights above have no part in it."""
+    stage = _stage(encoder_folder, llm_folder, 1)
+    model, rows = stage.student, [TextRow(text, "eng_Latn") for text in LINES[:5]]
+    batch = collate(rows, model.require_tokenizer(), align=False)
+    found = stage(batch)["contrast"]
+
+    def pooled(packed: PackedBatch, embeds: torch.Tensor, layer: int) -> torch.Tensor:
+        llm, states = model.require_llm(), []
+        plain = llm.decoder
+        implementation, plain.config._attn_implementation = plain.config._attn_implementation, "eager"
+        try:
+            for part in embeds.split(packed.lengths):
+                mask = torch.zeros(1, 1, len(part), len(part))
+                out = plain(inputs_embeds=part[None], attention_mask=mask, output_hidden_states=True)
+                states.append(out.hidden_states[layer][0].mean(0))
+        finally:
+            plain.config._attn_implementation = implementation
+        return torch.stack(states)
+
+    with torch.no_grad():
+        table = model.require_llm().model.get_input_embeddings()
+        student = pooled(batch.mt, model.projected(batch.mt), 1)
+        last = pooled(batch.mt, model.projected(batch.mt), 2)
+        with model.teacher():
+            teacher = pooled(batch.llm, table(batch.llm.input_ids), 1)
+    assert_matches(found.sum.detach(), reference(student, teacher, 0.2).float(), 1e-4)
+    assert relative_error(found.sum, reference(last, teacher, 0.2)) > 1e-2, "the control: another layer"
+    found.sum.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert all(grad is not None for grad in gradients.values())
+    reached = {name for name, grad in gradients.items() if float(grad.abs().max()) > 0}
+    assert {".layers.0." in name for name in reached if ".lora_" in name} == {True}, "the second layer is above"
+    assert any(name.startswith("projection.") for name in reached)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: DistillationWeights(contrast_layer=2), "contrast_layer=2: is that of contrast, whose weight is 0"),
+        (lambda: DistillationWeights(contrast=1.0, contrast_layer=0), "contrast_layer=0: layers are counted from 1"),
+        (
+            lambda: AdaptConfig(teacher_cache="c", loss=DistillationWeights(contrast=1.0, contrast_layer=1)),
+            "loss.contrast_layer=1: teacher_cache='c' holds the last states alone",
+        ),
+    ],
+)
+def test_an_inner_layer_that_cannot_be(make, said) -> None:
+    with pytest.raises(ValueError, match=said):
+        make()
+
+
+def test_an_inner_layer_that_the_llm_lacks(encoder_folder: str, llm_folder: str) -> None:
+    with pytest.raises(ValueError, match=r"loss\.contrast_layer=3: the LLM has 2 layers"):
+        _stage(encoder_folder, llm_folder, 3)
