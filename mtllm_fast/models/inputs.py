@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..data.pack import PackedBatch
-from ..data.prompt import target_rows
+from ..data.prompt import NO_TOKEN, target_rows
 from .llm import PackedLLM
 from .readers import StackReader
 
@@ -50,7 +50,7 @@ def compose(
 
     Args:
         text: B texts in the encoder's tokens.
-        before, after: LLM tokens, B sequences or one for all texts; None for no tokens.
+        before, after: LLM tokens, B sequences or one for all texts; None for no tokens. `NO_TOKEN` may be among them.
 
     Raises:
         ValueError: another number of sequences.
@@ -79,7 +79,7 @@ def compose(
     ids = torch.zeros(len(embeds), dtype=torch.int64, device=text.device)
     for tokens, rows in ((before, before_rows), (after, after_rows)):
         if tokens is not None:
-            ids[rows] = tokens.input_ids.repeat(count // tokens.num_sequences)
+            ids[rows] = tokens.input_ids.clamp(min=0).repeat(count // tokens.num_sequences)
     return LLMInputs(PackedBatch.from_flat(ids, lengths.sum(1).tolist()), embeds, before_rows, text_rows, after_rows)
 
 
@@ -136,8 +136,10 @@ def _lengths(name: str, tokens: PackedBatch | None, count: int) -> tuple[int, ..
 
 
 def _embedded(llm: PackedLLM, tokens: PackedBatch | None) -> Tensor | None:
-    """(n, D) of one sequence, (B, n, D) of several."""
+    """(n, D) of one sequence, (B, n, D) of several; zeros for `NO_TOKEN`."""
     if tokens is None or not tokens.num_tokens:
         return None
-    embeds = llm.model.get_input_embeddings()(tokens.input_ids).to(llm.model.dtype)
+    ids = tokens.input_ids
+    embeds = llm.model.get_input_embeddings()(ids.clamp(min=0)).to(llm.model.dtype)
+    embeds = embeds.masked_fill((ids == NO_TOKEN)[:, None], 0.0)
     return embeds if tokens.num_sequences == 1 else tokens.pad_states(embeds)
