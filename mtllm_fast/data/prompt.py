@@ -138,7 +138,7 @@ class PromptTokens:
         return np.array([*self.before[index], *ids, *self.after[index], *self.targets[index]], dtype=np.int64)
 
 
-NO_TOKEN = -1  # among LLM tokens: an input embedding of zeros
+NO_TOKEN = 2**31 - 1  # among LLM tokens, above those of any vocabulary: an input embedding of zeros
 
 
 def mask_token(tokenizer: StackTokenizer) -> int:
