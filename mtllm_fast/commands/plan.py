@@ -14,7 +14,8 @@ from ..models import LoraSettings
 
 @dataclass
 class Plan:
-    """Memory, speed and hours of a general adaptation, before renting anything: no weights, no allocation.
+    """Memory, speed and hours of a general adaptation with a frozen encoder, before renting anything: no weights, no
+    allocation.
 
     Every operator of one training step runs on meta tensors; a roofline of the GPU turns FLOPs and bytes into seconds.
     Example: mtllm plan --encoder NLLB-600M --llm Llama-3-8B --gpu A100-80GB --gpus 8 --documents 2560000 --lengths web

@@ -36,8 +36,8 @@ class Batch:
         weight: 0.0 for a filler that only keeps the ranks in step, else 1.0; multiply losses and counts with it.
         place: its number among the batches of a step over all ranks.
         targets: a sequence of LLM tokens per row that the student is to write, or None.
-        before, after: LLM tokens around the texts of `mt` where there are targets, which `after` ends with; `before`
-            may be one sequence for all.
+        before, after: LLM tokens around the texts of `mt` where there are targets, which `after` ends with, some of
+            them masked if so asked; `before` may be one sequence for all.
         row_weight: (B,) float, weights of the rows in terms that weigh them, or None.
         soft_labels: (B, C) float32, the log-probability of each class, up to a constant, or None where rows have none.
     """
@@ -184,7 +184,7 @@ def tokenise_rows(
 def _with_prompts(batch: Batch, prompts: PromptTokens, index: Sequence[int]) -> Batch:
     targets = PackedBatch.from_sequences([prompts.targets[i] for i in index])
     rows = None if batch.llm is None else torch.from_numpy(target_rows(batch.llm.lengths, targets.lengths))
-    before, after = [prompts.before[i] for i in index], [prompts.after[i] + prompts.targets[i] for i in index]
+    before, after = [prompts.before[i] for i in index], [prompts.after[i] + prompts.seen[i] for i in index]
     if all(ids == before[0] for ids in before):
         before = before[:1]
     return dataclasses.replace(

@@ -124,6 +124,8 @@ def _lines(file: IO[bytes]) -> Iterator[tuple[int, str | BadRow]]:
 
 def _read_txt(file: IO[bytes], request: _Request) -> Iterator[Record]:
     argument_of_text, *others = request.wanted
+    # a line is its own target, where that is asked for by the name of the text's column
+    others = [name for name in others if request.wanted[name] != request.wanted[argument_of_text]]
     if others:
         raise ValueError(
             f"{others[0]} {request.wanted[others[0]]!r}: {request.path} is plain text and has no columns, "

@@ -7,6 +7,7 @@ Source of the form: MindMerger (arXiv 2405.17386) and LangBridge (arXiv 2401.106
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -75,10 +76,13 @@ class Writing:
     Fields:
         prompt: what the LLM reads around the text.
         target_limit: tokens of a target, the end token included; longer ones are cut and counted.
+        masked: share of the target's tokens that a stack's LLM does not see; see `masked`. seed: chooses them.
     """
 
     prompt: Prompt
     target_limit: int | None = None
+    masked: float = 0.0
+    seed: int = 0
 
     def longest(self, tokenizer: StackTokenizer) -> int:
         """The most tokens that stand around a text, its target and a boundary with them."""
@@ -96,12 +100,14 @@ class PromptTokens:
 
     Fields:
         before, after, targets: per row.
+        seen: the targets as a stack's LLM reads them while it writes, with what stands for tokens that are masked.
         truncated: targets that were cut; cut: rows whose text within the prompt was.
     """
 
     before: list[Ids]
     after: list[Ids]
     targets: list[Ids]
+    seen: list[Ids]
     truncated: int
     cut: int
 
@@ -116,7 +122,11 @@ class PromptTokens:
         for row, ids in zip(rows, targets, strict=True):
             if not row.finished and ids[-1] == tokenizer.llm.eos_token_id:
                 del ids[-1]
-        return cls(before, after, targets, truncated, cut)
+        seen = targets
+        if writing.masked:
+            token = mask_token(tokenizer)
+            seen = [masked(row, ids, token, writing) for row, ids in zip(rows, targets, strict=True)]
+        return cls(before, after, targets, seen, truncated, cut)
 
     def lengths(self) -> NDArray[np.int64]:
         """(N,) tokens around each text, the target's with them."""
@@ -126,6 +136,29 @@ class PromptTokens:
     def whole(self, index: int, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """All that the LLM reads of a row whose text it reads as its own tokens `ids`."""
         return np.array([*self.before[index], *ids, *self.after[index], *self.targets[index]], dtype=np.int64)
+
+
+NO_TOKEN = 2**31 - 1  # among LLM tokens, above those of any vocabulary: an input embedding of zeros
+
+
+def mask_token(tokenizer: StackTokenizer) -> int:
+    """What an LLM reads in place of a token that it is not to see: its mask token, or the one for unknown words, as in
+    LUSIFER's code; `NO_TOKEN` where it has neither, or the latter begins or ends its texts."""
+    llm = tokenizer.llm
+    if llm.mask_token_id is not None:
+        return int(llm.mask_token_id)
+    unknown = llm.unk_token_id
+    return NO_TOKEN if unknown in (None, llm.bos_token_id, llm.eos_token_id) else int(unknown)
+
+
+def masked(row: TextRow, target: Ids, token: int, writing: Writing) -> Ids:
+    """The tokens of a row's target, each replaced by `token` with the probability `writing.masked`.
+
+    The choice is a function of the seed and of the row's text and target alone, so that it is the same in every epoch,
+    pack and process. Source: LUSIFER (arXiv 2501.00874), whose decoder reads masked what it is to write.
+    """
+    chance = random.Random(f"{writing.seed}/{row.text}/{row.target}".encode("utf-8", "surrogatepass"))
+    return [token if chance.random() < writing.masked else own for own in target]
 
 
 def target_rows(lengths: Sequence[int], targets: Sequence[int]) -> NDArray[np.int64]:

@@ -15,6 +15,8 @@ from .projection import ProjectionConfig
 
 Reader = Literal["stack", "llm", "encoder"]
 READERS: tuple[Reader, ...] = ("stack", "llm", "encoder")
+TrainEncoder = Literal["no", "lora", "all"]
+ENCODER_ADAPTER = "encoder_student"  # name of the LoRA in the encoder of a stack; those of the LLM have other names
 MODEL_TYPE = "mtllm"  # what config.json calls itself
 FORMAT = 1
 BESIDE = "beside"  # in config.json: base models' folders relative to the model's
@@ -25,7 +27,9 @@ class MTLLMConfig:
     """Everything needed to rebuild a model around its base models.
 
     encoder, llm: folder or hub name of the base models (None where they are stored inside the model's own folder).
+    adapters: LoRA of the backbone, by name.
     prompt: what a model that was taught to write reads around a text; None for one that was not.
+    encoder_adapter: LoRA of a stack's encoder; None without one.
     """
 
     reader: Reader = "stack"
@@ -36,6 +40,7 @@ class MTLLMConfig:
     adapters: dict[str, LoraSettings] = field(default_factory=dict)
     head: HeadConfig | None = None
     prompt: Prompt | None = None
+    encoder_adapter: LoraSettings | None = None
 
     @property
     def labels(self) -> list[str] | None:
@@ -47,6 +52,8 @@ def config_to_dict(config: MTLLMConfig) -> dict[str, Any]:
     data = {"model_type": MODEL_TYPE, "format": FORMAT, **asdict(config)}
     if config.prompt is None:  # as earlier versions wrote it
         del data["prompt"]
+    if config.encoder_adapter is None:
+        del data["encoder_adapter"]
     if not config.projection.boundary:
         del data["projection"]["boundary"]
     return data
@@ -72,6 +79,7 @@ def config_from_dict(data: dict[str, Any], folder: str) -> MTLLMConfig:
         adapters={name: _settings(**settings) for name, settings in data["adapters"].items()},
         head=HeadConfig(head["kind"], tuple(head["labels"])) if head else None,
         prompt=Prompt(**data["prompt"]) if data.get("prompt") else None,
+        encoder_adapter=_settings(**data["encoder_adapter"]) if data.get("encoder_adapter") else None,
     )
 
 

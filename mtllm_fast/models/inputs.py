@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..data.pack import PackedBatch
-from ..data.prompt import target_rows
+from ..data.prompt import NO_TOKEN, target_rows
 from .llm import PackedLLM
 from .readers import StackReader
 
@@ -30,7 +30,7 @@ class LLMInputs:
     """B sequences of T rows in all.
 
     Fields:
-        batch: the packing; its ids are the LLM's own, 0 in rows of the text and the boundary.
+        batch: the packing; its ids are the LLM's own, 0 in rows of the text, the boundary and what is no token.
         embeds: (T, D) input embeddings.
         before_rows, text_rows, after_rows: int64 rows of `embeds`, in packed order. The state of row r - 1 predicts the
             token of row r, so `states[after_rows - 1]` are those of a loss on the tokens after the text.
@@ -50,7 +50,7 @@ def compose(
 
     Args:
         text: B texts in the encoder's tokens.
-        before, after: LLM tokens, B sequences or one for all texts; None for no tokens.
+        before, after: LLM tokens, B sequences or one for all texts; None for no tokens. `NO_TOKEN` may be among them.
 
     Raises:
         ValueError: another number of sequences.
@@ -79,7 +79,8 @@ def compose(
     ids = torch.zeros(len(embeds), dtype=torch.int64, device=text.device)
     for tokens, rows in ((before, before_rows), (after, after_rows)):
         if tokens is not None:
-            ids[rows] = tokens.input_ids.repeat(count // tokens.num_sequences)
+            own = tokens.input_ids.masked_fill(tokens.input_ids == NO_TOKEN, 0)
+            ids[rows] = own.repeat(count // tokens.num_sequences)
     return LLMInputs(PackedBatch.from_flat(ids, lengths.sum(1).tolist()), embeds, before_rows, text_rows, after_rows)
 
 
@@ -136,8 +137,10 @@ def _lengths(name: str, tokens: PackedBatch | None, count: int) -> tuple[int, ..
 
 
 def _embedded(llm: PackedLLM, tokens: PackedBatch | None) -> Tensor | None:
-    """(n, D) of one sequence, (B, n, D) of several."""
+    """(n, D) of one sequence, (B, n, D) of several; zeros for `NO_TOKEN`."""
     if tokens is None or not tokens.num_tokens:
         return None
-    embeds = llm.model.get_input_embeddings()(tokens.input_ids).to(llm.model.dtype)
+    none = tokens.input_ids == NO_TOKEN
+    embeds = llm.model.get_input_embeddings()(tokens.input_ids.masked_fill(none, 0)).to(llm.model.dtype)
+    embeds = embeds.masked_fill(none[:, None], 0.0)
     return embeds if tokens.num_sequences == 1 else tokens.pad_states(embeds)

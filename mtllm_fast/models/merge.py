@@ -6,32 +6,44 @@ from pathlib import Path
 
 import torch
 
+from .adapters import AdaptedModel
+from .config import ENCODER_ADAPTER
 from .frozen import dense_weight
 from .mtllm import MTLLM
 
 
 @torch.no_grad()
 def merge(model: MTLLM) -> MTLLM:
-    """Add the adapter of `model` into the weights of its backbone, in place and for good; returns `model`.
+    """Add the adapter of `model` into the weights of its backbone, and that of a stack's encoder into the encoder's, in
+    place and for good; returns `model`.
 
     The sum is formed in float32 and rounded once to the dtype of the weights.
 
     Raises:
-        ValueError: there is no adapter, or several; the base weights are quantised.
+        ValueError: there is no adapter, or several in the backbone; the base weights are quantised.
     """
-    if len(model.config.adapters) != 1:
-        found = ", ".join(model.config.adapters) or "none"
-        raise ValueError(f"model: its adapters are {found}; expected exactly one to merge")
-    (name,) = model.config.adapters
-    backbone = model.backbone
-    backbone.unmerge_adapter()
-    for layer in backbone.model.modules():
+    names = list(model.config.adapters)
+    if len(names) > 1 or not (names or model.config.encoder_adapter):
+        raise ValueError(f"model: its adapters are {', '.join(names) or 'none'}; expected exactly one to merge")
+    for name in names:
+        _merge(model, model.backbone, name)
+    if model.config.encoder_adapter is not None:
+        _merge(model, model.require_stack().encoder, ENCODER_ADAPTER)
+    model.config.adapters, model.config.encoder_adapter = {}, None
+    return model
+
+
+def _merge(model: MTLLM, part: AdaptedModel, name: str) -> None:
+    # it is no more the model that it was loaded from, so it is saved whole
+    part.name = None
+    (role,) = (role for role, one in model.bases.items() if one is part)
+    model.changed = {weight for weight in model.changed if not weight.startswith(f"{role}.")}
+    part.unmerge_adapter()
+    for layer in part.model.modules():
         if name in getattr(layer, "lora_A", ()):
             weight = dense_weight(layer.get_base_layer())
             weight.copy_((weight.float() + layer.get_delta_weight(name).float()).to(weight.dtype))
-    backbone.remove_adapter(name)
-    model.config.adapters = {}
-    return model
+    part.remove_adapter(name)
 
 
 def save_merged(model: MTLLM, folder: str | Path) -> None:
@@ -39,7 +51,7 @@ def save_merged(model: MTLLM, folder: str | Path) -> None:
 
     `MTLLM.from_pretrained(folder)` reads it as the same model without adapters, and so does
     `AutoModelForCausalLM.from_pretrained(folder / "llm")` the LLM alone, with its tokenizer (and transformers' own
-    causal attention).
+    causal attention). The encoder in `folder / "encoder"` can be stacked again.
 
     Raises:
         ValueError: there is no adapter to merge, or several.

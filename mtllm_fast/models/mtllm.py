@@ -13,7 +13,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from ..data.tokenise import StackTokenizer
 from .adapters import LoraSettings
 from .attention import check_backend
 from .checkpointing import recompute_layers
-from .config import READERS, MTLLMConfig, Reader
+from .config import ENCODER_ADAPTER, READERS, MTLLMConfig, Reader, TrainEncoder
 from .encoder import PackedEncoder
 from .generate import generate
 from .heads import HeadConfig, TaskHead, segment_mean, span_mean
@@ -99,6 +99,12 @@ class MTLLM(nn.Module):
             self.backbone.add_adapter(settings, name)
         if config.adapters:
             self.backbone.train_adapter(next(iter(config.adapters)))
+        if config.encoder_adapter is not None:
+            if config.reader != "stack":
+                raise ValueError(f"encoder_adapter: is of a stack's encoder; reader={config.reader!r} has `adapters`")
+            base = self._required(encoder, "encoder")
+            base.add_adapter(config.encoder_adapter, ENCODER_ADAPTER)
+            base.requires_grad_(False)  # see `train_encoder`
 
     @classmethod
     def stack(
@@ -179,11 +185,16 @@ class MTLLM(nn.Module):
         attention: str | None = None,
         encoder: str | None = None,
         llm: str | None = None,
+        encoder_dtype: torch.dtype | None = None,
     ) -> MTLLM:
         """Load a folder written by `save_pretrained`, or the same layout on the hub.
 
         `encoder` and `llm` say where the base models are now, if not where they were when the model was saved; they are
         to be the same models.
+
+        `dtype` is that of the base models' weights, `encoder_dtype` of the encoder's where it is to be another. Without
+        them it is the one that they are stored in, which for an encoder that was trained is that of its trained
+        weights.
 
         `attention` names the packed-attention backend; it belongs to the machine and is not saved with the model.
 
@@ -198,6 +209,7 @@ class MTLLM(nn.Module):
             trust_remote_code=trust_remote_code,
             encoder_name=encoder or None,
             llm_name=llm or None,
+            encoder_dtype=encoder_dtype,
         )
         model.attention = attention
         return model
@@ -282,6 +294,38 @@ class MTLLM(nn.Module):
         if self.encoder is not None and not any(p.requires_grad for p in self.encoder.parameters()):
             self.encoder.eval()
         return self
+
+    def train_encoder(self, how: TrainEncoder, lora: LoraSettings | None = None) -> None:
+        """Say what is trained of a stack's encoder. It is in training mode then, with its own dropout.
+
+        Args:
+            how: "no": nothing, as after loading; "lora": its LoRA, in float32 (LUSIFER, arXiv 2501.00874); "all": all
+                of its weights (LangBridge, arXiv 2401.10695).
+            lora: settings of the LoRA that is added where the encoder has none; None for the default ones.
+
+        Raises:
+            ValueError: the model is no stack; with "all", the encoder has a LoRA, or weights of less than 32 bits, in
+                which small updates would be lost.
+        """
+        if how == "no":
+            if self.encoder is not None and self.config.reader == "stack":
+                self.encoder.requires_grad_(False)
+            return
+        encoder = self.require_stack().encoder
+        if how == "lora":
+            if self.config.encoder_adapter is None:
+                self.config.encoder_adapter = lora or LoraSettings()
+                encoder.add_adapter(self.config.encoder_adapter, ENCODER_ADAPTER)
+            encoder.train_adapter(ENCODER_ADAPTER)
+            return
+        if how != "all":
+            raise ValueError(f"train_encoder={how!r}: expected one of {', '.join(get_args(TrainEncoder))}")
+        if self.config.encoder_adapter is not None:
+            raise ValueError("train_encoder='all': the encoder has a LoRA; merge it before")
+        narrow = {parameter.dtype for parameter in encoder.parameters() if parameter.dtype.itemsize < 4}
+        if narrow:
+            raise ValueError(f"train_encoder='all': the encoder's weights are {narrow.pop()}; load them in float32")
+        encoder.requires_grad_(True)
 
     def set_head(self, config: HeadConfig) -> None:
         """Give the model a new task head (replacing the one it has)."""

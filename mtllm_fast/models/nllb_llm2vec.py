@@ -153,6 +153,8 @@ def check_exportable(model: MTLLM) -> None:
         problems.append("causal=True (needs a bidirectional LLM)")
     if config.head is not None:
         problems.append("a task head (export the model without one)")
+    if config.encoder_adapter is not None:
+        problems.append("a LoRA in the encoder (merge it first: `mtllm convert --to merged`)")
     if problems:
         raise ValueError(f"model: the {MODEL_TYPE} layout has no place for {'; '.join(problems)}")
 

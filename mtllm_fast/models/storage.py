@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..data.tokenise import StackTokenizer
 from ..jobs.durable import scratch
-from .config import BESIDE, based_on, config_to_dict, read_config
+from .config import BESIDE, ENCODER_ADAPTER, based_on, config_to_dict, read_config
 from .encoder import PackedEncoder
 from .llm import PackedLLM
 from .loading import base_tokenizer, read_safetensors
@@ -35,14 +35,36 @@ _DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 def own_state(model: MTLLM) -> dict[str, Tensor]:
     """The weights that belong to the model and not to its base models, by name, on CPU and contiguous."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    adapters = tuple(f".{name}." for name in model.config.adapters)
+    adapters = [f".{name}." for name in model.config.adapters]
+    if model.config.encoder_adapter is not None:
+        adapters.append(f".{ENCODER_ADAPTER}.")
+    changed = set(map(_plain, model.changed))  # an adapter that came later gave the layers under it other names
 
     def owned(name: str) -> bool:
         if ".lora_" in name:  # a task teacher may be a guest in the model while it is distilled
             return any(adapter in name for adapter in adapters)
-        return name in trained or name in model.changed or name.startswith(("projection.", "head."))
+        return name in trained or _plain(name) in changed or name.startswith(("projection.", "head."))
 
     return {name: whole(tensor) for name, tensor in model.state_dict().items() if owned(name)}
+
+
+def _plain(name: str) -> str:
+    return name.replace(".base_layer.", ".")
+
+
+def own_encoder_dtype(folder: Path) -> torch.dtype | None:
+    """The dtype of the encoder's weights that are the model's own; None where training changed none of them."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(folder.glob("model*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    if name.startswith("encoder.") and ".lora_" not in name:
+                        return file.get_slice(name)[:1].dtype
+        except SafetensorError:  # said where the weights are read
+            return None
+    return None
 
 
 def load_own_state(model: MTLLM, folder: Path) -> None:
@@ -55,8 +77,9 @@ def load_own_state(model: MTLLM, folder: Path) -> None:
     expected = own_state(model)
     held = model.state_dict()
     # base weights that training changed: they stay with the model, also when it is saved again
-    model.changed = {name for name in set(state) - set(expected) if name in held and ".lora_" not in name}
-    expected |= {name: held[name] for name in model.changed}
+    changed = {name for name in set(state) - set(expected) if name in held and ".lora_" not in name}
+    model.changed |= changed  # those that it knew stay, where its own checkpoint is read into it again
+    expected |= {name: held[name] for name in changed}
     missing, surplus = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
     if missing or surplus:
         raise ValueError(
@@ -143,6 +166,7 @@ def load(
     trust_remote_code: bool = False,
     encoder_name: str | None = None,
     llm_name: str | None = None,
+    encoder_dtype: torch.dtype | None = None,
 ) -> MTLLM:
     """See `MTLLM.from_pretrained`, whose `encoder` and `llm` are `encoder_name` and `llm_name` here."""
     path = local_folder(folder)
@@ -163,8 +187,9 @@ def load(
 
     encoder = llm = None
     if config.reader != "llm":
+        encoder_dtype = encoder_dtype or dtype or own_encoder_dtype(path)
         encoder = PackedEncoder.from_pretrained(
-            base("encoder", config.encoder), dtype, trust_remote_code=trust_remote_code
+            base("encoder", config.encoder), encoder_dtype, trust_remote_code=trust_remote_code
         )
         encoder.name = config.encoder
     if config.reader != "encoder":

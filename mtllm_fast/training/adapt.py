@@ -21,7 +21,7 @@ from .inputs import check_language, check_teacher_text, has_teacher_text
 from .live import Watch
 from .projection_fit import fit_projection
 from .record import Metrics
-from .run import Data, StageKind, run, starting
+from .run import Data, StageKind, check_trained_encoder, run, starting
 from .stage import Rows, Stage
 from .stage_config import AdaptConfig
 from .teacher_cache import KeyedRows, cached_states, check_cache
@@ -34,8 +34,13 @@ def starting_model(config: AdaptConfig, dtype: torch.dtype) -> MTLLM:
         ValueError: a model cannot be loaded, or is not one that adaptation can go on from.
     """
     student = starting(config, dtype, projection=config.projection)
-    if config.model and student.llm is not None:
-        student.llm.train_adapter("student")
+    if config.model:
+        llm = student.require_llm()
+        if not student.config.adapters:  # of `mtllm sft`, which left the LLM as it was
+            llm.add_adapter(config.lora, "student")
+            student.config.adapters["student"] = config.lora
+        llm.train_adapter("student")
+    student.train_encoder(config.train_encoder, config.lora)
     return student
 
 
@@ -45,7 +50,7 @@ def check(config: AdaptConfig, data: Data) -> None:
             raise ValueError(f"--{name} is missing: name a folder or a hub model, or --model to go on from")
     if config.model:
         start = read_config(local_folder(config.model))
-        if start.reader != "stack" or "student" not in start.adapters:
+        if start.reader != "stack" or (start.adapters and "student" not in start.adapters):
             raise ValueError(
                 f"model={config.model!r}: not an adapted stack; make one with `mtllm adapt --encoder ... --llm ...`"
             )
@@ -53,6 +58,7 @@ def check(config: AdaptConfig, data: Data) -> None:
             raise ValueError(
                 f"model={config.model!r}: has a task head; adaptation goes on from what `mtllm adapt` made"
             )
+        check_trained_encoder(config, start)
     if isinstance(data.rows, TokenStore):
         if config.init != "none":
             raise ValueError(f"init={config.init!r}: the projection is fitted on text, not on a token store")

@@ -80,7 +80,7 @@ def swap_layers(
 
     student, weights = MTLLM.from_pretrained(model), read_safetensors(Path(teacher), "model")
     student.set_head(head)
-    expected = {name for name in student.state_dict() if ".lora_" in name or name.startswith("head.")}
+    expected = {n for n in student.state_dict() if (".lora_" in n and n.startswith("llm.")) or n.startswith("head.")}
     if set(weights) != expected:
         raise ValueError(f"teacher={teacher!r}: its weights do not fit the student's LLM")
     layers = student.require_llm().layers

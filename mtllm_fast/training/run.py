@@ -15,8 +15,10 @@ from ..data.loader import PackedLoader
 from ..data.read import TextRow
 from ..data.store import TokenStore
 from ..jobs.durable import write_json
-from ..models import MTLLM
+from ..models import MTLLM, LoraSettings, PackedEncoder
+from ..models.config import MTLLMConfig
 from ..models.encoder import check_encoder
+from ..models.storage import local_folder, own_encoder_dtype, read_config
 from .automatic import Settled, on_gpu, settled
 from .inputs import adapted_base, model_inputs
 from .live import Watch
@@ -24,7 +26,7 @@ from .processes import processes
 from .record import Metrics
 from .run_folder import RunFolder, as_by_default
 from .stage import Rows, Stage
-from .switches import base_dtype, check_layers
+from .switches import base_dtype, check_encoder_lora, check_layers
 from .teacher_variance import VARIANCE_FILE, measure_variance, recorded_variance
 from .trainer import PackedTrainer
 
@@ -101,6 +103,11 @@ def run(kind: StageKind, config: Any, data: Data, watch: Watch | None = None) ->
         check_encoder(config.encoder, config.trust_remote_code)
     lora = config.lora if not config.model and getattr(config, "train_llm", True) else None
     check_layers(optim, *adapted_base(config.model, models), lora, config.trust_remote_code)
+    if getattr(config, "train_encoder", "no") == "lora":
+        start = read_config(local_folder(config.model)) if config.model else None
+        if start is None or start.encoder_adapter is None:
+            place = models.get("encoder") or str(local_folder(config.model) / "encoder")
+            check_encoder_lora(place, config.lora, config.trust_remote_code)
     set_seed(optim.seed)
     recorded = {name: list(found) for name in kind.records if (found := getattr(data, name)) is not None}
     settings = {"stage": kind.name, "source": data.source or {}, **recorded, **asdict(config)}
@@ -126,11 +133,38 @@ def starting(config: Any, dtype: torch.dtype, **options: Any) -> MTLLM:
         options: of `MTLLM.stack`, besides those that every stage has.
     """
     trust = config.trust_remote_code
+    # in fewer bits small updates would be lost, and what training has changed would be rounded and saved so
+    whole = getattr(config, "train_encoder", "no") == "all"
     if config.model:
-        encoder, llm = config.encoder, config.llm
-        return MTLLM.from_pretrained(config.model, dtype=dtype, trust_remote_code=trust, encoder=encoder, llm=llm)
+        bases = {"encoder": config.encoder, "llm": config.llm}
+        encoder_dtype = torch.float32 if whole else own_encoder_dtype(local_folder(config.model))
+        return MTLLM.from_pretrained(
+            config.model, dtype=dtype, trust_remote_code=trust, encoder_dtype=encoder_dtype, **bases
+        )
+    encoder: str | PackedEncoder | None = config.encoder or None
+    if whole and encoder:
+        encoder = PackedEncoder.from_pretrained(config.encoder, torch.float32, trust_remote_code=trust)
     options = {"causal": config.causal, "lora": config.lora, **options}
-    return MTLLM.stack(config.encoder or None, config.llm or None, dtype=dtype, trust_remote_code=trust, **options)
+    return MTLLM.stack(encoder, config.llm or None, dtype=dtype, trust_remote_code=trust, **options)
+
+
+def check_trained_encoder(config: Any, start: MTLLMConfig) -> None:
+    """Refuse, before anything is loaded, `train_encoder` and `lora` that the model which training goes on from cannot
+    have; `start` is that model's config.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if config.train_encoder == "all" and start.encoder_adapter is not None:
+        raise ValueError(
+            f"train_encoder='all': model={config.model!r} has a LoRA in its encoder; merge it before, by "
+            "`mtllm convert --to merged`"
+        )
+    in_llm = "student" not in start.adapters and getattr(config, "train_llm", True)
+    in_encoder = start.encoder_adapter is None and config.train_encoder == "lora"
+    own = "student" in start.adapters or start.encoder_adapter is not None
+    if config.lora != LoraSettings() and own and not (in_llm or in_encoder):
+        raise ValueError(f"lora={config.lora!r}: model={config.model!r} has its own")
 
 
 def train(stage: Stage, optim: Settled, folder: RunFolder, *, watch: Watch | None = None, shuffle: int = 0) -> Metrics:

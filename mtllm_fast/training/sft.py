@@ -2,10 +2,11 @@
 
     [BOS] before <text> after target [EOS]
 
-What is trained is the projection, a LoRA in the LLM, or both. The loss is the cross-entropy of the target's tokens
-(MindMerger, arXiv 2405.17386; LangBridge, arXiv 2401.10695), and the KL to the bare LLM that reads the text as its own
-tokens and the same target after it: with targets that it wrote itself, self-distillation on the same answer rows (after
-SDRRL, arXiv 2402.12204).
+What is trained is the projection, a LoRA in the LLM, the encoder, or several of them. The loss is the cross-entropy of
+the target's tokens (MindMerger, arXiv 2405.17386; LangBridge, arXiv 2401.10695), and the KL to the bare LLM that reads
+the text as its own tokens and the same target after it: with targets that it wrote itself, self-distillation on the
+same answer rows (after SDRRL, arXiv 2402.12204). With `mask_targets` the LLM writes without seeing all of what stands
+before (after LUSIFER, arXiv 2501.00874).
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import torch
 
 from ..data.prompt import Prompt, Writing, prompt_of
 from ..data.read import MappedRows, TextRow
-from ..models import MTLLM, LoraSettings
+from ..models import MTLLM
 from ..models.storage import read_config
 from .inputs import check_language, has_teacher_text
 from .live import Watch
 from .record import Metrics
-from .run import TASK_ROWS, Data, StageKind, run, starting
+from .run import TASK_ROWS, Data, StageKind, check_trained_encoder, run, starting
 from .stage import Stage
 from .stage_config import SftConfig
 from .validation import validation
@@ -52,8 +53,7 @@ def check(config: SftConfig, data: Data) -> None:
             what = "a task head" if start.head else "no causal LLM"
             raise ValueError(f"model={config.model!r}: has {what}; make one with `mtllm sft` or `mtllm adapt --causal`")
         alone = start.reader == "llm"
-        if "student" in start.adapters and config.lora != LoraSettings():
-            raise ValueError(f"lora={config.lora!r}: model={config.model!r} has its own")
+        check_trained_encoder(config, start)
     else:
         alone = config.reader == "llm"
         if not alone and not config.encoder:
@@ -64,12 +64,18 @@ def check(config: SftConfig, data: Data) -> None:
         raise ValueError(f"loss.kl={config.loss.kl}: the teacher reads what the LLM alone reads; it needs an encoder")
     if has_teacher_text(data.rows) and not config.loss.kl:
         raise ValueError("teacher_text: is for the teacher of loss.kl, whose weight is 0")
+    if alone and config.train_encoder != "no":
+        raise ValueError(f"train_encoder={config.train_encoder!r}: the LLM alone reads without an encoder")
+    if alone and config.mask_targets:
+        raise ValueError(
+            f"mask_targets={config.mask_targets}: makes an LLM read what an encoder gives it; the LLM alone has none"
+        )
     if alone and not config.train_llm:
         raise ValueError("train_llm=False: the LLM alone has nothing else to train")
     if data.valid_rows and data.labels is None:
         raise ValueError("valid_rows: are scored by the likelihood of their labels; name the labels")
-    if not (config.train_llm or config.train_projection):
-        raise ValueError("train_llm=False, train_projection=False: nothing is trained")
+    if not (config.train_llm or config.train_projection or config.train_encoder != "no"):
+        raise ValueError("train_llm=False, train_projection=False, train_encoder='no': nothing is trained")
 
 
 def starting_model(config: SftConfig, dtype: torch.dtype) -> MTLLM:
@@ -84,6 +90,7 @@ def starting_model(config: SftConfig, dtype: torch.dtype) -> MTLLM:
     else:
         llm.add_adapter(config.lora, "student")
         student.config.adapters["student"] = config.lora
+    student.train_encoder(config.train_encoder, config.lora)
     student.config.prompt = prompt_of(config.before, config.after, student.config.prompt) or Prompt()
     return student
 
@@ -100,7 +107,7 @@ def build(config: SftConfig, data: Data, dtype: torch.dtype) -> Stage:
         student,
         config.loss.objective(),
         rows,
-        writing=Writing(prompt, config.max_target_tokens),
+        writing=Writing(prompt, config.max_target_tokens, config.mask_targets, config.train.seed),
         train_projection=config.train_projection,
         validate=validation(student, data.valid_rows or (), config.train, data.labels),
     )

@@ -8,10 +8,16 @@ from typing import ClassVar, Literal, get_args
 from ..data.prompt import prompt_of
 from ..losses import DistillationWeights, LabelWeights, TargetWeights
 from ..models import LoraSettings, ProjectionConfig
+from ..models.config import TrainEncoder
 from .config import OptimSettings
 from .projection_fit import InitKind
 
 InitFrom = Literal["adapted", "teacher"]
+
+
+def _check_train_encoder(how: str) -> None:
+    if how not in get_args(TrainEncoder):
+        raise ValueError(f"train_encoder={how!r}: expected one of {', '.join(get_args(TrainEncoder))}")
 
 
 def _task_training() -> OptimSettings:
@@ -61,6 +67,9 @@ class AdaptConfig:
     """Of the words that the dictionary has, how many are replaced."""
     train_projection: bool = True
     """Train the projection too; without, it stays as it starts, for one that was fitted with `init`."""
+    train_encoder: TrainEncoder = "no"
+    """no: the encoder stays as it is; lora: a LoRA in it is trained too, with the settings of `lora` where it is new
+    (LUSIFER); all: all of its weights, which are held in fp32 (LangBridge, for LLMs that were only pretrained)."""
     train: OptimSettings = field(default_factory=OptimSettings)
     resume: bool = False
     """Continue the run in `output` from its newest complete checkpoint."""
@@ -69,18 +78,20 @@ class AdaptConfig:
     trust_remote_code: bool = False
     """Run the code that a model on the hub brings with it."""
     model: str = ""
-    """An adapted MTLLM folder, whose projection and adapter training goes on from (warm start, with a new optimizer and
-    schedule); encoder and llm then say where its base models are, if not where they were. To go on with the same run,
-    use `resume`, also with more steps."""
+    """An MTLLM folder, of `adapt` or `sft`, whose projection and adapters training goes on from (warm start, with a new
+    optimizer and schedule; an adapter that it lacks is added, with the settings of `lora`); encoder and llm then say
+    where its base models are, if not where they were. To go on with the same run, use `resume`, also with more
+    steps."""
 
     def __post_init__(self) -> None:
         if self.init not in get_args(InitKind):
             raise ValueError(f"init={self.init!r}: expected one of {', '.join(get_args(InitKind))}")
         if self.model:
             own = AdaptConfig()
-            for name in ("causal", "projection", "lora", "init"):
+            for name in ("causal", "projection", "init"):
                 if getattr(self, name) != getattr(own, name):
                     raise ValueError(f"{name}={getattr(self, name)!r}: model={self.model!r} has its own")
+        _check_train_encoder(self.train_encoder)
         for name in ("head_kl", "task"):
             if weight := getattr(self.loss, name):
                 raise ValueError(f"loss.{name}={weight}: needs a task head, which stage 1 has none of")
@@ -199,6 +210,13 @@ class SftConfig:
     """Train the projection of a stack."""
     train_llm: bool = True
     """Train a LoRA in the LLM; without, the LLM stays as it is (MindMerger, LangBridge)."""
+    train_encoder: TrainEncoder = "no"
+    """no: the encoder stays as it is; lora: a LoRA in it is trained too, with the settings of `lora` where it is new
+    (LUSIFER); all: all of its weights, which are held in fp32 (LangBridge, for LLMs that were only pretrained)."""
+    mask_targets: float = 0.0
+    """Share of the target's tokens that the LLM does not see while it writes the next ones, so that it has to read the
+    text (LUSIFER); chosen by seed and row. In their place it reads its tokenizer's mask token, or the one for unknown
+    words; zeros where there is neither."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     loss: TargetWeights = field(default_factory=TargetWeights)
     train: OptimSettings = field(default_factory=_task_training)
@@ -213,6 +231,9 @@ class SftConfig:
         if self.reader not in ("stack", "llm"):
             raise ValueError(f"reader={self.reader!r}: expected stack or llm")
         prompt_of(self.before, self.after)  # refuses what stands for nothing
+        _check_train_encoder(self.train_encoder)
+        if not 0 <= self.mask_targets <= 1:
+            raise ValueError(f"mask_targets={self.mask_targets}: must be a share in [0, 1]")
         if self.max_target_tokens < 1:
             raise ValueError(f"max_target_tokens={self.max_target_tokens}: must be > 0")
         if self.model and self.reader != "stack":

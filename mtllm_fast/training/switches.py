@@ -103,15 +103,34 @@ def check_layers(
     if role == "llm":
         model = PackedLLM(empty_llm(name, trust_remote_code))
     else:
-        config = check_encoder(name, trust_remote_code)
-        with torch.device("meta"):
-            model = PackedEncoder(family_of(config, name).build(config))
+        model = _empty_encoder(name, trust_remote_code)
     if lora is not None:
         check_settings(lora)
         model.check_targets(lora.target_modules)
     if optim.base_weights == "fp8":
         for path, _, _, layer in frozen_linears(model.requires_grad_(False).layers_root):
             check_fp8_width(path, layer)
+
+
+def check_encoder_lora(name: str, lora: LoraSettings, trust_remote_code: bool = False) -> None:
+    """As `check_layers`, for a LoRA in the encoder of a stack.
+
+    Raises:
+        ValueError: a setting of `lora` is out of range, its targets match no linear layer, or `name` is no encoder.
+    """
+    check_settings(lora)
+    encoder = _empty_encoder(name, trust_remote_code)
+    try:
+        encoder.check_targets(lora.target_modules)
+    except ValueError as error:
+        raise ValueError(f"train_encoder='lora': encoder={name!r}: {error}") from None
+
+
+def _empty_encoder(name: str, trust_remote_code: bool) -> PackedEncoder:
+    """The encoder of `name` without its weights."""
+    config = check_encoder(name, trust_remote_code)
+    with torch.device("meta"):
+        return PackedEncoder(family_of(config, name).build(config))
 
 
 def apply_switches(
@@ -140,7 +159,7 @@ def apply_switches(
     if optim.liger:
         apply_liger(student)
     if optim.checkpointing == "full":
-        recompute_layers(backbone)
+        student.gradient_checkpointing_enable()
     elif optim.checkpointing == "budget":
         # else it is measured where it was loaded: a model that FSDP will spread may be too large for one device
         if optim.liger or optim.base_weights in KINDS:

@@ -62,16 +62,20 @@ def write_data(root: Path) -> dict[str, str]:
 
 
 def write_pairs(root: Path) -> dict[str, str]:
-    """Role -> prompts, a dictionary, and rows with targets: translations, translations with an answer behind them."""
+    """Role -> prompts, a dictionary, and rows with targets: translations, translations with an answer behind them,
+    English texts that match."""
     rng = random.Random(1)
     found = {"dictionary": str(root / "dictionary.txt")}
     Path(found["dictionary"]).write_text("river fleuve\nbread mkate\nold vieux\nstar nyota\n")
-    for role in ("pairs", "prompts", "chains"):
+    for role in ("pairs", "prompts", "chains", "matches"):
         rows = []
         for number in range(32):
             words = [rng.choice(" ".join(WORDS.values()).split()) for _ in range(3)]
             row = {"text": f"{' '.join(words)} {number}", "language": LANGUAGES[1 + number % 2]}
+            if role == "matches":
+                row["language"] = LANGUAGES[0]
             target = {"pairs": " ".join(reversed(words)), "chains": f"{words[1]}: {words[0]}"}
+            target["matches"] = target["pairs"]
             rows.append({**row, "target": target[role]} if role in target else {**row, "english": " ".join(words)})
         found[role] = str(root / f"{role}.jsonl")
         Path(found[role]).write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -25,6 +25,8 @@ OWN |= {name: ["answers.max_new_tokens=6"] for name in ("sdrrl", "sdrrl_ce")}
 OWN["mid_align"] = ["align.loss.contrast_layer=1"]
 OWN["copsd"] = ["first_answers.max_new_tokens=6", "second_answers.max_new_tokens=6"]
 WRITERS = {"copsd", "mindmerger", "mindmerger_replaced", "langbridge", "sdrrl", "sdrrl_ce", "xcot"}
+PROMPTED = WRITERS | {"lusifer"}  # it wrote in its first stage
+WITH_ENCODER = {"lusifer"}  # whose encoder is trained
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,8 @@ def test_a_recipe_runs_and_goes_on_where_it_was_stopped(name: str, world, monkey
     assert whole.model == Path(whole.output) / whole.recipe.steps[whole.recipe.result].output
     assert len(known) > before, "its last step is that of another recipe"
     model = MTLLM.from_pretrained(whole.model)
-    assert (model.config.prompt is not None) == (name in WRITERS)
+    assert (model.config.prompt is not None) == (name in PROMPTED)
+    assert (model.config.encoder_adapter is not None) == (name in WITH_ENCODER)
     assert (model.head is None) == (name in WRITERS)
 
     # stopped in the last step but one that trains, or the only one, and gone on with; here every step is run

@@ -208,7 +208,6 @@ def test_adaptation_starts_from_an_adapted_model(home, tmp_path) -> None:
     ("changes", "named"),
     [
         ({"projection": ProjectionConfig(kind="mlp")}, "projection="),
-        ({"lora": LoraSettings(r=3)}, "lora="),
         ({"causal": True}, "causal=True"),
         ({"init": "ridge"}, "init="),
     ],
@@ -216,6 +215,13 @@ def test_adaptation_starts_from_an_adapted_model(home, tmp_path) -> None:
 def test_what_an_adapted_model_has_of_its_own(changes, named) -> None:
     with pytest.raises(ValueError, match=rf"^{named}.*model='runs/adapted' has its own"):
         AdaptConfig(model="runs/adapted", **changes)
+
+
+def test_the_lora_of_an_adapted_model(home, tmp_path) -> None:
+    model = str(home / "runs/adapted")
+    with pytest.raises(ValueError, match=r"^lora=.*r=3.* has its own"):
+        _adapt(tmp_path / "run", config={"model": model, "lora": LoraSettings(r=3)})
+    assert not (tmp_path / "run").exists()
 
 
 def test_models_that_adaptation_cannot_start_from(home, llm_folder, tmp_path) -> None:
