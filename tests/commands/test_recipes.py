@@ -23,6 +23,7 @@ TINY = [*QUICK, f"*.max_steps={STEPS}", "*.save_steps=1", "*.log_steps=1", "*.lr
 OWN = {"layer_swap": ["swapped.bottom=0", "swapped.top=1", "swapped.between=0"]}  # the LLM has two layers
 OWN |= {name: ["answers.max_new_tokens=6"] for name in ("sdrrl", "sdrrl_ce")}
 OWN["copsd"] = ["first_answers.max_new_tokens=6", "second_answers.max_new_tokens=6"]
+OWN["bistil"] = ["smaller.layers=1"]  # the encoder has two
 WRITERS = {"copsd", "mindmerger", "mindmerger_replaced", "langbridge", "sdrrl", "sdrrl_ce", "xcot"}
 
 
@@ -30,6 +31,7 @@ WRITERS = {"copsd", "mindmerger", "mindmerger_replaced", "langbridge", "sdrrl", 
 def world(tmp_path_factory, encoder_folder, llm_folder):
     root = tmp_path_factory.mktemp("recipes")
     given = {**write_data(root), **write_pairs(root), "start": str(root / "start")}
+    given["corpus"] = given["english"]
     stack = MTLLM.stack(encoder_folder, llm_folder, causal=True, lora=LoraSettings(r=2), dtype=torch.float32)
     stack.config.prompt = Prompt(after="\nAnswer:")
     stack.save_pretrained(root / "start")
