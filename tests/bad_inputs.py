@@ -11,6 +11,7 @@ ENCODE = "encode --model stack --input text.txt --output e.npy "
 EVALUATE = "evaluate --model teacher --task folder --data task --output scores --no-progress "
 TRANSLATE = "translate --model encoder --input text.txt --output t.jsonl --language fra_Latn "
 TOKENIZE = "tokenize --encoder encoder --llm llm --text text.txt --output tokens "
+COMPRESS = "compress --max-steps 1 --tokens 512 --encoder encoder --teacher encoder --text text.txt --output run --no-progress --report-to none "
 SHRINK = "shrink --encoder encoder --output out "
 PROFILE = "profile --encoder encoder --llm llm --text text.txt "
 
@@ -336,6 +337,21 @@ MORE = [
     (SHRINK + "--text text.txt --encoder ./nosuch", "encoder='./nosuch'"),
     (SHRINK + "--layers 3", "layers=3"),
     (SHRINK + "--layers 1 --keep-languages fra_Latn", "keep_languages"),
+    (SHRINK + "--text text.txt --output task --overwrite", "output='task': holds no shrunk.json"),
+    # compress
+    (COMPRESS + "--encoder ''", "--encoder is missing"),
+    (COMPRESS + "--teacher ''", "--teacher is missing"),
+    (COMPRESS + "--text ''", "--text is missing"),
+    (COMPRESS + "--text nosuch.txt", "nosuch.txt"),
+    (COMPRESS + "--text blank.txt", "no usable row"),
+    (COMPRESS + "--language xx", "'xx' is unknown"),
+    (COMPRESS + "--encoder llm", "encoder='llm'"),
+    (COMPRESS + "--teacher llm", "teacher='llm': is a 'llama' model"),
+    (COMPRESS + "--teacher ./nosuch", "teacher='./nosuch'"),
+    (COMPRESS + "--teacher stack", "teacher='stack'"),
+    (COMPRESS + "--teacher torn", "teacher='torn': is a 'llama' model"),
+    (COMPRESS + "--base-weights nf4", "base_weights='nf4'"),
+    (COMPRESS + "--output task", "output='task'"),
     # fetch, convert, demo
     ("fetch gpt-9 --output model", "'gpt-9'"),
     ("fetch e5-small", "--output is missing"),
@@ -355,6 +371,7 @@ MORE = [
     ("convert --model stack --to swapped --teacher teacher --output out", "the LLM has 2 layers"),
     ("convert --model stack --to swapped --teacher stack --output out", "teacher='stack'"),
     ("convert --model stack --to merged --top 1 --output out", "--top 1"),
+    ("convert --model stack --to encoder --output out", "reader='stack'"),
     ("convert --model stack --push-to-hub a/b/c", "--push-to-hub 'a/b/c'"),
     ("demo --rows 7", "rows"),
     ("demo --languages xyz", "xyz"),

@@ -19,6 +19,9 @@ class Convert:
     --to merged gives an MTLLM folder that needs nothing else: no adapters, and an LLM in OUTPUT/llm that
     `AutoModelForCausalLM.from_pretrained` reads. With --push-to-hub alone, MODEL goes to the hub as it is.
 
+    --to encoder writes the encoder of MODEL by itself, from `mtllm compress`, with its tokenizer: a Hugging Face folder
+    that `--encoder` of the other commands takes.
+
     --to swapped is stage 3 without training (arXiv 2410.01335): MODEL, from `mtllm adapt`, keeps its adapter in the
     outer layers of the LLM and gets the task teacher's in the inner ones, and its head. The two layers where they meet
     change by the mean of both. The result is one adapter of both ranks together, which `distill` can go on from.
@@ -45,8 +48,9 @@ class Convert:
     """Base encoder of a mindmerger mapping; of a langbridge model, where it is, if not where its config says."""
     llm: str = ""
     """Base LLM, likewise."""
-    target: Annotated[Literal["nllb-llm2vec", "merged", "swapped"] | None, tyro.conf.arg(name="to")] = None
-    """Layout of OUTPUT: the published one, or an MTLLM folder with LoRA merged, or with layers of the teacher's."""
+    target: Annotated[Literal["nllb-llm2vec", "merged", "swapped", "encoder"] | None, tyro.conf.arg(name="to")] = None
+    """Layout of OUTPUT: the published one, or an MTLLM folder with LoRA merged, or with layers of the teacher's, or a
+    plain encoder."""
     teacher: str = ""
     """Task teacher (from `mtllm finetune --llm`) whose inner layers and head are taken, for --to swapped."""
     bottom: int | None = None
@@ -63,7 +67,7 @@ class Convert:
     def run(self) -> None:
         from ..models import MTLLM
         from ..models.hub import check_push, push
-        from ..models.merge import save_merged
+        from ..models.merge import save_encoder, save_merged
         from ..models.nllb_llm2vec import load_nllb_llm2vec, save_nllb_llm2vec
         from ..models.published import load_langbridge, load_mindmerger
         from ..training.layer_swap import swap_layers
@@ -103,6 +107,8 @@ class Convert:
             load_nllb_llm2vec(self.model).save_pretrained(self.output)
         elif self.target == "merged":
             save_merged(MTLLM.from_pretrained(self.model), self.output)
+        elif self.target == "encoder":
+            save_encoder(MTLLM.from_pretrained(self.model), self.output)
         elif self.target == "swapped":
             swap_layers(self.model, self.teacher, self.bottom, self.top, self.between).save_pretrained(self.output)
         else:

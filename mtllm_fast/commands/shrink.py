@@ -19,8 +19,8 @@ class Shrink:
     read in smaller pieces, and --held-out counts how many are; a text with a character that is known no more is refused
     when it is read, never read as unknown. So name as much text of each language as you have, a file each.
 
-    --layers keeps every f-th layer. What is left has to be distilled before it is good for anything: `mtllm adapt` with
-    the smaller encoder teaches the LLM to read it. Source: arXiv 2306.01709.
+    --layers keeps every f-th layer. What is left has to be distilled before it is good for anything: `mtllm compress`
+    teaches it the whole encoder's states. Source: arXiv 2306.01709.
     Example: mtllm shrink --encoder NLLB --text eng.txt swh.txt --keep-languages eng_Latn swh_Latn --output nllb-en-sw
     """
 
@@ -33,7 +33,7 @@ class Shrink:
     encoder: str = ""
     """Encoder: folder or hub name, of a family that `adapt` supports (its help names them)."""
     output: str = ""
-    """Folder to write; must not exist."""
+    """Folder to write; must not exist, but for `overwrite`."""
     text: tuple[str, ...] = ()
     """Texts whose tokens stay: .txt, .jsonl, .csv, .tsv or .parquet (also .gz), folders or globs of them, hub datasets
     "org/name" or "org/name:config"."""
@@ -54,6 +54,8 @@ class Shrink:
     """Split of a hub dataset."""
     limit: int | None = None
     """At most this many rows of each."""
+    overwrite: bool = False
+    """Replace a smaller encoder that OUTPUT is already."""
 
     def run(self) -> None:
         from ..models.shrink import shrink
@@ -65,7 +67,7 @@ class Shrink:
         if not self.text and self.layers is None:
             raise ValueError("--text and --layers are missing: give one of them, or both")
         check_least(self, limit=1)
-        if Path(self.output).exists():
+        if Path(self.output).exists() and not self.overwrite:
             raise ValueError(f"--output {self.output}: exists; name a folder that does not")
         for source in (*self.text, *self.held_out):
             check_text(source)
@@ -77,6 +79,7 @@ class Shrink:
             min_frequency=self.min_frequency,
             keep_languages=self.keep_languages,
             held_out=self._rows(self.held_out),
+            overwrite=self.overwrite,
         )
         old, new = made.before, made.after
         print(
@@ -95,7 +98,7 @@ class Shrink:
         if made.texts is not None:
             print(f"shrink: {made.removed_characters:,} characters are known no more; texts with one are refused")
         if new.layers < old.layers:
-            print("shrink: layers are gone: distil the encoder before you use it")
+            print("shrink: layers are gone: distil the encoder before you use it (`mtllm compress`)")
 
     def _rows(self, sources: tuple[str, ...]) -> list[RowStream]:
         from ..data.read import read_rows

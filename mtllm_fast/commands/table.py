@@ -36,6 +36,7 @@ COMMANDS = {
         "shrink:Shrink",
         "a smaller encoder: without the tokens that your languages do not need, or with fewer layers",
     ),
+    "compress": ("train:Compress", "distil a whole encoder into the smaller one that `shrink` made of it"),
     "convert": ("convert:Convert", "LoRA merged, the layout of the published NLLB-LLM2Vec models, the hub"),
     "plan": ("plan:Plan", "memory, speed and hours of a run before renting a GPU; no weights are downloaded"),
     "profile": ("profile:Profile", "where the time of a training or encode step goes, by part"),
@@ -51,7 +52,7 @@ COMMANDS = {
 }
 
 # whose work the processes of torchrun share; the others would do all of it in each
-SHARED = ("adapt", "finetune", "distill", "sft", "encode", "translate", "respond")
+SHARED = ("adapt", "finetune", "distill", "sft", "compress", "encode", "translate", "respond")
 
 
 def settings_of(name: str) -> type[Any]:

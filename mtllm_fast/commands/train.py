@@ -1,4 +1,4 @@
-"""mtllm adapt | finetune | distill | sft: the training stages."""
+"""mtllm adapt | finetune | distill | sft | compress: the training stages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ from ..data.language import ENGLISH_CODES
 from ..data.read import TextRow, read_rows
 from ..data.store import STORE_FILE, TokenStore
 from ..models.hub import check_push, push
-from ..training import STAGES, AdaptConfig, DistillConfig, FinetuneConfig, OptimSettings, SftConfig, run_seeds
+from ..training import (
+    STAGES,
+    AdaptConfig,
+    CompressConfig,
+    DistillConfig,
+    FinetuneConfig,
+    OptimSettings,
+    SftConfig,
+    run_seeds,
+)
 from ..training.live import Watch
 from ..training.processes import ends_process
 from ..training.record import Metrics
@@ -419,3 +428,54 @@ class Sft(SftConfig):
             {name: getattr(self, name) for name in ("text", *columns, "language", "split", "limit", "quoted")}
         )
         train("sft", self, Data(stream, source=record), None)
+
+
+@dataclass
+class Compress(CompressConfig):
+    """Distil a whole encoder into the smaller one that `mtllm shrink` made of it: its states at every kept layer, on
+    unlabelled text.
+
+    Text is needed in every language that the smaller encoder is for, in one file, folder or glob. `mtllm convert --to
+    encoder` makes of the result a plain encoder for the other commands. Source: arXiv 2306.01709.
+    Example: mtllm compress --encoder e5-en-sw --teacher models/e5-small --text eng_swh.txt --output runs/e5-en-sw
+    --max-steps 20000 --bf16
+    """
+
+    REQUIRED: ClassVar = {"text": "required", "encoder": "required", "teacher": "required"}
+    text: str = ""
+    """Text: .txt, .jsonl, .csv, .tsv or .parquet (also .gz), a folder or glob of them, or a hub dataset "org/name" or
+    "org/name:config"."""
+    text_column: str = "text"
+    """Column of the text."""
+    language: str | None = None
+    """MT code of the text's language, for an encoder that takes one; by default its own code for English."""
+    language_column: str | None = None
+    """Column with a code per row, instead of `language`."""
+    quoted: bool = True
+    """Quote marks in .csv and .tsv files stand around fields; without, they are text."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    limit: int | None = None
+    """Read at most this many rows."""
+    train: Annotated[OptimSettings, Flat] = field(default_factory=lambda: CompressConfig().train)
+    push_to_hub: str = ""
+    """NAME or ORGANISATION/NAME: where the finished model goes on the Hugging Face hub (private, if it is new)."""
+
+    @ends_process()
+    def run(self) -> None:
+        if not self.text:
+            raise ValueError("--text is missing: name a file, folder, glob or hub dataset")
+        if (Path(self.text) / STORE_FILE).is_file():
+            raise ValueError(f"--text {self.text}: holds tokens, made by `mtllm tokenize`; name the text itself")
+        rows = read_rows(
+            self.text,
+            text_column=self.text_column,
+            language=self.language,
+            language_column=self.language_column,
+            split=self.split,
+            limit=self.limit,
+            quoting=self.quoted,
+        )
+        names = ("text", "text_column", "language", "language_column", "quoted", "split", "limit")
+        source = _record({name: getattr(self, name) for name in names})
+        train("compress", self, Data(rows, source=source), None)

@@ -124,18 +124,27 @@ class PackedEncoder(AdaptedModel):
 
     def all_states(self, batch: PackedBatch) -> Tensor:
         """States (L, T, E) of the packed MT tokens as they come from each layer, before the final norm."""
+        return torch.stack(self.layer_states(batch)[1:])
+
+    def layer_states(self, batch: PackedBatch) -> list[Tensor]:
+        """L + 1 states (T, E) of the packed MT tokens: what the first layer reads, and what comes from each layer,
+        before the final norm."""
         found: list[Tensor] = []
+
+        def first(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            found.append(inputs[0][0])
 
         def keep(layer: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
             found.append((output[0] if isinstance(output, tuple) else output)[0])
 
-        handles = [layer.register_forward_hook(keep) for layer in self.layers]
+        handles = [self.layers[0].register_forward_pre_hook(first)]
+        handles += [layer.register_forward_hook(keep) for layer in self.layers]
         try:
             self(batch, final_norm=False)
         finally:
             for handle in handles:
                 handle.remove()
-        return torch.stack(found)
+        return found
 
     def forward(self, batch: PackedBatch, plan: AttentionPlan | None = None, *, final_norm: bool = True) -> Tensor:
         """Last hidden states (T, E) of the packed MT tokens; without `final_norm` as they come from the last layer.

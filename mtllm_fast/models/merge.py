@@ -1,11 +1,13 @@
-"""A model without adapters: LoRA added into the base weights, everything in one folder."""
+"""A model without adapters: LoRA added into the base weights, everything in one folder; an encoder by itself."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 
+from ..jobs.durable import scratch
 from .adapters import AdaptedModel
 from .config import ENCODER_ADAPTER
 from .frozen import dense_weight
@@ -61,3 +63,28 @@ def save_merged(model: MTLLM, folder: str | Path) -> None:
         part = getattr(model.tokenizer, tokenizer, None)
         if part is not None and (Path(folder) / role).is_dir():
             part.save_pretrained(str(Path(folder) / role))
+
+
+def save_encoder(model: MTLLM, folder: str | Path) -> None:
+    """Write the encoder that `model` reads through by itself, with its tokenizer: a Hugging Face folder that
+    `MTLLM.stack(folder, ...)` takes. An adapter is merged into it.
+
+    Raises:
+        ValueError: the model reads through an LLM too, or has a task head, which the folder would be without.
+    """
+    encoder = model.encoder
+    if model.config.reader != "encoder" or encoder is None:
+        raise ValueError(f"model: reader={model.config.reader!r}; only one that is an encoder alone is written as such")
+    if model.head is not None:
+        raise ValueError("model: has a task head, which a plain encoder cannot have; `--to merged` keeps it")
+    if model.config.adapters:
+        merge(model)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with scratch(folder / f".saving-{os.getpid()}") as staging:
+        encoder.save(staging)
+        model.require_tokenizer().mt.save_pretrained(str(staging))
+        for path in folder.glob("model*.safetensors*"):  # shards of another number would be read beside these
+            path.unlink()
+        for path in sorted(staging.iterdir(), key=lambda p: p.name == "config.json"):
+            os.replace(path, folder / path.name)

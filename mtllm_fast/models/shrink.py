@@ -104,6 +104,7 @@ def shrink(
     min_frequency: float = 0.0,
     keep_languages: Sequence[str] = (),
     held_out: Texts = (),
+    overwrite: bool = False,
 ) -> Shrunk:
     """Write the smaller encoder, with its tokenizer, into the folder `output`, which is whole or not there.
 
@@ -118,6 +119,7 @@ def shrink(
             method; 0: it is in there. Texts with a rarer one are then read in other tokens, and counted.
         keep_languages: language codes that stay; none: all.
         held_out: sources of which only is counted how they are read.
+        overwrite: the folder may be a smaller encoder from before, which is replaced in the end.
 
     Raises:
         ValueError: before anything is loaded, what cannot be done with this encoder or tokenizer, or an output that
@@ -125,8 +127,9 @@ def shrink(
         OSError: the folder cannot be written.
     """
     folder = Path(output).absolute()
-    if folder.exists():
-        raise ValueError(f"output={str(output)!r}: exists; name a folder that does not")
+    if folder.exists() and not (overwrite and (folder / RECORD).is_file()):
+        what = f"holds no {RECORD}, so it is no smaller encoder to be replaced" if overwrite else "exists"
+        raise ValueError(f"output={str(output)!r}: {what}; name a folder that does not exist")
     check_folder_above("--output", folder)
     config = check_encoder(encoder)
     if not texts and layers is None:

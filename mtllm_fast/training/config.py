@@ -41,8 +41,8 @@ class OptimSettings:
     lookahead: int | None = None
     """Rows among which packs are chosen; by default as many as fill about 64 packs."""
     shuffle_buffer: int | None = None
-    """Rows of a shuffle buffer before packing; 0 keeps the order of the files. By default 0 in `adapt`, and in the task
-    stages a million: all rows of most tasks, whose files are often sorted by class."""
+    """Rows of a shuffle buffer before packing; 0 keeps the order of the files. By default 0 in `adapt`, and in the
+    others a million: all rows of most tasks, whose files are often sorted by class."""
     bf16: bool | None = None
     """Mixed precision: bf16 autocast over fp32 trainable weights. By default on where a GPU multiplies bf16."""
     base_weights: Literal["auto", "fp32", "bf16", "int8", "nf4", "fp8"] = "auto"

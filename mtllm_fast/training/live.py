@@ -65,11 +65,13 @@ class ModelFlops:
 
     Args:
         student: the model in training. terms: of its loss; those that read the LM head have products of their own.
+        beside: an encoder that reads the student's texts too, to teach.
     """
 
-    def __init__(self, student: MTLLM, terms: Iterable[Term] = ()) -> None:
+    def __init__(self, student: MTLLM, terms: Iterable[Term] = (), beside: PackedEncoder | None = None) -> None:
         self.student, self.terms = student, [term for term in terms if term.lm_head_products]
         self.encoder = self._part(student.encoder.model, student.encoder) if student.encoder is not None else None
+        self.beside = self._part(beside.model, beside) if beside is not None else None
         self.llm = self._part(student.llm.decoder, student.llm) if student.llm is not None else None
         self.head = 0
         if self.terms and student.llm is not None:
@@ -85,6 +87,8 @@ class ModelFlops:
         flops = 0.0
         if batch.mt is not None and self.encoder is not None:
             flops += self._pass(self.encoder, batch.mt.lengths, backward=self.encoder[1] > 0)
+        if batch.mt is not None and self.beside is not None:
+            flops += self._pass(self.beside, batch.mt.lengths, backward=False)
         if batch.mt is not None and reader == "stack" and self.llm is not None:
             flops += self._pass(self.llm, batch.stack_lengths, backward=True)
         if batch.llm is not None and self.llm is not None:

@@ -16,7 +16,7 @@ from ..data.prompt import Writing
 from ..data.read import TextRow
 from ..data.store import TokenStore
 from ..losses import LossTerm, Objective
-from ..models import MTLLM
+from ..models import MTLLM, PackedEncoder
 from ..models.inputs import read_with_targets
 from .record import Metrics
 
@@ -86,6 +86,11 @@ class Stage(nn.Module):
     def align(self) -> bool:
         """Whether a batch needs the row pairs that end at the same character."""
         return "pairs" in self.loss.needs and self.writing is None
+
+    @property
+    def beside(self) -> PackedEncoder | None:
+        """An encoder that teaches in every step and is no part of the student."""
+        return None
 
     @property
     def weights(self) -> dict[str, float]:

@@ -181,6 +181,33 @@ class DistillConfig:
 
 
 @dataclass
+class CompressConfig:
+    """Distil a whole encoder into the smaller one that `mtllm shrink` made of it, on unlabelled text of the languages
+    that it is for."""
+
+    llm: ClassVar[str] = ""
+    model: ClassVar[str] = ""
+    lora: ClassVar[None] = None
+
+    encoder: str = ""
+    """Smaller encoder (from `mtllm shrink`): its layer i is layer i f of the whole one, and each of its tokens is one
+    of the whole one's."""
+    teacher: str = ""
+    """Whole encoder: folder or hub name."""
+    output: str = "runs/compress"
+    """Folder of the run; holds the model, its checkpoints and logs."""
+    over_variance: bool = False
+    """The loss over the variance of the teacher's states, measured on the first texts: 1.0 explains nothing."""
+    train: OptimSettings = field(default_factory=lambda: OptimSettings(lr=1e-4, weight_decay=0.0))
+    resume: bool = False
+    """Continue the run in `output` from its newest complete checkpoint."""
+    include_base: bool = False
+    """Store the whole model with the result, so that its folder needs nothing else."""
+    trust_remote_code: bool = False
+    """Run the code that a model on the hub brings with it."""
+
+
+@dataclass
 class SftConfig:
     """Supervised fine-tuning of a stack, or of an LLM alone, on targets that it is to write: translations, answers to a
     task, an LLM's own answers. The LLM keeps its causal attention."""

@@ -94,7 +94,7 @@ class PackedTrainer(ParallelTrainer):
         self.add_callback(Live(folder))
         if watch is not None:
             self.add_callback(Watching(self, watch))
-        self.flops = ModelFlops(step.student, step.loss.terms.values())
+        self.flops = ModelFlops(step.student, step.loss.terms.values(), step.beside)
         self.throughput = Throughput(self.flops, bf16_peak(self.args.device) if optim.bf16 else None)
         self.record = RunRecord(rows_per_epoch=rows_per_epoch)
         self._part_start = time.perf_counter()

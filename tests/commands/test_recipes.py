@@ -24,6 +24,7 @@ OWN = {"layer_swap": ["swapped.bottom=0", "swapped.top=1", "swapped.between=0"]}
 OWN |= {name: ["answers.max_new_tokens=6"] for name in ("sdrrl", "sdrrl_ce")}
 OWN["mid_align"] = ["align.loss.contrast_layer=1"]
 OWN["copsd"] = ["first_answers.max_new_tokens=6", "second_answers.max_new_tokens=6"]
+OWN["bistil"] = ["smaller.layers=1"]  # the encoder has two
 WRITERS = {"copsd", "mindmerger", "mindmerger_replaced", "langbridge", "sdrrl", "sdrrl_ce", "xcot"}
 PROMPTED = WRITERS | {"lusifer"}  # it wrote in its first stage
 WITH_ENCODER = {"lusifer"}  # whose encoder is trained
@@ -34,6 +35,7 @@ def world(tmp_path_factory, encoder_folder, llm_folder):
     root = tmp_path_factory.mktemp("recipes")
     given = {**write_data(root), **write_pairs(root), "start": str(root / "start"), "labels": "a, b,c"}
     given["texts"] = given["prompts"]
+    given["corpus"] = given["english"]
     stack = MTLLM.stack(encoder_folder, llm_folder, causal=True, lora=LoraSettings(r=2), dtype=torch.float32)
     stack.config.prompt = Prompt(after="\nAnswer:")
     stack.save_pretrained(root / "start")

@@ -14,7 +14,16 @@ from benchmarks.studies.parallel import CONTROLS
 from mtllm_fast import TextRow
 from mtllm_fast.data.batch import Batch
 from mtllm_fast.losses import DistillationWeights
-from mtllm_fast.training import AdaptConfig, FinetuneConfig, OptimSettings, adapt, finetune, trainer
+from mtllm_fast.training import (
+    AdaptConfig,
+    CompressConfig,
+    FinetuneConfig,
+    OptimSettings,
+    adapt,
+    compress,
+    finetune,
+    trainer,
+)
 from mtllm_fast.training.processes import ends_process
 from mtllm_fast.training.stage import Stage
 from tests.tiny import LINES
@@ -48,6 +57,10 @@ def run_finetune(llm: str, output: Path, **changes: Any) -> Path:
     return output
 
 
+def run_compress(encoder: str, small: Path, output: Path, **changes: Any) -> None:
+    compress(CompressConfig(encoder=str(small), teacher=encoder, output=str(output), train=settings(**changes)), ROWS)
+
+
 def run_with_a_bad_pack(encoder: str, llm: str, output: Path) -> None:
     """The loss of rank 1 alone is not finite in the second step; `bad.json` names its rows."""
     plain, count = Stage.forward, [0]
@@ -73,6 +86,8 @@ def main() -> None:
         run_adapt(encoder, llm, folder / "fsdp2", parallel="fsdp2", checkpointing="full")
         run_adapt(encoder, llm, folder / "one-fsdp2", parallel="fsdp2", resume=True, gradient_accumulation=2)
         run_finetune(llm, folder / "teacher-fsdp2", parallel="fsdp2")
+        run_compress(encoder, folder / "small", folder / "compress-ddp")
+        run_compress(encoder, folder / "small", folder / "compress-fsdp2", parallel="fsdp2")
         run_with_a_bad_pack(encoder, llm, folder / "bad-pack")
         CONTROLS["pack means"](trainer)
         run_adapt(encoder, llm, folder / "pack-means", parallel="fsdp2")

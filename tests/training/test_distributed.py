@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from benchmarks.studies.parallel import distance, interrupted
 from mtllm_fast import MTLLM
 from mtllm_fast.models.sharded import spread_like, whole, whole_state
+from mtllm_fast.models.shrink import shrink
 from mtllm_fast.training import engines
 from mtllm_fast.training.distributed import CONFIGS, ParallelTrainer, pack_seed
 from mtllm_fast.training.engines import choose_engine
 from mtllm_fast.training.processes import packs_per_process
-from tests.training.distributed_runs import STEPS, run_adapt, run_finetune, settings
+from tests.training.distributed_runs import STEPS, run_adapt, run_compress, run_finetune, settings
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,8 @@ def runs(forked, tmp_path_factory, encoder_folder: str, llm_folder: str) -> Path
     folder = tmp_path_factory.mktemp("runs")
     run_adapt(encoder_folder, llm_folder, folder / "one", gradient_accumulation=2)
     run_finetune(llm_folder, folder / "teacher", gradient_accumulation=2)
+    shrink(encoder_folder, folder / "small", layers=1)
+    run_compress(encoder_folder, folder / "small", folder / "compress", gradient_accumulation=2)
     interrupted(folder / "one", 2, folder / "one-fsdp2")
     code = "import runpy; runpy.run_module('tests.training.distributed_runs', run_name='__main__')"
     out, _ = forked.group(encoder_folder, llm_folder, folder, code=code)
@@ -42,6 +45,12 @@ def test_the_same_run(runs: Path, name: str) -> None:
     found = distance(runs / name, runs / "one")
     assert found.steps == STEPS
     assert found.same, found
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_the_same_run_beside_a_whole_encoder_that_teaches(runs: Path, engine: str) -> None:
+    found = distance(runs / f"compress-{engine}", runs / "compress")
+    assert found.steps == STEPS and found.same, found
 
 
 def test_control_packs_weighted_alike_are_another_run(runs: Path) -> None:
