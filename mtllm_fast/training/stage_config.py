@@ -130,6 +130,9 @@ class FinetuneConfig:
     train_projection: bool = False
     """Train the projection too (for `model`); the paper freezes it in the task stages."""
     lora: LoraSettings = field(default_factory=LoraSettings)
+    teacher: str = ""
+    """Model folder with a task head of the same labels, of any reader: the log-probabilities that it gives the labels
+    of each row are the soft labels of loss.label_kl."""
     loss: LabelWeights = field(default_factory=LabelWeights)
     train: OptimSettings = field(default_factory=_task_training)
     resume: bool = False

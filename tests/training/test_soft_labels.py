@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from mtllm_fast import MTLLM, Engine, HeadConfig, TextRow, cli
+from mtllm_fast.data import text_tokens
+from mtllm_fast.training import soft_labels
 from tests.commands.recipe_steps import WORDS
+from tests.tiny import LINES
 
 LABELS = ["a", "b", "c"]
 
@@ -97,9 +100,73 @@ def test_a_student_learns_the_distribution_and_not_the_label_alone(
     assert near < 0.5 * far, (near, far)
 
 
+def test_a_teacher_at_hand_is_the_file_that_it_would_have_written(
+    teacher: Path, labelled: Path, encoder_folder: str, tmp_path: Path
+) -> None:
+    """Up to the six digits of the file: the same weights to 1e-3, and others with another teacher."""
+    kl = ["--loss.task", "0", "--loss.label-kl", "1", "--max-steps", "5"]
+    finetuned(labelled, encoder_folder, tmp_path / "file", "--soft-label-column", "log_likelihoods", *kl)
+    finetuned(labelled, encoder_folder, tmp_path / "teacher", "--teacher", str(teacher), *kl)
+    other = MTLLM.from_pretrained(teacher)
+    with torch.no_grad():
+        other.head.linear.weight.mul_(-1)
+    other.save_pretrained(tmp_path / "other")
+    finetuned(labelled, encoder_folder, tmp_path / "control", "--teacher", str(tmp_path / "other"), *kl)
+    file, at_hand, control = (own(tmp_path / name) for name in ("file", "teacher", "control"))
+    assert file.keys() == at_hand.keys()
+    apart = max(float((file[name] - at_hand[name]).abs().max()) for name in file)
+    assert 0 <= apart < 1e-3 < 1e-2 < max(float((file[name] - control[name]).abs().max()) for name in file)
+    notes = json.loads((tmp_path / "teacher" / "result.json").read_text())["teacher"]
+    assert notes == {"folder": str(teacher), "rows": 24, "unread": 0}
+
+
+def own(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def test_of_any_reader_by_name_and_without_what_it_cannot_read(
+    encoder_folder: str, llm_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = HeadConfig(labels=("c", "a", "b"))
+    torch.manual_seed(1)
+    rows = [TextRow(text, "fra_Latn", label=i % 3, id=str(i)) for i, text in enumerate(LINES * 2)]
+    bad, encode = rows[2].text, text_tokens._encode
+
+    def failing(tokenizer, texts, with_ends, compose):
+        if bad in texts:
+            raise text_tokens.BadText("no")
+        return encode(tokenizer, texts, with_ends, compose)
+
+    for reader, bases in (("stack", (encoder_folder, llm_folder)), ("llm", (None, llm_folder))):
+        model = MTLLM.stack(*bases, reader=reader, head=head)
+        expected = torch.log_softmax(torch.from_numpy(Engine(model).classify(rows)).double(), -1)[:, [1, 2, 0]]
+        found, unread = soft_labels.labelled(model, rows, LABELS, max_tokens=256, bf16=False)
+        np.testing.assert_allclose([row.soft_label for row in found], expected.numpy(), atol=1e-5)
+        assert unread == 0 and [row.label for row in found] == [row.label for row in rows]
+        with monkeypatch.context() as patch:
+            patch.setattr(text_tokens, "_encode", failing)
+            fewer, unread = soft_labels.labelled(model, rows, LABELS, max_tokens=256, bf16=False)
+        kept = [row.id for row in rows if row.text != bad]
+        assert unread == 2 and [row.id for row in fewer] == kept
+        whole = {row.id: row.soft_label for row in found}
+        np.testing.assert_allclose([row.soft_label for row in fewer], [whole[name] for name in kept], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (["--teacher", "TEACHER"], "is for loss.label_kl, whose weight is 0"),
+        (
+            ["--teacher", "TEACHER", "--soft-label-column", "log_likelihoods", "--loss.label-kl", "1"],
+            "of another; leave one",
+        ),
+        (
+            ["--teacher", "TEACHER", "--loss.label-kl", "1", "--labels", "a", "b", "z"],
+            "its head has the labels c, a, b, but",
+        ),
+        (["--teacher", "none", "--loss.label-kl", "1"], "teacher='none': no such folder"),
         (["--loss.label-kl", "1"], "loss.label_kl=1.0: learns from soft labels, which the rows do not have"),
         (["--soft-label-column", "log_likelihoods"], "soft_label: the rows have some, but loss.label_kl=0 reads none"),
         (["--loss.task", "0"], "task, label_kl: at least one weight must be > 0"),
@@ -107,8 +174,9 @@ def test_a_student_learns_the_distribution_and_not_the_label_alone(
     ],
 )
 def test_what_does_not_fit_is_refused(
-    labelled: Path, encoder_folder: str, tmp_path: Path, capsys, options: list[str], said: str
+    teacher: Path, labelled: Path, encoder_folder: str, tmp_path: Path, capsys, options: list[str], said: str
 ) -> None:
+    options = [str(teacher) if option == "TEACHER" else option for option in options]
     with pytest.raises(SystemExit) as caught:
         finetuned(labelled, encoder_folder, tmp_path / "no", *options)
     message = capsys.readouterr().err
