@@ -57,6 +57,7 @@ def _rows(batch: Batch, start: int, stop: int) -> Batch:
         before=batch.before if shared else _packed(batch.before, start, stop)[0],
         after=_packed(batch.after, start, stop)[0],
         row_weight=batch.row_weight[start:stop] if batch.row_weight is not None else None,
+        soft_labels=batch.soft_labels[start:stop] if batch.soft_labels is not None else None,
     )
 
 
