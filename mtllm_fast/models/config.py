@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ..data.prompt import Prompt
 from .adapters import LoraSettings
+from .fusion import FusionSettings
 from .heads import HeadConfig
 from .projection import ProjectionConfig
 
@@ -26,6 +27,7 @@ class MTLLMConfig:
 
     encoder, llm: folder or hub name of the base models (None where they are stored inside the model's own folder).
     prompt: what a model that was taught to write reads around a text; None for one that was not.
+    fusion: layers of the encoder that read a text and its translation end to end; None for none.
     """
 
     reader: Reader = "stack"
@@ -36,6 +38,7 @@ class MTLLMConfig:
     adapters: dict[str, LoraSettings] = field(default_factory=dict)
     head: HeadConfig | None = None
     prompt: Prompt | None = None
+    fusion: FusionSettings | None = None
 
     @property
     def labels(self) -> list[str] | None:
@@ -47,6 +50,8 @@ def config_to_dict(config: MTLLMConfig) -> dict[str, Any]:
     data = {"model_type": MODEL_TYPE, "format": FORMAT, **asdict(config)}
     if config.prompt is None:  # as earlier versions wrote it
         del data["prompt"]
+    if config.fusion is None:
+        del data["fusion"]
     if not config.projection.boundary:
         del data["projection"]["boundary"]
     return data
@@ -72,6 +77,7 @@ def config_from_dict(data: dict[str, Any], folder: str) -> MTLLMConfig:
         adapters={name: _settings(**settings) for name, settings in data["adapters"].items()},
         head=HeadConfig(head["kind"], tuple(head["labels"])) if head else None,
         prompt=Prompt(**data["prompt"]) if data.get("prompt") else None,
+        fusion=FusionSettings(**data["fusion"]) if data.get("fusion") else None,
     )
 
 

@@ -50,7 +50,8 @@ def packed_attention(
         if extra is not None:
             raise ValueError(f"{type(module).__name__} has {name}, which packed attention does not know")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    out = attention(q, k, v, plan, scale=scaling, window=sliding_window, softcap=softcap, dropout=dropout, bias=bias)
+    own = plan.at(module)
+    out = attention(q, k, v, own, scale=scaling, window=sliding_window, softcap=softcap, dropout=dropout, bias=bias)
     return out[None], None
 
 
