@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, get_args
 
 from ..data.prompt import prompt_of
 from ..losses import DistillationWeights, LabelWeights, TargetWeights
-from ..models import LoraSettings, ProjectionConfig
+from ..models import FusionSettings, LoraSettings, ProjectionConfig
 from .config import OptimSettings
 from .projection_fit import InitKind
 
@@ -111,6 +111,7 @@ class FinetuneConfig:
     train_projection: bool = False
     """Train the projection too (for `model`); the paper freezes it in the task stages."""
     lora: LoraSettings = field(default_factory=LoraSettings)
+    fusion: FusionSettings = field(default_factory=FusionSettings)
     loss: LabelWeights = field(default_factory=LabelWeights)
     train: OptimSettings = field(default_factory=_task_training)
     resume: bool = False
