@@ -102,7 +102,7 @@ def test_a_student_learns_the_distribution_and_not_the_label_alone(
     [
         (["--loss.label-kl", "1"], "loss.label_kl=1.0: learns from soft labels, which the rows do not have"),
         (["--soft-label-column", "log_likelihoods"], "soft_label: the rows have some, but loss.label_kl=0 reads none"),
-        (["--loss.task", "0"], "task, label_kl: at least one weight must be > 0"),
+        (["--loss.task", "0"], "task, partner_task, label_kl: at least one weight must be > 0"),
         (["--soft-label-column", "text", "--loss.label-kl", "1"], "soft_label_column 'text': "),
     ],
 )
