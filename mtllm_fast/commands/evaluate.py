@@ -67,7 +67,7 @@ class Evaluate:
     """MT model for translate-test (folder or hub name); needs `teacher`."""
     translations: str = ""
     """Instead of `translator`, translations that exist: a file or folder, e.g. from `mtllm translate`; needs
-    `teacher`."""
+    `teacher`, or a model that was trained to read texts with their translations (`finetune --fusion.layers`)."""
     teacher: str = ""
     """Task teacher that classifies the translations."""
     num_beams: int = 1

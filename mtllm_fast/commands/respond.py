@@ -51,8 +51,12 @@ class Respond:
     pair_column: str | None = None
     """Column of a second text, where rows are pairs; it is written to the output, too."""
     teacher_text_column: str | None = None
-    """Column of the same text in another language, which is not read and written to the output, for a teacher that is
-    to read it (`mtllm sft --teacher-text-column teacher_text`)."""
+    """Column of the same text in another language, which is written to the output, for a teacher that is to read it
+    (`mtllm sft --teacher-text-column teacher_text`). A model that was trained to read a text with its translation
+    (`mtllm finetune --fusion.layers`) reads it here, too; others do not."""
+    label_column: str | None = None
+    """With `labels`, column of the label that a text has already: a name, or its number in `labels`. It is not read and
+    written to the output as gold (`mtllm finetune --label-column gold`)."""
     id_column: str | None = None
     """Column with a name per row; by default their numbers, rows without text not counted."""
     language: str | None = None
@@ -122,6 +126,8 @@ class Respond:
                     raise ValueError(
                         f"--{setting.replace('_', '-')}: does not go with --labels, which writes no answers"
                     )
+        elif self.label_column is not None:
+            raise ValueError(f"--label-column {self.label_column}: goes with --labels, which it names one of")
         else:
             decoding = Decoding(**{setting: getattr(self, setting) for setting in _WRITING}, max_tokens=self.max_tokens)
         output = output_file(named, FORMATS, resumable=True)
@@ -134,7 +140,7 @@ class Respond:
         if self.max_length is not None:
             tokenizer.max_mt_tokens = tokenizer.max_llm_tokens = self.max_length
         rows = self._in_language(rows, model, rank)
-        texts = {"text_pair": self.pair_column, "teacher_text": self.teacher_text_column}
+        texts = {"text_pair": self.pair_column, "teacher_text": self.teacher_text_column, "gold": self.label_column}
         goes = Output(
             output,
             {
@@ -190,6 +196,8 @@ class Respond:
             text_column=self.text_column,
             pair_column=self.pair_column,
             teacher_text_column=self.teacher_text_column,
+            label_column=self.label_column,
+            labels=self.labels if self.label_column is not None else None,
             id_column=self.id_column,
             language=self.language,
             language_column=self.language_column,

@@ -119,9 +119,10 @@ def train(stage: str, command: Any, data: Data, watch: Watch | None) -> None:
 def train_on_task(stage: str, command: Any) -> None:
     """`train` on the labelled rows that the command's `source` names."""
     source = command.source
-    if stage == "finetune" and source.teacher_text_column is not None:
+    if stage == "finetune" and source.teacher_text_column is not None and not (command.fusion.layers or command.model):
         raise ValueError(
-            f"--teacher-text-column {source.teacher_text_column}: stage 2 has no teacher; it is for distill"
+            f"--teacher-text-column {source.teacher_text_column}: nothing here reads it; it is for distill, and for an "
+            "encoder with --fusion.layers, which reads it beside the text"
         )
     if stage == "distill" and source.soft_label_column is not None:
         raise ValueError(
@@ -160,7 +161,8 @@ class TextSource:
     """Column with an MT code per row of `text`, for labelled rows in other languages (translate-train); without, they
     are English."""
     teacher_text_column: str | None = None
-    """Column of the English of `text`, which the teacher of `distill` reads."""
+    """Column of the English of `text`, which the teacher of `distill` reads, and in `finetune` an encoder with `fusion`
+    beside the text."""
     soft_label_column: str | None = None
     """Column with the log-probability of each of `labels` in a list, as `mtllm respond --labels` writes it
     (log_likelihoods), for loss.label_kl of `finetune`."""

@@ -27,7 +27,7 @@ class Batch:
     """B rows as the two models read them.
 
     Fields:
-        mt, llm: the packed sides, or None where a side was not asked for.
+        mt, llm: the packed sides, or None where a side was not asked for; `mt` may hold partners (see PackedBatch).
         mt_rows, llm_rows: (P,) int64, packed rows of `mt` and `llm` that end at the same character, or None; mt_rows
             ascend. With targets, the rows whose states predict them; those of a stack are known once it has read.
         labels: (B,) int64, or None where the rows have none.
@@ -61,7 +61,7 @@ class Batch:
     @property
     def num_rows(self) -> int:
         side = self.mt if self.mt is not None else self.llm
-        return side.num_sequences if side is not None else 0
+        return side.num_rows if side is not None else 0
 
     @property
     def num_pairs(self) -> int:
@@ -112,7 +112,11 @@ class TokenizedRows:
         packed: dict[str, PackedBatch] = {}
         spans: dict[str, Tensor | None] = {}
         for name, side in self.sides.items():
-            packed[name] = PackedBatch.from_sequences([side.ids[i] for i in index])
+            beside = side.partners
+            rows = (
+                [side.ids[i] for i in index] if beside is None else [x for i in index for x in (side.ids[i], beside[i])]
+            )
+            packed[name] = PackedBatch.from_sequences(rows, partners=beside is not None)
             spans[name] = _packed_spans(side, index, packed[name])
         pairs: tuple[Tensor | None, Tensor | None] = (None, None)
         if align and len(self.sides) == 2:
@@ -146,7 +150,7 @@ class TokenizedRows:
 
     def totals(self) -> dict[str, tuple[int, int]]:
         """(tokens, rows cut) by side."""
-        found = {name: (sum(map(len, side.ids)), side.truncated) for name, side in self.sides.items()}
+        found = {name: (sum(side.lengths), side.truncated) for name, side in self.sides.items()}
         if self.prompts is not None:
             found["target"] = (sum(map(len, self.prompts.targets)), self.prompts.truncated)
             around = sum(map(len, [*self.prompts.before, *self.prompts.after]))
@@ -154,7 +158,7 @@ class TokenizedRows:
         return found
 
     def costs(self) -> list[tuple[int, ...]]:
-        lengths = {name: [len(ids) for ids in side.ids] for name, side in self.sides.items()}
+        lengths = {name: side.lengths for name, side in self.sides.items()}
         if self.prompts is not None and "mt" in lengths:  # what the LLM of a stack reads
             lengths["written"] = (np.array(lengths["mt"]) + self.prompts.lengths() + 1).tolist()
         return list(zip(*lengths.values(), strict=True))
@@ -254,5 +258,5 @@ def _packed_spans(side: TokenizedSide, index: Sequence[int], packed: PackedBatch
     counts = {len(side.spans[i]) for i in index}
     if len(counts) != 1:
         raise ValueError(f"choices: every row of a batch needs the same number of choices, got {sorted(counts)}")
-    starts = packed.cu_seqlens.numpy()[:-1].astype(np.int64)
+    starts = packed.cu_seqlens.numpy()[: -1 : packed.per_row].astype(np.int64)
     return torch.from_numpy(np.stack([side.spans[i] for i in index]).astype(np.int64) + starts[:, None, None])

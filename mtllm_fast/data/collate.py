@@ -133,7 +133,8 @@ class PackedDataset(IterableDataset):
         rows: a re-iterable of TextRow, such as `read_rows(...)` or a list, or a TokenStore of rows tokenised before:
             the batches are the same, but every rank reads no more than its own.
         tokenizer: StackTokenizer.
-        max_tokens: budget of one batch on each side; at least the tokenizer's limits.
+        max_tokens: budget of one batch on each side; at least the tokenizer's limits, twice that of the MT side where
+            texts are read with their partners.
         max_rows: at most so many rows in a batch.
         sides, align: as in `collate`.
         writing: how the rows' targets are written, where the student is to write them; then there is nothing to align.
@@ -180,6 +181,8 @@ class PackedDataset(IterableDataset):
             limit, what = tokenizer.mt_limit if side == "mt" else tokenizer.max_llm_tokens, f"max_{side}_tokens"
             if writing is not None:
                 limit, what = limit + writing.longest(tokenizer), f"{what} with prompt and target,"
+            if side == "mt" and tokenizer.partners:
+                limit, what = 2 * limit, f"{what}, for a text and its translation together,"
             if max_tokens < limit:
                 raise ValueError(
                     f"max_tokens {max_tokens} is below the tokenizer's {what} {limit}: "

@@ -25,14 +25,24 @@ class TokenizedSide:
         ends: per row (n,) int32, exclusive character end of each token in `text + "\\n" + text_pair` (choices: in
             `text` followed by the choice segments); -1 for special and separator tokens and for tokens that hold no
             character. Empty where the ends were not asked for.
-        truncated: number of rows that were cut to the limit.
+        truncated: number of rows that were cut to the limit; a partner counts by itself.
         spans: per row (C, 2) int32 token ranges of the choices, or None where no row has choices.
+        partners: per row (n,) int64 token ids of its partner, what is read beside it, no tokens where it has none;
+            None where the reader takes no partners.
     """
 
     ids: list[NDArray[np.int64]]
     ends: list[NDArray[np.int32]]
     truncated: int
     spans: list[NDArray[np.int32]] | None = None
+    partners: list[NDArray[np.int64]] | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row, its partner with it."""
+        if self.partners is None:
+            return [len(ids) for ids in self.ids]
+        return [len(ids) + len(beside) for ids, beside in zip(self.ids, self.partners, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ class PackedBatch:
         cu_seqlens: (B + 1,) int32, sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1].
         positions: (T,) int64, restart at 0 in every sequence.
         lengths: B host integers; a length of 0 is legal.
+        partners: every second sequence is the partner of the one before it, what is read beside a text, empty where a
+            text has none. B is then twice the number of rows.
 
     Raises:
         ValueError, TypeError: where the fields do not describe one packing.
@@ -34,6 +36,7 @@ class PackedBatch:
     cu_seqlens: Tensor
     positions: Tensor
     lengths: tuple[int, ...]
+    partners: bool = False
 
     def __post_init__(self) -> None:
         for name, dtype in (("input_ids", torch.int64), ("cu_seqlens", torch.int32), ("positions", torch.int64)):
@@ -46,6 +49,8 @@ class PackedBatch:
             raise TypeError(f"lengths must be a tuple of host integers, got {type(self.lengths).__name__}")
         if not self.lengths or min(self.lengths) < 0:
             raise ValueError(f"lengths must hold at least one sequence and no negative length, got {self.lengths}")
+        if self.partners and len(self.lengths) % 2:
+            raise ValueError(f"lengths must hold a partner for every text, got {len(self.lengths)} sequences")
         total = sum(self.lengths)
         if self.input_ids.shape != (total,) or self.positions.shape != (total,):
             raise ValueError(
@@ -64,7 +69,9 @@ class PackedBatch:
                 raise ValueError(f"cu_seqlens {self.cu_seqlens.tolist()} does not agree with lengths {self.lengths}")
 
     @classmethod
-    def from_sequences(cls, sequences: Sequence[Sequence[int] | np.ndarray | Tensor]) -> "PackedBatch":
+    def from_sequences(
+        cls, sequences: Sequence[Sequence[int] | np.ndarray | Tensor], *, partners: bool = False
+    ) -> "PackedBatch":
         """Pack host sequences of token ids, in the order given.
 
         Raises:
@@ -76,10 +83,10 @@ class PackedBatch:
         ids = np.concatenate(arrays)
         if ids.size and ids.min() < 0:
             raise ValueError(f"sequences must hold token ids >= 0, got {ids.min()}")
-        return cls.from_flat(torch.from_numpy(ids), [len(a) for a in arrays])
+        return cls.from_flat(torch.from_numpy(ids), [len(a) for a in arrays], partners=partners)
 
     @classmethod
-    def from_flat(cls, ids: Tensor, row_lengths: Sequence[int]) -> "PackedBatch":
+    def from_flat(cls, ids: Tensor, row_lengths: Sequence[int], *, partners: bool = False) -> "PackedBatch":
         """B >= 1 sequences of these lengths that lie end to end in `ids` (T,) int64, which stays where it is."""
         lengths = np.array(row_lengths, dtype=np.int64)
         ends = np.cumsum(lengths)
@@ -90,7 +97,7 @@ class PackedBatch:
         cu_seqlens[1:] = ends
         positions = np.arange(total, dtype=np.int64) - np.repeat(ends - lengths, lengths)
         places = (torch.from_numpy(cu_seqlens).to(ids.device), torch.from_numpy(positions).to(ids.device))
-        return cls(ids, *places, tuple(lengths.tolist()))
+        return cls(ids, *places, tuple(lengths.tolist()), partners)
 
     @classmethod
     def from_padded(cls, input_ids: Tensor, attention_mask: Tensor) -> "PackedBatch":
@@ -127,6 +134,15 @@ class PackedBatch:
         return len(self.lengths)
 
     @property
+    def per_row(self) -> int:
+        """Sequences of a row: 2 with partners, else 1."""
+        return 2 if self.partners else 1
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_sequences // self.per_row
+
+    @property
     def num_tokens(self) -> int:
         return self.input_ids.shape[0]
 
@@ -134,6 +150,18 @@ class PackedBatch:
     def max_seqlen(self) -> int:
         """Length of the longest sequence, a host integer."""
         return max(self.lengths)
+
+    @cached_property
+    def pairs(self) -> "PackedBatch":
+        """The same tokens, each text with its partner as one sequence, in which positions go on."""
+        if not self.partners:
+            return self
+        cu_seqlens = self.cu_seqlens[::2].contiguous()
+        starts = cu_seqlens[:-1].long().index_select(0, self.sequence_ids // 2)
+        positions = torch.arange(self.num_tokens, device=self.device) - starts
+        return PackedBatch(
+            self.input_ids, cu_seqlens, positions, tuple(map(add, self.lengths[::2], self.lengths[1::2]))
+        )
 
     @cached_property
     def digests(self) -> Tensor:
@@ -195,7 +223,8 @@ class PackedBatch:
         return self._moved(Tensor.pin_memory)
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> "PackedBatch":
-        return PackedBatch(move(self.input_ids), move(self.cu_seqlens), move(self.positions), self.lengths)
+        parts = (move(self.input_ids), move(self.cu_seqlens), move(self.positions))
+        return PackedBatch(*parts, self.lengths, self.partners)
 
 
 def _flat_ids(index: int, sequence: Sequence[int] | np.ndarray | Tensor) -> np.ndarray:

@@ -33,7 +33,8 @@ class TextRow:
         choices: answers of a multiple-choice row.
         target: what a model is to write after reading the text, or None.
         finished: False of a target that was cut, after which no end is to be written.
-        teacher_text: what a teacher reads in place of the text, such as the text that it is a translation of, or None.
+        teacher_text: what a teacher reads in place of the text, such as the text that it is a translation of, or None;
+            an encoder that fuses texts reads it beside the text.
         soft_label: the log-probability of each class, up to a constant, as a teacher that is not at hand gave it, or
             None.
     """

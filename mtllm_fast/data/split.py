@@ -22,7 +22,7 @@ def halves(batch: Batch) -> tuple[Batch, Batch]:
     if batch.num_rows < 2:
         raise ValueError(f"batch: has {batch.num_rows} rows, at least 2 are needed to halve it")
     sides = [side for side in (batch.mt, batch.llm) if side is not None]
-    per_row = [sum(lengths) for lengths in zip(*(side.lengths for side in sides), strict=True)]
+    per_row = [sum(lengths) for lengths in zip(*(side.pairs.lengths for side in sides), strict=True)]
     total, before, cut, least = sum(per_row), 0, 1, float("inf")
     for row, tokens in enumerate(per_row[:-1], 1):
         before += tokens
@@ -57,13 +57,15 @@ def _rows(batch: Batch, start: int, stop: int) -> Batch:
         before=batch.before if shared else _packed(batch.before, start, stop)[0],
         after=_packed(batch.after, start, stop)[0],
         row_weight=batch.row_weight[start:stop] if batch.row_weight is not None else None,
+        soft_labels=batch.soft_labels[start:stop] if batch.soft_labels is not None else None,
     )
 
 
 def _packed(side: PackedBatch | None, start: int, stop: int) -> tuple[PackedBatch | None, int, int]:
-    """Sequences [start, stop) of a side, and the packed rows they stood in."""
+    """Sequences of the rows [start, stop) of a side, and the packed rows they stood in."""
     if side is None:
         return None, 0, 0
+    start, stop = start * side.per_row, stop * side.per_row
     first, end = sum(side.lengths[:start]), sum(side.lengths[:stop])
     return (
         PackedBatch(
@@ -71,6 +73,7 @@ def _packed(side: PackedBatch | None, start: int, stop: int) -> tuple[PackedBatc
             side.cu_seqlens[start : stop + 1] - first,
             side.positions[first:end],
             side.lengths[start:stop],
+            side.partners,
         ),
         first,
         end,

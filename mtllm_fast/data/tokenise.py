@@ -18,12 +18,15 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from difflib import SequenceMatcher
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtllm_fast.data.language import language_read
+import numpy as np
+
+from mtllm_fast.data.language import english_code, language_read
 from mtllm_fast.data.layout import SideFormat, TokenizedSide, lay_out
 from mtllm_fast.data.read import TextRow
 from mtllm_fast.data.text_tokens import encode, own_specials
@@ -47,7 +50,7 @@ class StackTokenizer:
         llm: fast tokenizer of the LLM, or None.
         max_mt_tokens, max_llm_tokens: limit per row, special tokens included. Longer rows are cut and counted: a single
             text at its end, a pair longest-first, a multiple-choice row at the start of its text (the question stands
-            at the end), then longest-first over its choices.
+            at the end), then longest-first over its choices. A partner (see `mt_side`) has the limit to itself.
         pair_separator: what stands between the texts of a pair on the LLM side.
         fallbacks: language codes to read as another one, e.g. {"arb_Latn": "arb_Arab"}; uses are logged and counted in
             `fallback_counts`.
@@ -82,6 +85,7 @@ class StackTokenizer:
         self.llm: Any = llm
         self.max_mt_tokens = max_mt_tokens
         self.mt_positions: int | None = None  # of the encoder that reads the tokens; set by the model
+        self.partners = False  # whether that encoder reads the English of a text beside it; set by the model
         self.max_llm_tokens = max_llm_tokens
         self.pair_separator = pair_separator
         self.fallback_counts: Counter[str] = Counter()
@@ -181,16 +185,32 @@ class StackTokenizer:
     def mt_side(self, rows: Sequence[TextRow], *, ends: bool = True) -> TokenizedSide:
         """`[lang] A </s>` per row; see the module docstring for pairs and choices.
 
-        A row without a language is read as English, with a FutureWarning, where the tokenizer has languages.
+        A row without a language is read as English, with a FutureWarning, where the tokenizer has languages. With
+        `partners`, the `teacher_text` of a row is its partner, which is read as English.
 
         Args:
             ends: also find where each token ends, which alignment needs and nothing else.
 
         Raises:
-            ValueError: no MT tokenizer, an unknown language, or choices that do not fit in `max_mt_tokens`.
+            ValueError: no MT tokenizer, an unknown language, choices that do not fit in `max_mt_tokens`, or a partner
+                of a row that is more than one text.
         """
         if self.mt is None:
             raise ValueError("mt is None: this StackTokenizer has no MT tokenizer")
+        side = self._mt_rows(rows, ends)
+        if not self.partners:
+            return side
+        english = english_code(self) if self._language_ids else None
+        beside = [replace(row.for_teacher(), language=english) for row in rows if row.teacher_text is not None]
+        if beside and english is None and self._language_ids:
+            raise ValueError("teacher_text: is read as English, which the MT tokenizer has no code for")
+        read = self._mt_rows(beside, ends=False)
+        tokens = iter(read.ids)
+        none = np.empty(0, dtype=np.int64)
+        partners = [none if row.teacher_text is None else next(tokens) for row in rows]
+        return replace(side, truncated=side.truncated + read.truncated, partners=partners)
+
+    def _mt_rows(self, rows: Sequence[TextRow], ends: bool) -> TokenizedSide:
         if self._language_ids:
             assumed = ""
             if any(row.language is None for row in rows):

@@ -24,7 +24,11 @@ _ARRAYS = ("logits", "predictions", "gold")  # the fields of a Cell that are ten
 def of_rows(rows: Sequence[TextRow], labels: Iterable[str] = ()) -> str:
     """Fingerprint of everything that rows say, except the language code they are read under (that is a setting)."""
     content = [
-        [row.text, row.text_pair, row.label, row.id, row.choices, *([] if row.target is None else [row.target])]
+        [
+            *(row.text, row.text_pair, row.label, row.id, row.choices),
+            *([] if row.target is None else [row.target]),
+            *([] if row.teacher_text is None else [{"partner": row.teacher_text}]),
+        ]
         for row in rows
     ]
     return fingerprint.short(json.dumps([list(labels), content], ensure_ascii=False))

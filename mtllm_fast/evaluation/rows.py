@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..data.read import TextRow
@@ -68,6 +69,7 @@ class TaskRows:
         self._problems: dict[str, str] = {}
         self._unlabelled: dict[str, list[TextRow]] = {}
         self._translated: dict[str, tuple[list[TextRow], dict[str, int]] | None] = {}
+        self._places: dict[str, list[int]] = {}  # of the translated rows among the rows
 
     def problem(self, language: str) -> str:
         """Why a language cannot be read: no such split, or what is wrong in its file. "" if it can."""
@@ -129,6 +131,8 @@ class TaskRows:
             rows, sampled = self._all[language], set(self._sampled[language])
             joined = join_translations(path, self.task, rows, language=language, split=self.split, target=target)
             kept = [row for index, row in zip(joined.indices, joined.rows, strict=True) if index in sampled]
+            own = {index: place for place, index in enumerate(self._sampled[language])}
+            self._places[language] = [own[index] for index in joined.indices if index in own]
             if not kept:
                 raise ValueError(
                     f"translations={str(path)!r}: those of {language!r} belong to none of the {len(sampled)} rows that "
@@ -138,6 +142,21 @@ class TaskRows:
             counts = {f"translations_{name}": n for name, n in counts.items() if n and name != "joined"}
             self._translated[language] = (kept, counts)
         return self._translated[language]
+
+    def with_partners(self, language: str, path: str | Path, target: str) -> tuple[list[TextRow], dict[str, int]]:
+        """Its rows with existing translations as their `teacher_text`, those that have one, and what was counted.
+
+        Raises:
+            ValueError: as `translated`; rows of several texts, which have no partner.
+        """
+        rows = list(self.rows(language))
+        found = self.translated(language, path, target)
+        if found is None:
+            return rows, {"translations_missing": len(rows)}
+        for place, translation in zip(self._places[language], found[0], strict=True):
+            rows[place] = replace(rows[place], teacher_text=translation.text)
+            rows[place].for_teacher()
+        return rows, found[1]
 
     def check_translations(self, languages: Sequence[str], path: str | Path, target: str) -> None:
         """Join all of them, before any model is loaded.

@@ -138,6 +138,8 @@ class Run:
             if translated is None:
                 raise ValueError("no translations")
             rows, counts = translated
+        elif system.partners is not None and rows[0].language != system.target:
+            rows, counts = data.with_partners(language, system.partners, system.target)
         english, unlabelled = settings.task.english, {}
         if settings.centre and language != english and not system.translates:
             unlabelled = {name: data.unlabelled(name, settings.centre) for name in (language, english)}
@@ -284,6 +286,13 @@ class Run:
                 reader = GenerationScorer(engine, name, prompt, settings.decoding)
             else:
                 reader = LikelihoodScorer(engine, settings.task, name, prompt)
+        if engine.model.config.fusion is not None:
+            reader.notes.append(
+                f"{name} reads a text alone, without the English translation that it was trained to read it with"
+                if system.partners is None
+                else f"{name} reads a text together with its translation into {system.target} from {system.partners}; "
+                f"one that has none, and English, alone"
+            )
         scorer: Scorer = reader
         if system.translations is not None:
             scorer = TranslatedScorer(reader, source=system.translations, target=system.target)
@@ -311,7 +320,7 @@ class Run:
             device=(settings.device or ("cuda" if torch.cuda.is_available() else "cpu")).split(":")[0],
             probe=self._probe_key(),
             **({"dtype": settings.dtype} if settings.dtype else {}),
-            target=system.target if system.translates else None,
+            target=system.target if system.translates or system.partners is not None else None,
             num_beams=system.num_beams if system.translator is not None else None,
             **self._writing_key(),
         )

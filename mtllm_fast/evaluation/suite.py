@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,7 +83,8 @@ def evaluate(
         limit: only this many rows of each language: a random sample with a fixed seed, by id, so the same rows in every
             language (see `rows.sample`).
         translator: an MT model (a Translator, folder or hub name) for translate-test, which becomes one more model.
-        translations: instead of it, translations that exist (see `translations.join_translations`).
+        translations: instead of it, translations that exist (see `translations.join_translations`). Models that were
+            trained to read a text together with its translation read them, too, and need no `teacher` for it.
         teacher: the classifier of the target language that reads the translations; a list for several seeds.
         target: MT code of the language that translate-test translates into.
         num_beams: 1 for greedy decoding.
@@ -133,8 +135,16 @@ def evaluate(
         dtype=dtype,
         store=cells if isinstance(cells, CellStore) or cells is None else CellStore(cells),
     )
-    baseline = translate_test(translator, translations, teacher, target=target, num_beams=num_beams, device=device)
-    systems = [*named_systems(models), *([] if baseline is None else [baseline])]
+    systems = named_systems(models)
+    if translations is not None:
+        systems = [replace(one, partners=translations, target=target) if one.fused else one for one in systems]
+    beside = any(system.partners is not None for system in systems)
+    if beside and centre:
+        raise ValueError(f"centre={centre}: is of texts that are read alone, not with their translations")
+    given = None if beside and teacher is None else translations
+    baseline = translate_test(translator, given, teacher, target=target, num_beams=num_beams, device=device)
+    if baseline is not None:
+        systems.append(baseline)
     if not systems:
         raise ValueError("models: none given, and no translator")
     reference = against or (None if baseline is None else baseline.name)

@@ -12,7 +12,7 @@
       - {task: mgsm, data: DIR, before: "", after: "\\nAnswer:", max_new_tokens: 256}   # of models without own prompt
       - {task: folder, data: DIR, name: mine, quoted: false}             # quote marks in .csv and .tsv are text
     translate_test:                         # may be left out
-      teacher: runs/{task}/teacher/seed-{seed}
+      teacher: runs/{task}/teacher/seed-{seed}               # may be left out, see below
       translations: runs/{task}/translations.parquet         # or translator: an MT model, with num_beams: 1
       target: eng_Latn
     against: MT encoder                     # whom the others are compared with; by default translate-test
@@ -20,6 +20,9 @@
     resamples: 2000                         # of the bootstrap
     max_tokens: 8192                        # token budget of one forward pass
     dtype: bfloat16                         # of the weights; may be left out: as stored
+
+Models that were trained to read a text together with its translation (`finetune --fusion.layers`) read the translations
+of translate_test beside the texts; if only they are to, `teacher` is left out.
 
 `{task}` stands for the name of a task's entry. Paths are relative to the working directory, as on the command line.
 """
@@ -154,7 +157,8 @@ def run_suite(suite: Suite, *, progress: bool = True) -> tuple[list[Scores], Cel
         where = f"task {entry.name!r}"
         test, teacher, given = suite.translate_test or TranslateTest(), None, dict[str, str]()
         if suite.translate_test is not None:
-            teacher = _folders(test.teacher, entry.name, suite.seeds, f"{where}: teacher")
+            if test.teacher:
+                teacher = _folders(test.teacher, entry.name, suite.seeds, f"{where}: teacher")
             given = _translations(test, entry.name, suite.seeds, where)
         scores = evaluate(
             {

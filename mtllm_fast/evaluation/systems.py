@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ..data.prompt import Prompt
 from ..jobs.fingerprint import hub_config, of_model
@@ -34,6 +34,7 @@ class System:
         models: one per seed.
         translator: an MT model, or its folder or hub name; it is loaded when first needed, and shared by the seeds.
         translations: where translations are that exist already.
+        partners: translations likewise, which models that read a text together with its translation read beside it.
         target, num_beams: the language translated into and how.
         device: where a translator given by name runs.
     """
@@ -45,6 +46,7 @@ class System:
     target: str = "eng_Latn"
     num_beams: int = 1
     device: str | None = None
+    partners: str | Path | None = None
 
     @property
     def translates(self) -> bool:
@@ -57,6 +59,18 @@ class System:
         if not isinstance(self.translator, str | Path):
             return self.translator
         return Translator.from_pretrained(self.translator, device=self.device)
+
+    @cached_property
+    def fused(self) -> bool:
+        """Whether its models read a text together with its translation (`finetune --fusion.layers`).
+
+        Raises:
+            ValueError: some seeds do and others do not.
+        """
+        found = {config is not None and config.fusion is not None for config in map(config_of, self.models)}
+        if len(found) > 1:
+            raise ValueError(f"model={self.name!r}: some of its seeds read texts with translations: no mean over both")
+        return found == {True}
 
     def check(self, task: Task, prompt: Prompt | None = None) -> None:
         """Before anything is loaded.
@@ -186,9 +200,12 @@ def reading(config: MTLLMConfig, task: Task, prompt: Prompt | None, name: str) -
 
 
 def config_of(model: Model) -> MTLLMConfig | None:
-    """The config of a model's folder; None for a hub name whose config cannot be had."""
+    """The config of a model; None for a hub name whose config cannot be had."""
     from ..models.storage import read_config
 
+    if not isinstance(model, str | Path):
+        inner: Any = getattr(model, "model", model)  # an engine's
+        return inner.config  # type: ignore[no-any-return]
     config = _local_config(model)
     if config is None and (path := hub_config(str(model))) is not None:
         config = read_config(path.parent)

@@ -23,8 +23,7 @@ from torch import Tensor
 from ..data.batch import Batch
 from ..data.language import language_read, reads_language
 from ..data.read import TextRow, UnusableRow
-from ..kernels import hidden_mse
-from ..models import MTLLM
+from ..models import MTLLM, segment_mean
 from ..models.compile import compile_layers
 from ..models.modes import evaluating
 from ..models.readers import LLMReader
@@ -217,11 +216,7 @@ class Engine:
         def pooled(batch: Batch) -> Tensor:
             packed = batch.side(self.model.side)
             states = self.model.states(packed)
-            vectors = (
-                self.model.pool(states, packed)
-                if pooling == "mean"
-                else hidden_mse.segment_mean(states, packed.cu_seqlens, pooling=pooling)
-            )
+            vectors = segment_mean(states, packed, pooling)
             return F.normalize(vectors.float(), dim=1) if normalize else vectors
 
         return self._windows(rows, pooled, self.model.hidden_size, on_bad_text, skip)

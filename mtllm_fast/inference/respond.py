@@ -127,7 +127,7 @@ class Output:
     Fields:
         settings: plain data that tells the texts and the model apart from others; compared, with the prompt and how
             answers are made, before a stopped run goes on, and written to `<path>.run.json`.
-        also: other texts of a row that are written: text_pair, teacher_text.
+        also: what else of a row is written: text_pair, teacher_text, gold (its own label, by name).
     """
 
     path: str | Path
@@ -170,7 +170,7 @@ def respond_file(responder: Responder, rows: Iterable[TextRow], output: Output) 
 
 
 def label_file(labeller: Labeller | HeadLabeller, rows: Iterable[TextRow], output: Output) -> RecordReport:
-    """Write a record per row: id, language, text, (text_pair, teacher_text), label, log_likelihoods.
+    """Write a record per row: id, language, text, (text_pair, teacher_text, gold), label, log_likelihoods.
 
     `log_likelihoods` are those of each label, in their order, written out with the end token, or a task head's
     log-probabilities; `label` is the likeliest.
@@ -184,7 +184,7 @@ def label_file(labeller: Labeller | HeadLabeller, rows: Iterable[TextRow], outpu
         before = labeller.truncated
         records = [
             {**about, "label": labels[int(np.argmax(values))], "log_likelihoods": [round(x, 6) for x in values]}
-            for about, values in zip(_about(window, first), labeller.log_likelihoods(window), strict=True)
+            for about, values in zip(_about(window, first, labels), labeller.log_likelihoods(window), strict=True)
         ]
         return Made(records, labeller.truncated - before)
 
@@ -199,8 +199,9 @@ def _has_label(label: str, record: Mapping[str, object]) -> bool:
     return record["label"] == label
 
 
-def _about(rows: Sequence[TextRow], first: int) -> list[dict[str, object]]:
-    """What stands before an answer: the row's name (its number in the source where it has none), language and texts."""
+def _about(rows: Sequence[TextRow], first: int, labels: Sequence[str] = ()) -> list[dict[str, object]]:
+    """What stands before an answer: the row's name (its number in the source where it has none), language and texts,
+    and its own label."""
     return [
         {
             "id": str(first + place) if row.id is None else row.id,
@@ -208,6 +209,7 @@ def _about(rows: Sequence[TextRow], first: int) -> list[dict[str, object]]:
             "text": row.text,
             "text_pair": row.text_pair,
             "teacher_text": row.teacher_text,
+            "gold": labels[row.label] if labels and row.label is not None else None,
         }
         for place, row in enumerate(rows)
     ]

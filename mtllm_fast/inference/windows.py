@@ -116,11 +116,13 @@ class WindowReader:
             )
             kept = np.flatnonzero(lengths)
             spans = [side.spans[i] for i in kept] if side.spans else None
-            side, places = TokenizedSide([side.ids[i] for i in kept], [], side.truncated, spans), places[kept]
+            beside = None if side.partners is None else [side.partners[i] for i in kept]
+            side = TokenizedSide([side.ids[i] for i in kept], [], side.truncated, spans, beside)
+            places = places[kept]
         if not len(places):
             return window
         first, inverse = _distinct(side)
-        lengths = np.array([len(side.ids[i]) for i in first])
+        lengths = np.array(side.lengths)[first]
         choices = np.array([len(side.spans[i]) if side.spans else 0 for i in first])
         # rows of similar length share a pack, so that attention pads little where the backend has to pad
         order = np.lexsort((-lengths, choices))
@@ -160,6 +162,8 @@ def _distinct(side: TokenizedSide) -> tuple[list[int], list[int]]:
     inverse: list[int] = []
     for index, ids in enumerate(side.ids):
         key = ids.tobytes() if side.spans is None else ids.tobytes() + b"|" + side.spans[index].tobytes()
+        if side.partners is not None:
+            key = len(key).to_bytes(8, "little") + key + side.partners[index].tobytes()
         group = groups.setdefault(key, len(first))
         if group == len(first):
             first.append(index)

@@ -120,6 +120,8 @@ class LabelWeights(Weights):
 
     task: float = 1.0
     """Cross-entropy of the task head on the rows' labels."""
+    partner_task: float = 0.0
+    """The same of the translations that texts are read with (`fusion`), over the rows that have one."""
     label_kl: float = 0.0
     """KL of the task head's distribution from the rows' soft labels, times temperature^2: another model's
     log-probabilities, as `mtllm respond --labels` writes them."""

@@ -7,6 +7,7 @@ from .head_kl import TaskHeadKL
 from .label_kl import SoftLabelKL
 from .lm_head_kl import LMHeadKL
 from .paired_mse import PairedMSE
+from .partner_ce import PartnerCrossEntropy
 from .pooled_mse import PooledMSE
 from .target_ce import TargetCrossEntropy
 from .task_ce import TaskCrossEntropy
@@ -18,6 +19,7 @@ TERMS: dict[str, type[Term]] = {
     "kl": LMHeadKL,
     "head_kl": TaskHeadKL,
     "task": TaskCrossEntropy,
+    "partner_task": PartnerCrossEntropy,
     "label_kl": SoftLabelKL,
     "target_ce": TargetCrossEntropy,
     "contrast": Contrast,

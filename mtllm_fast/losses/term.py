@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from ..models.heads import TaskHead, segment_mean, span_mean
+from ..models.heads import TaskHead, partner_mean, segment_mean, span_mean
 
 if TYPE_CHECKING:
     from ..data.batch import Batch
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..models.llm import LMHead
 
 T = TypeVar("T")
-Need = Literal["teacher", "pairs", "lm_head", "task_head", "labels", "targets", "soft_labels", "inner"]
+Need = Literal["teacher", "pairs", "lm_head", "task_head", "labels", "targets", "soft_labels", "inner", "partners"]
 Unit = Literal["rows", "pairs", "targets"]
 
 MISSING: dict[Need, str] = {
@@ -31,6 +31,7 @@ MISSING: dict[Need, str] = {
     "targets": "targets: the rows have none",
     "soft_labels": "soft labels: the rows have none",
     "inner": "the states of student and teacher after an inner layer",
+    "partners": "the texts' translations: the model reads a text alone",
 }
 
 
@@ -72,6 +73,10 @@ class Side:
         """Mean states in float32: (B, D), or (B, C, D) of rows with choices."""
         return segment_mean(self.states, self.packed) if self.spans is None else span_mean(self.states, self.spans)
 
+    def pooled_partners(self) -> Tensor:
+        """Mean states (B, D) of the texts' partners in float32; zeros where a text has none."""
+        return partner_mean(self.states, self.packed)
+
 
 @dataclass(frozen=True, eq=False)
 class Given:
@@ -90,6 +95,8 @@ class Given:
     def has(self, need: Need) -> bool:
         if need == "pairs":
             return self.batch.mt_rows is not None and self.batch.llm_rows is not None
+        if need == "partners":
+            return self.student.packed.partners
         return getattr(self.batch if need in ("labels", "targets", "soft_labels") else self, need) is not None
 
 

@@ -3,6 +3,7 @@
 from .adapters import LoraSettings
 from .attention import AttentionPlan
 from .encoder import PackedEncoder
+from .fusion import FusionSettings
 from .heads import HeadConfig, TaskHead, segment_mean, span_mean
 from .llm import PackedLLM
 from .mtllm import MTLLM, MTLLMConfig, MTLLMOutput
@@ -11,6 +12,7 @@ from .projection import Projection, ProjectionConfig
 __all__ = [
     "MTLLM",
     "AttentionPlan",
+    "FusionSettings",
     "HeadConfig",
     "LoraSettings",
     "MTLLMConfig",

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ..data.prompt import Prompt
 from .adapters import LoraSettings
+from .fusion import FusionSettings
 from .heads import HeadConfig
 from .projection import ProjectionConfig
 
@@ -30,6 +31,7 @@ class MTLLMConfig:
     adapters: LoRA of the backbone, by name.
     prompt: what a model that was taught to write reads around a text; None for one that was not.
     encoder_adapter: LoRA of a stack's encoder; None without one.
+    fusion: layers of the encoder that read a text and its translation end to end; None for none.
     """
 
     reader: Reader = "stack"
@@ -41,6 +43,7 @@ class MTLLMConfig:
     head: HeadConfig | None = None
     prompt: Prompt | None = None
     encoder_adapter: LoraSettings | None = None
+    fusion: FusionSettings | None = None
 
     @property
     def labels(self) -> list[str] | None:
@@ -54,6 +57,8 @@ def config_to_dict(config: MTLLMConfig) -> dict[str, Any]:
         del data["prompt"]
     if config.encoder_adapter is None:
         del data["encoder_adapter"]
+    if config.fusion is None:
+        del data["fusion"]
     if not config.projection.boundary:
         del data["projection"]["boundary"]
     return data
@@ -80,6 +85,7 @@ def config_from_dict(data: dict[str, Any], folder: str) -> MTLLMConfig:
         head=HeadConfig(head["kind"], tuple(head["labels"])) if head else None,
         prompt=Prompt(**data["prompt"]) if data.get("prompt") else None,
         encoder_adapter=_settings(**data["encoder_adapter"]) if data.get("encoder_adapter") else None,
+        fusion=FusionSettings(**data["fusion"]) if data.get("fusion") else None,
     )
 
 

@@ -17,6 +17,7 @@ from .adapters import AdaptedModel
 from .attention import NAME, AttentionPlan
 from .config import MTLLMConfig
 from .encoders import family_of
+from .fusion import FusionSettings
 from .loading import base_tokenizer, load_config, load_pretrained
 
 if TYPE_CHECKING:
@@ -146,8 +147,18 @@ class PackedEncoder(AdaptedModel):
                 handle.remove()
         return found
 
-    def forward(self, batch: PackedBatch, plan: AttentionPlan | None = None, *, final_norm: bool = True) -> Tensor:
+    def forward(
+        self,
+        batch: PackedBatch,
+        plan: AttentionPlan | None = None,
+        *,
+        final_norm: bool = True,
+        fusion: FusionSettings | None = None,
+    ) -> Tensor:
         """Last hidden states (T, E) of the packed MT tokens; without `final_norm` as they come from the last layer.
+
+        Args:
+            fusion: layers that read texts and their partners end to end, as `check_fusion` found that they can.
 
         Raises:
             ValueError: a text has more tokens than the encoder has positions.
@@ -155,9 +166,17 @@ class PackedEncoder(AdaptedModel):
         limit = self.max_positions
         if limit is not None and batch.max_seqlen > limit:
             raise ValueError(f"batch: a text of {batch.max_seqlen} tokens; the encoder has positions for {limit}")
-        states = self.family.run(self.model, batch, plan or AttentionPlan(batch, False, self.attention))
+        states = self.family.run(self.model, batch, plan or self._plan(batch, fusion))
         norm = self.final_norm if final_norm else None
         return states if norm is None else norm(states)
+
+    def _plan(self, batch: PackedBatch, fusion: FusionSettings | None) -> AttentionPlan:
+        elsewhere: dict[nn.Module, AttentionPlan] = {}
+        if fusion is not None and batch.partners:
+            # by module, not by hooks on the layers: those run neither in a compiled layer nor when one is run again
+            pairs = AttentionPlan(batch.pairs, False, self.attention)
+            elsewhere = {module: pairs for layer in fusion.numbers for module in self.layers[layer].modules()}
+        return AttentionPlan(batch, False, self.attention, elsewhere=elsewhere)
 
 
 def describe_encoder(name: str) -> list[str]:

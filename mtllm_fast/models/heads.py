@@ -22,9 +22,18 @@ class HeadConfig:
     labels: tuple[str, ...] = ()
 
 
-def segment_mean(states: Tensor, batch: PackedBatch) -> Tensor:
-    """Mean state of every sequence: (T, D) -> (B, D) in float32; an empty sequence gives zeros."""
-    return hidden_mse.segment_mean(states, batch.cu_seqlens)
+def segment_mean(states: Tensor, batch: PackedBatch, pooling: str = "mean") -> Tensor:
+    """Mean state of every sequence, partners left out: (T, D) -> (B, D) in float32; an empty one gives zeros.
+
+    `pooling`: "mean", or the "first" or "last" state.
+    """
+    pooled = hidden_mse.segment_mean(states, batch.cu_seqlens, pooling=pooling)
+    return pooled[::2] if batch.partners else pooled
+
+
+def partner_mean(states: Tensor, batch: PackedBatch) -> Tensor:
+    """Mean state of every row's partner: (T, D) -> (B, D) in float32; where there is none, zeros."""
+    return hidden_mse.segment_mean(states, batch.cu_seqlens)[1::2]
 
 
 def span_mean(states: Tensor, spans: Tensor) -> Tensor:

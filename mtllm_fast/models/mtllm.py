@@ -25,6 +25,7 @@ from .attention import check_backend
 from .checkpointing import recompute_layers
 from .config import ENCODER_ADAPTER, READERS, MTLLMConfig, Reader, TrainEncoder
 from .encoder import PackedEncoder
+from .fusion import FusionSettings, check_fusion
 from .generate import generate
 from .heads import HeadConfig, TaskHead, segment_mean, span_mean
 from .hub import check_push, push
@@ -93,6 +94,8 @@ class MTLLM(nn.Module):
         self.head: TaskHead | None = None
         if config.head:
             self.set_head(config.head)
+        if config.fusion:
+            self.set_fusion(config.fusion)
         for base in self.bases.values():
             base.requires_grad_(False)
         for name, settings in config.adapters.items():
@@ -243,7 +246,7 @@ class MTLLM(nn.Module):
             return LLMReader(self.require_llm())
         encoder = self._required(self.encoder, "encoder")
         if self.config.reader == "encoder":
-            return EncoderReader(encoder, self.shift)
+            return EncoderReader(encoder, self.shift, self.config.fusion)
         return StackReader(encoder, self._required(self.projection, "projection"), self.require_llm(), self.shift)
 
     def require_stack(self) -> StackReader:
@@ -333,6 +336,23 @@ class MTLLM(nn.Module):
         weight = next(self.backbone.parameters())
         self.head = TaskHead(self.hidden_size, config).to(weight.device)
 
+    def set_fusion(self, settings: FusionSettings) -> None:
+        """Let these layers of the encoder read a text and its translation end to end; 0 of them end that.
+
+        Rows are then read with their `teacher_text`, as English, where they have one.
+
+        Raises:
+            ValueError: the model is no encoder alone, or its encoder cannot do it in these layers.
+        """
+        if self.config.reader != "encoder" or self.encoder is None:
+            raise ValueError(
+                f"fusion.layers={settings.layers}: is for an encoder alone, not for reader={self.config.reader!r}"
+            )
+        check_fusion(settings, self.encoder.model.config, self.encoder.name)
+        self.config.fusion = settings if settings.layers else None
+        if self.tokenizer is not None:
+            self.tokenizer.partners = self.config.fusion is not None
+
     @contextmanager
     def teacher(self, adapter: str | None = None) -> Iterator[None]:
         """Run the LLM inside the block as the teacher: adapter `adapter` (None: none) and no dropout."""
@@ -388,7 +408,7 @@ class MTLLM(nn.Module):
             return self.require_llm()(batch)
 
     def pool(self, states: Tensor, batch: PackedBatch, spans: Tensor | None = None) -> Tensor:
-        """Mean states: (B, D) per sequence, or (B, C, D) per choice span; float32."""
+        """Mean states: (B, D) per text, or (B, C, D) per choice span; float32."""
         return segment_mean(states, batch) if spans is None else span_mean(states, spans)
 
     def logits(self, batch: Batch) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..data.pack import PackedBatch
 from .encoder import PackedEncoder
+from .fusion import FusionSettings
 from .llm import PackedLLM
 from .projection import Projection
 
@@ -33,10 +34,11 @@ class LLMReader:
 
 @dataclass(frozen=True)
 class EncoderReader:
-    """The MT encoder alone; shift: see `MTLLM`."""
+    """The MT encoder alone; shift: see `MTLLM`; fusion: layers that read texts and their partners end to end."""
 
     encoder: PackedEncoder
     shift: Tensor | None = None
+    fusion: FusionSettings | None = None
     side: ClassVar[Side] = "mt"
 
     @property
@@ -45,7 +47,7 @@ class EncoderReader:
 
     def encoder_states(self, batch: PackedBatch) -> Tensor:
         """The last hidden states (T, E)."""
-        return _shifted(self.encoder(batch), self.shift)
+        return _shifted(self.encoder(batch, fusion=self.fusion), self.shift)
 
     def states(self, batch: PackedBatch) -> Tensor:
         return self.encoder_states(batch)

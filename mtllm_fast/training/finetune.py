@@ -1,23 +1,29 @@
 """Stage 2, and the baselines: fine-tune a reader with a task head on English task data.
 
 The LLM alone gives the task teacher; the MT encoder alone and an adapted stack give the baselines. The head has a row
-per label, or, for rows with choices, one score per choice. Source of the settings: arXiv 2406.12739.
+per label, or, for rows with choices, one score per choice. Source of the settings: arXiv 2406.12739. An encoder may
+read a text together with its English translation: FILTER, arXiv 2009.05166.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
 from transformers import set_seed
 
-from ..data.read import TextRow
+from ..data.read import RowStream, TextRow
 from ..data.store import TokenStore
 from ..models import MTLLM, HeadConfig
+from ..models.encoder import check_encoder
+from ..models.fusion import check_fusion
+from ..models.names import is_path
 from ..models.storage import read_config
 from .automatic import on_gpu, settled
+from .inputs import check_language, has_teacher_text
 from .live import Watch
 from .record import Metrics
 from .run import TASK_ROWS, Data, StageKind, run, starting
@@ -45,6 +51,8 @@ def check(config: FinetuneConfig, data: Data) -> None:
         raise ValueError(f"name exactly one of --llm, --encoder and --model, got {', '.join(sources) or 'none'}")
     if config.train.max_steps == 0:
         raise ValueError("max_steps=0: the task head starts at random, so there is nothing to save; train it")
+    if (fused := _fused(config)) is not None:
+        check_partners(config, data, fused)
     first = None if isinstance(data.rows, TokenStore) else next(iter(data.rows), None)
     if config.teacher:
         check_labeller(config.teacher, read_config(Path(config.teacher), "teacher"), data.labels or ())
@@ -60,6 +68,40 @@ def check(config: FinetuneConfig, data: Data) -> None:
         raise ValueError("soft_label: the rows have some, but loss.label_kl=0 reads none; give it a weight")
 
 
+def _fused(config: FinetuneConfig) -> bool | None:
+    """Whether a text is read with its translation; None of a hub model, which says it when it is loaded.
+
+    Raises:
+        ValueError: layers that the encoder lacks or cannot read two texts in, or a model that has its own.
+    """
+    asked = f"fusion.layers={config.fusion.layers}"
+    if config.model and config.fusion.layers:
+        raise ValueError(f"{asked}: model={config.model!r} reads texts as it was first trained to")
+    if config.model:
+        return read_config(Path(config.model)).fusion is not None if is_path(config.model) else None
+    if config.fusion.layers and not config.encoder:
+        raise ValueError(f"{asked}: is for an encoder alone (--encoder)")
+    if config.fusion.layers:
+        check_fusion(config.fusion, check_encoder(config.encoder, config.trust_remote_code), config.encoder)
+    return config.fusion.layers > 0
+
+
+def check_partners(config: FinetuneConfig, data: Data, fused: bool) -> None:
+    """Raise ValueError unless there are translations where texts are read with them, and only there."""
+    given = has_teacher_text(data.rows)
+    if not isinstance(data.rows, RowStream | TokenStore):  # which must be read to know
+        given = given or any(row.teacher_text is not None for row in islice(data.rows, 1000))
+    if fused and not given:
+        raise ValueError("fusion: a text is read with its translation, and the rows have no teacher_text")
+    if given and not fused:
+        raise ValueError("teacher_text: the rows have one, but fusion.layers=0 reads none")
+    if config.loss.partner_task and not fused:
+        raise ValueError(
+            f"loss.partner_task={config.loss.partner_task}: is of the translations that texts are read with, but "
+            "fusion.layers=0 reads none"
+        )
+
+
 def build(config: FinetuneConfig, data: Data, dtype: torch.dtype) -> Stage:
     head, rows, notes = head_for(data.texts, data.labels or ()), data.rows, Metrics()
     if config.teacher:
@@ -69,6 +111,11 @@ def build(config: FinetuneConfig, data: Data, dtype: torch.dtype) -> Stage:
     student = starting(config, dtype, reader="llm" if config.llm else "encoder", head=head)
     if config.model:
         student.set_head(head)
+    if config.fusion.layers:
+        student.set_fusion(config.fusion)
+    check_partners(config, data, student.config.fusion is not None)
+    if student.config.fusion is not None:
+        check_language(data.rows, student)
     return Stage(
         student,
         config.loss.objective(),

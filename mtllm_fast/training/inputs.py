@@ -43,6 +43,8 @@ def rows_digest(rows: Iterable[TextRow]) -> str:
             parts += ("teacher_text", row.teacher_text)
         if row.target is not None:
             parts += ("target", row.target, *(() if row.finished else ("unfinished",)))
+        if row.soft_label is not None:
+            parts += ("soft_label", row.soft_label)
         found.update(repr(parts).encode("utf-8", "surrogatepass"))
         count += 1
     return f"{count} rows {found.hexdigest()}"

@@ -87,6 +87,9 @@ class ModelFlops:
         flops = 0.0
         if batch.mt is not None and self.encoder is not None:
             flops += self._pass(self.encoder, batch.mt.lengths, backward=self.encoder[1] > 0)
+            if (fusion := self.student.config.fusion) is not None and batch.mt.partners:
+                across = sum(2 * one * other for one, other in zip(batch.mt.lengths[::2], batch.mt.lengths[1::2]))
+                flops += 4 * self.student.hidden_size * fusion.layers * across * (3 if self.encoder[1] else 1)
         if batch.mt is not None and self.beside is not None:
             flops += self._pass(self.beside, batch.mt.lengths, backward=False)
         if batch.mt is not None and reader == "stack" and self.llm is not None:

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, get_args
 
 from ..data.prompt import prompt_of
 from ..losses import DistillationWeights, LabelWeights, TargetWeights
-from ..models import LoraSettings, ProjectionConfig
+from ..models import FusionSettings, LoraSettings, ProjectionConfig
 from ..models.config import TrainEncoder
 from .config import OptimSettings
 from .projection_fit import InitKind
@@ -133,6 +133,7 @@ class FinetuneConfig:
     teacher: str = ""
     """Model folder with a task head of the same labels, of any reader: the log-probabilities that it gives the labels
     of each row are the soft labels of loss.label_kl."""
+    fusion: FusionSettings = field(default_factory=FusionSettings)
     loss: LabelWeights = field(default_factory=LabelWeights)
     train: OptimSettings = field(default_factory=_task_training)
     resume: bool = False

@@ -245,8 +245,8 @@ class SurvivingTrainer(Trainer):
         tokenizer = self.step_module.student.require_tokenizer()
         inner = tokenizer.mt if batch.mt is not None else tokenizer.llm
         side = batch.side("mt" if batch.mt is not None else "llm")
-        starts = side.cu_seqlens.tolist()
-        texts = [side.input_ids[a : min(b, a + 16)] for a, b in pairwise(starts)]
+        bounds = list(pairwise(side.cu_seqlens.tolist()))[:: side.per_row]
+        texts = [side.input_ids[a : min(b, a + 16)] for a, b in bounds]
         return [
             repr(inner.decode(text, skip_special_tokens=True)) if name is None else name
             for name, text in zip(batch.ids, texts)

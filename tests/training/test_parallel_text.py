@@ -82,6 +82,7 @@ def test_rows_without_a_teacher_text_keep_their_digests() -> None:
     plain = TextRow("Été", "fra_Latn")
     others = [plain, replace(plain, teacher_text="Summer"), replace(plain, teacher_text="Winter")]
     others += [replace(plain, teacher_text=""), replace(plain, target="Summer")]
+    others += [replace(plain, soft_label=(-0.5, -1.0)), replace(plain, soft_label=(-1.0, -0.5))]
     assert len({rows_digest([row]) for row in others}) == len(others)
 
 

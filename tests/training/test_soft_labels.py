@@ -169,7 +169,7 @@ def test_of_any_reader_by_name_and_without_what_it_cannot_read(
         (["--teacher", "none", "--loss.label-kl", "1"], "teacher='none': no such folder"),
         (["--loss.label-kl", "1"], "loss.label_kl=1.0: learns from soft labels, which the rows do not have"),
         (["--soft-label-column", "log_likelihoods"], "soft_label: the rows have some, but loss.label_kl=0 reads none"),
-        (["--loss.task", "0"], "task, label_kl: at least one weight must be > 0"),
+        (["--loss.task", "0"], "task, partner_task, label_kl: at least one weight must be > 0"),
         (["--soft-label-column", "text", "--loss.label-kl", "1"], "soft_label_column 'text': "),
     ],
 )

@@ -186,14 +186,14 @@ def test_a_row_that_does_not_fit_ends_the_run(steps, encoder_folder, llm_folder,
 def test_halves_of_a_batch() -> None:
     lines = list(LINES)
     tokenizer = StackTokenizer(nllb_tokenizer(lines), llm_tokenizer(lines), max_mt_tokens=48, max_llm_tokens=48)
-    rows = [TextRow(f"{line} {i}", label=i, id=str(i)) for i, line in enumerate(lines)]
+    rows = [TextRow(f"{line} {i}", label=i, id=str(i), soft_label=(-0.1, -i - 1.0)) for i, line in enumerate(lines)]
     batch = collate(rows, tokenizer)
     first, second = halves(batch)
     cut = first.num_rows
     for part, own in ((first, rows[:cut]), (second, rows[cut:])):
         alone = collate(own, tokenizer)
         assert part.ids == alone.ids
-        for name in ("mt_rows", "llm_rows", "labels"):
+        for name in ("mt_rows", "llm_rows", "labels", "soft_labels"):
             assert torch.equal(getattr(part, name), getattr(alone, name)), name
         for name in ("mt", "llm"):
             got, want = getattr(part, name), getattr(alone, name)
@@ -208,7 +208,7 @@ def test_halves_of_a_batch() -> None:
     for part in halves(dataclasses.replace(batch, **starts)):
         for name in ("mt", "llm"):
             assert getattr(part, f"{name}_rows").tolist() == getattr(part, name).cu_seqlens[:-1].tolist()
-    uneven = collate([*rows[:5], TextRow(" ".join(lines * 2), label=0)], tokenizer)
+    uneven = collate([*rows[:5], TextRow(" ".join(lines * 2), label=0, soft_label=(-1.0, -1.0))], tokenizer)
     cost = np.add(uneven.mt.lengths, uneven.llm.lengths)
     apart = [abs(int(cost[:row].sum() - cost[row:].sum())) for row in range(1, 6)]
     assert halves(uneven)[0].num_rows == 1 + int(np.argmin(apart))

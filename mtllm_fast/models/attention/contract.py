@@ -17,13 +17,13 @@ windows count it both ways (Gemma 3) say so in the plan (`exclusive`), and their
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...data.pack import PackedBatch
 
@@ -121,6 +121,7 @@ class AttentionPlan:
         backend: a name of `BACKENDS` or "flash_attn", or None to choose by the call.
         exclusive: the model's windows that look both ways mean |i - j| < w (Gemma 3) and not |i - j| <= w.
         branches: whose `whole` the batch is; the model then reads its `batch`.
+        elsewhere: plans of other sequences of the same rows, by the attention modules that have one of their own.
     """
 
     batch: PackedBatch
@@ -128,7 +129,12 @@ class AttentionPlan:
     backend: str | None = None
     exclusive: bool = False
     branches: Branches | None = None
+    elsewhere: Mapping[nn.Module, AttentionPlan] = field(default_factory=dict, repr=False)
     _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def at(self, module: nn.Module) -> AttentionPlan:
+        """The plan of an attention module."""
+        return self.elsewhere.get(module, self)
 
     def cached(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """What `make()` gave the first time for `key`: the layers of a model call share it."""

@@ -50,11 +50,12 @@ def packed_attention(
         if extra is not None:
             raise ValueError(f"{type(module).__name__} has {name}, which packed attention does not know")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    if plan.branches is not None:
-        q, k, v = (x.index_select(0, plan.branches.rows) for x in (q, k, v))
-    out = attention(q, k, v, plan, scale=scaling, window=sliding_window, softcap=softcap, dropout=dropout, bias=bias)
-    if plan.branches is not None:
-        out = out.index_select(0, plan.branches.slots)
+    own = plan.at(module)
+    if own.branches is not None:
+        q, k, v = (x.index_select(0, own.branches.rows) for x in (q, k, v))
+    out = attention(q, k, v, own, scale=scaling, window=sliding_window, softcap=softcap, dropout=dropout, bias=bias)
+    if own.branches is not None:
+        out = out.index_select(0, own.branches.slots)
     return out[None], None
 
 

@@ -47,6 +47,9 @@ class Bert(EncoderFamily["Model"]):
         """Row of the position table at which a text begins."""
         return 0
 
+    def fuses(self, config: PreTrainedConfig, layer: int) -> bool:
+        return True
+
     def layers(self, encoder: Model) -> nn.ModuleList:
         return encoder.encoder.layer
 

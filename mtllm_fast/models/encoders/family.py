@@ -52,6 +52,11 @@ class EncoderFamily(ABC, Generic[Encoder]):
     def final_norm(self, encoder: Encoder) -> nn.Module | None:
         """The norm that ends the encoder, LayerNorm or RMSNorm; None where the last layer ends in its own."""
 
+    def fuses(self, config: Any, layer: int) -> bool:
+        """Whether a layer can read two texts end to end (models/fusion.py): its attention sees all of a text, and knows
+        places by the texts' own positions alone."""
+        return False
+
     def layers_root(self, encoder: Encoder) -> nn.Module:
         """The module whose linear layers "all-linear" adapters mean."""
         return encoder

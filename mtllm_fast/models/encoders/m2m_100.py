@@ -54,6 +54,9 @@ class M2M100(SequenceToSequence["M2M100Encoder"]):
             hidden = layer(hidden, None, plan=plan)
         return hidden[0]
 
+    def fuses(self, config: PreTrainedConfig, layer: int) -> bool:
+        return True
+
     def layers(self, encoder: M2M100Encoder) -> nn.ModuleList:
         return encoder.layers
 

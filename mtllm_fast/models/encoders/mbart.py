@@ -36,6 +36,9 @@ class MBart(SequenceToSequence["MBartEncoder"]):
             hidden = layer(hidden, None, plan=plan)
         return hidden[0]
 
+    def fuses(self, config: PreTrainedConfig, layer: int) -> bool:
+        return True
+
     def layers(self, encoder: MBartEncoder) -> nn.ModuleList:
         return encoder.layers
 

@@ -31,6 +31,9 @@ class ModernBert(EncoderFamily["ModernBertModel"]):
             hidden = layer(hidden, None, position_embeddings=rotary[layer.attention_type], plan=plan)
         return hidden[0]
 
+    def fuses(self, config: ModernBertConfig, layer: int) -> bool:
+        return (config.layer_types or [])[layer] == "full_attention"
+
     def layers(self, encoder: ModernBertModel) -> nn.ModuleList:
         return encoder.layers
 
