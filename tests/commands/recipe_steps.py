@@ -62,8 +62,8 @@ def write_data(root: Path) -> dict[str, str]:
 
 
 def write_pairs(root: Path) -> dict[str, str]:
-    """Role -> prompts, a dictionary, and rows with targets: translations, translations with an answer behind them,
-    English texts that match."""
+    """Role -> prompts, a dictionary, labelled translations with their English, English texts that match, and rows with
+    targets: translations, translations with an answer behind them."""
     rng = random.Random(1)
     found = {"dictionary": str(root / "dictionary.txt")}
     Path(found["dictionary"]).write_text("river fleuve\nbread mkate\nold vieux\nstar nyota\n")
@@ -79,4 +79,12 @@ def write_pairs(root: Path) -> dict[str, str]:
             rows.append({**row, "target": target[role]} if role in target else {**row, "english": " ".join(words)})
         found[role] = str(root / f"{role}.jsonl")
         Path(found[role]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found["translated"] = str(root / "translated.jsonl")
+    rows = []
+    for number in range(24):
+        label, language = "abc"[number % 3], LANGUAGES[number % 4 % 3]
+        english = " ".join(rng.choices(WORDS[label].split(), k=2 + number % 4))
+        text = english if language == LANGUAGES[0] else f"le {english} {number}"
+        rows.append({"text": text, "language": language, "english": english, "label": label})
+    Path(found["translated"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return found

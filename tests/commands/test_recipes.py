@@ -81,6 +81,7 @@ def test_a_recipe_runs_and_goes_on_where_it_was_stopped(name: str, world, monkey
     assert (model.config.prompt is not None) == (name in PROMPTED)
     assert (model.config.encoder_adapter is not None) == (name in WITH_ENCODER)
     assert (model.head is None) == (name in WRITERS)
+    assert (model.config.fusion is not None) == (name == "filter")
 
     # stopped in the last step but one that trains, or the only one, and gone on with; here every step is run
     part = job(name, "part")
