@@ -133,6 +133,12 @@ def save(model: MTLLM, folder: Path, *, include_base: bool | None = None) -> Non
         else:  # a bare reader: it would write no file at all
             save_file({}, staging / "model.safetensors")
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        made = {path.name for path in staging.iterdir()}
+        if stale := [path for path in folder.glob("model*.safetensors*") if path.name not in made]:
+            # shards of another number, or their index, would be read in place of these
+            (folder / "config.json").unlink(missing_ok=True)
+            for path in stale:
+                path.unlink()
         for path in sorted(staging.iterdir(), key=lambda p: p.name == "config.json"):
             target = folder / path.name
             if target.is_dir():

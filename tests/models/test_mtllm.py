@@ -285,3 +285,31 @@ def test_bad_input_to_the_engine(stack) -> None:
         engine.encode(["a"], ["eng_Latn", "fra_Latn"])
     with pytest.raises(ValueError, match="no task head"):
         engine.classify([TextRow("a")])
+
+
+def test_a_model_replaces_a_larger_one_of_several_files(encoder_folder, llm_folder, tmp_path, monkeypatch):
+    """What is read afterwards is the one saved last, whatever shards and index lay there."""
+    import huggingface_hub
+
+    def stack(r: int) -> MTLLM:
+        torch.manual_seed(r)
+        model = MTLLM.stack(encoder_folder, llm_folder, lora=LoraSettings(r=r))
+        for name, weight in model.named_parameters():
+            if ".lora_B" in name:
+                torch.nn.init.normal_(weight)
+        return model
+
+    whole = huggingface_hub.save_torch_state_dict
+    with monkeypatch.context() as patch:
+        small = {"max_shard_size": "20KB"}
+        patch.setattr(huggingface_hub, "save_torch_state_dict", lambda *a, **k: whole(*a, **{**k, **small}))
+        stack(4).save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors.index.json").is_file() and not (tmp_path / "model.safetensors").is_file()
+    MTLLM.from_pretrained(tmp_path)
+    last = stack(4)
+    with torch.no_grad():
+        last.projection.layers.bias.fill_(7.0)
+    last.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("model*")) == ["model.safetensors"]
+    again = MTLLM.from_pretrained(tmp_path)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in last.state_dict().items())
