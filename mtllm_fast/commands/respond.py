@@ -54,6 +54,8 @@ class Respond:
     """Column of the same text in another language, which is written to the output, for a teacher that is to read it
     (`mtllm sft --teacher-text-column teacher_text`). A model that was trained to read a text with its translation
     (`mtllm finetune --fusion.layers`) reads it here, too; others do not."""
+    teacher_pair_column: str | None = None
+    """Likewise of the second text of a pair."""
     label_column: str | None = None
     """With `labels`, column of the label that a text has already: a name, or its number in `labels`. It is not read and
     written to the output as gold (`mtllm finetune --label-column gold`)."""
@@ -140,7 +142,8 @@ class Respond:
         if self.max_length is not None:
             tokenizer.max_mt_tokens = tokenizer.max_llm_tokens = self.max_length
         rows = self._in_language(rows, model, rank)
-        texts = {"text_pair": self.pair_column, "teacher_text": self.teacher_text_column, "gold": self.label_column}
+        texts = {"text_pair": self.pair_column, "teacher_text": self.teacher_text_column}
+        texts |= {"teacher_pair": self.teacher_pair_column, "gold": self.label_column}
         goes = Output(
             output,
             {
@@ -196,6 +199,7 @@ class Respond:
             text_column=self.text_column,
             pair_column=self.pair_column,
             teacher_text_column=self.teacher_text_column,
+            teacher_pair_column=self.teacher_pair_column,
             label_column=self.label_column,
             labels=self.labels if self.label_column is not None else None,
             id_column=self.id_column,

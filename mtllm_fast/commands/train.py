@@ -121,8 +121,13 @@ def train_on_task(stage: str, command: Any) -> None:
     source = command.source
     if stage == "finetune" and source.teacher_text_column is not None and not (command.fusion.layers or command.model):
         raise ValueError(
+<<<<<<< HEAD
             f"--teacher-text-column {source.teacher_text_column}: nothing here reads it; it is for distill, and for an "
             "encoder with --fusion.layers, which reads it beside the text"
+=======
+            f"--teacher-text-column {source.teacher_text_column}: stage 2 has no teacher; it is for distill, and for "
+            "--fusion.layers, where an encoder reads it beside the text"
+>>>>>>> helper-c
         )
     if stage == "distill" and source.soft_label_column is not None:
         raise ValueError(
@@ -163,6 +168,8 @@ class TextSource:
     teacher_text_column: str | None = None
     """Column of the English of `text`, which the teacher of `distill` reads, and in `finetune` an encoder with `fusion`
     beside the text."""
+    teacher_pair_column: str | None = None
+    """Likewise of the second text of a pair."""
     soft_label_column: str | None = None
     """Column with the log-probability of each of `labels` in a list, as `mtllm respond --labels` writes it
     (log_likelihoods), for loss.label_kl of `finetune`."""
@@ -177,7 +184,8 @@ class TextSource:
     def record(self) -> dict[str, object]:
         """The options as plain data for the run's record, which is compared on resume."""
         fields = dataclasses.asdict(self)
-        for name in ("language_column", "teacher_text_column", "soft_label_column"):  # as earlier runs have it
+        later = ("language_column", "teacher_text_column", "teacher_pair_column", "soft_label_column")
+        for name in later:  # as earlier runs have it
             if fields[name] is None:
                 del fields[name]
         return _record(fields)
@@ -186,7 +194,7 @@ class TextSource:
         """Training rows, label names, validation rows or None."""
         if bool(self.task) == bool(self.text):
             raise ValueError("name either --task with --data, or --text with --labels")
-        for name in ("language_column", "teacher_text_column", "soft_label_column"):
+        for name in ("language_column", "teacher_text_column", "teacher_pair_column", "soft_label_column"):
             if self.task and (column := getattr(self, name)) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} {column}: is for --text; a task's own English is read")
         if self.task:
@@ -214,6 +222,7 @@ class TextSource:
         more = {
             "language_column": self.language_column,
             "teacher_text_column": self.teacher_text_column,
+            "teacher_pair_column": self.teacher_pair_column,
             "soft_label_column": self.soft_label_column,
         }
         rows = read_rows(self.text, **options, **more)  # type: ignore[arg-type]

@@ -34,7 +34,7 @@ class TextRow:
         target: what a model is to write after reading the text, or None.
         finished: False of a target that was cut, after which no end is to be written.
         teacher_text: what a teacher reads in place of the text, such as the text that it is a translation of, or None;
-            an encoder that fuses texts reads it beside the text.
+            an encoder that fuses texts reads it beside the text. teacher_pair: likewise of text_pair.
         soft_label: the log-probability of each class, up to a constant, as a teacher that is not at hand gave it, or
             None.
     """
@@ -49,21 +49,24 @@ class TextRow:
     finished: bool = True
     teacher_text: str | None = None
     soft_label: tuple[float, ...] | None = None
+    teacher_pair: str | None = None
 
     def for_teacher(self) -> TextRow:
         """The row as a teacher reads it.
 
         Raises:
-            ValueError: a row with a text_pair or choices has a teacher_text, which takes the place of one text alone.
+            ValueError: teacher_text and teacher_pair do not take the places of all texts that the row has.
         """
         if self.teacher_text is None:
             return self
-        if self.text_pair is not None or self.choices is not None:
-            other = "text_pair" if self.text_pair is not None else "choices"
+        if self.choices is not None or (self.text_pair is not None and self.teacher_pair is None):
+            other = "choices" if self.choices is not None else "text_pair and no teacher_pair"
             raise ValueError(
                 f"teacher_text={self.teacher_text[:40]!r}: takes the place of a text alone, but the row has {other}"
             )
-        return replace(self, text=self.teacher_text, teacher_text=None)
+        if self.text_pair is None and self.teacher_pair is not None:
+            raise ValueError(f"teacher_pair={self.teacher_pair[:40]!r}: the row has no text_pair, whose place it takes")
+        return replace(self, text=self.teacher_text, text_pair=self.teacher_pair, teacher_text=None, teacher_pair=None)
 
 
 class MappedRows:
@@ -137,6 +140,7 @@ def read_rows(
     id_column: str | None = None,
     target_column: str | None = None,
     teacher_text_column: str | None = None,
+    teacher_pair_column: str | None = None,
     finished_column: str | None = None,
     soft_label_column: str | None = None,
     split: str = "train",
@@ -151,8 +155,8 @@ def read_rows(
             file in it and below, by name, hidden ones left out); a glob; or a hub dataset "org/name" or
             "org/name:config".
         text_column, pair_column, label_column, language_column, id_column, target_column, teacher_text_column,
-            finished_column (true or false: whether the target has its end), soft_label_column (a list of the
-            log-probability of each label): columns to read; text_column is ignored for .txt.
+            teacher_pair_column, finished_column (true or false: whether the target has its end), soft_label_column (a
+            list of the log-probability of each label): columns to read; text_column is ignored for .txt.
         labels: class names in the order of their indices. Without them labels must be integers (for hub datasets, the
             names of the dataset's own ClassLabel are used).
         language: code of every row, where there is no language_column; encoders with languages need one of the two.
@@ -180,15 +184,18 @@ def read_rows(
         raise ValueError("labels are given but no label_column: name the column that holds them")
     if soft_label_column is not None and labels is None:
         raise ValueError(f"soft_label_column={soft_label_column!r}: holds a number per label; name the labels")
-    if teacher_text_column is not None and pair_column is not None:
+    if teacher_text_column is not None and pair_column is not None and teacher_pair_column is None:
         raise ValueError(
             f"teacher_text_column={teacher_text_column!r}: takes the place of a text alone, but pair_column="
-            f"{pair_column!r} makes pairs; leave one of them out"
+            f"{pair_column!r} makes pairs; leave one of them out, or name a teacher_pair_column, too"
         )
+    if teacher_pair_column is not None and (teacher_text_column is None or pair_column is None):
+        missing = "teacher_text_column" if teacher_text_column is None else "pair_column"
+        raise ValueError(f"teacher_pair_column={teacher_pair_column!r}: {missing} is missing, which it goes with")
     wanted = {"text_column": text_column, "pair_column": pair_column, "label_column": label_column}
     wanted |= {"language_column": language_column, "id_column": id_column, "target_column": target_column}
     wanted |= {"teacher_text_column": teacher_text_column, "finished_column": finished_column}
-    wanted |= {"soft_label_column": soft_label_column}
+    wanted |= {"soft_label_column": soft_label_column, "teacher_pair_column": teacher_pair_column}
     stream = RowStream(
         source=str(source),
         wanted={argument: column for argument, column in wanted.items() if column is not None},
@@ -286,7 +293,7 @@ class RowStream:
     def _row(self, record: Mapping[str, object], labels: tuple[str, ...] | None, place: str) -> TextRow | BadRow | None:
         """The row of a record, or why there is none: None where it has no text."""
         texts: dict[str, str | None] = {"pair_column": None, "language_column": self.language}
-        texts |= {"target_column": None, "teacher_text_column": None}
+        texts |= {"target_column": None, "teacher_text_column": None, "teacher_pair_column": None}
         for argument in ("text_column", *texts):
             if argument not in self.wanted:
                 continue
@@ -321,6 +328,7 @@ class RowStream:
             id=self._id(record),
             target=texts["target_column"],
             teacher_text=texts["teacher_text_column"],
+            teacher_pair=texts["teacher_pair_column"],
             finished=finished,
             soft_label=soft_label,
         )

@@ -27,7 +27,7 @@ def of_rows(rows: Sequence[TextRow], labels: Iterable[str] = ()) -> str:
         [
             *(row.text, row.text_pair, row.label, row.id, row.choices),
             *([] if row.target is None else [row.target]),
-            *([] if row.teacher_text is None else [{"partner": row.teacher_text}]),
+            *([] if row.teacher_text is None else [{"partner": [row.teacher_text, row.teacher_pair]}]),
         ]
         for row in rows
     ]

@@ -144,17 +144,18 @@ class TaskRows:
         return self._translated[language]
 
     def with_partners(self, language: str, path: str | Path, target: str) -> tuple[list[TextRow], dict[str, int]]:
-        """Its rows with existing translations as their `teacher_text`, those that have one, and what was counted.
+        """Its rows, those that have an existing translation with it as their `teacher_text` (and `teacher_pair`), and
+        what was counted.
 
         Raises:
-            ValueError: as `translated`; rows of several texts, which have no partner.
+            ValueError: as `translated`; rows with choices, which have no partner.
         """
         rows = list(self.rows(language))
         found = self.translated(language, path, target)
         if found is None:
             return rows, {"translations_missing": len(rows)}
         for place, translation in zip(self._places[language], found[0], strict=True):
-            rows[place] = replace(rows[place], teacher_text=translation.text)
+            rows[place] = replace(rows[place], teacher_text=translation.text, teacher_pair=translation.text_pair)
             rows[place].for_teacher()
         return rows, found[1]
 

@@ -127,7 +127,7 @@ class Output:
     Fields:
         settings: plain data that tells the texts and the model apart from others; compared, with the prompt and how
             answers are made, before a stopped run goes on, and written to `<path>.run.json`.
-        also: what else of a row is written: text_pair, teacher_text, gold (its own label, by name).
+        also: what else of a row is written: text_pair, teacher_text, teacher_pair, gold (its own label, by name).
     """
 
     path: str | Path
@@ -141,7 +141,7 @@ class Output:
 
 
 def respond_file(responder: Responder, rows: Iterable[TextRow], output: Output) -> RecordReport:
-    """Write a record per answer: id, language, text, (text_pair, teacher_text), sample, target, score, finished.
+    """Write a record per answer: id, language, text, (text_pair, teacher_text, ...), sample, target, score, finished.
 
     `target` is the answer as it was written, without the end token; `score` the mean log probability of its tokens, end
     token included; `finished` says whether it ended before the limit. Of the report's counts, "unfinished" did not, and
@@ -170,7 +170,7 @@ def respond_file(responder: Responder, rows: Iterable[TextRow], output: Output) 
 
 
 def label_file(labeller: Labeller | HeadLabeller, rows: Iterable[TextRow], output: Output) -> RecordReport:
-    """Write a record per row: id, language, text, (text_pair, teacher_text, gold), label, log_likelihoods.
+    """Write a record per row: id, language, text, (text_pair, teacher_text, ...), label, log_likelihoods.
 
     `log_likelihoods` are those of each label, in their order, written out with the end token, or a task head's
     log-probabilities; `label` is the likeliest.
@@ -209,6 +209,7 @@ def _about(rows: Sequence[TextRow], first: int, labels: Sequence[str] = ()) -> l
             "text": row.text,
             "text_pair": row.text_pair,
             "teacher_text": row.teacher_text,
+            "teacher_pair": row.teacher_pair,
             "gold": labels[row.label] if labels and row.label is not None else None,
         }
         for place, row in enumerate(rows)

@@ -339,7 +339,7 @@ class MTLLM(nn.Module):
     def set_fusion(self, settings: FusionSettings) -> None:
         """Let these layers of the encoder read a text and its translation end to end; 0 of them end that.
 
-        Rows are then read with their `teacher_text`, as English, where they have one.
+        Rows are then read with their `teacher_text` (and `teacher_pair`), as English, where they have one.
 
         Raises:
             ValueError: the model is no encoder alone, or its encoder cannot do it in these layers.

@@ -40,7 +40,7 @@ def rows_digest(rows: Iterable[TextRow]) -> str:
     for row in rows:
         parts: tuple[object, ...] = (row.text, row.language or ENGLISH_CODES[0], row.text_pair, row.label, row.choices)
         if row.teacher_text is not None:  # rows without one keep the digest that they had
-            parts += ("teacher_text", row.teacher_text)
+            parts += ("teacher_text", row.teacher_text, *(() if row.teacher_pair is None else (row.teacher_pair,)))
         if row.target is not None:
             parts += ("target", row.target, *(() if row.finished else ("unfinished",)))
         if row.soft_label is not None:

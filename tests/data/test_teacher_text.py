@@ -30,6 +30,14 @@ def test_the_column_is_read(tmp_path) -> None:
         list(read_rows(path, text_column="fr", teacher_text_column="english"))
     with pytest.raises(ValueError, match="teacher_text_column='en': takes the place of a text alone, but pair_column"):
         read_rows(path, text_column="fr", pair_column="fr", teacher_text_column="en")
+    pairs = read_rows(
+        path, text_column="fr", pair_column="en", teacher_text_column="en", teacher_pair_column="fr", limit=3
+    )
+    assert [(row.text_pair, row.teacher_text, row.teacher_pair) for row in pairs] == [*zip(ENGLISH, ENGLISH, FRENCH)]
+    for missing in ("teacher_text_column", "pair_column"):
+        more = {"pair_column": "fr", "teacher_text_column": "en", missing: None}
+        with pytest.raises(ValueError, match=f"teacher_pair_column='en': {missing} is missing"):
+            read_rows(path, text_column="fr", teacher_pair_column="en", **more)
 
 
 def test_the_teacher_reads_its_own_text_beside_a_student(stack) -> None:
@@ -64,8 +72,15 @@ def test_it_takes_the_place_of_one_text_alone(stack) -> None:
     ):
         with pytest.raises(ValueError, match=f"teacher_text='the summer.*, but the row has {other}"):
             collate([row], stack, align=False)
+    with pytest.raises(ValueError, match="teacher_pair='b': the row has no text_pair"):
+        collate([replace(ROWS[0], teacher_pair="b")], stack, align=False)
     plain = TextRow("a", text_pair="b", label=1)
     assert plain.for_teacher() is plain
+    both = replace(plain, teacher_text="c", teacher_pair="d")
+    assert both.for_teacher() == replace(plain, text="c", text_pair="d")
+    batch = collate([both], stack, align=False)
+    theirs, own = (stack.llm_side([TextRow(*texts)]).ids[0] for texts in (("c", None, "d"), ("a", None, "b")))
+    assert batch.llm.input_ids.tolist() == theirs.tolist() != own.tolist()
     assert ROWS[0].for_teacher() == TextRow(ENGLISH[0], "fra_Latn")
 
 

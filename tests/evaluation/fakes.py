@@ -20,7 +20,12 @@ class FakeEngine:
         )
         head = None if labels is None and kind == "classification" else object()
         config = SimpleNamespace(
-            labels=list(labels) if labels else None, head=head, prompt=None, reader="stack", causal=False
+            labels=list(labels) if labels else None,
+            head=head,
+            prompt=None,
+            reader="stack",
+            causal=False,
+            fusion=None,
         )
         self.model = SimpleNamespace(side=side, tokenizer=tokenizer, head=head, config=config)
         self.tokenizer, self.truncated = tokenizer, 0

@@ -366,7 +366,16 @@ def test_only_an_encoder_alone(encoder_folder: str, llm_folder: str, model: MTLL
     assert model.config.fusion == FusionSettings(1, 1), "as it was"
 
 
-def test_a_row_of_several_texts_has_no_partner(model: MTLLM) -> None:
+def test_pairs_are_read_with_pairs(model: MTLLM) -> None:
+    row = TextRow("The river.", "fra_Latn", "She bought.", teacher_text="A teacher.", teacher_pair="Nobody knew.")
+    packed = collate([row], model.require_tokenizer(), sides=("mt",), align=False).side("mt")
+    english = model.require_tokenizer().mt_side([TextRow("A teacher.", "eng_Latn", "Nobody knew.")]).ids[0]
+    assert packed.input_ids[packed.lengths[0] :].tolist() == english.tolist()
+    found = [Engine(model).classify([one]) for one in (row, replace(row, teacher_pair="A teacher."))]
+    assert not torch.allclose(*map(torch.from_numpy, found), atol=1e-4)
+
+
+def test_a_row_of_several_texts_has_no_partner_of_one(model: MTLLM) -> None:
     for more in ({"text_pair": "b"}, {"choices": ("a", "b")}):
         with pytest.raises(ValueError, match=r"teacher_text='A teacher.*takes the place of a text alone"):
             Engine(model).classify([replace(ROWS[0], **more)])

@@ -82,6 +82,8 @@ def test_rows_without_a_teacher_text_keep_their_digests() -> None:
     plain = TextRow("Été", "fra_Latn")
     others = [plain, replace(plain, teacher_text="Summer"), replace(plain, teacher_text="Winter")]
     others += [replace(plain, teacher_text=""), replace(plain, target="Summer")]
+    pair = replace(plain, text_pair="Hiver", teacher_text="Summer")
+    others += [replace(pair, teacher_pair="Winter"), replace(pair, teacher_pair="Cold")]
     others += [replace(plain, soft_label=(-0.5, -1.0)), replace(plain, soft_label=(-1.0, -0.5))]
     assert len({rows_digest([row]) for row in others}) == len(others)
 
