@@ -121,13 +121,8 @@ def train_on_task(stage: str, command: Any) -> None:
     source = command.source
     if stage == "finetune" and source.teacher_text_column is not None and not (command.fusion.layers or command.model):
         raise ValueError(
-<<<<<<< HEAD
-            f"--teacher-text-column {source.teacher_text_column}: nothing here reads it; it is for distill, and for an "
-            "encoder with --fusion.layers, which reads it beside the text"
-=======
-            f"--teacher-text-column {source.teacher_text_column}: stage 2 has no teacher; it is for distill, and for "
+            f"--teacher-text-column {source.teacher_text_column}: nothing here reads it; it is for distill, and for "
             "--fusion.layers, where an encoder reads it beside the text"
->>>>>>> helper-c
         )
     if stage == "distill" and source.soft_label_column is not None:
         raise ValueError(
