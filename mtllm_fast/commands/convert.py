@@ -17,7 +17,8 @@ class Convert:
     it by a linear probe on its frozen pooled states.
 
     --to merged gives an MTLLM folder that needs nothing else: no adapters, and an LLM in OUTPUT/llm that
-    `AutoModelForCausalLM.from_pretrained` reads. With --push-to-hub alone, MODEL goes to the hub as it is.
+    `AutoModelForCausalLM.from_pretrained` reads; an encoder with a LoRA is merged too, into one in OUTPUT/encoder that
+    can be stacked anew. With --push-to-hub alone, MODEL goes to the hub as it is.
 
     --to swapped is stage 3 without training (arXiv 2410.01335): MODEL, from `mtllm adapt`, keeps its adapter in the
     outer layers of the LLM and gets the task teacher's in the inner ones, and its head. The two layers where they meet

@@ -175,7 +175,7 @@ def test_runs_learn_with_masks_and_lines_are_their_own_targets(encoder_folder, l
     (tmp_path / "lines.txt").write_text("\n".join(row.text for row in ROWS) + "\n")
     rows = read_rows(tmp_path / "lines.txt", target_column="text", language="eng_Latn")
     assert [(row.text, row.target) for row in rows] == [(row.text, row.text) for row in ROWS]
-    with pytest.raises(ValueError, match="target_column 'target': .*is plain text and has no columns"):
+    with pytest.raises(ValueError, match=r"target_column 'target': .*is plain text and has no columns"):
         read_rows(tmp_path / "lines.txt", target_column="target")
     losses = {}
     for share in (0.0, 0.5):

@@ -317,7 +317,7 @@ def test_it_is_recorded_and_older_runs_go_on_without(bases, tmp_path) -> None:
     assert record["train_encoder"] == "no" and record["mask_targets"] == 0.0
     with pytest.raises(ValueError, match="--resume: train_encoder='lora'"):
         run("sft", tmp_path / "run", resume=True, train_encoder="lora", **settings)
-    with pytest.raises(ValueError, match="--resume: mask_targets=0.5"):
+    with pytest.raises(ValueError, match=r"--resume: mask_targets=0\.5"):
         run("sft", tmp_path / "run", resume=True, mask_targets=0.5, **settings)
     for name in ("train_encoder", "mask_targets"):
         del record[name]
