@@ -17,7 +17,8 @@ class Convert:
     it by a linear probe on its frozen pooled states.
 
     --to merged gives an MTLLM folder that needs nothing else: no adapters, and an LLM in OUTPUT/llm that
-    `AutoModelForCausalLM.from_pretrained` reads. With --push-to-hub alone, MODEL goes to the hub as it is.
+    `AutoModelForCausalLM.from_pretrained` reads; an encoder with a LoRA is merged too, into one in OUTPUT/encoder that
+    can be stacked anew. With --push-to-hub alone, MODEL goes to the hub as it is.
 
     --to encoder writes the encoder of MODEL by itself, from `mtllm compress`, with its tokenizer: a Hugging Face folder
     that `--encoder` of the other commands takes.
