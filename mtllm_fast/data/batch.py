@@ -258,5 +258,6 @@ def _packed_spans(side: TokenizedSide, index: Sequence[int], packed: PackedBatch
     counts = {len(side.spans[i]) for i in index}
     if len(counts) != 1:
         raise ValueError(f"choices: every row of a batch needs the same number of choices, got {sorted(counts)}")
-    starts = packed.cu_seqlens.numpy()[: -1 : packed.per_row].astype(np.int64)
+    starts = packed.cu_seqlens.numpy()[:-1].astype(np.int64)
+    starts = starts[:: packed.per_row]
     return torch.from_numpy(np.stack([side.spans[i] for i in index]).astype(np.int64) + starts[:, None, None])
