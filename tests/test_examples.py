@@ -130,7 +130,7 @@ def test_the_recipe_of_the_readme(inputs: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(recipe_run, "run_measured", inside)
     cli.main(commands[0][1:])
     listed = capsys.readouterr().out
-    assert sum(name in listed for name in names()) == len(names()) == 17
+    assert sum(name in listed for name in names()) == len(names()) == 20  # as the README says
     words = [word.replace("max_steps=200", "max_steps=2") for word in commands[1][1:]]
     cli.main([*words, "teacher.max_steps=2", "student.max_steps=2", "*.device=cpu", "*.report_to=none"])
     assert (inputs / "runs/mt-llm/student/model.safetensors").is_file()
