@@ -105,7 +105,7 @@ def test_a_label_is_learned_that_the_translation_alone_tells(trained: Path, worl
     [
         (
             [*ENGLISH],
-            "--teacher-text-column english: stage 2 has no teacher; it is for distill, and for --fusion.layers",
+            "--teacher-text-column english: nothing here reads it; it is for distill, and for --fusion.layers",
         ),
         ([*FUSED, *LANGUAGE], "fusion: a text is read with its translation, and the rows have no teacher_text"),
         (["--loss.partner-task", "1"], "loss.partner_task=1.0: is of the translations that texts are read with"),
