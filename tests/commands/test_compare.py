@@ -276,7 +276,7 @@ def test_a_system_that_cannot_do_a_task_is_named(root, given, content, calls, tm
         ({"recipes": {"a": {"recipe": "direct", "set": {"teacher.lr": "x"}}}}, "recipes: a: --set teacher.lr=\"x\": lr: 'x': expected a number"),
         ({"recipes": {"a": {"recipe": "direct", "set": {"adapt.lr": 1}}}}, "recipes: a: --set adapt.lr=1: direct has no step 'adapt'"),
         ({"set": {"nothing.lr": 1}}, "set: no recipe has a step for 'nothing.lr'"),
-        ({"set": {"*.teacher": 1}, "recipes": {"alone": "direct"}, "data": {"task": "folder", "folder": "x"}, "encoder": None}, "set: no recipe has a step for '*.teacher'"),
+        ({"set": {"*.init_from": 1}, "recipes": {"alone": "direct"}, "data": {"task": "folder", "folder": "x"}, "encoder": None}, "set: no recipe has a step for '*.init_from'"),
         ({"data": {"task": "folder", "folder": "x", "chains": "x", "english": "x", "dictionary": "x"}}, "data: 'dictionary' is a role of no recipe"),
         ({"llm": ""}, "recipes: alone: llm is missing: recipe direct uses it"),
         ({"recipes": {"alone": "direct"}}, "data: 'english' is a role of no recipe"),

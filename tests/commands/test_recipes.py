@@ -110,5 +110,5 @@ def test_recipes_that_share_steps_ran_them_once(world) -> None:
     assert not contrast["adapt"].taken_from
 
 
-def test_the_only_recipe_with_labels_in_the_test_language_is_xcot() -> None:
-    assert [name for name in names() if read_recipe(name).labels_in_test_language] == ["xcot"]
+def test_the_recipes_with_labels_in_the_test_languages_are_those_that_learn_from_translated_rows() -> None:
+    assert [name for name in names() if read_recipe(name).labels_in_test_language] == ["filter", "xcot"]

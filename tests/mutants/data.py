@@ -68,7 +68,7 @@ MUTANTS: list[Mutant] = [
         ("embeds = reader.projected(text, _embedded(reader.llm, before), closing)", "embeds = reader.projected(text, closing, _embedded(reader.llm, before))"),
         ("kept = offset < np.repeat(lengths.ravel(), counts)", "kept = offset <= np.repeat(lengths.ravel(), counts)"),
         ("part = np.repeat(np.tile(np.arange(4), count), counts)[kept]", "part = np.repeat(np.tile(np.arange(4), count), counts)[: kept.sum()]"),
-        ("ids[rows] = tokens.input_ids.repeat(count // tokens.num_sequences)", "pass"),
+        ("ids[rows] = own.repeat(count // tokens.num_sequences)", "pass"),
         ("PackedBatch.from_flat(ids, lengths.sum(1).tolist())", "PackedBatch.from_flat(ids, lengths.sum(1)[::-1].tolist())"),
         ("return embeds if tokens.num_sequences == 1 else tokens.pad_states(embeds)", "return embeds.detach() if tokens.num_sequences == 1 else tokens.pad_states(embeds)"),
     ),
