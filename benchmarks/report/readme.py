@@ -22,6 +22,7 @@ HEADLINES = (
     ("encode", ("xnli", "sib200")),
     ("translate", ("384 texts",)),
     ("pack_collate", ("NLI",)),
+    ("label_likelihood", ("3 labels", "4 choices")),
     ("linear_kl", ("2048x1024x64000", "8192x4096x128256")),
     ("packed_projection", ("NLI", "web text")),
     ("pooled_mse", ("NLI",)),
