@@ -141,7 +141,7 @@ def test_overrides_are_typed_as_in_yaml(tmp_path: Path) -> None:
         ("first.loss={kl: 1}", "name one option; that of a mapping has a dot"),
         ("first.text=[", "not YAML"),
         ("first.text=no", "text: False: expected text; put `no`, `yes`, `on` and `off` in quotes"),
-        ("*.teacher=x", "no step of"),
+        ("*.init_from=x", "no step of"),
         ("first.command=distill", "the command of a step is the recipe's"),
         ("first.output=x", "the output of a step is the recipe's"),
         ("*.seed=3", "seed is not for a step"),

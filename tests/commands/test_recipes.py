@@ -24,7 +24,8 @@ OWN = {"layer_swap": ["swapped.bottom=0", "swapped.top=1", "swapped.between=0"]}
 OWN |= {name: ["answers.max_new_tokens=6"] for name in ("sdrrl", "sdrrl_ce")}
 OWN["mid_align"] = ["align.loss.contrast_layer=1"]
 OWN["copsd"] = ["first_answers.max_new_tokens=6", "second_answers.max_new_tokens=6"]
-OWN["bistil"] = ["smaller.layers=1"]  # the encoder has two
+# the encoder has two layers; the whole one's classifier is not to be that of encoder_only, which would take it
+OWN["bistil"] = ["smaller.layers=1", "whole_classifier.lr=2e-2"]
 WRITERS = {"copsd", "mindmerger", "mindmerger_replaced", "langbridge", "sdrrl", "sdrrl_ce", "xcot"}
 PROMPTED = WRITERS | {"lusifer"}  # it wrote in its first stage
 WITH_ENCODER = {"lusifer"}  # whose encoder is trained
