@@ -161,12 +161,14 @@ class Run:
         rows = _read_as(inputs.rows, code)
         before, start = self.scorer.counts(), time.perf_counter()
         good = self.scorer.readable(rows)
-        with self._centred(inputs):
-            read = np.asarray(self.scorer.logits([rows[index] for index in good]), np.float32)
+        generated = self.settings.task.kind == "generated"
+        read = np.zeros((0, 2 if generated else max(len(self.settings.task.labels), 1)), np.float32)
+        if good:  # all rows of a language may be in a script that a smaller vocabulary lost
+            with self._centred(inputs):
+                read = np.asarray(self.scorer.logits([rows[index] for index in good]), np.float32)
         time_s = time.perf_counter() - start
         logits, predictions = np.zeros((len(rows), read.shape[1]), np.float32), np.full(len(rows), UNREAD)
         logits[good], predictions[good] = read, read.argmax(1)
-        generated = self.settings.task.kind == "generated"
         counts = {name: count - before.get(name, 0) for name, count in self.scorer.counts().items()}
         if unread := len(rows) - len(good):
             counts["rows_that_a_tokenizer_fails_on_(wrong)"] = unread
@@ -180,7 +182,7 @@ class Run:
             blank=sum(map(has_blank, rows)),
             counts={**inputs.counts, **counts},
             time_s=time_s,
-            answers=_placed(self.loaded[0].written, good, len(rows)),
+            answers=_placed(self.loaded[0].written if good else (), good, len(rows)),
         )
 
     @contextmanager
@@ -245,6 +247,8 @@ class Run:
         if self._english_states is None:
             as_read = _read_as(english_rows, code)
             known = reader.readable(as_read)
+            if len(known) < 2:
+                return
             states = reader.states([as_read[index] for index in known])
             self._english_states = np.full((len(as_read), states.shape[1]), np.nan, np.float32)
             self._english_states[known] = states

@@ -78,6 +78,23 @@ def test_a_row_that_is_not_read_is_wrong_and_counted(
     assert again.languages["fra_Latn"] == found.languages["fra_Latn"], "from the store it is the same"
 
 
+@pytest.mark.parametrize("kind", ["head", "probe", "likelihood"])
+def test_a_language_that_is_not_read_at_all(
+    kind: str, encoder_folder: str, llm_folder: str, data: Path, tmp_path: Path
+) -> None:
+    """As that of a script which a smaller vocabulary lost: every row is wrong, and the other languages are as ever."""
+    path = data / "swh_Latn" / "test.tsv"
+    header, *lines = path.read_text().splitlines()
+    path.write_text("\n".join([header, *(line.replace("\t", f"\t{BAD} ", 1) for line in lines)]) + "\n")
+    task, options = get_task("folder", data), {"progress": False, "resamples": 50, "alignment": True}
+    store, model = CellStore(tmp_path / "cells"), tmp_path / "model"
+    models(encoder_folder, llm_folder)[kind].save_pretrained(model)
+    (found,) = evaluate({"ours": model}, task, data, cells=store, **options).models
+    assert found.languages["swh_Latn"].accuracy == 0 == found.languages["swh_Latn"].macro_f1
+    assert found.counts[SAID] == 12 + len(WHERE) + 1 and not found.languages["swh_Latn"].alignment
+    assert found.languages["fra_Latn"].aligned == 12 - len(WHERE) - 1
+
+
 def np_arrays(path: Path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
