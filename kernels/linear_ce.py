@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .gemms import accumulation_dtype, kept_dtype
+from .gemms import accumulation_dtype
 from .linear_kl_checks import autocast, check_matrix, check_side, check_vector, common_vocabulary, gathered
-from .linear_kl_ops import Five, OverPairs, dtype_if, scaled_gradients
-from .op import Kept, Op, Registered, needs_gradient
+from .linear_kl_ops import Five, OverHead
+from .op import Registered, needs_gradient
 
 IGNORED = -100  # as torch.nn.functional.cross_entropy
 
@@ -56,8 +56,8 @@ def reference(
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CrossEntropy(Op[Five], OverPairs):
-    """total (), values (N,), dh (T, D), dw (V, D), db (V,); a gradient that is not needed has no rows."""
+class CrossEntropy(OverHead):
+    """The cross-entropy of a head's distributions with target tokens."""
 
     h_s: Tensor  # (T, D)
     w_s: Tensor  # (V, D)
@@ -81,28 +81,6 @@ class CrossEntropy(Op[Five], OverPairs):
         from .linear_ce_triton import cross_entropy_triton
 
         return cross_entropy_triton(self)
-
-    def fake(self) -> Five:
-        h, w, dtype = self.h_s, self.w_s, accumulation_dtype(self.h_s.dtype)
-        return (
-            h.new_empty((), dtype=dtype),
-            h.new_empty(self.pairs, dtype=dtype),
-            h.new_empty((h.shape[0] if self.need_dh else 0, h.shape[1]), dtype=kept_dtype(h.dtype)),
-            w.new_empty((w.shape[0] if self.need_dw else 0, w.shape[1]), dtype=kept_dtype(w.dtype)),
-            h.new_empty(w.shape[0] if self.need_db else 0, dtype=dtype),
-        )
-
-    def keep(self, output: Five) -> Kept:
-        dtypes = {
-            "h_s": dtype_if(self.need_dh, self.h_s),
-            "w_s": dtype_if(self.need_dw, self.w_s),
-            "bias_s": dtype_if(self.need_db, self.bias_s),
-        }
-        return {"dtypes": dtypes, **dict(zip(dtypes, output[2:]))}
-
-    @staticmethod
-    def backward(kept: Kept, total: Tensor | None, *_: Tensor | None) -> dict[str, Tensor | None]:
-        return scaled_gradients(total, kept)
 
 
 cross_entropy = Registered(CrossEntropy, "linear_ce", errors="linear_ce")

@@ -81,12 +81,43 @@ class OverPairs:
         return (self.h_s if self.rows_s is None else self.rows_s).shape[0]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Difference(Op[Five], OverPairs):
-    """total (), values (P,), dh (T_s, D), dw (V, D), db (V,); a gradient that is not needed has no rows.
+class OverHead(Op[Five], OverPairs):
+    """An op over row pairs that trains states, head and bias.
 
-    dh and dw are in `kept_dtype` of the states and the head, db in the accumulation dtype.
+    It gives total (), values (P,), dh (T_s, D), dw (V, D), db (V,); a gradient that is not needed has no rows. dh and
+    dw are in `kept_dtype` of the states and the head, everything else in the accumulation dtype.
     """
+
+    bias_s: Tensor | None
+
+    def fake(self) -> Five:
+        h_s, w_s = self.h_s, self.w_s
+        dtype = accumulation_dtype(h_s.dtype)
+        vocab, width = w_s.shape
+        return (
+            h_s.new_empty((), dtype=dtype),
+            h_s.new_empty(self.pairs, dtype=dtype),
+            h_s.new_empty((h_s.shape[0] if self.need_dh else 0, width), dtype=kept_dtype(h_s.dtype)),
+            w_s.new_empty((vocab if self.need_dw else 0, width), dtype=kept_dtype(w_s.dtype)),
+            h_s.new_empty(vocab if self.need_db else 0, dtype=dtype),
+        )
+
+    def keep(self, output: Five) -> Kept:
+        dtypes = {
+            "h_s": dtype_if(self.need_dh, self.h_s),
+            "w_s": dtype_if(self.need_dw, self.w_s),
+            "bias_s": dtype_if(self.need_db, self.bias_s),
+        }
+        return {"dtypes": dtypes, **dict(zip(dtypes, output[2:]))}
+
+    @staticmethod
+    def backward(kept: Kept, total: Tensor | None, *_: Tensor | None) -> dict[str, Tensor | None]:
+        return scaled_gradients(total, kept)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Difference(OverHead):
+    """The divergence of two heads' distributions at row pairs."""
 
     h_s: Tensor  # (T_s, D)
     w_s: Tensor  # (V, D)
@@ -114,30 +145,6 @@ class Difference(Op[Five], OverPairs):
         from .linear_kl_launch import difference_triton
 
         return difference_triton(self)
-
-    def fake(self) -> Five:
-        h_s, w_s = self.h_s, self.w_s
-        dtype = accumulation_dtype(h_s.dtype)
-        vocab, width = w_s.shape
-        return (
-            h_s.new_empty((), dtype=dtype),
-            h_s.new_empty(self.pairs, dtype=dtype),
-            h_s.new_empty((h_s.shape[0] if self.need_dh else 0, width), dtype=kept_dtype(h_s.dtype)),
-            w_s.new_empty((vocab if self.need_dw else 0, width), dtype=kept_dtype(w_s.dtype)),
-            h_s.new_empty(vocab if self.need_db else 0, dtype=dtype),
-        )
-
-    def keep(self, output: Five) -> Kept:
-        dtypes = {
-            "h_s": dtype_if(self.need_dh, self.h_s),
-            "w_s": dtype_if(self.need_dw, self.w_s),
-            "bias_s": dtype_if(self.need_db, self.bias_s),
-        }
-        return {"dtypes": dtypes, **dict(zip(dtypes, output[2:]))}
-
-    @staticmethod
-    def backward(kept: Kept, total: Tensor | None, *_: Tensor | None) -> dict[str, Tensor | None]:
-        return scaled_gradients(total, kept)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
