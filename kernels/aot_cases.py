@@ -109,50 +109,36 @@ def linear_ce_cases(arch: str) -> Iterator[Case]:
 
 
 def hidden_mse_cases(arch: str) -> Iterator[Case]:
-    """The streaming kernels, with every norm and dtype at a width of 4096 and with one of each at 1024."""
+    """The streaming kernels, in every dtype at a width of 4096 and in one at 1024."""
     tiles = row_of(HIDDEN_MSE, arch)
     for width in WIDTHS:
         for dtype in ("bf16", "fp16", "fp32") if width == WIDTHS[-1] else ("bf16",):
             tile = tiles.for_width(width, 4 if dtype == "fp32" else 2)
             row = RowTile(width, tile.num_warps)
-            for norm in ("none", "rms", "layer"):
+            pointers = dict.fromkeys(("dx_ptr", "x_ptr", "t_ptr", "more_ptr"), dtype)
+            gradient = {"PIECE": tiles.gradient_piece, "STAGES": min(tile.stages, 3), "BLOCK_D": width}
+            yield _case(
+                hidden_mse_triton.pool_rows, f"{dtype} D={width}", {"x_ptr": dtype}, row,
+                IS_CU=True, PIECE=tiles.piece, ROWS=tile.rows, STAGES=tile.stages, BLOCK_D=width,
+            )  # fmt: skip
+            for more in (False, True):
+                parts = dict.fromkeys(("HAS_PAIRS", "HAS_WEIGHT", "HAS_MORE"), more)
+                label = f"pooled{' +pairs +weight +more' if more else ''} {dtype} D={width}"
                 yield _case(
-                    hidden_mse_triton.pool_rows, f"{dtype} {norm} D={width}", {"x_ptr": dtype}, row,
-                    NORM=norm, STORE_STATS=norm != "none", IS_CU=True, PIECE=tiles.piece, ROWS=tile.rows,
-                    STAGES=tile.stages, BLOCK_D=width,
+                    hidden_mse_triton.state_gradient, label, pointers, row,
+                    HAS_POOL=True, IS_CU=not more, **parts, **gradient,
                 )  # fmt: skip
-                yield _case(
-                    hidden_mse_triton.state_gradient, f"pooled {dtype} {norm} D={width}",
-                    {"dx_ptr": dtype, "x_ptr": dtype, "t_ptr": dtype, "more_ptr": dtype}, row,
-                    NORM=norm, HAS_POOL=True, HAS_PAIRS=False, HAS_WEIGHT=False, COSINE=False, HAS_MORE=False,
-                    IS_CU=True, PIECE=tiles.gradient_piece, STAGES=min(tile.stages, 3), BLOCK_D=width,
-                )  # fmt: skip
-            for cosine in (False, True):
-                kind = "cosine" if cosine else "mse"
-                yield _case(
-                    hidden_mse_triton.pair_values,
-                    f"{kind} {dtype} +weight D={width}",
-                    {"s_ptr": dtype, "t_ptr": dtype},
-                    row,
-                    HAS_WEIGHT=True,
-                    COSINE=cosine,
-                    BLOCK_D=width,
-                )
-                yield _case(
-                    hidden_mse_triton.state_gradient, f"pooled {kind} more {dtype} D={width}",
-                    {"dx_ptr": dtype, "x_ptr": dtype, "t_ptr": dtype, "more_ptr": dtype}, row,
-                    NORM="none", HAS_POOL=True, HAS_PAIRS=True, HAS_WEIGHT=True, COSINE=cosine, HAS_MORE=True,
-                    IS_CU=False, PIECE=tiles.gradient_piece, STAGES=min(tile.stages, 3), BLOCK_D=width,
-                )  # fmt: skip
+            pair = {"s_ptr": dtype, "t_ptr": dtype}
+            label = f"{dtype} +weight D={width}"
+            yield _case(hidden_mse_triton.pair_values, label, pair, row, HAS_WEIGHT=True, BLOCK_D=width)
     block = RowTile(tiles.finish_block, 4)
     compare = RowTile(tiles.compare_block, 8)
     for is_cu in (True, False):
         kind = "cu_seqlens" if is_cu else "spans"
         yield _case(hidden_mse_triton.pool_finish, kind, {}, block, IS_CU=is_cu, PIECE=tiles.piece, BLOCK_D=block.block)
         yield _case(
-            hidden_mse_triton.pool_compare, f"{kind} +weight +norm", {}, compare,
-            HAS_WEIGHT=True, HAS_NORM_WEIGHT=True, NEED_U=True, NEED_NORM=True, IS_CU_S=is_cu, IS_CU_T=is_cu,
-            PIECE=tiles.piece, BLOCK_D=compare.block,
+            hidden_mse_triton.pool_compare, f"{kind} +weight", {}, compare,
+            HAS_WEIGHT=True, NEED_U=True, IS_CU_S=is_cu, IS_CU_T=is_cu, PIECE=tiles.piece, BLOCK_D=compare.block,
         )  # fmt: skip
         yield _case(
             hidden_mse_triton.check_bounds,

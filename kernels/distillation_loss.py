@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import hidden_mse_ops, linear_kl_ops
 from .gemms import accumulation_dtype, kept_dtype
-from .hidden_mse import KINDS, both_bounds, check_pairs, check_two_sides, pooled_count
+from .hidden_mse import both_bounds, check_pairs, check_two_sides, pooled_count
 from .linear_kl_checks import check_moments, check_options, check_side, common_vocabulary, gathered
 from .linear_kl_cpu import FORWARD
 from .linear_kl_ops import dtype_if, scaled_gradients
@@ -36,12 +36,12 @@ class DistillationTerms(NamedTuple):
     kl: tuple[Tensor, Tensor] | None
 
 
-Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Distillation(Op[Eight]):
-    """pooled (), paired (), kl (), u (S, D), pair_stats (2, P), dh (T_s, D), dw (V, D), db (V,)."""
+class Distillation(Op[Seven]):
+    """pooled (), paired (), kl (), u (S, D), dh (T_s, D), dw (V, D), db (V,)."""
 
     student: Tensor  # (T_s, D)
     teacher: Tensor  # (T_t, D)
@@ -52,7 +52,7 @@ class Distillation(Op[Eight]):
     rows_s: Tensor | None = None  # (P,)
     rows_t: Tensor | None = None  # (P,)
     pair_weight: Tensor | None = None  # (P,)
-    kind: str = ""  # "": no paired term
+    paired: bool = False
     rows_sorted: bool = False
     head: Tensor | None = None  # (V, D); None: no KL
     bias: Tensor | None = None  # (V,)
@@ -70,7 +70,7 @@ class Distillation(Op[Eight]):
     def hidden(self) -> dict[str, Any]:
         """Arguments of `hidden_loss`."""
         names = ("student", "teacher", "bounds_s", "bounds_t", "pooling", "segment_weight", "need_dx")
-        pairs = ("rows_s", "rows_t", "pair_weight", "kind", "rows_sorted") if self.kind else ()
+        pairs = ("rows_s", "rows_t", "pair_weight", "rows_sorted") if self.paired else ()
         return {name: getattr(self, name) for name in (*names, *pairs)}
 
     def step(self) -> dict[str, object]:
@@ -79,8 +79,8 @@ class Distillation(Op[Eight]):
         shared = {"h_s": self.student, "w_s": self.head, "bias_s": self.bias, "row_weight": self.pair_weight}
         return {**shared, "need_dh": self.need_dx, **{name: getattr(self, name) for name in names}}
 
-    def cpu(self) -> Eight:
-        pooled, paired, u, _, pair_stats, _ = hidden_mse_ops.hidden_loss.raw(**self.hidden())
+    def cpu(self) -> Seven:
+        pooled, paired, u = hidden_mse_ops.hidden_loss.raw(**self.hidden())
         kl = pooled.new_zeros(())
         dh, dw = (self._kept(0) for _ in range(2))
         db = pooled.new_empty(0)
@@ -91,26 +91,26 @@ class Distillation(Op[Eight]):
             kl, _, dh, dw, db = linear_kl_ops.difference.raw(
                 **self.step(), h_t=self.teacher, softcap=self.softcap, need_dw=self.need_dw, need_db=self.need_db
             )
-        return pooled, paired, kl, u, pair_stats, dh, dw, db
+        return pooled, paired, kl, u, dh, dw, db
 
     def _kept(self, rows: int) -> Tensor:
         return self.student.new_empty((rows, self.student.shape[1]), dtype=kept_dtype(self.student.dtype))
 
-    def fake(self) -> Eight:
-        pooled, paired, u, _, pair_stats, _ = hidden_mse_ops.HiddenLoss(**self.hidden()).fake()
+    def fake(self) -> Seven:
+        pooled, paired, u = hidden_mse_ops.HiddenLoss(**self.hidden()).fake()
         vocab = 0 if self.head is None or self.m is not None else self.head.shape[0]
         dh = self._kept(self.student.shape[0] if self.head is not None and self.need_dx else 0)
         db = pooled.new_empty(vocab if self.need_db else 0)
-        return pooled, paired, pooled.new_empty(()), u, pair_stats, dh, self._kept(vocab if self.need_dw else 0), db
+        return pooled, paired, pooled.new_empty(()), u, dh, self._kept(vocab if self.need_dw else 0), db
 
-    def keep(self, output: Eight) -> Kept:
-        _, _, _, u, pair_stats, dh, dw, db = output
-        made = {"u": u if self.bounds_s is not None else None, "pair_stats": pair_stats, "head": dw, "bias": db}
-        made |= {"stats": u.new_empty(0, 1), "more": dh if self.head is not None else None}
+    def keep(self, output: Seven) -> Kept:
+        _, _, _, u, dh, dw, db = output
+        made = {"u": u if self.bounds_s is not None else None, "head": dw, "bias": db}
+        made["more"] = dh if self.head is not None else None
         dtypes = {"head": dtype_if(self.need_dw, self.head), "bias": dtype_if(self.need_db, self.bias)}
         given = {"bounds": self.bounds_s, "pooling": self.pooling, "need_dx": self.need_dx}
-        if self.kind:  # only row pairs need the states again
-            names = ("student", "teacher", "rows_s", "rows_t", "pair_weight", "kind", "rows_sorted")
+        if self.paired:  # only row pairs need the states again
+            names = ("student", "teacher", "rows_s", "rows_t", "pair_weight", "rows_sorted")
             given |= {name: getattr(self, name) for name in names}
         return {"student": hidden_mse_ops.shape_of(self.student), "dtypes": dtypes, **made, **given}
 
@@ -138,7 +138,7 @@ def distillation_loss(
     spans_t: Tensor | None = None,
     pooling: str = "mean",
     segment_weight: Tensor | None = None,  # (B,), (S,) or (B, C)
-    paired: str | None = None,
+    paired: bool = False,
     rows_s: Tensor | None = None,  # (P,)
     rows_t: Tensor | None = None,  # (P,)
     pair_weight: Tensor | None = None,  # (P,)
@@ -157,12 +157,12 @@ def distillation_loss(
         student, teacher: (T_s, D) and (T_t, D) states in one dtype, fp32, bf16, fp16 (or fp64 on the CPU). The student
             gets a gradient, the teacher is a constant.
         pooled: whether to compute the pooled MSE, over cu_seqlens or spans, pooling and segment_weight as `pooled_mse`.
-        paired: "mse" or "cosine" for the paired term over rows_s, rows_t, pair_weight as `paired_mse`; None: none.
+        paired: whether to compute the paired MSE, over rows_s, rows_t, pair_weight as `paired_mse`.
         rows_s, rows_t, pair_weight, rows_sorted: the row pairs of the paired term and of the KL.
         head, head_bias: LM head shared by both sides, in the states' dtype (autocast casts it to that); None: no KL.
             Get gradients of the student's side if they require them.
         moments: cached `teacher_moments` of the pairs' teacher rows: rows_t then holds rows of `moments`, so `paired`
-            must be None. Needs a frozen head and no soft-capping.
+            must be False. Needs a frozen head and no soft-capping.
         num_valid, temperature, scale_by_t2, softcap: as `linear_kl`, forward KL.
 
     Raises:
@@ -172,29 +172,29 @@ def distillation_loss(
     head, head_bias = gathered("head", head), gathered("head_bias", head_bias)
     if isinstance(head, Tensor) and not student.is_meta and torch.is_autocast_enabled(student.device.type):
         head = head.to(student.dtype)
-    if not pooled and paired is None and head is None:
-        raise ValueError("pooled is False, paired is None and head is None: there is no term to compute")
+    if not isinstance(paired, bool):
+        raise TypeError(f"paired is {paired!r}, but must be True or False: the paired term is the MSE")
+    if not pooled and not paired and head is None:
+        raise ValueError("pooled and paired are False and head is None: there is no term to compute")
     bounds_s = bounds_t = flat = pairs = None
     if pooled:
         bounds_s, bounds_t, pooling, flat = both_bounds(
             student, teacher, cu_seqlens_s, cu_seqlens_t, spans_s, spans_t, pooling, segment_weight
         )
     dtype = accumulation_dtype(student.dtype)
-    if paired is not None or head is not None:
+    if paired or head is not None:
         if rows_s is None or rows_t is None:
             raise ValueError("rows_s and rows_t are needed by the paired term and the KL")
         check_pairs(student, rows_s, rows_t, pair_weight)
         pairs = None if pair_weight is None else pair_weight.detach().to(dtype)
-    if paired is not None and paired not in KINDS:
-        raise ValueError(f"paired is {paired!r}, but must be None, 'mse' or 'cosine'")
     if head is not None:
         check_options(temperature, softcap, FORWARD, 0.0, "auto")
         check_side("student", student, "head", head, student.device)
         if head_bias is not None and (head_bias.shape != head.shape[:1] or head_bias.device != student.device):
             raise ValueError(f"head_bias must have shape ({head.shape[0]},) on {student.device}")
         if moments is not None:
-            if paired is not None:
-                raise ValueError(f"paired is {paired!r}, but with moments rows_t holds rows of the moments")
+            if paired:
+                raise ValueError("paired is True, but with moments rows_t holds rows of the moments")
             if softcap is not None:
                 raise ValueError(
                     f"softcap is {softcap}, but the moment form needs logits that are linear in the states"
@@ -217,7 +217,7 @@ def distillation_loss(
         rows_s=rows_s,
         rows_t=rows_t,
         pair_weight=pairs,
-        kind=paired or "",
+        paired=paired,
         rows_sorted=rows_sorted,
         head=head,
         bias=head_bias,
@@ -229,8 +229,8 @@ def distillation_loss(
     terms: list[tuple[Tensor, Tensor] | None] = [None, None, None]
     if bounds_s is not None and bounds_t is not None:
         terms[0] = (sums[0], pooled_count(bounds_s, bounds_t, flat, dtype, pooling == SPANS))
-    if rows_s is not None and (paired is not None or head is not None):
+    if rows_s is not None and (paired or head is not None):
         count = sums[1].detach().new_full((), rows_s.shape[0]) if pairs is None else pairs.sum()
-        terms[1] = None if paired is None else (sums[1], count)
+        terms[1] = (sums[1], count) if paired else None
         terms[2] = None if head is None else (sums[2], count)
     return DistillationTerms(*terms)

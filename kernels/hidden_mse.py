@@ -1,58 +1,34 @@
 """Hidden-state losses over packed rows of different tokenizations: segment_mean, pooled_mse, paired_mse.
 
-    n(x)        = x, RMSNorm(x) or LayerNorm(x), per row
-    mean_b      = n(x)[cu_seqlens[b] : cu_seqlens[b + 1]].mean(0)
+    mean_b      = x[cu_seqlens[b] : cu_seqlens[b + 1]].mean(0)
     pooled_mse  = (weight * (mean_b(student) - mean_b(teacher)).square().mean(-1)).sum()
     paired_mse  = (weight * (student[rows_s] - teacher[rows_t]).square().mean(-1)).sum()
 
-Gradient of a state in segment b of n_b rows, with u = 2 weight_b (mean_s - mean_t) w / (D n_b) for a norm's weight w:
-u without a norm, else the norm's backward of u: rstd (u - x̂ mean(u x̂)), for LayerNorm also minus mean(u) rstd.
-
-Normalised rows are never written: the norm's weight and bias act on means, and backward recomputes x̂ from a state and
-its saved 1/rms. Bytes at T x D states of s bytes: pooled forward 2 T D s, backward 2 T D s with a norm and T D s
-without; paired forward 2 P D s, backward (2 P + T) D s. FLOPs are negligible.
+Gradient of a state in segment b of n_b rows: u = 2 weight_b (mean_s - mean_t) / (D n_b), which the forward keeps.
+Bytes at T x D states of s bytes: pooled forward 2 T D s, backward T D s; paired forward 2 P D s, backward
+(2 P + T) D s. FLOPs are negligible.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import hidden_mse_ops as ops
 from .gemms import accumulation_dtype
-from .linear_kl_checks import check_local, gathered
+from .linear_kl_checks import check_local
 from .op import needs_gradient
 from .segments import POOLINGS, SPANS, check_bounds, segment_ranges
-
-NORMS = ("none", "rms", "layer")
-KINDS = ("mse", "cosine")
-
-
-def normalise(x: Tensor, norm: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """The norm in x's own precision, by torch."""
-    if norm == "none":
-        return x
-    if norm == "rms":
-        return F.rms_norm(x, (x.shape[-1],), weight, eps)
-    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
 def reference_mean(
     x: Tensor,  # (T, D)
     bounds: Tensor,  # (B + 1,) or (S, 2)
     pooling: str = "mean",
-    norm: str = "none",
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 1e-6,
 ) -> Tensor:
     """`segment_mean` by torch, a loop over segments, in x's own precision."""
     starts, ends = segment_ranges(bounds, pooling)
-    rows = normalise(x, norm, norm_weight, norm_bias, eps)
-    means = [rows[a:b].mean(0) if b > a else rows.new_zeros(x.shape[1]) for a, b in zip(starts.tolist(), ends.tolist())]
+    means = [x[a:b].mean(0) if b > a else x.new_zeros(x.shape[1]) for a, b in zip(starts.tolist(), ends.tolist())]
     return torch.stack(means)
 
 
@@ -62,13 +38,10 @@ def reference_pooled(
     bounds_s: Tensor,
     bounds_t: Tensor,
     weight: Tensor | None = None,
-    **options: Any,
+    pooling: str = "mean",
 ) -> Tensor:
     """Sum of `pooled_mse` by torch, differentiable, in the states' own precision."""
-    mean_s = reference_mean(student, bounds_s, **options)
-    with torch.no_grad():
-        mean_t = reference_mean(teacher, bounds_t, **options)
-    pooling = options.get("pooling", "mean")
+    mean_s, mean_t = reference_mean(student, bounds_s, pooling), reference_mean(teacher.detach(), bounds_t, pooling)
     lengths = [torch.sub(*reversed(segment_ranges(b, pooling))) for b in (bounds_s, bounds_t)]
     values = torch.where((lengths[0] > 0) & (lengths[1] > 0), (mean_s - mean_t).square().mean(-1), 0.0)
     return (values if weight is None else values * weight).sum()
@@ -80,11 +53,9 @@ def reference_paired(
     rows_s: Tensor,
     rows_t: Tensor,
     weight: Tensor | None = None,
-    kind: str = "mse",
 ) -> Tensor:
     """Sum of `paired_mse` by torch, differentiable, in the states' own precision."""
-    s, t = student[rows_s], teacher[rows_t].detach()
-    values = (s - t).square().mean(-1) if kind == "mse" else 1.0 - F.cosine_similarity(s, t, dim=-1)
+    values = (student[rows_s] - teacher[rows_t].detach()).square().mean(-1)
     return (values if weight is None else values * weight).sum()
 
 
@@ -120,22 +91,6 @@ def check_vector(name: str, x: Tensor | None, shape: tuple[int, ...], device: to
         raise TypeError(f"{name} must hold int32 or int64 row numbers, got {x.dtype}")
     if not rows and not (x.dtype.is_floating_point or x.dtype == torch.bool):
         raise TypeError(f"{name} must be floating point or bool, got {x.dtype}")
-
-
-def check_norm(norm: str | None, weight: Tensor | None, bias: Tensor | None, eps: float, x: Tensor) -> str:
-    """The norm's name in the ops."""
-    name = "none" if norm is None else norm
-    if name not in NORMS:
-        raise ValueError(f"norm is {norm!r}, but must be None, 'rms' or 'layer'")
-    if name == "none" and (weight is not None or bias is not None):
-        raise ValueError("norm_weight or norm_bias is given, but norm is None")
-    if name == "rms" and bias is not None:
-        raise ValueError("norm_bias is given, but an RMSNorm has none")
-    if not 0 <= eps < float("inf"):
-        raise ValueError(f"eps is {eps}, but must be a finite number of at least 0")
-    for label, value in (("norm_weight", weight), ("norm_bias", bias)):
-        check_vector(label, value, (x.shape[1],), x.device, rows=False)
-    return name
 
 
 def check_pairs(student: Tensor, rows_s: Tensor, rows_t: Tensor, weight: Tensor | None) -> None:
@@ -193,20 +148,14 @@ def segment_mean(
     *,
     spans: Tensor | None = None,  # (S, 2) or (B, C, 2)
     pooling: str = "mean",
-    norm: str | None = None,
-    norm_weight: Tensor | None = None,  # (D,)
-    norm_bias: Tensor | None = None,  # (D,)
-    eps: float = 1e-6,
 ) -> Tensor:  # (B, D), (S, D) or (B, C, D)
-    """Mean of (normalised) rows per segment, without writing normalised rows.
+    """Mean of the rows of each segment.
 
     Args:
         x: (T, D) states, fp32, bf16, fp16 (or fp64 on the CPU). Gets a gradient.
         cu_seqlens: (B + 1,) int32 or int64, from 0, not descending, at most T. Rows after its end belong to nobody.
         spans: start and end row of each segment, in place of cu_seqlens; in any order, without overlap.
         pooling: with cu_seqlens "mean", or the "first" or "last" row of each sequence.
-        norm: None, "rms" or "layer", over D, applied to each row first.
-        norm_weight, norm_bias: (D,) of the norm; get gradients. eps: added to the mean square or the variance.
 
     Returns:
         Means in fp32 (fp64 for fp64 states). A segment without rows gives zeros.
@@ -219,8 +168,6 @@ def segment_mean(
     bounds = cu_seqlens if spans is None else spans
     if bounds is None or (spans is not None and cu_seqlens is not None):
         raise ValueError("pass either cu_seqlens or spans")
-    norm_weight, norm_bias = gathered("norm_weight", norm_weight), gathered("norm_bias", norm_bias)
-    name = check_norm(norm, norm_weight, norm_bias, eps, x)
     if spans is not None:
         pooling = SPANS
     elif pooling not in POOLINGS:
@@ -228,12 +175,7 @@ def segment_mean(
     check_bounds("cu_seqlens" if spans is None else "spans", bounds, x.device, "x")
     shape = bounds.shape[:-1] if spans is not None else (bounds.shape[0] - 1,)
     bounds = bounds.reshape(-1, 2) if spans is not None else bounds
-    mean, _ = ops.segment_mean(x=x, bounds=bounds, pooling=pooling, norm=name, eps=float(eps))
-    if norm_weight is not None:
-        mean = mean * norm_weight.to(mean.dtype)
-    if norm_bias is not None:
-        lengths = bounds.diff() if spans is not None else bounds.diff().unsqueeze(1)
-        mean = mean + norm_bias.to(mean.dtype) * (lengths > 0)
+    mean = ops.segment_mean(x=x, bounds=bounds, pooling=pooling)
     return mean.reshape(*shape, x.shape[1])
 
 
@@ -247,10 +189,6 @@ def pooled_mse(
     spans_t: Tensor | None = None,
     pooling: str = "mean",
     weight: Tensor | None = None,  # (B,), (S,) or (B, C)
-    norm: str | None = None,
-    norm_weight: Tensor | None = None,  # (D,)
-    norm_bias: Tensor | None = None,  # (D,)
-    eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """Σ_b weight_b · mean_d (pooled_s[b, d] - pooled_t[b, d])², and the sum of the weights (arXiv 2406.12739).
 
@@ -259,8 +197,6 @@ def pooled_mse(
         teacher: (T_t, D) states in the same dtype. Always a constant.
         cu_seqlens_s, cu_seqlens_t, spans_s, spans_t, pooling: the pooled rows of each side, as in `segment_mean`.
         weight: weight (or bool mask) per segment, constant.
-        norm, norm_weight, norm_bias, eps: of the final norm, the same on both sides, as in `segment_mean`. norm_weight
-            gets the student side's gradient; the bias cancels, its gradient is 0.
 
     Returns:
         (sum, count), 0-d, fp32 (fp64 for fp64 states). A segment that is empty on either side has weight 0.
@@ -272,14 +208,9 @@ def pooled_mse(
     bounds_s, bounds_t, pooling, flat = both_bounds(
         student, teacher, cu_seqlens_s, cu_seqlens_t, spans_s, spans_t, pooling, weight
     )
-    norm_weight, norm_bias = gathered("norm_weight", norm_weight), gathered("norm_bias", norm_bias)
-    name = check_norm(norm, norm_weight, norm_bias, eps, student)
     pooled = {"bounds_s": bounds_s, "bounds_t": bounds_t, "pooling": pooling, "segment_weight": flat}
-    normed = {"norm": name, "norm_weight": norm_weight, "eps": float(eps)}
-    need = {"need_dx": needs_gradient(student), "need_norm": needs_gradient(norm_weight)}
-    total, *_ = ops.hidden_loss(student=student, teacher=teacher.detach(), **pooled, **normed, **need)
-    if norm_bias is not None:
-        total = total + 0.0 * norm_bias.to(total.dtype).sum()
+    need_dx = needs_gradient(student)
+    total, *_ = ops.hidden_loss(student=student, teacher=teacher.detach(), **pooled, need_dx=need_dx)
     return total, pooled_count(bounds_s, bounds_t, flat, total.dtype, pooling == SPANS)
 
 
@@ -290,7 +221,6 @@ def paired_mse(
     rows_t: Tensor,  # (P,)
     *,
     weight: Tensor | None = None,  # (P,)
-    kind: str = "mse",
     rows_sorted: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Σ_p weight_p · mean_d (student[rows_s[p], d] - teacher[rows_t[p], d])², and the sum of the weights.
@@ -300,7 +230,6 @@ def paired_mse(
         teacher: (T_t, D) states in the same dtype. Always a constant.
         rows_s, rows_t: (P,) int32 or int64, rows may repeat.
         weight: (P,) weight (or bool mask) per pair, constant. A pair of weight 0 is left out altogether.
-        kind: "mse", or "cosine" for 1 - cos(student row, teacher row); a row of zeros then has cosine 0, gradient 0.
         rows_sorted: promise that rows_s ascends (as aligned rows do), which saves a sort in backward.
 
     Returns:
@@ -312,11 +241,9 @@ def paired_mse(
     """
     check_two_sides(student, teacher)
     check_pairs(student, rows_s, rows_t, weight)
-    if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}, but must be 'mse' or 'cosine'")
     dtype = accumulation_dtype(student.dtype)
     flat = None if weight is None else weight.detach().to(dtype)
-    pairs = {"rows_s": rows_s, "rows_t": rows_t, "pair_weight": flat, "kind": kind, "rows_sorted": rows_sorted}
+    pairs = {"rows_s": rows_s, "rows_t": rows_t, "pair_weight": flat, "rows_sorted": rows_sorted}
     states = {"student": student, "teacher": teacher.detach(), "need_dx": needs_gradient(student)}
     _, total, *_ = ops.hidden_loss(**states, **pairs)
     return total, torch.full_like(total, rows_s.shape[0]) if flat is None else flat.sum()

@@ -1,8 +1,8 @@
 """CPU kernels of `hidden_mse`.
 
-Segment sums are `embedding_bag`: it reads rows where they lie, at memory bandwidth, weighted by 1/rms where the norm
-is an RMSNorm. Whatever needs a changed copy of the states (LayerNorm, 16-bit dtypes, gradients) goes in blocks of rows
-that stay in cache: fresh pages cost more than the arithmetic.
+Segment sums are `embedding_bag`: it reads rows where they lie, at memory bandwidth. Whatever needs a changed copy of
+the states (16-bit dtypes, gradients) goes in blocks of rows that stay in cache: fresh pages cost more than the
+arithmetic.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from .segments import check_values, segment_ranges
 if TYPE_CHECKING:
     from .hidden_mse_ops import HiddenLoss, SegmentMean, StateGradient
 
-STATISTICS = {"none": 0, "rms": 1, "layer": 2}  # of a row: 1/rms; 1/std and mean
 BLOCK_VALUES = 1 << 18  # values per block: 1 MiB of fp32
 
 
@@ -36,68 +35,45 @@ def _covered_rows(starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     return rows.add_(torch.arange(rows.shape[0])), offsets
 
 
-def normalised(block: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(rows of mean square 1, 1/rms or 1/std (n,), mean (n,)) of a block in the accumulation dtype."""
-    if norm == "none":
-        return block, None, None
-    if norm == "rms":
-        rstd = torch.linalg.vector_norm(block, dim=1).square_().div_(block.shape[1]).add_(eps).rsqrt_()
-        return block * rstd.unsqueeze(1), rstd, None
-    out, mean, rstd = torch.native_layer_norm(block, (block.shape[1],), None, None, eps)
-    return out, rstd.view(-1), mean.view(-1)
-
-
-def _segment_sums(x: Tensor, bounds: Tensor, pooling: str, norm: str, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(sums of normalised rows (S, D), lengths (S,), statistics (n, T) by row of x)."""
+def _segment_sums(x: Tensor, bounds: Tensor, pooling: str) -> tuple[Tensor, Tensor]:
+    """(sums of rows (S, D), lengths (S,))."""
     check_values(bounds, pooling, x.shape[0])
     dtype = accumulation_dtype(x.dtype)
     starts, ends = segment_ranges(bounds, pooling)
     lengths = (ends - starts).long()
     rows, offsets = _covered_rows(starts, ends)
     count, width = starts.shape[0], x.shape[1]
-    stats = x.new_zeros(STATISTICS[norm], x.shape[0], dtype=dtype)
     sums = x.new_zeros(count, width, dtype=dtype)
     if rows.numel() == 0 or width == 0:
-        return sums, lengths, stats
-    if x.dtype == torch.float32 and norm != "layer":
-        weights = None
-        if norm == "rms":
-            rstd = torch.linalg.vector_norm(x, dim=1).square_().div_(width).add_(eps).rsqrt_()
-            stats[0], weights = rstd, rstd[rows]
-        return F.embedding_bag(rows, x.contiguous(), offsets, mode="sum", per_sample_weights=weights), lengths, stats
+        return sums, lengths
+    if x.dtype == torch.float32:
+        return F.embedding_bag(rows, x.contiguous(), offsets, mode="sum"), lengths
     edges = torch.cat((offsets, offsets.new_tensor([rows.shape[0]])))
     block = block_rows(width)
     for start in range(0, rows.shape[0], block):
         taken = rows[start : start + block]
-        values, rstd, mean = normalised(x.index_select(0, taken).to(dtype), norm, eps)
-        if rstd is not None:
-            stats[0, taken] = rstd
-        if mean is not None:
-            stats[1, taken] = mean
+        values = x.index_select(0, taken).to(dtype)
         first = int(torch.searchsorted(edges, start, right=True)) - 1
         last = int(torch.searchsorted(edges, start + taken.shape[0]))
         inside = (offsets[first:last] - start).clamp_(0, taken.shape[0])
         sums[first:last] += F.embedding_bag(torch.arange(taken.shape[0]), values, inside, mode="sum")
-    return sums, lengths, stats
+    return sums, lengths
 
 
-def segment_mean_cpu(a: SegmentMean) -> tuple[Tensor, Tensor]:
-    """Mean (S, D) of each segment's rows, normalised without weight and bias; 1/rms, or 1/std and mean, per row."""
-    sums, lengths, stats = _segment_sums(a.x, a.bounds, a.pooling, a.norm, a.eps)
-    return sums.div_(lengths.clamp(min=1).unsqueeze(1)), stats
+def segment_mean_cpu(a: SegmentMean) -> Tensor:
+    """Mean (S, D) of each segment's rows."""
+    sums, lengths = _segment_sums(a.x, a.bounds, a.pooling)
+    return sums.div_(lengths.clamp(min=1).unsqueeze(1))
 
 
-def pooled_cpu(a: HiddenLoss) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Values (S,), u (S, D) = d Σ weight · value / d (one row's share of the mean), statistics, norm weight's gradient.
-
-    The norm's weight is applied to means, not to rows, and its bias is the same on both sides and drops out.
-    """
+def pooled_cpu(a: HiddenLoss) -> tuple[Tensor, Tensor]:
+    """Values (S,), u (S, D) = d Σ weight · value / d (one row's share of the mean)."""
     assert a.bounds_s is not None and a.bounds_t is not None
-    student, weight, norm_weight, need_norm = a.student, a.segment_weight, a.norm_weight, a.need_norm
+    student, weight = a.student, a.segment_weight
     dtype = accumulation_dtype(student.dtype)
     width = student.shape[1]
-    mean_s, lengths_s, stats = _segment_sums(student, a.bounds_s, a.pooling, a.norm, a.eps)
-    mean_t, lengths_t, _ = _segment_sums(a.teacher, a.bounds_t, a.pooling, a.norm, a.eps)
+    mean_s, lengths_s = _segment_sums(student, a.bounds_s, a.pooling)
+    mean_t, lengths_t = _segment_sums(a.teacher, a.bounds_t, a.pooling)
     share = lengths_s.clamp(min=1).to(dtype).unsqueeze(1)
     mean_s.div_(share)
     difference = mean_t.div_(lengths_t.clamp(min=1).to(dtype).unsqueeze(1)).neg_().add_(mean_s)
@@ -105,51 +81,31 @@ def pooled_cpu(a: HiddenLoss) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if weight is not None:
         counts &= weight != 0
     difference.masked_fill_(~counts.unsqueeze(1), 0.0)
-    if norm_weight is not None:
-        difference.mul_(norm_weight.to(dtype))
     values = torch.linalg.vector_norm(difference, dim=1).square_().div_(max(width, 1))
     factor = torch.full_like(values, 2.0 / max(width, 1))
     if weight is not None:
         factor *= weight.to(dtype)
-    push = difference.mul_(factor.unsqueeze(1))
-    d_norm = push.new_zeros(1 if need_norm else 0, width).sum(0, keepdim=True)
-    if need_norm:
-        d_norm = (mean_s.masked_fill(~counts.unsqueeze(1), 0.0) * push).sum(0, keepdim=True)
     if not a.need_dx:
-        return values, push.new_empty(0, width), stats[:, :0].clone(), d_norm
-    u = push.div_(share)
-    return values, u if norm_weight is None else u.mul_(norm_weight.to(dtype)), stats, d_norm
+        return values, difference.new_empty(0, width)
+    return values, difference.mul_(factor.unsqueeze(1)).div_(share)
 
 
-def pairs_cpu(a: HiddenLoss) -> tuple[Tensor, Tensor]:
-    """Values (P,) and, for the cosine, 1 / (|s| |t|) and cos / |s|² (2, P); 0 where the weight is 0."""
+def pairs_cpu(a: HiddenLoss) -> Tensor:
+    """Values (P,), 0 where the weight is 0."""
     assert a.rows_s is not None and a.rows_t is not None
-    student, teacher, rows_s, rows_t, weight, kind = a.student, a.teacher, a.rows_s, a.rows_t, a.pair_weight, a.kind
+    student, teacher, rows_s, rows_t, weight = a.student, a.teacher, a.rows_s, a.rows_t, a.pair_weight
     check_rows(rows_s, student.shape[0], "rows_s")
     check_rows(rows_t, teacher.shape[0], "rows_t")
     dtype = accumulation_dtype(student.dtype)
     pairs, width = rows_s.shape[0], student.shape[1]
     values = student.new_zeros(pairs, dtype=dtype)
-    stats = student.new_zeros(2, pairs if kind == "cosine" else 0, dtype=dtype)
     block = block_rows(width)
     for start in range(0, pairs, block):
         stop = min(start + block, pairs)
         s = student.index_select(0, rows_s[start:stop]).to(dtype)
         t = teacher.index_select(0, rows_t[start:stop]).to(dtype)
-        if kind == "mse":
-            values[start:stop] = torch.linalg.vector_norm(s.sub_(t), dim=1).square_().div_(max(width, 1))
-            continue
-        norm_s, norm_t = torch.linalg.vector_norm(s, dim=1), torch.linalg.vector_norm(t, dim=1)
-        inverse = torch.where(norm_s * norm_t == 0, 0.0, 1.0 / (norm_s * norm_t))
-        cosine = s.mul_(t).sum(1).mul_(inverse)
-        values[start:stop] = 1.0 - cosine
-        stats[0, start:stop] = inverse
-        stats[1, start:stop] = torch.where(inverse == 0, 0.0, cosine / norm_s.square())
-    if weight is not None:
-        left_out = weight == 0
-        values.masked_fill_(left_out, 0.0)
-        stats.masked_fill_(left_out, 0.0) if kind == "cosine" else stats
-    return values, stats
+        values[start:stop] = torch.linalg.vector_norm(s.sub_(t), dim=1).square_().div_(max(width, 1))
+    return values if weight is None else values.masked_fill_(weight == 0, 0.0)
 
 
 def state_gradient_cpu(a: StateGradient) -> Tensor:
@@ -157,13 +113,12 @@ def state_gradient_cpu(a: StateGradient) -> Tensor:
 
     Every block of rows is finished while it is in cache. A pair whose row is named twice adds to the same row.
     """
-    scales, student, u, norm, stats, more = a.scales, a.student, a.u, a.norm, a.stats, a.more
-    rows_s, pair_weight, pair_stats = a.rows_s, a.pair_weight, a.pair_stats
+    scales, student, u, more, rows_s, pair_weight = a.scales, a.student, a.u, a.more, a.rows_s, a.pair_weight
     dtype = accumulation_dtype(student.dtype)
     rows, width = student.shape
     dx = student.new_empty(rows, width)
     block = block_rows(width)
-    own = dead = None
+    own = None
     if u is not None:
         assert a.bounds is not None
         starts, ends = segment_ranges(a.bounds, a.pooling)
@@ -172,9 +127,8 @@ def state_gradient_cpu(a: StateGradient) -> Tensor:
         own = torch.full((rows,), u.shape[0], dtype=torch.int64)
         own[covered] = torch.repeat_interleave(torch.arange(u.shape[0]), ends.long() - starts.long())
         u = F.pad(u * scales[0], (0, 0, 0, 1))
-        if norm == "none" and rows_s is None and more is None and student.dtype == dtype:
+        if rows_s is None and more is None and student.dtype == dtype:
             return torch.index_select(u, 0, own, out=dx)
-        dead = (u == 0).all(1) if norm != "none" else None
     order = edges = factor = None
     if rows_s is not None and rows_s.shape[0] > 0:
         if a.rows_sorted and bool((rows_s[1:] < rows_s[:-1]).any()):
@@ -192,15 +146,6 @@ def state_gradient_cpu(a: StateGradient) -> Tensor:
         total = out if out.dtype == dtype else out.new_empty(out.shape, dtype=dtype)
         if u is not None and own is not None:
             torch.index_select(u, 0, own[start:stop], out=total)
-            if dead is not None:
-                x = student[start:stop].to(dtype)
-                x = x - stats[1, start:stop].unsqueeze(1) if norm == "layer" else x
-                x = x * stats[0, start:stop].unsqueeze(1)
-                along = (x * total).mean(1, keepdim=True)
-                if norm == "layer":
-                    total.sub_(total.mean(1, keepdim=True))
-                total.addcmul_(x, along, value=-1.0).mul_(stats[0, start:stop].unsqueeze(1))
-                total.masked_fill_(dead[own[start:stop]].unsqueeze(1), 0.0)
         else:
             total.zero_()
         if order is not None and edges is not None and factor is not None and edges[index] < edges[index + 1]:
@@ -209,13 +154,7 @@ def state_gradient_cpu(a: StateGradient) -> Tensor:
             pair = order[part]
             s = student.index_select(0, targets[part]).to(dtype)
             t = a.teacher.index_select(0, a.rows_t[pair]).to(dtype)
-            scale = factor[part].unsqueeze(1)
-            if a.kind == "mse":
-                s.sub_(t).mul_(scale * (2.0 / width))
-            else:
-                s.mul_(pair_stats[1, pair].unsqueeze(1)).addcmul_(t, pair_stats[0, pair].unsqueeze(1), value=-1.0)
-                s.mul_(scale)
-            total.index_add_(0, targets[part] - start, s)
+            total.index_add_(0, targets[part] - start, s.sub_(t).mul_(factor[part].unsqueeze(1) * (2.0 / width)))
         if more is not None:
             total.add_(more[start:stop].to(dtype) * scales[2])
         if total is not out:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .device_checks import debugging, require, require_rows, require_triton_dtype
-from .hidden_mse_cpu import STATISTICS
 from .hidden_mse_triton import check_bounds, pair_values, pool_compare, pool_finish, pool_rows, state_gradient
 from .segments import SPANS, Partition, assert_values, partition
 from .tiles import HIDDEN_MSE, HiddenMSETiles, row_of
@@ -54,28 +53,26 @@ def _require_bounds(pooling: str, *sides: tuple[Tensor, int]) -> None:
     require(good, f"{ascend} and {'be' if pooling == SPANS else 'end'} within the {within} rows")
 
 
-def _pool(x: Tensor, parts: Partition, norm: str, eps: float, store_stats: bool, tiles: HiddenMSETiles):
-    """(partial sums (slots, D) fp32, statistics (n, T))."""
+def _pool(x: Tensor, parts: Partition, tiles: HiddenMSETiles) -> Tensor:
+    """Partial sums (slots, D), fp32."""
     width = x.shape[1]
     partial = x.new_empty(parts.slots(tiles.piece), width, dtype=torch.float32)
-    stats = x.new_empty(STATISTICS[norm], x.shape[0] if store_stats else 0, dtype=torch.float32)
     block = power_of_two(width)
     tile = tiles.for_width(block, x.element_size())
     pool_rows[(partial.shape[0],)](
-        x, parts.edges, parts.edges if parts.order is None else parts.order, partial, stats,
-        x.stride(0), width, parts.rows, parts.intervals, parts.segments, eps,
-        NORM=norm, STORE_STATS=store_stats and norm != "none", IS_CU=parts.order is None,
+        x, parts.edges, parts.edges if parts.order is None else parts.order, partial,
+        x.stride(0), width, parts.rows, parts.intervals, parts.segments, IS_CU=parts.order is None,
         PIECE=tiles.piece, ROWS=tile.rows, STAGES=tile.stages, BLOCK_D=block, num_warps=tile.num_warps,
     )  # fmt: skip
-    return partial, stats
+    return partial
 
 
-def segment_mean_triton(a: SegmentMean, tiles: HiddenMSETiles | None = None) -> tuple[Tensor, Tensor]:
+def segment_mean_triton(a: SegmentMean, tiles: HiddenMSETiles | None = None) -> Tensor:
     """As `hidden_mse_cpu.segment_mean_cpu`."""
     x, tiles = _checked(a.x, "x"), tiles or row_of(HIDDEN_MSE, a.x.device)
     _require_bounds(a.pooling, (a.bounds, x.shape[0]))
     parts = partition(a.bounds, a.pooling, x.shape[0], x.device)
-    partial, stats = _pool(x, parts, a.norm, a.eps, True, tiles)
+    partial = _pool(x, parts, tiles)
     mean = x.new_empty(parts.segments, x.shape[1], dtype=torch.float32)
     block = min(power_of_two(x.shape[1]), tiles.finish_block)
     if mean.numel():
@@ -92,61 +89,55 @@ def segment_mean_triton(a: SegmentMean, tiles: HiddenMSETiles | None = None) -> 
             BLOCK_D=block,
             num_warps=4,
         )
-    return mean, stats
+    return mean
 
 
-def pooled_triton(a: HiddenLoss, tiles: HiddenMSETiles | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `hidden_mse_cpu.pooled_cpu`: values (S,), u (S, D), statistics, gradient of the norm's weight (1, D)."""
+def pooled_triton(a: HiddenLoss, tiles: HiddenMSETiles | None = None) -> tuple[Tensor, Tensor]:
+    """As `hidden_mse_cpu.pooled_cpu`: values (S,), u (S, D)."""
     assert a.bounds_s is not None and a.bounds_t is not None
     student, teacher = _checked(a.student, "student"), _checked(a.teacher, "teacher")
     tiles = tiles or row_of(HIDDEN_MSE, student.device)
-    weight, norm_weight = a.segment_weight, a.norm_weight
-    width = student.shape[1]
-    sides = []
+    weight, width, sides = a.segment_weight, student.shape[1], []
     _require_bounds(a.pooling, (a.bounds_s, student.shape[0]), (a.bounds_t, teacher.shape[0]))
     for x, bounds in ((student, a.bounds_s), (teacher, a.bounds_t)):
         parts = partition(bounds, a.pooling, x.shape[0], x.device)
-        sides.append((parts, *_pool(x, parts, a.norm, a.eps, x is student and a.need_dx, tiles)))
-    (parts_s, partial_s, stats), (parts_t, partial_t, _) = sides
+        sides.append((parts, _pool(x, parts, tiles)))
+    (parts_s, partial_s), (parts_t, partial_t) = sides
     count = parts_s.segments
     values = student.new_empty(count, dtype=torch.float32)
     u = student.new_empty(count if a.need_dx else 0, width, dtype=torch.float32)
-    mean, push = (student.new_empty(count if a.need_norm else 0, width, dtype=torch.float32) for _ in range(2))
     if count:
         pool_compare[(count,)](
             partial_s, partial_t, parts_s.edges, parts_t.edges,
             parts_s.edges if parts_s.position is None else parts_s.position,
             parts_t.edges if parts_t.position is None else parts_t.position,
-            values if weight is None else weight.float(),
-            values if norm_weight is None else norm_weight.float().contiguous(), values, u, mean, push,
+            values if weight is None else weight.float(), values, u,
             width, parts_s.rows, parts_t.rows, parts_s.intervals, parts_t.intervals,
-            HAS_WEIGHT=weight is not None, HAS_NORM_WEIGHT=norm_weight is not None, NEED_U=a.need_dx,
-            NEED_NORM=a.need_norm, IS_CU_S=parts_s.position is None, IS_CU_T=parts_t.position is None,
+            HAS_WEIGHT=weight is not None, NEED_U=a.need_dx,
+            IS_CU_S=parts_s.position is None, IS_CU_T=parts_t.position is None,
             PIECE=tiles.piece, BLOCK_D=min(power_of_two(width), tiles.compare_block), num_warps=8,
         )  # fmt: skip
-    return values, u, stats, (mean * push).sum(0, keepdim=True)
+    return values, u
 
 
-def pairs_triton(a: HiddenLoss, tiles: HiddenMSETiles | None = None) -> tuple[Tensor, Tensor]:
-    """As `hidden_mse_cpu.pairs_cpu`: values (P,), statistics (2, P) of the cosine."""
+def pairs_triton(a: HiddenLoss, tiles: HiddenMSETiles | None = None) -> Tensor:
+    """As `hidden_mse_cpu.pairs_cpu`: values (P,)."""
     assert a.rows_s is not None and a.rows_t is not None
     student, teacher = _checked(a.student, "student"), _checked(a.teacher, "teacher")
     tiles = tiles or row_of(HIDDEN_MSE, student.device)
-    rows_s, rows_t, weight, kind = a.rows_s, a.rows_t, a.pair_weight, a.kind
+    rows_s, rows_t, weight = a.rows_s, a.rows_t, a.pair_weight
     pairs, width = rows_s.shape[0], student.shape[1]
     for name, rows, x in (("rows_s", rows_s, student), ("rows_t", rows_t, teacher)):
         require_rows(rows, x.shape[0], name)
     values = student.new_empty(pairs, dtype=torch.float32)
-    stats = student.new_empty(2, pairs if kind == "cosine" else 0, dtype=torch.float32)
     if pairs:
         block = min(power_of_two(width), 4096)
         pair_values[(pairs,)](
-            student, teacher, rows_s, rows_t, values if weight is None else weight.float(), values, stats,
-            student.stride(0), teacher.stride(0), width, pairs,
-            HAS_WEIGHT=weight is not None, COSINE=kind == "cosine", BLOCK_D=block,
+            student, teacher, rows_s, rows_t, values if weight is None else weight.float(), values,
+            student.stride(0), teacher.stride(0), width, HAS_WEIGHT=weight is not None, BLOCK_D=block,
             num_warps=tiles.for_width(block, student.element_size()).num_warps,
         )  # fmt: skip
-    return values, stats
+    return values
 
 
 def state_gradient_triton(a: StateGradient, tiles: HiddenMSETiles | None = None) -> Tensor:
@@ -173,12 +164,11 @@ def state_gradient_triton(a: StateGradient, tiles: HiddenMSETiles | None = None)
     state_gradient[(parts.slots(tiles.gradient_piece),)](
         dx, student, student if teacher is None else teacher, scales if u is None else u,
         student if more is None else more, scales, parts.edges, parts.edges if parts.order is None else parts.order,
-        a.stats, pair_edges, pair_order, parts.edges if rows_t is None else rows_t,
-        scales if pair_weight is None else pair_weight.float(), a.pair_stats,
+        pair_edges, pair_order, parts.edges if rows_t is None else rows_t,
+        scales if pair_weight is None else pair_weight.float(),
         student.stride(0), 0 if teacher is None else teacher.stride(0), 0 if more is None else more.stride(0),
-        width, rows, parts.intervals, parts.segments, 0 if rows_s is None else rows_s.shape[0],
-        NORM="none" if u is None else a.norm, HAS_POOL=u is not None, HAS_PAIRS=has_pairs,
-        HAS_WEIGHT=pair_weight is not None, COSINE=a.kind == "cosine", HAS_MORE=more is not None,
+        width, rows, parts.intervals, parts.segments, HAS_POOL=u is not None, HAS_PAIRS=has_pairs,
+        HAS_WEIGHT=pair_weight is not None, HAS_MORE=more is not None,
         IS_CU=parts.order is None, PIECE=tiles.gradient_piece, STAGES=min(tile.stages, 3), BLOCK_D=block,
         num_warps=tile.num_warps,
     )  # fmt: skip

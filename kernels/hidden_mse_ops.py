@@ -15,14 +15,10 @@ from torch import Tensor
 
 from . import hidden_mse_cpu
 from .gemms import accumulation_dtype
-from .hidden_mse_cpu import STATISTICS
-from .linear_kl_ops import dtype_if, scaled_gradients
 from .op import Kept, Op, Registered
 from .segments import SPANS
 
-Two = tuple[Tensor, Tensor]
-Four = tuple[Tensor, Tensor, Tensor, Tensor]
-Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Three = tuple[Tensor, Tensor, Tensor]
 
 
 def segments_of(bounds: Tensor, pooling: str) -> int:
@@ -30,36 +26,30 @@ def segments_of(bounds: Tensor, pooling: str) -> int:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SegmentMean(Op[Two]):
-    """Means (S, D) of normalised rows, without the norm's weight and bias; statistics (n, T) of the rows."""
+class SegmentMean(Op[Tensor]):
+    """Means (S, D) of the rows of segments."""
 
     x: Tensor  # (T, D)
     bounds: Tensor  # (B + 1,) or (S, 2)
     pooling: str = "mean"
-    norm: str = "none"
-    eps: float = 0.0
 
-    def cpu(self) -> Two:
+    def cpu(self) -> Tensor:
         return hidden_mse_cpu.segment_mean_cpu(self)
 
-    def cuda(self) -> Two:
+    def cuda(self) -> Tensor:
         from .hidden_mse_launch import segment_mean_triton
 
         return segment_mean_triton(self)
 
-    def fake(self) -> Two:
-        x, dtype = self.x, accumulation_dtype(self.x.dtype)
-        return (
-            x.new_empty((segments_of(self.bounds, self.pooling), x.shape[1]), dtype=dtype),
-            x.new_empty((STATISTICS[self.norm], x.shape[0]), dtype=dtype),
-        )
+    def fake(self) -> Tensor:
+        shape = (segments_of(self.bounds, self.pooling), self.x.shape[1])
+        return self.x.new_empty(shape, dtype=accumulation_dtype(self.x.dtype))
 
-    def keep(self, output: Two) -> Kept:
-        x = shape_of(self.x) if self.norm == "none" else self.x
-        return {"student": x, "bounds": self.bounds, "pooling": self.pooling, "norm": self.norm, "stats": output[1]}
+    def keep(self, output: Tensor) -> Kept:
+        return {"student": shape_of(self.x), "bounds": self.bounds, "pooling": self.pooling}
 
     @staticmethod
-    def backward(kept: Kept, grad_mean: Tensor | None, _: Tensor | None) -> dict[str, Tensor | None]:
+    def backward(kept: Kept, grad_mean: Tensor | None) -> dict[str, Tensor | None]:
         if grad_mean is None:
             return {}
         bounds = kept["bounds"]
@@ -68,12 +58,12 @@ class SegmentMean(Op[Two]):
         else:
             lengths = bounds.diff() if kept["pooling"] == "mean" else bounds.diff().clamp(max=1)
         u = (grad_mean / lengths.clamp(min=1).unsqueeze(1)).contiguous()
-        return {"x": gradient_of_states({**kept, "u": u, "pair_stats": kept["stats"][:0]}, u.new_ones(()))}
+        return {"x": gradient_of_states({**kept, "u": u}, u.new_ones(()))}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class HiddenLoss(Op[Six]):
-    """pooled (), paired (), u (S, D), stats (n, T_s), pair_stats (2, P), d norm_weight (1, D)."""
+class HiddenLoss(Op[Three]):
+    """pooled (), paired (), u (S, D)."""
 
     student: Tensor  # (T_s, D)
     teacher: Tensor  # (T_t, D)
@@ -81,74 +71,56 @@ class HiddenLoss(Op[Six]):
     bounds_t: Tensor | None = None
     pooling: str = "mean"
     segment_weight: Tensor | None = None  # (S,)
-    norm: str = "none"
-    norm_weight: Tensor | None = None  # (D,)
-    eps: float = 0.0
     rows_s: Tensor | None = None  # (P,); None: no paired term
     rows_t: Tensor | None = None  # (P,)
     pair_weight: Tensor | None = None  # (P,)
-    kind: str = "mse"
     rows_sorted: bool = False
     need_dx: bool = False
-    need_norm: bool = False
 
-    def cpu(self) -> Six:
+    def cpu(self) -> Three:
         return self._terms(hidden_mse_cpu.pooled_cpu, hidden_mse_cpu.pairs_cpu)
 
-    def cuda(self) -> Six:
+    def cuda(self) -> Three:
         from .hidden_mse_launch import pairs_triton, pooled_triton
 
         return self._terms(pooled_triton, pairs_triton)
 
-    def _terms(self, pooled: Callable[[HiddenLoss], Four], paired: Callable[[HiddenLoss], Two]) -> Six:
-        nothing = self.student.new_zeros(0, dtype=accumulation_dtype(self.student.dtype))
-        values, u, d_norm = nothing, nothing.view(0, 1)[:, :0].clone(), nothing.view(0, 1).clone()
-        stats, pair_values, pair_stats = nothing.view(0, 1).clone(), nothing, nothing.view(0, 1).clone()
+    def _terms(
+        self, pooled: Callable[[HiddenLoss], tuple[Tensor, Tensor]], paired: Callable[[HiddenLoss], Tensor]
+    ) -> Three:
+        values = pair_values = self.student.new_zeros(0, dtype=accumulation_dtype(self.student.dtype))
+        u = values.new_empty(0, 0)
         if self.bounds_s is not None:
-            values, u, stats, d_norm = pooled(self)
+            values, u = pooled(self)
         if self.rows_s is not None:
-            pair_values, pair_stats = paired(self)
+            pair_values = paired(self)
         total = _weighted_sum(values, self.segment_weight if self.bounds_s is not None else None)
         pair_total = _weighted_sum(pair_values, self.pair_weight if self.rows_s is not None else None)
-        return total, pair_total, u, stats, pair_stats, d_norm
+        return total, pair_total, u
 
-    def fake(self) -> Six:
-        student, width = self.student, self.student.shape[1]
-        pairs = 0 if self.rows_s is None else self.rows_s.shape[0]
-
-        def empty(*shape: int) -> Tensor:
-            return student.new_empty(shape, dtype=accumulation_dtype(student.dtype))
-
-        u, stats, d_norm = empty(0, 0), empty(0, 1), empty(0, 1)
+    def fake(self) -> Three:
+        dtype = accumulation_dtype(self.student.dtype)
+        shape = (0, 0)
         if self.bounds_s is not None:
-            u = empty(segments_of(self.bounds_s, self.pooling) if self.need_dx else 0, width)
-            stats = empty(STATISTICS[self.norm], student.shape[0] if self.need_dx else 0)
-            d_norm = empty(1, width)
-        pair_stats = empty(2, pairs if self.kind == "cosine" else 0) if self.rows_s is not None else empty(0, 1)
-        return empty(), empty(), u, stats, pair_stats, d_norm
+            shape = (segments_of(self.bounds_s, self.pooling) if self.need_dx else 0, self.student.shape[1])
+        pooled, paired, u = (self.student.new_empty(of, dtype=dtype) for of in ((), (), shape))
+        return pooled, paired, u
 
-    def keep(self, output: Six) -> Kept:
-        _, _, u, stats, pair_stats, d_norm = output
-        # Only row pairs need the states again, and a norm those of the student.
-        student = self.student if self.rows_s is not None or self.norm != "none" else shape_of(self.student)
-        teacher = self.teacher if self.rows_s is not None else None
-        made = {"student": student, "teacher": teacher, "stats": stats, "pair_stats": pair_stats}
-        names = ("pooling", "norm", "rows_s", "rows_t", "pair_weight", "kind", "rows_sorted", "need_dx")
-        dtypes = {"norm_weight": dtype_if(self.need_norm, self.norm_weight)}
+    def keep(self, output: Three) -> Kept:
+        names = ("pooling", "rows_s", "rows_t", "pair_weight", "rows_sorted", "need_dx")
         given = {"bounds": self.bounds_s, **{name: getattr(self, name) for name in names}}
-        pooled = {"u": u if self.bounds_s is not None else None, "norm_weight": d_norm, "dtypes": dtypes}
-        return {**made, **given, **pooled}
+        paired = self.rows_s is not None  # only row pairs need the states again
+        states = {
+            "student": self.student if paired else shape_of(self.student),
+            "teacher": self.teacher if paired else None,
+        }
+        return {**given, **states, "u": output[2] if self.bounds_s is not None else None}
 
     @staticmethod
     def backward(
         kept: Kept, grad_pooled: Tensor | None, grad_paired: Tensor | None, *_: Tensor | None
     ) -> dict[str, Tensor | None]:
-        gradients = scaled_gradients(grad_pooled, kept)
-        if (d_norm := gradients["norm_weight"]) is not None:
-            gradients["norm_weight"] = d_norm[0]
-        if kept["need_dx"]:
-            gradients["student"] = gradient_of_states(kept, grad_pooled, grad_paired)
-        return gradients
+        return {"student": gradient_of_states(kept, grad_pooled, grad_paired) if kept["need_dx"] else None}
 
 
 def _weighted_sum(values: Tensor, weight: Tensor | None) -> Tensor:
@@ -165,13 +137,9 @@ class StateGradient(Op[Tensor]):
     u: Tensor | None = None  # (S, D)
     bounds: Tensor | None = None
     pooling: str = "mean"
-    norm: str = "none"
-    stats: Tensor  # (n, T)
     rows_s: Tensor | None = None  # (P,)
     rows_t: Tensor | None = None  # (P,)
     pair_weight: Tensor | None = None  # (P,)
-    pair_stats: Tensor  # (2, P)
-    kind: str = "mse"
     rows_sorted: bool = False
     more: Tensor | None = None  # (T, D)
 

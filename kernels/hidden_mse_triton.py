@@ -1,11 +1,11 @@
 """Triton kernels of `hidden_mse`. Every one keeps a whole row in registers and reads or writes each row once.
 
 `check_bounds`    whether the segments of student and teacher are what the others rely on: one launch for all of it.
-`pool_rows`       Σ of (normalised) rows over one piece of a segment, into the piece's slot; row statistics.
+`pool_rows`       Σ of rows over one piece of a segment, into the piece's slot.
 `pool_finish`     the slots of a segment, added in order, to its mean.
 `pool_compare`    the same for student and teacher at once: value of the segment and its gradient row u.
-`pair_values`     value of one row pair, and what the gradient of the cosine needs.
-`state_gradient`  all parts of the gradient of a state, written once: norm backward of u, row pairs, one more tensor.
+`pair_values`     value of one row pair.
+`state_gradient`  all parts of the gradient of a state, written once: u, row pairs, one more tensor.
 
 Slots and intervals: see `segments.py`. Sums are fp32; no atomics. Sizes that change from pack to pack are not
 specialised on: every pack runs the same compiled code. A program reads one row after another, so loops over rows keep
@@ -88,15 +88,11 @@ def pool_rows(
     edges_ptr,  # (G,)
     order_ptr,  # (S,) or unused
     partial_ptr,  # (slots, D) fp32
-    stats_ptr,  # (n, T) fp32: 1/rms; 1/std and mean
     stride_x,
     width,
     rows,
     intervals,
     segments,
-    eps,
-    NORM: tl.constexpr,
-    STORE_STATS: tl.constexpr,
     IS_CU: tl.constexpr,
     PIECE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -116,18 +112,8 @@ def pool_rows(
     for first in tl.range(start, end, ROWS, num_stages=STAGES):
         offs_t = first + tl.arange(0, ROWS)
         mask = (offs_t < end)[:, None] & mask_d[None, :]
-        x = tl.load(x_ptr + offs_t[:, None] * stride_x + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
-        if NORM == "layer":
-            mean = tl.sum(x, 1) / width
-            x = tl.where(mask, x - mean[:, None], 0.0)
-            if STORE_STATS:
-                tl.store(stats_ptr + rows + offs_t, mean, mask=offs_t < end)
-        if NORM != "none":
-            rstd = tl.rsqrt(tl.sum(x * x, 1) / width + eps)
-            x *= rstd[:, None]
-            if STORE_STATS:
-                tl.store(stats_ptr + offs_t, rstd, mask=offs_t < end)
-        total += x
+        x = tl.load(x_ptr + offs_t[:, None] * stride_x + offs_d[None, :], mask=mask, other=0.0)
+        total += x.to(tl.float32)
     if start < end:
         tl.store(partial_ptr + slot * width + offs_d, tl.sum(total, 0), mask=mask_d)
 
@@ -192,20 +178,15 @@ def pool_compare(
     position_s_ptr,  # (S,) or unused
     position_t_ptr,  # (S,) or unused
     weight_ptr,  # (S,) fp32 or unused
-    norm_weight_ptr,  # (D,) fp32 or unused
     value_ptr,  # (S,) fp32
     u_ptr,  # (S, D) fp32
-    mean_ptr,  # (S, D) fp32: the student's normalised mean before the norm's weight
-    push_ptr,  # (S, D) fp32: d value / d pooled
     width,
     rows_s,
     rows_t,
     intervals_s,
     intervals_t,
     HAS_WEIGHT: tl.constexpr,
-    HAS_NORM_WEIGHT: tl.constexpr,
     NEED_U: tl.constexpr,
-    NEED_NORM: tl.constexpr,
     IS_CU_S: tl.constexpr,
     IS_CU_T: tl.constexpr,
     PIECE: tl.constexpr,
@@ -228,22 +209,15 @@ def pool_compare(
             IS_CU_T, PIECE, BLOCK_D,
         )  # fmt: skip
         counts = (length_s > 0) & (length_t > 0) & (weight != 0.0)
-        scale = 1.0
-        if HAS_NORM_WEIGHT:
-            scale = tl.load(norm_weight_ptr + offs_d, mask=mask_d, other=0.0)
-        difference = tl.where(counts, (mean_s - mean_t) * scale, 0.0)
+        difference = tl.where(counts, mean_s - mean_t, 0.0)
         total += difference * difference
-        push = difference * (2.0 * weight / width)
         if NEED_U:
-            u = push * scale / tl.maximum(length_s, 1).to(tl.float32)
+            u = difference * (2.0 * weight / width) / tl.maximum(length_s, 1).to(tl.float32)
             tl.store(u_ptr + segment * width + offs_d, u, mask=mask_d)
-        if NEED_NORM:
-            tl.store(mean_ptr + segment * width + offs_d, tl.where(counts, mean_s, 0.0), mask=mask_d)
-            tl.store(push_ptr + segment * width + offs_d, push, mask=mask_d)
     tl.store(value_ptr + segment, tl.sum(total, 0) / width)
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit
 def pair_values(
     s_ptr,  # (T_s, D)
     t_ptr,  # (T_t, D)
@@ -251,13 +225,10 @@ def pair_values(
     rows_t_ptr,  # (P,)
     weight_ptr,  # (P,) fp32 or unused
     value_ptr,  # (P,) fp32
-    stats_ptr,  # (2, P) fp32: 1 / (|s| |t|) and cos / |s|², cosine only
     stride_s,
     stride_t,
     width,
-    pairs,
     HAS_WEIGHT: tl.constexpr,
-    COSINE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     pair = tl.program_id(0).to(tl.int64)
@@ -266,36 +237,17 @@ def pair_values(
         stop = tl.where(tl.load(weight_ptr + pair) == 0.0, 0, width)
     s_row = s_ptr + tl.load(rows_s_ptr + pair).to(tl.int64) * stride_s
     t_row = t_ptr + tl.load(rows_t_ptr + pair).to(tl.int64) * stride_t
-    a = tl.zeros((BLOCK_D,), tl.float32)
-    s_square = tl.zeros((BLOCK_D,), tl.float32)
-    t_square = tl.zeros((BLOCK_D,), tl.float32)
+    total = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(0, stop, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D)
         mask_d = offs_d < width
         s = tl.load(s_row + offs_d, mask=mask_d, other=0.0).to(tl.float32)
         t = tl.load(t_row + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-        if COSINE:
-            a += s * t
-            s_square += s * s
-            t_square += t * t
-        else:
-            a += (s - t) * (s - t)
-    value = tl.sum(a, 0)
-    if COSINE:
-        norms = tl.sqrt(tl.sum(s_square, 0)) * tl.sqrt(tl.sum(t_square, 0))
-        inverse = tl.where(norms == 0.0, 0.0, 1.0 / norms)
-        tl.store(stats_ptr + pair, inverse)
-        squared = tl.sum(s_square, 0)
-        tl.store(stats_ptr + pairs + pair, tl.where(norms == 0.0, 0.0, value * inverse / squared))
-        value = 1.0 - value * inverse
-        if HAS_WEIGHT:
-            value = tl.where(stop == 0, 0.0, value)
-    else:
-        value = value / width
-    tl.store(value_ptr + pair, value)
+        total += (s - t) * (s - t)
+    tl.store(value_ptr + pair, tl.sum(total, 0) / width)
 
 
-@triton.jit(do_not_specialize=["rows", "intervals", "segments", "pairs"])
+@triton.jit(do_not_specialize=["rows", "intervals", "segments"])
 def state_gradient(
     dx_ptr,  # (T, D)
     x_ptr,  # (T, D) student states, or unused
@@ -305,12 +257,10 @@ def state_gradient(
     scales_ptr,  # (3,) fp32: factors on u, on the pairs, on `more`
     edges_ptr,  # (G,)
     order_ptr,  # (S,) or unused
-    stats_ptr,  # (n, T) fp32 of pool_rows, or unused
     pair_edges_ptr,  # (T + 1,) first entry of each row in pair_order, or unused
     pair_order_ptr,  # (P,) pairs sorted by row
     rows_t_ptr,  # (P,)
     pair_weight_ptr,  # (P,) fp32 or unused
-    pair_stats_ptr,  # (2, P) fp32 of pair_values, or unused
     stride_x,
     stride_t,
     stride_more,
@@ -318,12 +268,9 @@ def state_gradient(
     rows,
     intervals,
     segments,
-    pairs,
-    NORM: tl.constexpr,
     HAS_POOL: tl.constexpr,
     HAS_PAIRS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
-    COSINE: tl.constexpr,
     HAS_MORE: tl.constexpr,
     IS_CU: tl.constexpr,
     PIECE: tl.constexpr,
@@ -339,27 +286,16 @@ def state_gradient(
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < width
     u = tl.zeros((BLOCK_D,), tl.float32)
-    live = width
     if HAS_POOL:
         owner = _owner(order_ptr, interval, segments, IS_CU)
         mask_u = mask_d & (owner >= 0)
         u = tl.load(u_ptr + owner * width + offs_d, mask=mask_u, other=0.0) * tl.load(scales_ptr)
-        # A segment of weight 0 has u = 0, and then whatever its states hold must not count.
-        live = tl.where(tl.sum(tl.where(u != 0.0, 1.0, 0.0), 0) > 0.0, width, 0)
     if HAS_PAIRS:
         pair_scale = tl.load(scales_ptr + 1)
     if HAS_MORE:
         more_scale = tl.load(scales_ptr + 2)
     for row in tl.range(start, end, num_stages=STAGES):
         gradient = u
-        if NORM != "none":
-            x = tl.load(x_ptr + row * stride_x + offs_d, mask=offs_d < live, other=0.0).to(tl.float32)
-            rstd = tl.where(live > 0, tl.load(stats_ptr + row), 0.0)
-            if NORM == "layer":
-                x -= tl.load(stats_ptr + rows + row)
-                gradient -= tl.sum(u, 0) / width
-            x = tl.where(offs_d < live, x * rstd, 0.0)
-            gradient = (gradient - x * (tl.sum(u * x, 0) / width)) * rstd
         if HAS_PAIRS:
             first = tl.load(pair_edges_ptr + row)
             last = tl.load(pair_edges_ptr + row + 1)
@@ -372,10 +308,7 @@ def state_gradient(
                     factor *= tl.load(pair_weight_ptr + pair)
                 row_t = tl.load(rows_t_ptr + pair).to(tl.int64)
                 t = tl.load(t_ptr + row_t * stride_t + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-                if COSINE:
-                    part = s * tl.load(pair_stats_ptr + pairs + pair) - t * tl.load(pair_stats_ptr + pair)
-                else:
-                    part = (s - t) * (2.0 / width)
+                part = (s - t) * (2.0 / width)
                 if HAS_WEIGHT:
                     part = tl.where(tl.load(pair_weight_ptr + pair) == 0.0, 0.0, part)
                 gradient += factor * part

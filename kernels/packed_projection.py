@@ -16,14 +16,26 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import packed_projection_ops as ops
-from .hidden_mse import check_norm, check_vector, normalise
+from .hidden_mse import check_vector
 from .linear_kl_checks import autocast, check_local, gathered
 from .op import needs_gradient
 from .packed_projection_cpu import ACTIVATIONS
 from .segments import check_bounds
+
+NORMS = ("none", "rms", "layer")
+
+
+def normalise(x: Tensor, norm: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """The norm in x's own precision, by torch."""
+    if norm == "none":
+        return x
+    if norm == "rms":
+        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
 def reference(
@@ -49,8 +61,8 @@ def reference(
     x = x.reshape(-1, x.shape[-1])
     x = normalise(x if rows is None else x[rows], norm or "none", norm_weight, norm_bias, eps)
     if hidden_weight is not None:
-        x = ACTIVATIONS[activation](torch.nn.functional.linear(x, hidden_weight, hidden_bias))
-    y = torch.nn.functional.linear(x, weight, bias) * scale
+        x = ACTIVATIONS[activation](F.linear(x, hidden_weight, hidden_bias))
+    y = F.linear(x, weight, bias) * scale
     if prefix is not None or suffix is not None:
         assert cu_seqlens is not None
         parts = []
@@ -80,6 +92,22 @@ def _check_linear(
     if weight.device != device:
         raise ValueError(f"{name} is on {weight.device}, but x is on {device}; move it there")
     check_vector(bias_name, bias, (weight.shape[0],), device, rows=False)
+
+
+def check_norm(norm: str | None, weight: Tensor | None, bias: Tensor | None, eps: float, x: Tensor) -> str:
+    """The norm's name in the ops."""
+    name = "none" if norm is None else norm
+    if name not in NORMS:
+        raise ValueError(f"norm is {norm!r}, but must be None, 'rms' or 'layer'")
+    if name == "none" and (weight is not None or bias is not None):
+        raise ValueError("norm_weight or norm_bias is given, but norm is None")
+    if name == "rms" and bias is not None:
+        raise ValueError("norm_bias is given, but an RMSNorm has none")
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"eps is {eps}, but must be a finite number of at least 0")
+    for label, value in (("norm_weight", weight), ("norm_bias", bias)):
+        check_vector(label, value, (x.shape[1],), x.device, rows=False)
+    return name
 
 
 def _check_boundary(name: str, rows: Tensor | None, width: int, cu_seqlens: Tensor | None, x: Tensor) -> None:

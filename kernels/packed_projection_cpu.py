@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .device_checks import require
 from .gemms import accumulation_dtype, cpu_nt, cpu_tn, mm_f32_add
-from .hidden_mse_cpu import normalised
 from .linear_kl_cpu import check_rows
 from .segments import assert_values, check_values
 
@@ -20,6 +19,17 @@ if TYPE_CHECKING:
 BLOCK_ROWS = 512  # rows per GEMM on the CPU: enough to pay for packing the weight, few enough to stay in cache
 
 ACTIVATIONS = {"none": lambda z: z, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+
+
+def normalised(block: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(rows of mean square 1, 1/rms or 1/std (n,), mean (n,)) of a block in the accumulation dtype."""
+    if norm == "none":
+        return block, None, None
+    if norm == "rms":
+        rstd = torch.linalg.vector_norm(block, dim=1).square_().div_(block.shape[1]).add_(eps).rsqrt_()
+        return block * rstd.unsqueeze(1), rstd, None
+    out, mean, rstd = torch.native_layer_norm(block, (block.shape[1],), None, None, eps)
+    return out, rstd.view(-1), mean.view(-1)
 
 
 def boundary_rows(cu_seqlens: Tensor, tokens: int, before: int, after: int) -> tuple[Tensor, Tensor, Tensor]:

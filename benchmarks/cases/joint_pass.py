@@ -70,7 +70,7 @@ class Problem:
             teacher,
             cu_seqlens_s=self.student.cu_seqlens,
             cu_seqlens_t=self.teacher.cu_seqlens,
-            paired="mse",
+            paired=True,
             rows_s=self.rows,
             rows_t=self.rows,
             rows_sorted=True,

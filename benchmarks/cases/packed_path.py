@@ -242,7 +242,7 @@ def both_ours(p: Problem) -> dict[str, Any]:
         p.packed_teacher,
         cu_seqlens_s=p.cu,
         cu_seqlens_t=p.cu_t,
-        paired="mse",
+        paired=True,
         rows_s=p.pairs_s,
         rows_t=p.pairs_t,
         rows_sorted=True,

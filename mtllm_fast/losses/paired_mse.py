@@ -16,7 +16,7 @@ class PairedMSE(FusedTerm):
     unit = "pairs"
 
     def arguments(self, given: Given) -> Arguments:
-        return {"paired": "mse", **pair_arguments(given)}
+        return {"paired": True, **pair_arguments(given)}
 
     def compared(self, teacher: Side) -> Tensor:
         return teacher.states[required(teacher.pair_rows)]
