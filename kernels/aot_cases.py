@@ -121,13 +121,11 @@ def hidden_mse_cases(arch: str) -> Iterator[Case]:
                 hidden_mse_triton.pool_rows, f"{dtype} D={width}", {"x_ptr": dtype}, row,
                 IS_CU=True, PIECE=tiles.piece, ROWS=tile.rows, STAGES=tile.stages, BLOCK_D=width,
             )  # fmt: skip
-            for more in (False, True):
-                parts = dict.fromkeys(("HAS_PAIRS", "HAS_WEIGHT", "HAS_MORE"), more)
-                label = f"pooled{' +pairs +weight +more' if more else ''} {dtype} D={width}"
-                yield _case(
-                    hidden_mse_triton.state_gradient, label, pointers, row,
-                    HAS_POOL=True, IS_CU=not more, **parts, **gradient,
-                )  # fmt: skip
+            for pairs, more in ((False, False), (False, True), (True, True)):
+                label = f"pooled{' +pairs +weight' * pairs}{' +more' * more} {dtype} D={width}"
+                parts = {"HAS_POOL": True, "HAS_PAIRS": pairs, "HAS_WEIGHT": pairs, "HAS_MORE": more}
+                kernel = hidden_mse_triton.state_gradient
+                yield _case(kernel, label, pointers, row, IS_CU=not pairs, **parts, **gradient)
             pair = {"s_ptr": dtype, "t_ptr": dtype}
             label = f"{dtype} +weight D={width}"
             yield _case(hidden_mse_triton.pair_values, label, pair, row, HAS_WEIGHT=True, BLOCK_D=width)

@@ -32,17 +32,6 @@ def states(lengths: str, width: int = 24, dtype: torch.dtype = torch.float32, se
     return student.to(dtype), teacher.to(dtype), cu(own), cu(other)
 
 
-def norm_parameters(norm: str | None, width: int, dtype: torch.dtype, seed: int = 1) -> dict[str, Any]:
-    """norm, norm_weight and, for a LayerNorm, norm_bias."""
-    g = torch.Generator().manual_seed(seed)
-    if norm is None:
-        return {}
-    found: dict[str, Any] = {"norm": norm, "norm_weight": (torch.rand(width, generator=g) + 0.5).to(dtype)}
-    if norm == "layer":
-        found["norm_bias"] = torch.randn(width, generator=g).to(dtype)
-    return found
-
-
 def pairs(student: Tensor, teacher: Tensor, count: int, seed: int = 2, zeros: bool = True):
     """(rows_s, rows_t, weight) with rows named twice and weights of 0."""
     g = torch.Generator().manual_seed(seed)
@@ -55,25 +44,19 @@ def pairs(student: Tensor, teacher: Tensor, count: int, seed: int = 2, zeros: bo
 
 
 def exact_pooled(student: Tensor, teacher: Tensor, *bounds: Tensor, **options: Any) -> dict[str, Tensor]:
-    """Sum, gradient of the states and of the norm's weight in fp64."""
+    """Sum and gradient in fp64."""
     x = student.detach().double().requires_grad_()
     wide = {k: v.detach().double() if isinstance(v, Tensor) else v for k, v in options.items()}
-    wide["norm"] = wide.get("norm") or "none"
-    if "norm_weight" in wide:
-        wide["norm_weight"].requires_grad_()
     # where every segment is empty the reference has no path to x
     total = reference_pooled(x, teacher.double(), *bounds, **wide) + 0.0 * x.sum()
     total.backward()
-    found = {"total": total.detach(), "dx": x.grad}
-    if "norm_weight" in wide:
-        found["d_norm"] = wide["norm_weight"].grad
-    return found
+    return {"total": total.detach(), "dx": x.grad}
 
 
-def exact_paired(student: Tensor, teacher: Tensor, rows_s: Tensor, rows_t: Tensor, weight: Tensor | None, kind: str):
+def exact_paired(student: Tensor, teacher: Tensor, rows_s: Tensor, rows_t: Tensor, weight: Tensor | None):
     """Sum and gradient in fp64."""
     x = student.detach().double().requires_grad_()
-    total = reference_paired(x, teacher.double(), rows_s, rows_t, None if weight is None else weight.double(), kind)
+    total = reference_paired(x, teacher.double(), rows_s, rows_t, None if weight is None else weight.double())
     total.backward()
     return {"total": total.detach(), "dx": x.grad}
 

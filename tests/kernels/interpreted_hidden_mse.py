@@ -23,7 +23,6 @@ from tests.kernels.hidden_cases import (
     cu,
     exact_paired,
     exact_pooled,
-    norm_parameters,
     pairs,
     random_lengths,
     states,
@@ -37,83 +36,64 @@ ONE = torch.tensor([1.0, 0.0, 0.0])
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-def run_pooled(student, teacher, bounds_s, bounds_t, pooling="mean", weight=None, norm=None, norm_weight=None, eps=1e-6,
-               norm_bias=None, tiles=TILES):  # fmt: skip
-    shared = {"student": student, "pooling": pooling, "norm": norm or "none"}
+def run_pooled(student, teacher, bounds_s, bounds_t, pooling="mean", weight=None, tiles=TILES):
+    shared = {"student": student, "pooling": pooling}
     sides = {"teacher": teacher, "bounds_s": bounds_s, "bounds_t": bounds_t, "segment_weight": weight}
-    need = {"need_dx": True, "need_norm": norm_weight is not None}
-    call = HiddenLoss(**shared, **sides, **need, norm_weight=norm_weight, eps=eps)
-    values, u, stats, d_norm = launch.pooled_triton(call, tiles)
-    call = StateGradient(**shared, scales=ONE, u=u, bounds=bounds_s, stats=stats, pair_stats=stats[:0])
-    dx = launch.state_gradient_triton(call, tiles)
-    found = {"total": (values if weight is None else values * weight).sum(), "dx": dx, "values": values}
-    return found if norm_weight is None else {**found, "d_norm": d_norm[0]}
+    values, u = launch.pooled_triton(HiddenLoss(**shared, **sides, need_dx=True), tiles)
+    dx = launch.state_gradient_triton(StateGradient(**shared, scales=ONE, u=u, bounds=bounds_s), tiles)
+    return {"total": (values if weight is None else values * weight).sum(), "dx": dx, "values": values}
 
 
-def run_paired(student, teacher, rows_s, rows_t, weight, kind, rows_sorted=False, more=None):
-    states = {"student": student, "teacher": teacher, "kind": kind, "rows_sorted": rows_sorted}
+def run_paired(student, teacher, rows_s, rows_t, weight, rows_sorted=False):
+    states = {"student": student, "teacher": teacher, "rows_sorted": rows_sorted}
     shared = {**states, "rows_s": rows_s, "rows_t": rows_t, "pair_weight": weight}
-    values, stats = launch.pairs_triton(HiddenLoss(**shared), TILES)
-    scales = torch.tensor([0.0, 1.0, 2.0])
-    call = StateGradient(**shared, scales=scales, stats=stats[:0], pair_stats=stats, more=more)
-    dx = launch.state_gradient_triton(call, TILES)
+    values = launch.pairs_triton(HiddenLoss(**shared), TILES)
+    dx = launch.state_gradient_triton(StateGradient(**shared, scales=torch.tensor([0.0, 1.0, 2.0])), TILES)
     return {"total": (values if weight is None else values * weight).sum(), "dx": dx}
 
 
 @pytest.mark.parametrize("lengths", ["edges", "dominant", "tiny"])
-@pytest.mark.parametrize("norm", [None, "rms", "layer"])
-def test_pooled(lengths, norm):
-    student, teacher, *bounds = states(lengths, width=20)
-    options = norm_parameters(norm, 20, torch.float32)
-    options.pop("norm_bias", None)
-    check_all(run_pooled(student, teacher, *bounds, **options), exact_pooled(student, teacher, *bounds, **options),
-              torch.float32)  # fmt: skip
+def test_pooled(lengths):
+    case = states(lengths, width=20)
+    check_all(run_pooled(*case), exact_pooled(*case), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("norm", [None, "rms", "layer"])
-def test_half_precision(dtype, norm):
-    student, teacher, *bounds = states("edges", dtype=dtype)
-    options = norm_parameters(norm, 24, dtype)
-    options.pop("norm_bias", None)
-    got, exact = (f(student, teacher, *bounds, **options) for f in (run_pooled, exact_pooled))
-    check_all(got, exact, dtype, WIDE.get(dtype, 1.0))
+def test_half_precision(dtype):
+    case = states("edges", dtype=dtype)
+    check_all(run_pooled(*case), exact_pooled(*case), dtype, WIDE.get(dtype, 1.0))
 
 
 @pytest.mark.parametrize("pooling", ["first", "last"])
 def test_poolings(pooling):
     student, teacher, *bounds = states("edges")
-    options = {"pooling": pooling, "weight": torch.rand(7), **norm_parameters("rms", 24, torch.float32)}
+    options = {"pooling": pooling, "weight": torch.rand(7)}
     got, exact = (f(student, teacher, *bounds, **options) for f in (run_pooled, exact_pooled))
     check_all(got, exact, torch.float32)
 
 
-@pytest.mark.parametrize("norm", [None, "layer"])
-def test_spans(norm):
+def test_spans():
     student, teacher, *_ = states("edges")
     own = torch.tensor([[70, 90], [60, 64], [0, 5], [8, 8], [91, 130], [131, 132]])
     other = torch.tensor([[10, 12], [60, 64], [0, 5], [8, 9], [91, 130], [131, 132]])
-    options = {"pooling": "spans", **norm_parameters(norm, 24, torch.float32)}
-    options.pop("norm_bias", None)
-    got, exact = (f(student, teacher, own, other, **options) for f in (run_pooled, exact_pooled))
+    got, exact = (f(student, teacher, own, other, pooling="spans") for f in (run_pooled, exact_pooled))
     check_all(got, exact, torch.float32)
-    mean, _ = launch.segment_mean_triton(SegmentMean(x=student, bounds=own, pooling="spans"), TILES)
+    mean = launch.segment_mean_triton(SegmentMean(x=student, bounds=own, pooling="spans"), TILES)
     check(mean, reference_mean(student.double(), own, "spans"), 1e-5)
     overlapping = SegmentMean(x=student, bounds=torch.tensor([[0, 4], [3, 5]]), pooling="spans")
     with pytest.raises(RuntimeError, match="overlap"):
         launch.segment_mean_triton(overlapping, TILES)
 
 
-@pytest.mark.parametrize("kind", ["mse", "cosine"])
 @pytest.mark.parametrize("count", [1, 65])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_paired(kind, count, dtype):
+def test_paired(count, dtype):
     student, teacher, *_ = states("edges", dtype=dtype)
     rows_s, rows_t, weight = pairs(student, teacher, count, zeros=count > 1)
-    exact = exact_paired(student, teacher, rows_s, rows_t, weight, kind)
-    check_all(run_paired(student, teacher, rows_s, rows_t, weight, kind), exact, dtype, WIDE.get(dtype, 1.0))
+    exact = exact_paired(student, teacher, rows_s, rows_t, weight)
+    check_all(run_paired(student, teacher, rows_s, rows_t, weight), exact, dtype, WIDE.get(dtype, 1.0))
     order = torch.argsort(rows_s, stable=True)
-    got = run_paired(student, teacher, rows_s[order], rows_t[order], weight[order], kind, rows_sorted=True)
+    got = run_paired(student, teacher, rows_s[order], rows_t[order], weight[order], rows_sorted=True)
     check_all(got, exact, dtype, WIDE.get(dtype, 1.0))
 
 
@@ -121,25 +101,22 @@ def test_all_parts_of_the_gradient_at_once():
     student, teacher, *bounds = states("edges")
     rows_s, rows_t, weight = pairs(student, teacher, 40)
     more = torch.randn_like(student)
-    shared = {"student": student, "teacher": teacher, "kind": "cosine"}
-    shared |= {"rows_s": rows_s, "rows_t": rows_t, "pair_weight": weight}
+    shared = {"student": student, "teacher": teacher, "rows_s": rows_s, "rows_t": rows_t, "pair_weight": weight}
     call = HiddenLoss(**shared, bounds_s=bounds[0], bounds_t=bounds[1], need_dx=True)
-    _, u, stats, _ = launch.pooled_triton(call, TILES)
-    _, pair_stats = launch.pairs_triton(call, TILES)
-    scales = torch.tensor([0.3, 0.5, 0.7])
-    made = {"u": u, "bounds": bounds[0], "stats": stats, "pair_stats": pair_stats, "more": more}
-    got = launch.state_gradient_triton(StateGradient(**shared, scales=scales, **made), TILES)
+    made = {"u": launch.pooled_triton(call, TILES)[1], "bounds": bounds[0], "more": more}
+    call = StateGradient(**shared, scales=torch.tensor([0.3, 0.5, 0.7]), **made)
+    got = launch.state_gradient_triton(call, TILES)
     exact = 0.3 * exact_pooled(student, teacher, *bounds)["dx"] + 0.7 * more.double()
-    exact += 0.5 * exact_paired(student, teacher, rows_s, rows_t, weight, "cosine")["dx"]
+    exact += 0.5 * exact_paired(student, teacher, rows_s, rows_t, weight)["dx"]
     check(got, exact, 1e-5)
 
 
 def test_a_segment_gives_the_same_bits_in_any_pack():
     """Split points depend on the segment alone."""
     student, teacher, *_ = states("dominant", width=20, tail=0)
-    alone = run_pooled(student[:700], teacher[:650], cu([700]), cu([650]), norm="rms")
+    alone = run_pooled(student[:700], teacher[:650], cu([700]), cu([650]))
     shifted = (torch.cat([student[700:], student[:700]]), torch.cat([teacher[650:], teacher[:650]]))
-    behind = run_pooled(*shifted, cu([1, 2, 3, 700]), cu([2, 1, 3, 650]), norm="rms")
+    behind = run_pooled(*shifted, cu([1, 2, 3, 700]), cu([2, 1, 3, 650]))
     assert torch.equal(alone["values"][0], behind["values"][3])
     assert torch.equal(alone["dx"], behind["dx"][6:])
 
@@ -148,30 +125,25 @@ def test_masked_segments_and_pairs_hide_nan():
     student, teacher, *bounds = states("edges")
     student[1:64] = torch.nan
     weight = torch.tensor([1.0, 1, 0, 1, 1, 1, 1])
-    for norm in (None, "rms", "layer"):
-        got = run_pooled(student, teacher, *bounds, weight=weight, norm=norm)
-        assert got["total"].isfinite()
-        assert got["dx"].isfinite().all()
-    weight[1] = 0.0
+    got = run_pooled(student, teacher, *bounds, weight=weight)
+    assert got["total"].isfinite()
+    assert got["dx"].isfinite().all()
     rows = torch.arange(1, 8)
-    for kind in ("mse", "cosine"):
-        got = run_paired(student, teacher, rows, rows, torch.zeros(7), kind)
-        assert got["total"] == 0
-        assert not got["dx"].any()
-        assert run_paired(student, teacher, rows, rows, None, kind)["total"].isnan()
+    got = run_paired(student, teacher, rows, rows, torch.zeros(7))
+    assert got["total"] == 0
+    assert not got["dx"].any()
+    assert run_paired(student, teacher, rows, rows, None)["total"].isnan()
 
 
 def test_bitwise_repeatable_and_independent_of_what_empty_holds():
     student, teacher, *bounds = states("edges", dtype=torch.bfloat16)
     rows_s, rows_t, weight = pairs(student, teacher, 20)
-    options = norm_parameters("layer", 24, torch.bfloat16)
-    options.pop("norm_bias")
 
     def everything():
         return [
-            *run_pooled(student, teacher, *bounds, **options).values(),
+            *run_pooled(student, teacher, *bounds).values(),
             *run_pooled(student, teacher, *bounds, pooling="last").values(),
-            *run_paired(student, teacher, rows_s, rows_t, weight, "cosine").values(),
+            *run_paired(student, teacher, rows_s, rows_t, weight).values(),
         ]
 
     first = everything()
@@ -238,19 +210,15 @@ def test_cuda_kernels_of_the_ops_return_what_their_fakes_say(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", nullcontext)  # the interpreter has none to go to
     student, teacher, *bounds = states("edges", dtype=torch.bfloat16)
     rows_s, rows_t, weight = pairs(student, teacher, 12)
-    scale = torch.ones(24, dtype=torch.bfloat16)
-    pooled = (*bounds, "mean", torch.ones(7), "layer", scale, 1e-5)
-    nothing = (None, None, "mean", None, "none", None, 0.0)
-    paired = (rows_s, rows_t, weight, "cosine", False)
-    unpaired = (None, None, None, "mse", False)
+    pooled = (*bounds, "mean", torch.ones(7))
+    nothing = (None, None, "mean", None)
+    paired, unpaired = (rows_s, rows_t, weight, False), (None, None, None, False)
     for first, second in ((pooled, paired), (pooled, unpaired), (nothing, paired)):
         for need in (True, False):
-            arguments = (student, teacher, *first, *second, need, need and first is pooled)
-            compare_with_fake(ops.hidden_loss.op, arguments)
-    compare_with_fake(ops.segment_mean.op, (student, bounds[0], "last", "rms", 1e-5))
-    u, stats = torch.randn(7, 24), torch.rand(2, student.shape[0])
-    arguments = (torch.ones(3), student, teacher, u, bounds[0], "mean", "layer", stats)
-    compare_with_fake(ops.state_gradient.op, (*arguments, *paired[:3], torch.rand(2, 12), "cosine", False, student))
+            compare_with_fake(ops.hidden_loss.op, (student, teacher, *first, *second, need))
+    compare_with_fake(ops.segment_mean.op, (student, bounds[0], "last"))
+    arguments = (torch.ones(3), student, teacher, torch.randn(7, 24), bounds[0], "mean")
+    compare_with_fake(ops.state_gradient.op, (*arguments, *paired, student))
 
 
 def compare_with_fake(op, arguments):
@@ -268,12 +236,7 @@ def test_random_packs():
         width = 1 + seed % 7
         student = torch.randn(sum(own), width, generator=g)
         teacher = torch.randn(sum(other), width, generator=g)
-        options = {
-            "norm": [None, "rms", "layer"][seed % 3],
-            "pooling": ["mean", "first", "last"][seed % 7 % 3],
-            "weight": torch.rand(len(own), generator=g),
-            "eps": 1e-2,
-        }
+        options = {"pooling": ["mean", "first", "last"][seed % 3], "weight": torch.rand(len(own), generator=g)}
         small = HiddenMSETiles(piece=2, gradient_piece=4, finish_block=4, values_per_thread=1)
         if not own or not student.numel():
             continue

@@ -35,8 +35,8 @@ def test_every_architecture_has_a_tile():
 @pytest.mark.parametrize(
     ("kernel", "label"),
     [
-        ("state_gradient", "pooled mse more bf16 D=4096"),
-        ("pool_rows", "bf16 rms D=4096"),
+        ("state_gradient", "+weight +more bf16 D=4096"),
+        ("pool_rows", "bf16 D=4096"),
         ("projection_gemm", "bf16 layer none"),
     ],
 )
@@ -64,7 +64,7 @@ def test_streaming_kernels_load_128_bits(case):
 
 @pytest.mark.parametrize(
     ("kernel", "label"),
-    [("pool_rows", "bf16 none"), ("pool_rows", "bf16 rms D=4096"), ("state_gradient", "pooled bf16 rms D=4096")],
+    [("pool_rows", "bf16 D=1024"), ("pool_rows", "bf16 D=4096"), ("state_gradient", "pooled +more bf16 D=4096")],
 )
 def test_loops_over_rows_have_rows_in_flight(kernel, label):
     """Copies before the loop and in it; as many rows as the tile says, and not one with a single stage."""
@@ -79,7 +79,7 @@ def test_loops_over_rows_have_rows_in_flight(kernel, label):
 
 def test_wide_share_has_a_negative_control():
     """Rows of a width that is no multiple of 16 cannot be read 128 bits at a time."""
-    case = named("pool_rows", "bf16 rms D=4096")
+    case = named("pool_rows", "bf16 D=4096")
     odd = replace(case, divisible=tuple(n for n in case.divisible if n not in ("width", "stride_x")))
     assert wide_share(odd) < 0.9
 
@@ -92,7 +92,7 @@ def test_a_gemm_without_tensor_cores_fails():
 
 
 def test_rows_are_addressed_in_64_bits():
-    for kernel, label in (("pool_rows", "bf16 none"), ("state_gradient", "pooled mse more"), ("pair_values", "mse")):
+    for kernel, label in (("pool_rows", "bf16"), ("state_gradient", "+weight +more"), ("pair_values", "bf16")):
         code = aot.compile_case(named(kernel, label), "sm_90").asm["ttir"]
         products = re.findall(r"arith\.muli %\w+, %(stride_\w+|width)\w* : (i\d+)", code)
         assert all(kind == "i64" for _, kind in products), products

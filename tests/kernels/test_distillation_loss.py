@@ -22,22 +22,22 @@ def problem(dtype=torch.float64, trained_head=False):
     return student.requires_grad_(), teacher, bounds, (rows_s, rows_t, weight), head, bias
 
 
-def separate(student, teacher, bounds, selection, head, bias, kind="mse"):
+def separate(student, teacher, bounds, selection, head, bias):
     rows_s, rows_t, weight = selection
     return {
         "pooled_mse": pooled_mse(student, teacher, *bounds),
-        "paired_mse": paired_mse(student, teacher, rows_s, rows_t, weight=weight, kind=kind),
+        "paired_mse": paired_mse(student, teacher, rows_s, rows_t, weight=weight),
         "kl": linear_kl(
             student, head, teacher, bias_s=bias, rows_s=rows_s, rows_t=rows_t, row_weight=weight, temperature=2.0
         ),
     }
 
 
-def together(student, teacher, bounds, selection, head, bias, terms=tuple(WEIGHTS), kind="mse"):
+def together(student, teacher, bounds, selection, head, bias, terms=tuple(WEIGHTS)):
     rows_s, rows_t, weight = selection
     found = distillation_loss(
         student, teacher, pooled="pooled_mse" in terms, cu_seqlens_s=bounds[0], cu_seqlens_t=bounds[1],
-        paired=kind if "paired_mse" in terms else None, rows_s=rows_s, rows_t=rows_t, pair_weight=weight,
+        paired="paired_mse" in terms, rows_s=rows_s, rows_t=rows_t, pair_weight=weight,
         head=head if "kl" in terms else None, head_bias=bias if "kl" in terms else None, temperature=2.0,
     )  # fmt: skip
     return {name: term for name, term in found._asdict().items() if term is not None}
@@ -49,12 +49,11 @@ def gradients(terms, leaves):
 
 
 @pytest.mark.parametrize("trained_head", [False, True])
-@pytest.mark.parametrize("kind", ["mse", "cosine"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_equals_the_separate_terms(trained_head, kind, dtype):
+def test_equals_the_separate_terms(trained_head, dtype):
     case = problem(dtype, trained_head)
     leaves = [case[0], *(case[4:] if trained_head else ())]
-    apart, joint = separate(*case, kind=kind), together(*case, kind=kind)
+    apart, joint = separate(*case), together(*case)
     assert apart.keys() == joint.keys()
     for name in apart:
         assert torch.equal(apart[name][0], joint[name][0])
@@ -112,15 +111,15 @@ def test_bad_input():
     with pytest.raises(ValueError, match="cu_seqlens_s and cu_seqlens_t are needed"):
         distillation_loss(student, teacher)
     with pytest.raises(ValueError, match="rows_s and rows_t are needed"):
-        distillation_loss(student, teacher, **ends, paired="mse")
-    with pytest.raises(ValueError, match="paired is 'l1'"):
-        distillation_loss(student, teacher, **ends, paired="l1", rows_s=rows_s, rows_t=rows_t)
+        distillation_loss(student, teacher, **ends, paired=True)
+    with pytest.raises(TypeError, match="paired is 'cosine', but must be True or False"):
+        distillation_loss(student, teacher, **ends, paired="cosine", rows_s=rows_s, rows_t=rows_t)
     with pytest.raises(ValueError, match="head is 15 wide"):
         distillation_loss(student, teacher, **ends, rows_s=rows_s, rows_t=rows_t, head=head[:, :15])
     cached = teacher_moments(teacher, head, rows=rows_t)
     options = {"rows_s": rows_s, "rows_t": rows_t, "head": head, "moments": cached}
     with pytest.raises(ValueError, match="with moments rows_t holds rows of the moments"):
-        distillation_loss(student, teacher, **ends, paired="mse", **options)
+        distillation_loss(student, teacher, **ends, paired=True, **options)
     with pytest.raises(ValueError, match="temperature is 3"):
         distillation_loss(student, teacher, **ends, temperature=3.0, **options)
     with pytest.raises(ValueError, match="moments is given, but head is None"):

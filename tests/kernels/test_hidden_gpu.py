@@ -15,7 +15,6 @@ from tests.kernels.hidden_cases import (
     cu,
     exact_paired,
     exact_pooled,
-    norm_parameters,
     pairs,
     random_lengths,
     states,
@@ -45,31 +44,23 @@ def moved(value):
 
 def on_gpu(function, student, *arguments, **options):
     x = student.detach().cuda().requires_grad_()
-    options = {k: moved(v) for k, v in options.items()}
-    if "norm_weight" in options:
-        options["norm_weight"].requires_grad_()
-    total, count = function(x, *map(moved, arguments), **options)
+    total, count = function(x, *map(moved, arguments), **{k: moved(v) for k, v in options.items()})
     total.backward()
-    found = {"total": total.detach(), "dx": x.grad, "count": count}
-    return found | ({"d_norm": options["norm_weight"].grad} if "norm_weight" in options else {})
+    return {"total": total.detach(), "dx": x.grad, "count": count}
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("norm", [None, "rms", "layer"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_pooled(lengths, norm, dtype, width):
-    student, teacher, *bounds = states(lengths, width=width, dtype=dtype)
-    options = norm_parameters(norm, width, dtype)
-    right = exact_pooled(student, teacher, *bounds, **options)
-    check_all(on_gpu(pooled_mse, student, teacher, *bounds, **options), right, dtype)
+def test_pooled(lengths, dtype, width):
+    case = states(lengths, width=width, dtype=dtype)
+    check_all(on_gpu(pooled_mse, *case), exact_pooled(*case), dtype)
 
 
 @pytest.mark.parametrize("pooling", ["first", "last"])
-@pytest.mark.parametrize("norm", [None, "rms", "layer"])
-def test_poolings(pooling, norm):
+def test_poolings(pooling):
     student, teacher, *bounds = states("edges", width=100)
-    options = {**norm_parameters(norm, 100, torch.float32), "pooling": pooling, "weight": torch.rand(7)}
+    options = {"pooling": pooling, "weight": torch.rand(7)}
     right = exact_pooled(student, teacher, *bounds, **options)
     check_all(on_gpu(pooled_mse, student, teacher, *bounds, **options), right, torch.float32)
 
@@ -80,14 +71,13 @@ def test_segment_mean_of_spans():
     check(segment_mean(student.cuda(), spans=spans.cuda()), reference_mean(student.double(), spans, "spans"), 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["mse", "cosine"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_paired(kind, dtype, width):
+def test_paired(dtype, width):
     student, teacher, *_ = states("edges", width=width, dtype=dtype)
     rows_s, rows_t, weight = pairs(student, teacher, 300)
-    right = exact_paired(student, teacher, rows_s, rows_t, weight, kind)
-    check_all(on_gpu(paired_mse, student, teacher, rows_s, rows_t, weight=weight, kind=kind), right, dtype)
+    right = exact_paired(student, teacher, rows_s, rows_t, weight)
+    check_all(on_gpu(paired_mse, student, teacher, rows_s, rows_t, weight=weight), right, dtype)
 
 
 @pytest.mark.parametrize("norm", [None, "rms", "layer"])
@@ -122,7 +112,7 @@ def test_distillation_equals_the_separate_terms():
         x = student.detach().requires_grad_()
         if joint:
             terms = distillation_loss(
-                x, teacher, cu_seqlens_s=bounds[0], cu_seqlens_t=bounds[1], paired="mse", rows_s=rows_s, rows_t=rows_t,
+                x, teacher, cu_seqlens_s=bounds[0], cu_seqlens_t=bounds[1], paired=True, rows_s=rows_s, rows_t=rows_t,
                 pair_weight=weight, head=head,
             )  # fmt: skip
         else:
@@ -139,12 +129,12 @@ def test_distillation_equals_the_separate_terms():
 def test_bitwise_repeatable_in_any_pack():
     """Split points depend on a segment alone, and nothing is added by atomics."""
     student, teacher, *bounds = states("dominant", width=512, dtype=torch.bfloat16, tail=0)
-    first = on_gpu(pooled_mse, student, teacher, *bounds, norm="rms")
+    first = on_gpu(pooled_mse, student, teacher, *bounds)
     for _ in range(3):
-        again = on_gpu(pooled_mse, student, teacher, *bounds, norm="rms")
+        again = on_gpu(pooled_mse, student, teacher, *bounds)
         assert all(torch.equal(first[name], again[name]) for name in first)
-    alone = segment_mean(student[:700].cuda(), cu([700]).cuda(), norm="rms")
-    behind = segment_mean(torch.cat([student[700:], student[:700]]).cuda(), cu([1, 2, 3, 700]).cuda(), norm="rms")
+    alone = segment_mean(student[:700].cuda(), cu([700]).cuda())
+    behind = segment_mean(torch.cat([student[700:], student[:700]]).cuda(), cu([1, 2, 3, 700]).cuda())
     assert torch.equal(alone[0], behind[3])
 
 
@@ -156,7 +146,7 @@ def test_nothing_waits_for_the_device():
     pooled_mse(x, teacher, *bounds)[0].backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        pooled_mse(x, teacher, *bounds, norm="rms")[0].backward()
+        pooled_mse(x, teacher, *bounds)[0].backward()
         paired_mse(x, teacher, rows, rows)[0].backward()
         packed_projection(**case)
     finally:
@@ -182,7 +172,7 @@ def test_random_packs():
         own, other = random_lengths(seed, largest=200, most=9)
         g = torch.Generator().manual_seed(seed)
         student, teacher = torch.randn(sum(own), 72, generator=g), torch.randn(sum(other), 72, generator=g)
-        options = {"norm": [None, "rms", "layer"][seed % 3], "pooling": ["mean", "first", "last"][seed % 7 % 3]}
+        options = {"pooling": ["mean", "first", "last"][seed % 3]}
         right = exact_pooled(student, teacher, cu(own), cu(other), **options)
         got = on_gpu(pooled_mse, student, teacher, cu(own), cu(other), **options)
         for name, value in right.items():

@@ -23,41 +23,29 @@ def problem():
 
 def test_opcheck_of_the_losses():
     student, teacher, bounds, rows_s, rows_t, weight = problem()
-    for norm in ("none", "layer"):
-        torch.library.opcheck(ops.segment_mean.op, (student, bounds[0], "mean", norm, 1e-5))
-    torch.library.opcheck(ops.segment_mean.op, (student, SPANS, "spans", "rms", 1e-5))
-    scale = torch.ones(8, requires_grad=True)
-    for kind in ("mse", "cosine"):
-        paired = (rows_s, rows_t, weight, kind, False)
-        torch.library.opcheck(
-            ops.hidden_loss.op,
-            (student, teacher, *bounds, "last", torch.ones(7), "rms", scale, 1e-5, *paired, True, True),
-        )
-    nothing = (None, None, None, "mse", False)
-    torch.library.opcheck(
-        ops.hidden_loss.op, (student, teacher, SPANS, SPANS, "spans", None, "none", None, 0.0, *nothing, True, False)
-    )
-    torch.library.opcheck(
-        ops.hidden_loss.op, (student, teacher, None, None, "mean", None, "none", None, 0.0, *paired, True, False)
-    )
-    u, stats = torch.randn(7, 8), torch.rand(2, student.shape[0])
-    torch.library.opcheck(
-        ops.state_gradient.op,
-        (torch.ones(3), student.detach(), teacher, u, bounds[0], "mean", "layer", stats, rows_s, rows_t, weight,
-         torch.rand(2, 9), "cosine", False, torch.randn(student.shape)),
-    )  # fmt: skip
+    torch.library.opcheck(ops.segment_mean.op, (student, bounds[0], "mean"))
+    torch.library.opcheck(ops.segment_mean.op, (student, SPANS, "spans"))
+    paired, nothing = (rows_s, rows_t, weight, False), (None, None, None, False)
+    for first, second in (
+        ((*bounds, "last", torch.ones(7)), paired),
+        ((SPANS, SPANS, "spans", None), nothing),
+        ((None, None, "mean", None), paired),
+    ):
+        torch.library.opcheck(ops.hidden_loss.op, (student, teacher, *first, *second, True))
+    own = (torch.ones(3), student.detach(), teacher, torch.randn(7, 8), bounds[0], "mean")
+    torch.library.opcheck(ops.state_gradient.op, (*own, *paired, torch.randn(student.shape)))
     head = torch.randn(20, 8, requires_grad=True)
     bias = torch.randn(20, requires_grad=True)
     fixed = (-1, 2.0, 4.0, 0.0)
-    for kind in ("", "mse", "cosine"):
+    for has_pairs in (False, True):
         torch.library.opcheck(
             _distillation.op,
-            (student, teacher, *bounds, "mean", None, rows_s, rows_t, weight, kind, False, head, bias, None, None, None,
-             *fixed, True, True, True),
+            (student, teacher, *bounds, "mean", None, rows_s, rows_t, weight, has_pairs, False, head, bias, None, None,
+             None, *fixed, True, True, True),
         )  # fmt: skip
     torch.library.opcheck(
         _distillation.op,
-        (student, teacher, None, None, "mean", None, rows_s, rows_t, weight, "mse", False, None, None, None, None, None,
+        (student, teacher, None, None, "mean", None, rows_s, rows_t, weight, True, False, None, None, None, None, None,
          *fixed, True, False, False),
     )  # fmt: skip
 
@@ -89,16 +77,15 @@ def test_opcheck_of_the_projection():
 def losses(student, teacher, bounds, rows_s, rows_t, weight):
     """A function of the student for each op, and what it needs to be compiled."""
     head = torch.randn(20, 8, generator=torch.Generator().manual_seed(3))
-    scale = torch.rand(8) + 0.5
     ends = {"cu_seqlens_s": bounds[0], "cu_seqlens_t": bounds[1]}
     return {
-        "segment_mean": lambda x: segment_mean(x * 2, bounds[0], norm="rms", norm_weight=scale).square().sum(),
-        "pooled_mse": lambda x: torch.stack(pooled_mse(x * 2, teacher, *bounds, norm="layer")).prod(),
-        "paired_mse": lambda x: paired_mse(x * 2, teacher, rows_s, rows_t, weight=weight, kind="cosine")[0],
+        "segment_mean": lambda x: segment_mean(x * 2, bounds[0]).square().sum(),
+        "pooled_mse": lambda x: torch.stack(pooled_mse(x * 2, teacher, *bounds)).prod(),
+        "paired_mse": lambda x: paired_mse(x * 2, teacher, rows_s, rows_t, weight=weight)[0],
         "packed_projection": lambda x: packed_projection(x, head, norm="rms", prefix=head[:1, :1].expand(1, 20),
                                                          cu_seqlens=torch.tensor([0, x.shape[0]])).square().sum(),
         "distillation_loss": lambda x: sum(
-            value for value, _ in distillation_loss(x * 2, teacher, **ends, paired="mse", rows_s=rows_s, rows_t=rows_t,
+            value for value, _ in distillation_loss(x * 2, teacher, **ends, paired=True, rows_s=rows_s, rows_t=rows_t,
                                                     pair_weight=weight, head=head)
         ),
     }  # fmt: skip
@@ -134,10 +121,10 @@ def test_views_and_checkpointing():
     assert not wide.is_contiguous()
     plain = wide.detach().contiguous().requires_grad_()
     other = teacher.repeat(1, 2)[:, ::2]
-    (got,) = torch.autograd.grad(pooled_mse(wide, other, *bounds, norm="rms")[0], wide)
-    (right,) = torch.autograd.grad(pooled_mse(plain, other.contiguous(), *bounds, norm="rms")[0], plain)
+    (got,) = torch.autograd.grad(pooled_mse(wide, other, *bounds)[0], wide)
+    (right,) = torch.autograd.grad(pooled_mse(plain, other.contiguous(), *bounds)[0], plain)
     assert torch.equal(got, right)
-    saved = checkpoint(lambda x: pooled_mse(x, other, *bounds, norm="rms")[0], plain, use_reentrant=False)
+    saved = checkpoint(lambda x: pooled_mse(x, other, *bounds)[0], plain, use_reentrant=False)
     assert torch.equal(torch.autograd.grad(saved, plain)[0], right)
 
 
@@ -166,7 +153,7 @@ class Student(nn.Module):
     def forward(self, x, cu, teacher, cu_t, rows):
         y = packed_projection(x, self.up.weight, self.up.bias, norm="layer", norm_weight=self.norm.weight,
                               norm_bias=self.norm.bias, cu_seqlens=cu, prefix=self.bos)
-        terms = distillation_loss(self.body(y), teacher, cu_seqlens_s=cu_t, cu_seqlens_t=cu_t, paired="mse",
+        terms = distillation_loss(self.body(y), teacher, cu_seqlens_s=cu_t, cu_seqlens_t=cu_t, paired=True,
                                   rows_s=rows, rows_t=rows, head=self.head.weight, head_bias=self.head.bias)
         return sum(value for value, _ in terms)
 

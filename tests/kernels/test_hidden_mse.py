@@ -1,4 +1,4 @@
-"""segment_mean, pooled_mse and paired_mse on the CPU against fp64, over lengths, norms, poolings and dtypes."""
+"""segment_mean, pooled_mse and paired_mse on the CPU against fp64, over lengths, poolings and dtypes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from tests.kernels.hidden_cases import (
     cu,
     exact_paired,
     exact_pooled,
-    norm_parameters,
     pairs,
     random_lengths,
     states,
@@ -21,19 +20,13 @@ from tests.kernels.hidden_cases import (
 from tests.kernels.linear_kl_cases import LIMITS, check, error
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-NORMS = [None, "rms", "layer"]
 
 
 def run_pooled(student, teacher, *bounds, **options):
     x = student.detach().clone().requires_grad_()
-    if options.get("norm_weight") is not None:
-        options["norm_weight"] = options["norm_weight"].detach().clone().requires_grad_()
     total, count = pooled_mse(x, teacher, *bounds, **options)
     total.backward()
-    found = {"total": total.detach(), "dx": x.grad, "count": count}
-    if options.get("norm_weight") is not None:
-        found["d_norm"] = options["norm_weight"].grad
-    return found
+    return {"total": total.detach(), "dx": x.grad, "count": count}
 
 
 def run_paired(student, teacher, *arguments, **options):
@@ -45,56 +38,43 @@ def run_paired(student, teacher, *arguments, **options):
 
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("norm", NORMS)
-def test_pooled(lengths, dtype, norm):
-    student, teacher, *bounds = states(lengths, dtype=dtype)
-    options = norm_parameters(norm, 24, dtype)
-    check_all(
-        run_pooled(student, teacher, *bounds, **options), exact_pooled(student, teacher, *bounds, **options), dtype
-    )
+def test_pooled(lengths, dtype):
+    case = states(lengths, dtype=dtype)
+    check_all(run_pooled(*case), exact_pooled(*case), dtype)
 
 
 @pytest.mark.parametrize("pooling", ["first", "last"])
-@pytest.mark.parametrize("norm", NORMS)
-def test_poolings(pooling, norm):
+def test_poolings(pooling):
     student, teacher, *bounds = states("edges")
-    options = {**norm_parameters(norm, 24, torch.float32), "pooling": pooling, "weight": torch.rand(7)}
+    options = {"pooling": pooling, "weight": torch.rand(7)}
     got, exact = (f(student, teacher, *bounds, **options) for f in (run_pooled, exact_pooled))
     check_all(got, exact, torch.float32)
 
 
-@pytest.mark.parametrize("norm", NORMS)
-def test_weighted_spans(norm):
+def test_weighted_spans():
     """Choices of a text: (B, C) spans in any order, weights per choice, empty ones among them."""
     student, teacher, *_ = states("edges")
     own = torch.tensor([[[70, 90], [60, 64]], [[0, 5], [8, 8]], [[91, 130], [131, 132]]])
     other = torch.tensor([[[10, 12], [60, 64]], [[0, 5], [8, 9]], [[91, 130], [131, 132]]])
     weight = torch.tensor([[1.0, 0.5], [0.0, 1.0], [2.0, 0.25]])
-    options = norm_parameters(norm, 24, torch.float32)
-    got = run_pooled(student, teacher, spans_s=own, spans_t=other, weight=weight, **options)
-    flat = {**options, "pooling": "spans", "weight": weight.flatten()}
+    got = run_pooled(student, teacher, spans_s=own, spans_t=other, weight=weight)
+    flat = {"pooling": "spans", "weight": weight.flatten()}
     check_all(got, exact_pooled(student, teacher, own.view(-1, 2), other.view(-1, 2), **flat), torch.float32)
     assert got["count"] == 1.0 + 0.5 + 2.0 + 0.25  # (1, 1) is empty in the student
 
 
-@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("pooling", ["mean", "first", "last"])
-def test_segment_mean(norm, pooling):
+def test_segment_mean(pooling):
     student, _, bounds, _ = states("edges")
-    options = norm_parameters(norm, 24, torch.float32)
     x, wide = student.clone().requires_grad_(), student.double().requires_grad_()
-    leaves = {k: v.clone().requires_grad_() if k != "norm" else v for k, v in options.items()}
-    exact_leaves = {k: v.double().requires_grad_() if k != "norm" else v for k, v in options.items()}
-    got = segment_mean(x, bounds, pooling=pooling, **leaves)
-    exact = reference_mean(wide, bounds, pooling, **{"norm": "none", **exact_leaves})
+    got = segment_mean(x, bounds, pooling=pooling)
+    exact = reference_mean(wide, bounds, pooling)
     check(got, exact, 1e-5)
     assert not got[0].any()
     direction = torch.randn(got.shape)
     (got * direction).sum().backward()
     (exact * direction).sum().backward()
     check(x.grad, wide.grad, 1e-5)
-    for name in set(options) - {"norm"}:
-        check(leaves[name].grad, exact_leaves[name].grad, 1e-5)
 
 
 def test_segment_mean_of_spans():
@@ -105,40 +85,28 @@ def test_segment_mean_of_spans():
     check(got[0], torch.stack([student[4:9].mean(0), student[0:2].mean(0)]), 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["mse", "cosine"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [1, 63, 64, 65, 400])
-def test_paired(kind, dtype, count):
+def test_paired(dtype, count):
     student, teacher, *_ = states("edges", dtype=dtype)
     rows_s, rows_t, weight = pairs(student, teacher, count, zeros=count > 1)
-    exact = exact_paired(student, teacher, rows_s, rows_t, weight, kind)
-    check_all(run_paired(student, teacher, rows_s, rows_t, weight=weight, kind=kind), exact, dtype)
+    exact = exact_paired(student, teacher, rows_s, rows_t, weight)
+    check_all(run_paired(student, teacher, rows_s, rows_t, weight=weight), exact, dtype)
     order = torch.argsort(rows_s, stable=True)
-    arguments = (rows_s[order], rows_t[order])
-    ordered = run_paired(student, teacher, *arguments, weight=weight[order], kind=kind, rows_sorted=True)
+    ordered = run_paired(student, teacher, rows_s[order], rows_t[order], weight=weight[order], rows_sorted=True)
     check_all(ordered, exact, dtype)
 
 
 def test_no_worse_than_eager_in_the_same_precision():
-    """bf16: the error of the gradient is that of rounding it; eager normalises in bf16 and loses more."""
+    """bf16: the error of the gradient is that of rounding it; eager takes means in bf16 and loses more."""
     student, teacher, *bounds = states("dominant", dtype=torch.bfloat16)
-    options = norm_parameters("rms", 24, torch.bfloat16)
-    exact = exact_pooled(student, teacher, *bounds, **options)
+    exact = exact_pooled(student, teacher, *bounds)
     x = student.clone().requires_grad_()
-    eager = reference_pooled(x, teacher, *bounds, **options)
+    eager = reference_pooled(x, teacher, *bounds)
     eager.backward()
-    got = run_pooled(student, teacher, *bounds, **options)
+    got = run_pooled(student, teacher, *bounds)
     assert error(got["dx"], exact["dx"]) <= error(x.grad, exact["dx"])
     assert error(got["total"], exact["total"]) <= error(eager, exact["total"])
-
-
-def test_large_means_do_not_cancel():
-    """|mean| 1,000 times the deviation."""
-    student, teacher, *bounds = states("tiny")
-    options = norm_parameters("layer", 24, torch.float32)
-    student, teacher = student + 1000.0, teacher + 1000.0
-    exact = exact_pooled(student, teacher, *bounds, **options)
-    check_all(run_pooled(student, teacher, *bounds, **options), exact, torch.float32, wider=10.0)
 
 
 def test_empty_segments_count_nothing_and_pool_to_zero():
@@ -156,14 +124,13 @@ def test_all_masked():
     student, teacher, *bounds = states("edges")
     for bad in (0.0, torch.nan):
         student[1:30] = bad
-        got = run_pooled(student, teacher, *bounds, weight=torch.zeros(7), **norm_parameters("rms", 24, torch.float32))
+        got = run_pooled(student, teacher, *bounds, weight=torch.zeros(7))
         assert got["count"] == got["total"] == 0
         assert not got["dx"].any()
         rows = torch.arange(5)
-        for kind in ("mse", "cosine"):
-            got = run_paired(student, teacher, rows, rows, weight=torch.zeros(5), kind=kind)
-            assert got["count"] == got["total"] == 0
-            assert not got["dx"].any()
+        got = run_paired(student, teacher, rows, rows, weight=torch.zeros(5))
+        assert got["count"] == got["total"] == 0
+        assert not got["dx"].any()
     nothing = torch.zeros(0, dtype=torch.long)
     got = run_paired(student, teacher, nothing, nothing)
     assert got["total"] == 0
@@ -177,38 +144,21 @@ def test_nan_of_a_counted_row_is_not_hidden():
     assert run_paired(student, teacher, torch.tensor([4]), torch.tensor([0]))["total"].isnan()
 
 
-def test_zero_rows_have_cosine_0():
-    student, teacher, *_ = states("edges")
-    student[4] = 0.0
-    got = run_paired(student, teacher, torch.tensor([4]), torch.tensor([0]), kind="cosine")
-    assert got["total"] == 1.0
-    assert not got["dx"].any()
-
-
 def test_gradcheck_in_fp64():
     student, teacher, *bounds = states("one", width=5, dtype=torch.float64)
-    weight = torch.rand(5, dtype=torch.float64) + 0.5
     x = student.requires_grad_()
-    for norm in ("rms", "layer"):
-        assert torch.autograd.gradcheck(
-            lambda x, norm=norm: pooled_mse(x, teacher, *bounds, norm=norm, norm_weight=weight)[0], (x,)
-        )
+    assert torch.autograd.gradcheck(lambda x: pooled_mse(x, teacher, *bounds)[0], (x,))
     rows = torch.tensor([0, 3, 3]), torch.tensor([8, 1, 0])
-    for kind in ("mse", "cosine"):
-        assert torch.autograd.gradcheck(lambda x, kind=kind: paired_mse(x, teacher, *rows, kind=kind)[0], (x,))
+    assert torch.autograd.gradcheck(lambda x: paired_mse(x, teacher, *rows)[0], (x,))
 
 
 def test_bitwise_repeatable_and_independent_of_what_empty_holds():
     student, teacher, *bounds = states("dominant", dtype=torch.bfloat16)
     rows_s, rows_t, weight = pairs(student, teacher, 90)
-    options = norm_parameters("layer", 24, torch.bfloat16)
 
     def everything():
-        return [
-            *run_pooled(student, teacher, *bounds, **options).values(),
-            *run_paired(student, teacher, rows_s, rows_t, weight=weight).values(),
-            *run_paired(student, teacher, rows_s, rows_t, weight=weight, kind="cosine").values(),
-        ]
+        paired = run_paired(student, teacher, rows_s, rows_t, weight=weight)
+        return [*run_pooled(student, teacher, *bounds).values(), *paired.values()]
 
     first = everything()
     torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
@@ -229,11 +179,10 @@ def test_random_packs(part):
         g = torch.Generator().manual_seed(seed)
         own, other = random_lengths(seed)
         width = int(torch.randint(1, 9, (1,), generator=g))
-        norm, pooling = [None, "rms", "layer"][seed % 3], ["mean", "first", "last"][seed % 7 % 3]
         student = torch.randn(sum(own), width, generator=g, dtype=torch.float64)
         teacher = torch.randn(sum(other), width, generator=g, dtype=torch.float64)
         weight = torch.rand(len(own), generator=g, dtype=torch.float64)
-        options = {"norm": norm, "pooling": pooling, "weight": weight, "eps": 1e-3}
+        options = {"pooling": ["mean", "first", "last"][seed % 7 % 3], "weight": weight}
         got = run_pooled(student, teacher, cu(own), cu(other), **options)
         exact = exact_pooled(student, teacher, cu(own), cu(other), **options)
         valid = torch.tensor([a > 0 and b > 0 for a, b in zip(own, other)])
@@ -243,9 +192,8 @@ def test_random_packs(part):
                 worst = max(worst, float((got[name] - value).abs().max() / value.abs().max().clamp(min=1e-3)))
         if student.shape[0] and teacher.shape[0]:
             rows_s, rows_t, w = pairs(student, teacher, 1 + seed % 9, seed)
-            kind = ["mse", "cosine"][seed % 2]
-            got = run_paired(student, teacher, rows_s, rows_t, weight=w, kind=kind)
-            exact = exact_paired(student, teacher, rows_s, rows_t, w, kind)
+            got = run_paired(student, teacher, rows_s, rows_t, weight=w)
+            exact = exact_paired(student, teacher, rows_s, rows_t, w)
             worst = max(worst, float((got["dx"] - exact["dx"]).abs().max() / exact["dx"].abs().max().clamp(min=1e-3)))
     assert worst < 1e-9
 
@@ -261,11 +209,6 @@ BAD = {
     "cu_seqlens_t must have shape": {"cu_seqlens_t": torch.zeros(2, 2, dtype=torch.int32)},
     r"cu_seqlens_s is \(3,\) but cu_seqlens_t is \(4,\)": {"cu_seqlens_t": torch.tensor([0, 1, 2, 3])},
     "pooling is 'max'": {"pooling": "max"},
-    "norm is 'batch'": {"norm": "batch"},
-    "norm_weight or norm_bias is given": {"norm_weight": torch.ones(4)},
-    r"norm_weight must have shape \(4,\)": {"norm": "rms", "norm_weight": torch.ones(3)},
-    "an RMSNorm has none": {"norm": "rms", "norm_bias": torch.ones(4)},
-    "eps is -1": {"norm": "rms", "eps": -1.0},
     r"weight must have shape \(2,\)": {"weight": torch.ones(3)},
     "student is 4 wide but teacher is 5 wide": {"teacher": torch.randn(8, 5)},
     "student is torch.float32 but teacher is torch.float64": {"teacher": torch.randn(8, 4, dtype=torch.float64)},
@@ -311,8 +254,6 @@ def test_bad_input_of_paired():
         paired_mse(x, x, rows, rows[:2])
     with pytest.raises(TypeError, match="rows_s must hold int32 or int64"):
         paired_mse(x, x, rows.float(), rows)
-    with pytest.raises(ValueError, match="kind is 'l1'"):
-        paired_mse(x, x, rows, rows, kind="l1")
     student = x.clone().requires_grad_()
     with pytest.raises(ValueError, match="rows_s must ascend"):
         paired_mse(student, x, rows.flip(0), rows, rows_sorted=True)[0].backward()

@@ -18,8 +18,7 @@ rank = dist.get_rank()
 mesh = init_device_mesh("cpu", (2,))
 torch.manual_seed(1)
 x, t, y = torch.randn(12, 16), torch.randn(12, 16), torch.randn(12, 8)
-P = {"head": torch.randn(40, 16), "bias": torch.randn(40), "norm_weight": torch.rand(16) + 0.5,
-     "norm_bias": torch.randn(16), "up": torch.randn(16, 8), "up_bias": torch.randn(16), "low": torch.randn(8, 8),
+P = {"head": torch.randn(40, 16), "bias": torch.randn(40), "up": torch.randn(16, 8), "up_bias": torch.randn(16), "low": torch.randn(8, 8),
      "low_bias": torch.randn(8), "n_weight": torch.rand(8) + 0.5, "n_bias": torch.randn(8), "bos": torch.randn(2, 16)}
 
 def cu(rows):
@@ -42,9 +41,6 @@ CASES = [
         x, t, pooled=False, rows_s=torch.arange(6), rows_t=torch.arange(6), head=p).kl[0]),
     ("head_bias", "bias", lambda x, t, y, p: distillation_loss(
         x, t, pooled=False, rows_s=torch.arange(6), rows_t=torch.arange(6), head=P["head"], head_bias=p).kl[0]),
-    ("norm_weight", "norm_weight", lambda x, t, y, p: pooled_mse(x, t, cu(x), cu(t), norm="layer", norm_weight=p)[0]),
-    ("norm_weight", "norm_weight", lambda x, t, y, p: direction(segment_mean(x, cu(x), norm="rms", norm_weight=p))),
-    ("norm_bias", "norm_bias", lambda x, t, y, p: direction(segment_mean(x, cu(x), norm="layer", norm_bias=p).square())),
 ] + [
     (name, key, lambda x, t, y, p, name=name: projected(y, name, p))
     for name, key in {"weight": "up", "bias": "up_bias", "hidden_weight": "low", "hidden_bias": "low_bias",

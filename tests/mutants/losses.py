@@ -22,7 +22,7 @@ MUTANTS: list[Mutant] = [
     ),
     *planted(
         "losses", "mtllm_fast/losses/paired_mse.py", LOSSES,
-        ("\"paired\": \"mse\"", "\"paired\": \"cosine\""),
+        ("\"paired\": True", "\"paired\": False"),
     ),
     *planted(
         "losses", "mtllm_fast/losses/fused.py", LOSSES,
