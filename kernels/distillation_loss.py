@@ -20,7 +20,7 @@ from torch import Tensor
 from . import hidden_mse_ops, linear_kl_ops
 from .gemms import accumulation_dtype, kept_dtype
 from .hidden_mse import both_bounds, check_pairs, check_two_sides, pooled_count
-from .linear_kl_checks import check_moments, check_options, check_side, common_vocabulary, gathered
+from .linear_kl_checks import check_moments, check_options, check_side, common_vocabulary, gathered, plain_divergence
 from .linear_kl_cpu import FORWARD
 from .linear_kl_ops import dtype_if, scaled_gradients
 from .moments import TeacherMoments
@@ -63,6 +63,8 @@ class Distillation(Op[Seven]):
     temperature: float = 1.0
     scale: float = 1.0
     softcap: float = 0.0
+    divergence: str = FORWARD
+    beta: float = 0.5
     need_dx: bool = False
     need_dw: bool = False
     need_db: bool = False
@@ -88,9 +90,9 @@ class Distillation(Op[Seven]):
             teacher = {"m": self.m, "entropy": self.entropy, "bias_mean": self.bias_mean}
             kl, _, dh = linear_kl_ops.moment_step.raw(**self.step(), **teacher)
         elif self.head is not None:
-            kl, _, dh, dw, db = linear_kl_ops.difference.raw(
-                **self.step(), h_t=self.teacher, softcap=self.softcap, need_dw=self.need_dw, need_db=self.need_db
-            )
+            names = ("softcap", "divergence", "beta", "need_dw", "need_db")
+            options = {name: getattr(self, name) for name in names}
+            kl, _, dh, dw, db = linear_kl_ops.difference.raw(**self.step(), h_t=self.teacher, **options)
         return pooled, paired, kl, u, dh, dw, db
 
     def _kept(self, rows: int) -> Tensor:
@@ -150,6 +152,8 @@ def distillation_loss(
     temperature: float = 1.0,
     scale_by_t2: bool = True,
     softcap: float | None = None,
+    divergence: str = FORWARD,
+    beta: float = 0.5,
 ) -> DistillationTerms:
     """The active terms over the same packed states, each as (sum, count).
 
@@ -162,8 +166,8 @@ def distillation_loss(
         head, head_bias: LM head shared by both sides, in the states' dtype (autocast casts it to that); None: no KL.
             Get gradients of the student's side if they require them.
         moments: cached `teacher_moments` of the pairs' teacher rows: rows_t then holds rows of `moments`, so `paired`
-            must be False. Needs a frozen head and no soft-capping.
-        num_valid, temperature, scale_by_t2, softcap: as `linear_kl`, forward KL.
+            must be False. Needs a frozen head, the forward KL and no soft-capping.
+        num_valid, temperature, scale_by_t2, softcap, divergence, beta: as `linear_kl`.
 
     Raises:
         TypeError, ValueError, IndexError: as the three ops; or no term at all.
@@ -188,7 +192,8 @@ def distillation_loss(
         check_pairs(student, rows_s, rows_t, pair_weight)
         pairs = None if pair_weight is None else pair_weight.detach().to(dtype)
     if head is not None:
-        check_options(temperature, softcap, FORWARD, 0.0, "auto")
+        check_options(temperature, softcap, divergence, beta, "auto")
+        divergence = plain_divergence(divergence, beta)
         check_side("student", student, "head", head, student.device)
         if head_bias is not None and (head_bias.shape != head.shape[:1] or head_bias.device != student.device):
             raise ValueError(f"head_bias must have shape ({head.shape[0]},) on {student.device}")
@@ -199,6 +204,8 @@ def distillation_loss(
                 raise ValueError(
                     f"softcap is {softcap}, but the moment form needs logits that are linear in the states"
                 )
+            if divergence != FORWARD:
+                raise ValueError(f"divergence is {divergence!r}, but the moment form computes only 'forward'")
             if needs_gradient(head) or needs_gradient(head_bias):
                 raise ValueError("head or head_bias requires a gradient, but the moment form needs a frozen head")
             vocab = common_vocabulary(head.shape[0], moments.vocab_size, None, "moments")
@@ -224,6 +231,8 @@ def distillation_loss(
         **({} if moments is None else moments.tensors()),
         **linear_kl_ops.scalars(temperature, scale_by_t2, num_valid),
         softcap=float(softcap or 0.0),
+        divergence=divergence,
+        beta=float(beta),
         **need,
     )
     terms: list[tuple[Tensor, Tensor] | None] = [None, None, None]

@@ -43,6 +43,7 @@ from .linear_kl_checks import (
     check_vector,
     common_vocabulary,
     gathered,
+    plain_divergence,
 )
 from .linear_kl_cpu import FORWARD, JSD, REVERSE
 from .moments import TeacherMoments
@@ -235,8 +236,7 @@ def linear_kl(
     check_vector("bias_s", bias_s, w_s.shape[0], "the student vocabulary", device, "bias")
     if num_valid is not None and not 0 <= num_valid <= pairs:
         raise ValueError(f"num_valid is {num_valid}, but must be between 0 and {pairs}, the number of pairs")
-    if divergence == JSD and beta in (0, 1):
-        divergence = FORWARD if beta == 0 else REVERSE
+    divergence = plain_divergence(divergence, beta)
     if teacher is not None:
         if h_t is not None or w_t is not None or bias_t is not None:
             raise ValueError("teacher replaces h_t, w_t and bias_t; leave them None")

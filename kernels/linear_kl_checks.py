@@ -70,6 +70,13 @@ def check_options(temperature: float, softcap: float | None, divergence: str, be
         raise ValueError(f"form is {form!r}, but must be one of {', '.join(FORMS)}")
 
 
+def plain_divergence(divergence: str, beta: float) -> str:
+    """The JSD of β 0 or 1 is the forward or the reverse KL, by the convention of `linear_kl`."""
+    if divergence == JSD and beta in (0, 1):
+        return FORWARD if beta == 0 else REVERSE
+    return divergence
+
+
 def gathered(name: str, w: T, constant: bool = False) -> T:
     """A sharded (DTensor) weight gathered; anything else, None too, unchanged.
 

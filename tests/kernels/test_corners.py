@@ -323,7 +323,7 @@ def test_fakes_in_every_dtype(dtype):
             same_as_fake(
                 _distillation.op,
                 (student, teacher_states, *bounds, "mean", None, rows_s, rows_t, weight, has_pairs, False, head, bias, None,
-                 None, None, -1, 2.0, 4.0, 0.0, need, need, need),
+                 None, None, -1, 2.0, 4.0, 0.0, "jsd", 0.3, need, need, need),
             )  # fmt: skip
 
 

@@ -82,6 +82,24 @@ def test_one_node_and_gradients_of_single_terms():
         check(torch.autograd.grad(joint[name][0], case[0], retain_graph=True)[0], right, 1e-12)
 
 
+@pytest.mark.parametrize(("divergence", "beta"), [("reverse", 0.5), ("jsd", 0.3), ("jsd", 0.0), ("jsd", 1)])
+def test_divergences(divergence, beta):
+    student, teacher, bounds, (rows_s, rows_t, weight), head, bias = problem()
+    shared = {"rows_s": rows_s, "rows_t": rows_t, "divergence": divergence, "beta": beta, "softcap": 3.0}
+    joint = distillation_loss(
+        student, teacher, cu_seqlens_s=bounds[0], cu_seqlens_t=bounds[1], pair_weight=weight, head=head, head_bias=bias,
+        **shared,
+    )  # fmt: skip
+    apart, _ = linear_kl(student, head, teacher, bias_s=bias, row_weight=weight, **shared)
+    assert torch.equal(joint.kl[0], apart)
+    (got,), (right,) = (torch.autograd.grad(x, student, retain_graph=True) for x in (joint.kl[0], apart))
+    check(got, right, 1e-12)
+    if beta:
+        shared["divergence"] = "forward"
+        other, _ = linear_kl(student, head, teacher, bias_s=bias, row_weight=weight, **shared)
+        assert abs(float((other / apart).detach()) - 1) > 0.01, "the control: the forward KL is another number"
+
+
 def test_moments():
     student, teacher, bounds, (rows_s, rows_t, weight), head, bias = problem()
     cached = teacher_moments(teacher, head, 2.0, bias_t=bias, rows=rows_t)
@@ -120,6 +138,10 @@ def test_bad_input():
     options = {"rows_s": rows_s, "rows_t": rows_t, "head": head, "moments": cached}
     with pytest.raises(ValueError, match="with moments rows_t holds rows of the moments"):
         distillation_loss(student, teacher, **ends, paired=True, **options)
+    with pytest.raises(ValueError, match="divergence is 'reverse', but the moment form"):
+        distillation_loss(student, teacher, **ends, divergence="reverse", **options)
+    with pytest.raises(ValueError, match="divergence is 'kl', but must be one of"):
+        distillation_loss(student, teacher, **ends, divergence="kl", **options)
     with pytest.raises(ValueError, match="temperature is 3"):
         distillation_loss(student, teacher, **ends, temperature=3.0, **options)
     with pytest.raises(ValueError, match="moments is given, but head is None"):

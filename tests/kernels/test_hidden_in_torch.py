@@ -36,7 +36,7 @@ def test_opcheck_of_the_losses():
     torch.library.opcheck(ops.state_gradient.op, (*own, *paired, torch.randn(student.shape)))
     head = torch.randn(20, 8, requires_grad=True)
     bias = torch.randn(20, requires_grad=True)
-    fixed = (-1, 2.0, 4.0, 0.0)
+    fixed = (-1, 2.0, 4.0, 0.0, "forward", 0.5)
     for has_pairs in (False, True):
         torch.library.opcheck(
             _distillation.op,
