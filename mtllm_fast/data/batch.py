@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import add
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from mtllm_fast.data.prompt import PromptTokens, Writing, target_rows
 from mtllm_fast.data.read import TextRow
 from mtllm_fast.data.text_tokens import BadText
 from mtllm_fast.data.tokenise import StackTokenizer
+
+if TYPE_CHECKING:
+    from mtllm_fast.kernels import TeacherMoments
 
 SIDES = ("mt", "llm")
 
@@ -40,6 +43,7 @@ class Batch:
             them masked if so asked; `before` may be one sequence for all.
         row_weight: (B,) float, weights of the rows in terms that weigh them, or None.
         soft_labels: (B, C) float32, the log-probability of each class, up to a constant, or None where rows have none.
+        moments: what the forward KL needs of the teacher's tokens, which `llm_rows` then counts, or None.
     """
 
     mt: PackedBatch | None
@@ -57,6 +61,7 @@ class Batch:
     after: PackedBatch | None = None
     row_weight: Tensor | None = None
     soft_labels: Tensor | None = None
+    moments: "TeacherMoments | None" = None
 
     @property
     def num_rows(self) -> int:

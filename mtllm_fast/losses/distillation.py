@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
 from .objective import Objective
 from .table import TERMS
-from .term import Need
+from .term import Divergence, Need
 
 if TYPE_CHECKING:
     from ..data.batch import Batch
@@ -30,6 +30,10 @@ class Weights:
                 continue
             if name.endswith("temperature") and not value > 0:
                 raise ValueError(f"{name}={value}: must be > 0")
+            if name == "divergence" and value not in get_args(Divergence):
+                raise ValueError(f"divergence={value!r}: expected one of {', '.join(get_args(Divergence))}")
+            if name == "beta" and not 0 <= value <= 1:
+                raise ValueError(f"beta={value}: must be between 0 and 1")
             if name == "label_smoothing" and not 0 <= value < 1:
                 raise ValueError(f"label_smoothing={value}: must be at least 0 and below 1")
         if not any(self.by_term.values()):
@@ -41,7 +45,7 @@ class Weights:
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name in TERMS}
 
     @property
-    def options(self) -> dict[str, float | bool | None]:
+    def options(self) -> dict[str, Any]:
         """What the terms can be set to."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in TERMS}
 
@@ -63,6 +67,11 @@ class DistillationWeights(Weights):
     """KL of the task head's distributions, times temperature^2 (stage 3)."""
     temperature: float = 1.0
     """Of both KL terms; above 1 it makes the distributions flatter."""
+    divergence: Divergence = "forward"
+    """What `kl` is: forward, KL(teacher || student); reverse, KL(student || teacher); jsd, the generalised
+    Jensen-Shannon divergence (arXiv 2306.13649)."""
+    beta: float = 0.5
+    """Of jsd: towards 0 it is the forward KL, towards 1 the reverse."""
     contrast: float = 0.0
     """One-way InfoNCE of mean-pooled last hidden states: a text's is to be nearer to the teacher's of the same text
     than to those of the other texts of its pack."""
@@ -110,6 +119,11 @@ class TargetWeights(Weights):
     self-distillation on the same answer rows."""
     temperature: float = 1.0
     """Of the KL; above 1 it makes the distributions flatter."""
+    divergence: Divergence = "forward"
+    """What `kl` is: forward, KL(bare LLM || student); reverse, KL(student || bare LLM); jsd, the generalised
+    Jensen-Shannon divergence (arXiv 2306.13649)."""
+    beta: float = 0.5
+    """Of jsd: towards 0 it is the forward KL, towards 1 the reverse."""
     label_smoothing: float = 0.0
     """Share of the cross-entropy's target distribution that is spread over the vocabulary."""
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Need = Literal["teacher", "pairs", "lm_head", "task_head", "labels", "targets", "soft_labels", "inner", "partners"]
 Unit = Literal["rows", "pairs", "targets"]
+Divergence = Literal["forward", "reverse", "jsd"]
 
 MISSING: dict[Need, str] = {
     "teacher": "the teacher's states",

@@ -74,7 +74,7 @@ def check(config: AdaptConfig, data: Data) -> None:
                 "and the teacher reads another text; use pooled_mse and contrast"
             )
         read_dictionary(config.code_switch)
-    check_cache(config.teacher_cache, config.loss.needs_pairs)
+    check_cache(config.teacher_cache)
     check_teacher_text(data.rows, config.loss.needs_pairs)
     if config.init != "none" and has_teacher_text(data.rows):
         raise ValueError(
@@ -94,7 +94,7 @@ def build(config: AdaptConfig, data: Data, dtype: torch.dtype) -> Stage:
             rows = CodeSwitched(rows, dictionary, config.code_switch_share, config.train.seed)
             notes["code_switch"] = rows.report()
         if config.teacher_cache:
-            cache, report = cached_states(config.teacher_cache, rows, student, config.train)
+            cache, report = cached_states(config.teacher_cache, rows, student, config.train, config.loss)
             rows, notes["teacher_cache"] = KeyedRows(rows), asdict(report)
     return Stage(
         student,

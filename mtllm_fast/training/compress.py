@@ -60,6 +60,7 @@ class WholeEncoder(nn.Module):
     """
 
     ids: Tensor
+    needs_tokens = False
 
     def __init__(self, encoder: PackedEncoder, ids: Tensor, factor: int) -> None:
         super().__init__()

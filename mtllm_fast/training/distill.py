@@ -36,7 +36,7 @@ def check(config: DistillConfig, data: Data) -> None:
     for name in ("model", "teacher"):
         if not getattr(config, name):
             raise ValueError(f"--{name} is missing: name a folder")
-    check_cache(config.teacher_cache, config.loss.needs_pairs)
+    check_cache(config.teacher_cache)
     check_teacher_text(data.rows, config.loss.needs_pairs)
 
 
@@ -62,7 +62,7 @@ def build(config: DistillConfig, data: Data, dtype: torch.dtype) -> Stage:
         teacher = MTLLM.from_pretrained(
             config.teacher, dtype=dtype, trust_remote_code=config.trust_remote_code, llm=config.llm
         )
-        cache, report = cached_states(config.teacher_cache, rows, teacher, config.train)
+        cache, report = cached_states(config.teacher_cache, rows, teacher, config.train, config.loss)
         del teacher
         rows, notes["teacher_cache"] = KeyedRows(rows), asdict(report)
         set_seed(config.train.seed)  # the same run, whether the states were there or not

@@ -27,6 +27,11 @@ Validate = Callable[[], dict[str, float]]
 class Teaches(Protocol):
     """A teacher outside of the student, such as its states on disk."""
 
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether the batches that it teaches must have the LLM's tokens too."""
+        ...
+
     def teach(self, batch: Batch) -> tuple[Batch, Tensor]:
         """The batch with the teacher's side, and the teacher's states (T_llm, D) of its packed rows, no gradient."""
         ...
@@ -79,7 +84,7 @@ class Stage(nn.Module):
     @property
     def sides(self) -> tuple[str, ...]:
         """The tokenizations that a batch needs."""
-        own_llm = "teacher" in self.loss.needs and self.teacher is None
+        own_llm = "teacher" in self.loss.needs and (self.teacher is None or self.teacher.needs_tokens)
         return ("mt", "llm") if own_llm else (self.student.side,)
 
     @property

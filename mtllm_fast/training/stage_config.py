@@ -57,9 +57,9 @@ class AdaptConfig:
     init_rows: int = 2000
     """Texts that `init` is fitted on, the first ones."""
     teacher_cache: str = ""
-    """Folder for the teacher's pooled states, 4 bytes per text and dimension, computed once per LLM, data and settings
-    and shared by all runs, as in sweeps; without it the teacher runs in every step. For pooled_mse and contrast (a pack
-    then holds more texts, since the teacher's tokens take no room in it)."""
+    """Folder for what the losses need of the teacher, computed once per LLM, data and settings and shared by all runs;
+    without it the LLM runs as teacher in every step. 4 bytes per text and dimension; with paired_mse or kl per token
+    and dimension. A forward KL with a cache and without paired_mse needs no logits of the teacher at all."""
     code_switch: str = ""
     """A bilingual dictionary, `word translation` lines of any languages: the student reads the text with words replaced
     by their translations, the teacher reads it as it is. For pooled_mse and contrast."""
@@ -155,8 +155,8 @@ class DistillConfig:
     output: str = "runs/distill"
     """Folder of the run; holds the model, its checkpoints and logs."""
     teacher_cache: str = ""
-    """Folder for the teacher's pooled states, computed once per teacher, data and settings and shared by all runs;
-    without it the teacher runs in every step. For pooled_mse, contrast and head_kl."""
+    """Folder for what the losses need of the teacher, computed once per teacher, data and settings and shared by all
+    runs; without it the teacher runs in every step."""
     train_projection: bool = False
     """Train the projection too; the paper freezes it in this stage."""
     init_from: InitFrom = "adapted"

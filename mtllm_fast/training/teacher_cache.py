@@ -1,4 +1,4 @@
-"""The teacher's pooled state of every training text, computed once, kept on disk and read through memory maps.
+"""What the losses need of the teacher for every training text, computed once, kept on disk, read through memory maps.
 
 The teacher is stage 1's bare LLM or stage 3's task teacher; a sweep over seeds, losses or adapters shares its states.
 
@@ -6,6 +6,8 @@ The teacher is stage 1's bare LLM or stage 3's task teacher; a sweep over seeds,
       meta.json              what it was made from, its shape, the digest of each file
       keys.npy               (N, 16) uint8: the digest of each distinct text
       states.bin             (N, D) or (N, C, D) float32: mean states of the texts, or of their C choices
+      tokens.bin             (T, W) float32, for losses that compare single tokens: see `Kept`
+      lengths.bin            (N,) int32: tokens of each text in tokens.bin
     FOLDER/<key>.building/   one in the making, or left unfinished: the next run goes on with it
     FOLDER/<key>.lock        held by the process that builds, so that runs and ranks can share FOLDER
 
@@ -20,22 +22,26 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..data.batch import Batch, tokenise_rows
+from ..data.batch import Batch, TokenizedRows, tokenise_rows
 from ..data.pack import PackedBatch, token_budget_packs
 from ..data.read import MappedRows, TextRow
 from ..data.store import tokenizer_state
 from ..jobs.durable import exclusive, replace_folder, write_json
 from ..jobs.fingerprint import of_tensors, sha256_of, sha256_of_json
 from ..jobs.ledger import differing
+from ..kernels import TeacherMoments, teacher_moments
+from ..losses import DistillationWeights
 from ..models import MTLLM
 from ..models.frozen import KINDS, quantize_frozen
 from ..models.modes import evaluating
@@ -66,6 +72,29 @@ class KeyedRows(MappedRows):
         return dataclasses.replace(row, id=f"{name} {text_key(row).hex()}")
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a cache holds of every token, besides the pooled states of the texts.
+
+    Fields:
+        tokens: "" nothing; "states" the states (D,), for paired_mse and any KL; "moments" the D + 2 numbers of
+            `TeacherMoments`, all that the forward KL needs, with which a step has no teacher logits at all.
+        temperature: of the moments.
+    """
+
+    tokens: Literal["", "states", "moments"] = ""
+    temperature: float = 1.0
+
+    @classmethod
+    def for_loss(cls, loss: DistillationWeights, teacher: MTLLM) -> Kept:
+        if not loss.needs_pairs:
+            return cls()
+        forward_kl_alone = not loss.paired_mse and loss.divergence == "forward"
+        if forward_kl_alone and teacher.require_llm().lm_head.softcap is None:
+            return cls("moments", loss.temperature)
+        return cls("states")
+
+
 class TeacherCache:
     """A complete cache. `open_or_build` and `cached_states` give one.
 
@@ -91,6 +120,12 @@ class TeacherCache:
                 raise ValueError(f"teacher_cache={str(folder)!r}: {name} is missing, cut short or damaged; {remedy}")
         self.folder = folder
         self.states = np.memmap(folder / "states.bin", np.float32, "r", shape=shape)
+        self.kept, self.vocab_size = Kept(**meta.get("kept", {})), int(meta.get("vocab_size", 0))
+        if self.needs_tokens:
+            self._lengths = np.fromfile(folder / "lengths.bin", np.int32).astype(np.int64)
+            self._starts = self._lengths.cumsum() - self._lengths
+            shape = (int(self._lengths.sum()), -1)
+            self.tokens = np.memmap(folder / "tokens.bin", np.float32, "r").reshape(shape)
         keys = np.load(folder / "keys.npy").view(f"S{_KEY_BYTES}")[:, 0]
         self._order = np.argsort(keys)
         self._sorted = keys[self._order]
@@ -113,13 +148,35 @@ class TeacherCache:
         """Pooled states (B, D), or (B, C, D) of choices, float32, of the texts with these ids; see `places`."""
         return torch.from_numpy(np.asarray(self.states[self.places(ids)]))
 
-    def teach(self, batch: Batch) -> tuple[Batch, Tensor]:
-        """The batch with a teacher side of one row per pooled state, and these rows (B or B * C, D).
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether the batches that it teaches must have the teacher's tokens too."""
+        return bool(self.kept.tokens)
 
-        A mean over one row is the row, so the losses need not know where the teacher's states come from. What stands
-        for the tokens is the number of the text, the same for equal texts alone.
+    def _of_tokens(self, places: NDArray[np.int64], packed: PackedBatch) -> Tensor:
+        """(T, W) of the packed tokens of the texts at these places."""
+        lengths = self._lengths[places]
+        if tuple(lengths) != packed.lengths:
+            raise ValueError(f"teacher_cache={str(self.folder)!r}: its texts have other tokens than those of the batch")
+        offsets = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
+        taken = self.tokens[np.repeat(self._starts[places], lengths) + offsets]
+        return torch.from_numpy(taken).to(packed.input_ids.device, non_blocking=True)
+
+    def teach(self, batch: Batch) -> tuple[Batch, Tensor]:
+        """The batch and the teacher's states of its side: of tokens, where they are kept.
+
+        Otherwise that side is one row per pooled state (B or B * C, D): a mean over one row is the row, so the losses
+        need not know where the teacher's states come from. What stands for the tokens is the number of the text, the
+        same for equal texts alone. With moments `batch.moments` has those of the tokens that `batch.llm_rows` counts.
         """
         device, places = batch.side("mt").input_ids.device, self.places(batch.ids)
+        if self.kept.tokens == "states":
+            return batch, self._of_tokens(places, batch.side("llm"))
+        moments = None
+        if self.kept.tokens == "moments":
+            m, entropy, bias_mean = self._of_tokens(places, batch.side("llm")).tensor_split((-2, -1), 1)
+            numbers = (entropy[:, 0], bias_mean[:, 0], self.kept.temperature, self.vocab_size)
+            moments = TeacherMoments(m, *numbers)
         states = torch.from_numpy(np.asarray(self.states[places])).to(device, non_blocking=True)
         per_text = states.shape[1] if states.ndim == 3 else 1
         packed = PackedBatch.from_sequences(np.repeat(places[:, None], per_text, axis=1))  # type: ignore[arg-type]
@@ -127,7 +184,7 @@ class TeacherCache:
         if states.ndim == 3:
             rows = torch.arange(batch.num_rows * per_text, device=device).view(batch.num_rows, per_text)
             spans = torch.stack([rows, rows + 1], -1)
-        taught = dataclasses.replace(batch, llm=packed.to(device), llm_spans=spans)
+        taught = dataclasses.replace(batch, llm=packed.to(device), llm_spans=spans, moments=moments)
         return taught, states.flatten(0, -2)
 
 
@@ -142,7 +199,7 @@ class CacheReport:
 
 
 def cached_states(
-    folder: str | Path, rows: Iterable[TextRow], teacher: MTLLM, optim: OptimSettings
+    folder: str | Path, rows: Iterable[TextRow], teacher: MTLLM, optim: OptimSettings, loss: DistillationWeights
 ) -> tuple[TeacherCache, CacheReport]:
     """`open_or_build` of the teacher as a run with these settings has it: its device, precision and base weights."""
     chosen = settled(optim)
@@ -157,20 +214,12 @@ def cached_states(
         max_length=optim.max_length,
         bf16=chosen.bf16,
         base_weights=optim.base_weights,
+        kept=Kept.for_loss(loss, teacher),
     )
 
 
-def check_cache(folder: str, needs_pairs: bool) -> None:
-    """Refuse, before anything is loaded, a folder that is a file and losses that compare single tokens.
-
-    Raises:
-        ValueError: naming the folder.
-    """
-    if folder and needs_pairs:
-        raise ValueError(
-            f"teacher_cache={folder!r}: holds pooled states; paired_mse and kl compare single tokens: "
-            "use pooled_mse, contrast and head_kl, or leave the cache out"
-        )
+def check_cache(folder: str) -> None:
+    """Refuse, before anything is loaded, a folder that is a file: ValueError."""
     if folder and Path(folder).exists() and not Path(folder).is_dir():
         raise ValueError(f"teacher_cache={folder!r}: is a file, name a folder")
 
@@ -184,6 +233,7 @@ def open_or_build(
     max_length: int,
     bf16: bool,
     base_weights: str = "auto",
+    kept: Kept = Kept(),
 ) -> tuple[TeacherCache, CacheReport]:
     """The cache of `teacher` on `rows` under `folder`: opened where it is complete, else finished or built.
 
@@ -193,6 +243,7 @@ def open_or_build(
         max_tokens: budget of one pass. max_length: limit of a text in the teacher's tokens.
         bf16: run it under bf16 autocast, as the training does.
         base_weights: of `OptimSettings`; int8, nf4 and fp8 are put into the teacher before it runs.
+        kept: what is kept of the tokens.
 
     Raises:
         ValueError: the cache is stale or damaged, or rows with and without choices are mixed.
@@ -203,7 +254,7 @@ def open_or_build(
     keys = list(dict.fromkeys(text_key(row) for row in rows))
     if not keys:
         raise ValueError("the training data holds no usable row")
-    made_from = _fingerprint(teacher, keys, bf16, base_weights)
+    made_from = _fingerprint(teacher, keys, bf16, base_weights, kept)
     key = sha256_of_json(made_from)[:24]
     entry = root / key
     computed = truncated = 0
@@ -214,7 +265,7 @@ def open_or_build(
                 _say_why(root, made_from)
                 if base_weights in KINDS:
                     quantize_frozen(teacher.backbone.layers_root, base_weights, next(teacher.parameters()).device)
-                computed, truncated = _build(entry, rows, teacher, keys, made_from, max_tokens, bf16)
+                computed, truncated = _build(entry, rows, teacher, keys, made_from, _Pass(max_tokens, bf16, kept))
     return TeacherCache(entry, made_from), CacheReport(str(entry), len(keys), computed, truncated)
 
 
@@ -224,37 +275,47 @@ def _build(
     teacher: MTLLM,
     keys: list[bytes],
     made_from: Mapping[str, object],
-    max_tokens: int,
-    bf16: bool,
+    how: _Pass,
 ) -> tuple[int, int]:
     """Compute what is missing, then move the finished folder into place. Returns texts computed and truncated."""
     building = entry.with_name(f"{entry.name}.building")
     building.mkdir(exist_ok=True)
-    progress, data = building / "progress.json", building / "states.bin"
-    shape, done = _progress(progress, data)
+    names = ("states.bin", "tokens.bin", "lengths.bin") if how.kept.tokens else ("states.bin",)
+    progress = building / "progress.json"
+    shape, done, sizes = _progress(progress, names)
     computed = truncated = 0
     try:
-        with data.open("r+b" if data.exists() else "w+b") as handle:
-            handle.truncate(done * int(np.prod(shape, initial=1)) * 4)
-            handle.seek(0, os.SEEK_END)
+        with ExitStack() as files:
+            handles = {}
+            for name in names:
+                path = building / name
+                handles[name] = files.enter_context(path.open("r+b" if path.exists() else "w+b"))
+                handles[name].truncate(sizes[name])
+                handles[name].seek(0, os.SEEK_END)
             stream = islice(_distinct(rows), done, None)
             while window := list(islice(stream, WINDOW)):
-                states, cut = _pooled(teacher, window, max_tokens, bf16)
-                if shape and states.shape[1:] != shape:
+                made, cut = how.read(teacher, window)
+                if shape and made["states.bin"].shape[1:] != shape:
                     raise ValueError(
-                        f"choices: a teacher cache needs the same number in all texts, got {states.shape[1:]}, {shape}"
+                        "choices: a teacher cache needs the same number in all texts, got "
+                        f"{made['states.bin'].shape[1:]}, {shape}"
                     )
-                shape = states.shape[1:]
-                handle.write(states.tobytes())
-                handle.flush()
-                os.fsync(handle.fileno())
+                shape = made["states.bin"].shape[1:]
+                for name, values in made.items():
+                    handles[name].write(values.tobytes())
+                    handles[name].flush()
+                    os.fsync(handles[name].fileno())
+                    sizes[name] += values.nbytes
                 done, computed, truncated = done + len(window), computed + len(window), truncated + cut
-                write_json(progress, {"texts": done, "shape": shape})
+                write_json(progress, {"texts": done, "shape": shape, "sizes": sizes})
         if done != len(keys):
             raise ValueError(f"the training data changed while it was read: {len(keys)} distinct texts, then {done}")
         np.save(building / "keys.npy", np.frombuffer(b"".join(keys), np.uint8).reshape(-1, _KEY_BYTES))
-        files = {name: sha256_of(building / name) for name in ("keys.npy", "states.bin")}
-        write_json(building / "meta.json", {"made_from": made_from, "shape": [done, *shape], "files": files})
+        digests = {name: sha256_of(building / name) for name in ("keys.npy", *names)}
+        meta: dict[str, object] = {"made_from": made_from, "shape": [done, *shape], "files": digests}
+        if how.kept.tokens:
+            meta |= {"kept": asdict(how.kept), "vocab_size": len(teacher.require_llm().lm_head.weight)}
+        write_json(building / "meta.json", meta)
     except OSError as error:
         raise OSError(
             error.errno,
@@ -266,16 +327,18 @@ def _build(
     return computed, truncated
 
 
-def _progress(progress: Path, data: Path) -> tuple[tuple[int, ...], int]:
-    """Shape of one text's states and number of texts that an earlier build left whole; it may have left nothing."""
+def _progress(progress: Path, names: Sequence[str]) -> tuple[tuple[int, ...], int, dict[str, int]]:
+    """Shape of one text's states, number of texts that an earlier build left whole, and the bytes of them in each file;
+    it may have left nothing."""
     try:
         found = json.loads(progress.read_text())
         shape, done = tuple(map(int, found["shape"])), int(found["texts"])
-        if data.stat().st_size >= done * int(np.prod(shape)) * 4:
-            return shape, done
+        sizes = {name: int(found["sizes"][name]) for name in names}
+        if all((progress.parent / name).stat().st_size >= size for name, size in sizes.items()):
+            return shape, done, sizes
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    return (), 0
+    return (), 0, dict.fromkeys(names, 0)
 
 
 def _distinct(rows: Iterable[TextRow]) -> Iterator[TextRow]:
@@ -287,27 +350,53 @@ def _distinct(rows: Iterable[TextRow]) -> Iterator[TextRow]:
             yield row
 
 
-@torch.no_grad()
-def _pooled(teacher: MTLLM, rows: list[TextRow], max_tokens: int, bf16: bool) -> tuple[NDArray[np.float32], int]:
-    """Pooled states (n, D) or (n, C, D) of rows in their order, and how many of them were truncated."""
-    device = next(teacher.parameters()).device
-    read = teacher.teacher_states if teacher.head is None else teacher.states
-    choice = teacher.head is not None and teacher.head.config.kind == "choice"
-    tokenised = tokenise_rows([row.for_teacher() for row in rows], teacher.require_tokenizer(), ("llm",))
-    packs = list(token_budget_packs(tokenised.costs(), max_tokens))
-    parts = []
-    for members in packs:
+@dataclass(frozen=True)
+class _Pass:
+    """How the teacher reads the texts: tokens of a pack, bf16 autocast, what is kept of tokens."""
+
+    max_tokens: int
+    bf16: bool
+    kept: Kept
+
+    @torch.no_grad()
+    def read(self, teacher: MTLLM, rows: list[TextRow]) -> tuple[dict[str, NDArray[Any]], int]:
+        """What is appended to each file for these rows, in their order, and how many of them were truncated."""
+        device = next(teacher.parameters()).device
+        tokenised = tokenise_rows([row.for_teacher() for row in rows], teacher.require_tokenizer(), ("llm",))
+        packs = list(token_budget_packs(tokenised.costs(), self.max_tokens))
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16), evaluating(teacher):
+            parts = [self._pack(teacher, tokenised, members, device) for members in packs]
+        pooled = np.concatenate([part[0] for part in parts])
+        order = np.concatenate(packs)
+        pooled[order] = pooled.copy()
+        made: dict[str, NDArray[Any]] = {"states.bin": pooled}
+        if self.kept.tokens:
+            of_text = [text for part in parts for text in part[1]]
+            in_order = [of_text[k] for k in np.argsort(order)]
+            made["tokens.bin"] = np.concatenate(in_order)
+            made["lengths.bin"] = np.array([len(text) for text in in_order], np.int32)
+        return made, tokenised.sides["llm"].truncated
+
+    def _pack(
+        self, teacher: MTLLM, tokenised: TokenizedRows, members: Sequence[int], device: torch.device
+    ) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
+        """Pooled states (n, D) or (n, C, D), and what is kept of the tokens (t, W) of each text."""
         batch = tokenised.batch(members, align=False).to(device)
         packed = batch.side("llm")
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16), evaluating(teacher):
-            states = read(packed)
-        parts.append(teacher.pool(states, packed, batch.llm_spans if choice else None).float().cpu().numpy())
-    pooled = np.concatenate(parts)
-    pooled[np.concatenate(packs)] = pooled.copy()
-    return pooled, tokenised.sides["llm"].truncated
+        states = teacher.teacher_states(packed) if teacher.head is None else teacher.states(packed)
+        choice = teacher.head is not None and teacher.head.config.kind == "choice"
+        pooled = teacher.pool(states, packed, batch.llm_spans if choice else None).float().cpu().numpy()
+        if not self.kept.tokens:
+            return pooled, []
+        tokens = states
+        if self.kept.tokens == "moments":
+            head = teacher.require_llm().lm_head
+            found = teacher_moments(states, head.weight.to(states.dtype), self.kept.temperature, bias_t=head.bias)
+            tokens = torch.cat([found.m, found.entropy[:, None], found.bias_mean[:, None]], 1)
+        return pooled, np.split(tokens.float().cpu().numpy(), np.cumsum(packed.lengths)[:-1])
 
 
-def _fingerprint(teacher: MTLLM, keys: list[bytes], bf16: bool, base_weights: str) -> dict[str, object]:
+def _fingerprint(teacher: MTLLM, keys: list[bytes], bf16: bool, base_weights: str, kept: Kept) -> dict[str, object]:
     """Digests of all that the states depend on, by the name that a message gives them."""
     llm, tokenizer = teacher.require_llm(), teacher.require_tokenizer()
     bare = teacher.head is None
@@ -329,7 +418,9 @@ def _fingerprint(teacher: MTLLM, keys: list[bytes], bf16: bool, base_weights: st
             "max_length": tokenizer.max_llm_tokens,
             "bf16": bf16,
             **({"base_weights": base_weights} if base_weights in KINDS else {}),
+            **({"kept": asdict(kept)} if kept.tokens else {}),
         },
+        **({"LM head": of_tensors({"weight": llm.lm_head.weight})} if kept.tokens == "moments" else {}),
     }
 
 

@@ -160,15 +160,15 @@ def test_a_damaged_cache_is_refused(damage, models, tmp_path) -> None:
 def test_an_interrupted_build_goes_on(models, tmp_path, monkeypatch) -> None:
     whole, _ = _built(tmp_path / "whole", models[1])
     monkeypatch.setattr(teacher_cache, "WINDOW", 2)
-    pooled, calls = teacher_cache._pooled, []
+    read, calls = teacher_cache._Pass.read, []
 
     def failing(*arguments):
         calls.append(1)
         if len(calls) == 3:
             raise OSError(28, "No space left on device")
-        return pooled(*arguments)
+        return read(*arguments)
 
-    monkeypatch.setattr(teacher_cache, "_pooled", failing)
+    monkeypatch.setattr(teacher_cache._Pass, "read", failing)
     with pytest.raises(OSError, match="4 of 6 texts are kept"):
         _built(tmp_path / "cut", models[1])
     (building,) = (tmp_path / "cut").glob("*.building")
@@ -224,13 +224,6 @@ def test_distill_from_a_cache_is_the_same_run_whether_it_was_there_or_not(models
     assert torch.equal(weights[0]["head.linear.weight"], teacher["head.linear.weight"])
 
 
-def test_token_losses_need_the_teacher_itself(models, tmp_path) -> None:
-    config = _config(models, tmp_path / "run", teacher_cache="x", loss=DistillationWeights(paired_mse=1.0))
-    with pytest.raises(ValueError, match="paired_mse and kl compare single tokens"):
-        distill(config, ROWS)
-    assert not (tmp_path / "run").exists()
-
-
 def _adapt(models: tuple[str, str], output: Path, seed: int = 0, r: int = 4, **changes) -> dict[str, torch.Tensor]:
     """Weights of a short stage 1."""
     encoder, llm = models
@@ -251,8 +244,8 @@ def test_adapt_from_a_cache_is_the_run_without_it(encoder_folder, llm_folder, tm
     for name, value in plain.items():
         assert torch.allclose(first[name], value, rtol=1e-3, atol=1e-5), name
     with monkeypatch.context() as changed:  # control: what the cache holds is what is learned
-        pooled = teacher_cache._pooled
-        changed.setattr(teacher_cache, "_pooled", lambda *a: (lambda states, cut: (-states, cut))(*pooled(*a)))
+        pack = teacher_cache._Pass._pack
+        changed.setattr(teacher_cache._Pass, "_pack", lambda *a: (-pack(*a)[0], []))
         other = _adapt(models, tmp_path / "other", teacher_cache=str(tmp_path / "negated"))
     assert not torch.allclose(other["projection.layers.weight"], plain["projection.layers.weight"], rtol=1e-3)
     again = _adapt(models, tmp_path / "again", teacher_cache=cache)
@@ -297,11 +290,3 @@ def test_states_over_a_quantised_base_are_those_of_the_quantised_teacher(encoder
     assert np.allclose(cache.states, states, atol=1e-5)
     assert not np.allclose(cache.states, plain.states, atol=1e-3)
     assert _built(folder, models[which], base_weights="fp8")[1].computed == 0
-
-
-def test_adapt_refuses_a_cache_for_token_losses(encoder_folder, llm_folder, tmp_path) -> None:
-    with pytest.raises(ValueError, match="paired_mse and kl compare single tokens"):
-        _adapt(
-            (encoder_folder, llm_folder), tmp_path / "run", teacher_cache="x", loss=DistillationWeights(paired_mse=1.0)
-        )
-    assert not (tmp_path / "run").exists()
