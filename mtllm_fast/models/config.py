@@ -61,6 +61,8 @@ def config_to_dict(config: MTLLMConfig) -> dict[str, Any]:
         del data["fusion"]
     if not config.projection.boundary:
         del data["projection"]["boundary"]
+    if config.projection.activation == "relu":
+        del data["projection"]["activation"]
     return data
 
 

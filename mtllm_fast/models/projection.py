@@ -17,7 +17,9 @@ class ProjectionConfig:
     """The bridge between encoder (states of width E) and LLM (embeddings of width D)."""
 
     kind: Literal["linear", "mlp"] = "linear"
-    """linear: E -> D, as MT-LLM; mlp: E -> 2E -> ReLU -> D, as MindMerger."""
+    """linear: E -> D, as MT-LLM; mlp: E -> 2E -> activation -> D, as MindMerger."""
+    activation: Literal["relu", "gelu", "silu"] = "relu"
+    """Of mlp: relu, as MindMerger; gelu, as LangBridge's feed-forward; silu."""
     bias: bool = True
     fuse_layers: bool = False
     """Project a trained mean, weighted by a softmax, of the states of all encoder layers, not the last ones alone
@@ -27,6 +29,7 @@ class ProjectionConfig:
     generation); it starts at zeros. MindMerger's boundary (arXiv 2405.17386), LangBridge's end token."""
 
 
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 # The weight of the last layer at the start; at 1 no other layer would get a gradient.
 LAST_LAYER = 0.95
 # Logits are this times the trained numbers, since AdamW moves those by about the learning rate a step, which is that of
@@ -43,7 +46,7 @@ def norm_options(norm: nn.Module) -> dict[str, Any]:
 
 
 class Projection(nn.Module):
-    """`y = W x + b`, or `y = W2 relu(W1 x + b1) + b2`; x (T, E) -> y (T, D).
+    """`y = W x + b`, or `y = W2 act(W1 x + b1) + b2`; x (T, E) -> y (T, D).
 
     Attributes:
         fusion: (L,), the trained numbers behind the weights of `fuse`; None without `fuse_layers`.
@@ -65,13 +68,18 @@ class Projection(nn.Module):
             self.fusion = nn.Parameter(start)
         if config.kind not in ("linear", "mlp"):
             raise ValueError(f"projection.kind={config.kind!r}: expected 'linear' or 'mlp'")
+        if config.activation not in ACTIVATIONS:
+            raise ValueError(f"projection.activation={config.activation!r}: expected one of {', '.join(ACTIVATIONS)}")
+        if config.kind == "linear" and config.activation != "relu":
+            raise ValueError(f"projection.activation={config.activation!r}: a linear projection has none")
         self.layers: nn.Module
+        self.activation = config.activation
         if config.kind == "linear":
             self.layers = nn.Linear(d_encoder, d_llm, bias=config.bias)
         else:
             self.layers = nn.Sequential(
                 nn.Linear(d_encoder, 2 * d_encoder, bias=config.bias),
-                nn.ReLU(),
+                ACTIVATIONS[config.activation](),
                 nn.Linear(2 * d_encoder, d_llm, bias=config.bias),
             )
 
@@ -106,7 +114,7 @@ class Projection(nn.Module):
         last = self.layers
         if isinstance(self.layers, nn.Sequential):
             hidden, last = self.layers[0], self.layers[-1]
-            options |= {"hidden_weight": hidden.weight, "hidden_bias": hidden.bias}
+            options |= {"hidden_weight": hidden.weight, "hidden_bias": hidden.bias, "activation": self.activation}
         if norm is not None:
             options |= norm_options(norm)
         states = states.to(last.weight.dtype)  # type: ignore[arg-type]

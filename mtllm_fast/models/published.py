@@ -6,7 +6,8 @@ MindMerger (arXiv 2405.17386) saves its mapping alone, by `torch.save`, beside b
 
 LangBridge (arXiv 2401.10695) saves everything in Hugging Face's form: config.json (enc, lm, alignments), and
 
-    lb.enc.*, lb.lm.*, lb.lm_head.weight, lb.alignment.linear.{weight,bias}, lb.alignment.enc_eos (D,)
+    lb.enc.*, lb.lm.*, lb.lm_head.weight, lb.alignment.enc_eos (D,), lb.alignment.linear.{weight,bias}, or
+    lb.alignment.ffn.{0,2}.{weight,bias} of its feed-forward with GELU
 
 Both read `[BOS] text boundary prompt`, which is what `models.inputs` composes.
 """
@@ -25,11 +26,16 @@ from .loading import read_safetensors
 from .mtllm import MTLLM
 from .projection import ProjectionConfig
 
-# LangBridge's alignments beside "linear", and why there is no place for them here
-_NO_PLACE = {
-    "ffn": "a feed-forward with GELU (projection.kind 'mlp' has ReLU)",
-    "latent": "a perceiver, which gives a fixed number of states for every text",
+# LangBridge's alignments: what they are here, and the names of their weights
+_ALIGNMENTS = {
+    "linear": (ProjectionConfig(boundary=True), {"linear": "layers"}),
+    "ffn": (
+        ProjectionConfig(kind="mlp", activation="gelu", boundary=True),
+        {"ffn.0": "layers.0", "ffn.2": "layers.2"},
+    ),
 }
+# and why there is no place for another
+_NO_PLACE = {"latent": "a perceiver, which gives a fixed number of states for every text"}
 
 
 def load_mindmerger(file: str | Path, encoder: str, llm: str, *, dtype: torch.dtype | None = None) -> MTLLM:
@@ -83,17 +89,18 @@ def load_langbridge(
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     if not {"enc", "lm", "alignments"} <= config.keys():
         raise ValueError(f"{where}: its config.json names no enc, lm and alignments, so it is no LangBridge model")
-    if config["alignments"] != "linear":
-        lacks = _NO_PLACE.get(config["alignments"], "unknown")
-        raise ValueError(f"{where}: alignments={config['alignments']!r} is {lacks}; only 'linear' can be read")
+    if config["alignments"] not in _ALIGNMENTS:
+        lacks, known = _NO_PLACE.get(config["alignments"], "unknown"), " and ".join(map(repr, _ALIGNMENTS))
+        raise ValueError(f"{where}: alignments={config['alignments']!r} is {lacks}; only {known} can be read")
     state = read_safetensors(path, "model")
-    projection = ProjectionConfig(boundary=True)
+    projection, layers = _ALIGNMENTS[config["alignments"]]
     model = MTLLM.stack(encoder or config["enc"], llm or config["lm"], causal=True, projection=projection, dtype=dtype)
     stack = model.require_stack()
     vocabulary = state.get("lb.lm.embed_tokens.weight")
     if vocabulary is not None and vocabulary.shape[0] != stack.llm.vocab_size:  # tokens were added
         stack.llm.model.resize_token_embeddings(vocabulary.shape[0], mean_resizing=False)
-    names = {"linear.weight": "layers.weight", "linear.bias": "layers.bias", "enc_eos": "boundary"}
+    names = {f"{theirs}.{part}": f"{own}.{part}" for theirs, own in layers.items() for part in ("weight", "bias")}
+    names["enc_eos"] = "boundary"
     renamed = {f"lb.alignment.{theirs}": ours for theirs, ours in names.items()}
     _fill(stack.projection, _named(state, renamed), where, renamed)
     shared = {"lb.enc.shared.weight": "embed_tokens.weight"}

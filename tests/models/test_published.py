@@ -103,14 +103,19 @@ def test_mindmerger_that_does_not_fit_is_refused(mapping_file, encoder_folder, l
 
 
 class Alignment(nn.Module):
-    """LangBridge's, "linear"."""
+    """LangBridge's, "linear" or "ffn"."""
 
-    def __init__(self, width: int, llm_width: int) -> None:
+    def __init__(self, kind: str, width: int, llm_width: int) -> None:
         super().__init__()
-        self.linear, self.enc_eos = nn.Linear(width, llm_width), nn.Parameter(torch.randn(llm_width))
+        if kind == "linear":
+            self.linear = nn.Linear(width, llm_width)
+        else:
+            self.ffn = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, llm_width))
+        self.layers = [self.linear if kind == "linear" else self.ffn]  # no module of its own
+        self.enc_eos = nn.Parameter(torch.randn(llm_width))
 
     def forward(self, states: Tensor) -> Tensor:
-        return torch.cat([self.linear(states), self.enc_eos.expand(len(states), 1, -1)], 1)
+        return torch.cat([self.layers[0](states), self.enc_eos.expand(len(states), 1, -1)], 1)
 
 
 @pytest.fixture(scope="module")
@@ -128,13 +133,15 @@ def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.fixture
-def langbridge(t5_folder: str, llm_folder: str, tmp_path: Path) -> tuple[Path, nn.Module, nn.Module, nn.Module]:
+@pytest.fixture(params=["linear", "ffn"])
+def langbridge(
+    request, t5_folder: str, llm_folder: str, tmp_path: Path
+) -> tuple[Path, nn.Module, nn.Module, nn.Module]:
     torch.manual_seed(5)
     encoder = transformers.MT5EncoderModel(transformers.AutoConfig.from_pretrained(t5_folder)).eval()  # not the base's
     llm = transformers.AutoModelForCausalLM.from_pretrained(llm_folder, dtype=torch.float32).eval()
     llm.resize_token_embeddings(llm.config.vocab_size + 3)
-    alignment = Alignment(32, 48)
+    alignment = Alignment(request.param, 32, 48)
     state = {f"lb.enc.{n}": t for n, t in encoder.state_dict().items() if n != "encoder.embed_tokens.weight"}
     state |= {f"lb.lm.{n}": t for n, t in llm.model.state_dict().items()}
     state |= {f"lb.alignment.{n}": t for n, t in alignment.state_dict().items()}
@@ -144,7 +151,7 @@ def langbridge(t5_folder: str, llm_folder: str, tmp_path: Path) -> tuple[Path, n
     save_file(
         {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}, folder / "model.safetensors"
     )
-    config = {"enc": t5_folder, "lm": llm_folder, "dim_enc": 32, "dim_lm": 48, "alignments": "linear"}
+    config = {"enc": t5_folder, "lm": llm_folder, "dim_enc": 32, "dim_lm": 48, "alignments": request.param}
     (folder / "config.json").write_text(json.dumps(config))
     return folder, encoder, alignment, llm
 
@@ -158,8 +165,12 @@ def test_langbridge_writes_what_it_writes(langbridge, tmp_path) -> None:
     again = MTLLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
     assert ours(again, "") == expected and again.llm.vocab_size == llm.config.vocab_size
     assert_matches(again.encoder.model.embed_tokens.weight, encoder.shared.weight, 1e-7)
-    with torch.no_grad():  # the control
-        model.projection.boundary.neg_()
+    if hasattr(alignment, "ffn"):  # a control: the activation is in the config, and read there
+        assert json.loads((tmp_path / "saved" / "config.json").read_text())["projection"]["activation"] == "gelu"
+        model.projection.activation = "relu"
+    else:  # the control
+        with torch.no_grad():
+            model.projection.boundary.neg_()
     assert ours(model, "") != expected
 
 
@@ -167,8 +178,7 @@ def test_langbridge_that_has_no_place_is_refused(langbridge, tmp_path) -> None:
     folder, *_ = langbridge
     config = json.loads((folder / "config.json").read_text())
     for change, said in (
-        ({"alignments": "ffn"}, "alignments='ffn' is a feed-forward with GELU"),
-        ({"alignments": "latent"}, "a perceiver"),
+        ({"alignments": "latent"}, "a perceiver, .*; only 'linear' and 'ffn' can be read"),
         ({"alignments": None}, "alignments=None is unknown"),
     ):
         (folder / "config.json").write_text(json.dumps({**config, **change}))
