@@ -391,7 +391,8 @@ class _Pass:
         tokens = states
         if self.kept.tokens == "moments":
             head = teacher.require_llm().lm_head
-            found = teacher_moments(states, head.weight.to(states.dtype), self.kept.temperature, bias_t=head.bias)
+            with torch.autocast(device.type, enabled=False):  # as in a step, whose KL rounds no states
+                found = teacher_moments(states, head.weight.to(states.dtype), self.kept.temperature, bias_t=head.bias)
             tokens = torch.cat([found.m, found.entropy[:, None], found.bias_mean[:, None]], 1)
         return pooled, np.split(tokens.float().cpu().numpy(), np.cumsum(packed.lengths)[:-1])
 

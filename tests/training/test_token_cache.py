@@ -41,20 +41,22 @@ def student(encoder_folder, llm_folder) -> MTLLM:
     return stack
 
 
-def _cache(folder: Path, student: MTLLM, loss: DistillationWeights) -> TeacherCache:
-    return open_or_build(folder, ROWS, student, **SETTINGS, kept=Kept.for_loss(loss, student))[0]
+def _cache(folder: Path, student: MTLLM, loss: DistillationWeights, **changes) -> TeacherCache:
+    return open_or_build(folder, ROWS, student, **{**SETTINGS, **changes}, kept=Kept.for_loss(loss, student))[0]
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("kind", LOSSES)
-def test_losses_and_gradients_are_those_of_the_teacher_on_the_fly(kind, student, tmp_path, matches) -> None:
+def test_losses_and_gradients_are_those_of_the_teacher_on_the_fly(kind, bf16, student, tmp_path, matches) -> None:
     loss, found = LOSSES[kind], []
-    cache = _cache(tmp_path, student, loss)
+    cache = _cache(tmp_path, student, loss, bf16=bf16)
     assert cache.kept.tokens == kind.partition(",")[0]
     for teacher in (None, cache):
         student.zero_grad()
         step = Stage(student, DistillationLoss(loss), teacher=teacher)
         batch = collate(list(KeyedRows(ROWS)), student.tokenizer, sides=step.sides, align=step.align)
-        terms = step(batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            terms = step(batch)
         step.loss.total(terms, step.counts(batch)).backward()
         gradient = student.projection.layers.weight.grad
         found.append((torch.stack([term.sum for term in terms.values()]).detach(), gradient.clone()))
