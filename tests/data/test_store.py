@@ -132,8 +132,28 @@ def test_rows_that_no_tokenizer_reads_are_left_out(stack, tmp_path, caplog):
     kept = store.take(np.arange(9), ("mt", "llm"))
     assert kept.ids == [row.id for row in good]
     assert kept.labels == list(range(9))
-    with pytest.raises(ValueError, match="no usable row"):
-        write_store(bad, stack, tmp_path / "none")
+
+
+def test_rows_of_which_none_can_be_read_leave_nothing(stack, tmp_path):
+    """Nor in a folder that was there, or that a killed call had begun: another call may take its place."""
+    bad = [TextRow("the \ud800 cat", id=str(i)) for i in range(9)]
+
+    class Killed(Exception):
+        pass
+
+    def kill(done):
+        if done > 5:
+            raise Killed
+
+    (tmp_path / "there").mkdir()
+    with pytest.raises(Killed):
+        write_store(bad, stack, tmp_path / "begun", shard_rows=5, on_progress=kill)
+    assert (tmp_path / "begun" / "shard-00000").is_dir()
+    for name in ("new", "there", "begun"):
+        with pytest.raises(ValueError, match="no usable row"):
+            write_store(bad, stack, tmp_path / name, shard_rows=5)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["begun", "there"]
+    assert write_store([*bad, TextRow("the cat")], stack, tmp_path / "begun", shard_rows=5).rows == 1
 
 
 def test_command_killed_and_resumed(forked, encoder_folder, llm_folder, tmp_path):

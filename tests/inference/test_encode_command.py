@@ -18,6 +18,7 @@ from mtllm_fast import MTLLM, Engine, cli
 from mtllm_fast.data import read_rows
 from mtllm_fast.inference.stream import encode_file
 from mtllm_fast.jobs import parts
+from mtllm_fast.models.fusion import FusionSettings
 from tests.tiny import LINES
 
 LANGUAGES = ("eng_Latn", "fra_Latn", "zho_Hans")
@@ -154,6 +155,20 @@ def test_row_i_is_line_i(model_folder, tmp_path, capsys, engine) -> None:
     # the index of an earlier run does not stay beside an output that needs none
     encode("skip.npy", "--overwrite")
     assert not (tmp_path / "skip.npy.index.npy").exists()
+
+
+def test_a_model_that_reads_translations_says_that_it_has_none(encoder_folder, tmp_path, capsys) -> None:
+    model = MTLLM.stack(encoder_folder, reader="encoder", dtype=torch.float32)
+    text = tmp_path / "t.txt"
+    text.write_text(LINES[0])
+    for name, fusion in (("plain", FusionSettings()), ("fused", FusionSettings(1, 1))):
+        model.set_fusion(fusion)
+        model.save_pretrained(tmp_path / name)
+        files = ["--model", str(tmp_path / name), "--input", str(text), "--output", str(tmp_path / f"{name}.npy")]
+        cli.main(["encode", *files, "--language", "fra_Latn", "--device", "cpu", "--no-progress"])
+        said = [line for line in capsys.readouterr().err.splitlines() if "reads a text alone" in line]
+        assert len(said) == (name == "fused")
+    assert said[0].startswith(f"mtllm encode: {tmp_path / 'fused'} reads a text alone, without the English translation")
 
 
 def test_what_fail_left_undone_goes_on_with_nan(engine, source, tmp_path) -> None:
