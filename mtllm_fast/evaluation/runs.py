@@ -28,7 +28,6 @@ from .scorers import (
     ProbeScorer,
     Scorer,
     States,
-    TranslatedScorer,
     TranslateScorer,
     check_codes,
     probe_rows_of,
@@ -299,8 +298,11 @@ class Run:
                 f"one that has none, and English, alone"
             )
         scorer: Scorer = reader
-        if system.translations is not None:
-            scorer = TranslatedScorer(reader, source=system.translations, target=system.target)
+        if system.translations is not None:  # only the classifier is left to do, which is told no language
+            reader.method, reader.mt_languages = TRANSLATE_TEST, None
+            reader.notes.insert(
+                0, f"translate-test: existing translations into {system.target} from {system.translations}"
+            )
         elif (translator := system.loaded_translator) is not None:
             scorer = TranslateScorer(
                 translator,

@@ -53,19 +53,9 @@ def rows_of(source: str):
 
 
 def command(model_folder: str, source: str, output: Path, *more: str) -> list[str]:
-    columns = [
-        "--language-column",
-        "lang",
-        "--id-column",
-        "id",
-        "--window",
-        "16",
-        "--device",
-        "cpu",
-        "--on-bad-row",
-        "skip",
-    ]
-    return ["encode", "--model", model_folder, "--input", source, "--output", str(output), *columns, *more]
+    columns = ["--language-column", "lang", "--id-column", "id"]
+    how = ["--window", "16", "--device", "cpu", "--on-bad-row", "skip"]
+    return ["encode", "--model", model_folder, "--input", source, "--output", str(output), *columns, *how, *more]
 
 
 def refused(capsys, arguments: list[str]) -> str:
@@ -102,11 +92,8 @@ def test_three_formats(model_folder, source, tmp_path, capsys, engine) -> None:
     with safe_open(tmp_path / "e.safetensors", "np") as file:
         assert (file.get_tensor("embeddings") == array).all()
         assert file.metadata()["pooling"] == "mean"
-    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.endswith((".tsv", ".index.npy"))) == [
-        "e.npy",
-        "e.parquet",
-        "e.safetensors",
-    ]
+    outputs = [path.name for path in tmp_path.iterdir() if not path.name.endswith((".tsv", ".index.npy"))]
+    assert sorted(outputs) == ["e.npy", "e.parquet", "e.safetensors"]
 
 
 def test_row_i_is_line_i(model_folder, tmp_path, capsys, engine) -> None:
@@ -140,16 +127,8 @@ def test_row_i_is_line_i(model_folder, tmp_path, capsys, engine) -> None:
     assert np.load(encode("skip.npy", "--on-bad-row", "skip")).shape == (1, 48)
     assert np.load(tmp_path / "skip.npy.index.npy").tolist() == [3]
     capsys.readouterr()
-    message = refused(
-        capsys,
-        [
-            *run[: run.index("--output") + 1],
-            str(tmp_path / "fail.npy"),
-            *run[run.index("--output") + 2 :],
-            "--on-bad-row",
-            "fail",
-        ],
-    )
+    run[run.index("--output") + 1] = str(tmp_path / "fail.npy")
+    message = refused(capsys, [*run, "--on-bad-row", "fail"])
     assert f"{text}:1: empty; --on-bad-row nan or skip" in message
     assert not list(tmp_path.glob("fail*"))
     # the index of an earlier run does not stay beside an output that needs none
@@ -204,7 +183,7 @@ def test_killed_at_every_change_of_the_disk(forked, model_folder, source, tmp_pa
 
 def test_ctrl_c_and_kill_9_of_the_command(forked, model_folder, tmp_path) -> None:
     text = tmp_path / "long.txt"
-    text.write_text("".join(f"{LINES[k % 6]} {k}\n" for k in range(6000)))
+    text.write_text("".join(f"{LINES[k % 6]} {k}\n" for k in range(3000)))
     whole, output = tmp_path / "whole.npy", tmp_path / "killed.npy"
     arguments = ["encode", "--model", model_folder, "--input", str(text), "--window", "64", "--device", "cpu"]
     cli.main([*arguments, "--output", str(whole)])
