@@ -19,9 +19,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
 T = TypeVar("T")
-_ABANDONED: list[
-    Iterator[object]
-] = []  # iterators of dead workers: ending them can wait for ever, for a lock they held
+_ABANDONED: list[Iterator[object]] = []  # of dead workers: ending them can wait for ever, for a lock that those held
 
 
 class WorkerDied(ChildProcessError):
