@@ -82,6 +82,7 @@ class Encode:
         from ..inference.stream import Interrupted, encode_file
         from ..inference.writers import FORMATS
         from ..models import MTLLM
+        from ..models.fusion import READS_ALONE
 
         check_device(self.device)
         check_least(self, window=1, max_tokens=1, limit=1)
@@ -113,6 +114,8 @@ class Encode:
             if code is not None and reads_language(tokenizer, model.side):
                 tokenizer.language_id(code)
             rows = replace(rows, language=code)
+        if model.config.fusion is not None and not rank:
+            print(f"mtllm encode: {self.model} {READS_ALONE}", file=sys.stderr)
         if not self.device and torch.cuda.is_available():
             torch.cuda.set_device(local % torch.cuda.device_count())
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")

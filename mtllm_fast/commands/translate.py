@@ -170,8 +170,8 @@ class Translate:
             return
         before = f" ({report.resumed} of them by an earlier run)" if report.resumed else ""
         print(
-            f"translate: {report.texts} texts to {self.target} -> {output}{before}; "
-            f"{report.truncated} truncated, {report.unfinished} met the length limit"
+            f"translate: {report.rows} texts to {self.target} -> {output}{before}; "
+            f"{report.truncated} truncated, {translator.unfinished} met the length limit"
         )
         for reason, languages in texts.skipped.items():
             print(f"translate: not translated, {reason}: {', '.join(languages)}")

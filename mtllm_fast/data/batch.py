@@ -16,7 +16,7 @@ from mtllm_fast.data.layout import TokenizedSide
 from mtllm_fast.data.pack import PackedBatch
 from mtllm_fast.data.prompt import PromptTokens, Writing, target_rows
 from mtllm_fast.data.read import TextRow
-from mtllm_fast.data.text_tokens import BadText
+from mtllm_fast.data.text_tokens import of_readable
 from mtllm_fast.data.tokenise import StackTokenizer
 
 if TYPE_CHECKING:
@@ -212,21 +212,16 @@ def tokenise_readable(
 
     A row without an id goes by the beginning of its text.
     """
-    fallbacks = tokenizer.fallback_counts.copy()
-    try:
-        return tokenise_rows(rows, tokenizer, sides, writing), []
-    except BadText:
-        pass  # which row it was is not said
-    readable, bad = [], []
-    for row in rows:
-        try:
-            tokenise_rows([row], tokenizer, sides, writing)
-            readable.append(row)
-        except BadText as error:
-            bad.append((row.id if row.id is not None else repr(row.text[:40]), str(error)))
-    tokenizer.fallback_counts.clear()
-    tokenizer.fallback_counts.update(fallbacks)
-    return tokenise_rows(readable, tokenizer, sides, writing), bad
+    before = tokenizer.fallback_counts.copy()
+
+    def read(some: Sequence[TextRow]) -> TokenizedRows:
+        tokenizer.fallback_counts.clear()  # some rows are read again
+        tokenizer.fallback_counts.update(before)
+        return tokenise_rows(some, tokenizer, sides, writing)
+
+    tokenised, bad = of_readable(rows, read)
+    names = {place: repr(row.text[:40]) if row.id is None else row.id for place, row in enumerate(rows) if place in bad}
+    return tokenised, [(names[place], str(error)) for place, error in bad.items()]
 
 
 def check_sides(sides: Sequence[str], tokenizer: StackTokenizer) -> tuple[str, ...]:

@@ -142,8 +142,8 @@ def write_store(
             shutil.rmtree(unfinished)
         return _write_shards(rows, tokenizer, folder, settings, on_progress)
     except ValueError:
-        if new and not any(folder.glob("shard-*")):  # nothing to go on from
-            shutil.rmtree(folder)
+        if not any(folder.glob("shard-*")):  # nothing to go on from
+            shutil.rmtree(folder) if new else (folder / BEGUN_FILE).unlink(missing_ok=True)
         raise
     finally:
         lock.release()
@@ -169,6 +169,8 @@ def _write_shards(
         position += len(chunk)
     opened = _open_shards(folder, shards)
     if not any(len(shard[f"{sides[0]}.starts"]) > 1 for shard in opened):
+        for name in shards:
+            shutil.rmtree(folder / name)
         raise ValueError("rows: the source holds no usable row")
     counts = getattr(rows, "counts", None)
     skipped = {"empty": counts.empty, "failed": counts.failed} if counts is not None else {}

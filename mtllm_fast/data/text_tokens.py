@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from mtllm_fast.data.characters import Written, read_up_to, reader_of
 from mtllm_fast.data.long_text import CHARACTERS_PER_TOKEN, beginning, settled, splits_at_spaces
@@ -12,10 +13,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Encoded = tuple[list[list[int]], list[list[int]]]  # ids of every text, ends of every text
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class BadText(ValueError):
     """A text that a tokenizer cannot read, or one of several."""
+
+
+def of_readable(items: Sequence[Item], read: Callable[[list[Item]], Result]) -> tuple[Result, dict[int, BadText]]:
+    """What `read` makes of the items that a tokenizer can read; and of the others, by place, why not."""
+    try:
+        return read(list(items)), {}
+    except BadText:
+        pass  # which one it was is not said
+    bad: dict[int, BadText] = {}
+    for place, item in enumerate(items):
+        try:
+            read([item])
+        except BadText as error:
+            bad[place] = error
+    return read([item for place, item in enumerate(items) if place not in bad]), bad
 
 
 def encode(

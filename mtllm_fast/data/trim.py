@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from mtllm_fast.data.characters import REMOVED, reader_of
 from mtllm_fast.data.layout import texts_of
 from mtllm_fast.data.read import TextRow
-from mtllm_fast.data.text_tokens import BadText, encode
+from mtllm_fast.data.text_tokens import encode, of_readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -278,12 +278,9 @@ def changed(
 
 def tokens(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int] | None]:
     """Token ids of each text as an encoder is given it, without special ones; None for a text that cannot be read."""
-    try:
-        return list(encode(tokenizer, texts, compose=True)[0])
-    except BadText:
-        if len(texts) == 1:
-            return [None]
-    return [one for text in texts for one in tokens(tokenizer, [text])]
+    ids, bad = of_readable(texts, lambda some: encode(tokenizer, some, compose=True)[0])
+    read = iter(ids)
+    return [None if place in bad else next(read) for place in range(len(texts))]
 
 
 def _windows(source: Iterable[TextRow]) -> Iterable[list[str]]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
 T = TypeVar("T")
-_ABANDONED: list[Iterator[object]] = []  # iterators of dead workers: ending them in order can wait for a lock for ever
+_ABANDONED: list[Iterator[object]] = []  # of dead workers: ending them can wait for ever, for a lock that those held
 
 
 class WorkerDied(ChildProcessError):
@@ -89,10 +89,11 @@ def from_workers(loader: DataLoader[T]) -> Iterator[T]:
                 waiting = False
             yield item
     except WorkerDied:
-        _kill(workers)  # the others may wait for a lock that the dead one held
         _ABANDONED.append(items)
         raise
     finally:
+        # of an iterator that goes as garbage, PyTorch cannot tell its workers that they are to end
+        _kill(workers)
         at_exit.cancel()
         if in_main:
             signal.signal(signal.SIGCHLD, before)

@@ -15,6 +15,7 @@ import numpy as np
 from ..data.read import TextRow
 from ..data.text_fields import has_blank
 from ..jobs.fingerprint import of_settings
+from ..models.fusion import READS_ALONE
 from .alignment import alignment, parallel
 from .cells import Cell, of_rows
 from .metrics import UNREAD
@@ -27,7 +28,6 @@ from .scorers import (
     ProbeScorer,
     Scorer,
     States,
-    TranslatedScorer,
     TranslateScorer,
     check_codes,
     probe_rows_of,
@@ -292,14 +292,17 @@ class Run:
                 reader = LikelihoodScorer(engine, settings.task, name, prompt)
         if engine.model.config.fusion is not None:
             reader.notes.append(
-                f"{name} reads a text alone, without the English translation that it was trained to read it with"
+                f"{name} {READS_ALONE}"
                 if system.partners is None
                 else f"{name} reads a text together with its translation into {system.target} from {system.partners}; "
                 f"one that has none, and English, alone"
             )
         scorer: Scorer = reader
-        if system.translations is not None:
-            scorer = TranslatedScorer(reader, source=system.translations, target=system.target)
+        if system.translations is not None:  # only the classifier is left to do, which is told no language
+            reader.method, reader.mt_languages = TRANSLATE_TEST, None
+            reader.notes.insert(
+                0, f"translate-test: existing translations into {system.target} from {system.translations}"
+            )
         elif (translator := system.loaded_translator) is not None:
             scorer = TranslateScorer(
                 translator,

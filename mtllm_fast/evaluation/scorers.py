@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from ..data.prompt import Prompt
 from ..data.read import TextRow
-from ..data.text_tokens import BadText
+from ..data.text_tokens import of_readable
 from .answers import EXTRACTION, is_right, number_of
 from .probe import LinearProbe, fit_probe
 from .tasks import Task, nearest
@@ -243,26 +243,6 @@ class TranslateScorer:
         }
 
 
-class TranslatedScorer:
-    """Translate-test on rows that somebody has translated already: only the classifier is left to do."""
-
-    method = "translate-test"
-    mt_languages: Mapping[str, str] | None = None
-
-    def __init__(self, classifier: Scorer, *, source: str | Path, target: str) -> None:
-        self.classifier = classifier
-        self.notes = [f"translate-test: existing translations into {target} from {source}", *classifier.notes]
-
-    def readable(self, rows: Sequence[TextRow]) -> list[int]:
-        return self.classifier.readable(rows)
-
-    def logits(self, rows: Sequence[TextRow]) -> Logits:
-        return self.classifier.logits(rows)
-
-    def counts(self) -> dict[str, int]:
-        return self.classifier.counts()
-
-
 def _around(prompt: Prompt) -> str:
     """A prompt in words."""
     return f"the prompt {prompt.before + '<text>' + prompt.after!r}"
@@ -323,14 +303,8 @@ def probe_rows_of(task: Task, name: str, source: str | Path, max_rows: int) -> t
 
 def readable(tokenizer: StackTokenizer, side: str, rows: Sequence[TextRow]) -> list[int]:
     """Which of the rows the tokenizer does not fail on."""
-    try:
-        tokenizer.side(side, rows, ends=False)
-        return list(range(len(rows)))
-    except BadText:
-        from ..inference.stream import text_check
-
-        check = text_check(tokenizer, side)
-        return [index for index, row in enumerate(rows) if check(row) is None]
+    _, bad = of_readable(rows, lambda some: tokenizer.side(side, some, ends=False))
+    return [index for index in range(len(rows)) if index not in bad]
 
 
 def _gold(rows: Sequence[TextRow]) -> list[int]:

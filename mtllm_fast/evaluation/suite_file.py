@@ -106,9 +106,7 @@ def read_suite(path: str | Path) -> Suite:
     names = [*suite.models, *([] if suite.translate_test is None else [TRANSLATE_TEST])]
     if suite.against is not None and suite.against not in names:
         raise ValueError(f"{where}: against: {suite.against!r} is none of the models; they are {', '.join(names)}")
-    for (
-        entry
-    ) in suite.tasks:  # a folder that is missing or has no {seed} is an error of the file, found before any work
+    for entry in suite.tasks:  # a folder that is missing or has no {seed} is an error of the file
         for name, folders in suite.models.items():
             _folders(folders, entry.name, suite.seeds, f"{where}: models: {name}")
         if suite.translate_test is not None:

@@ -32,12 +32,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceCl
 from transformers.tokenization_utils_base import BatchEncoding
 
 from ..auto_config import MTLLMPreTrainedConfig
-from ..data.language import rows_read
-from ..data.pack import PackedBatch
 from ..data.read import TextRow
 from ..data.tokenise import StackTokenizer
 from ..models import MTLLM
 from ..models.storage import base_tokenizer, local_folder, read_config
+from .texts import check_one_language, padded
 
 
 class _Wrapped(PreTrainedModel):
@@ -154,19 +153,12 @@ class MTLLMTokenizer:
         pairs = [text_pair] if isinstance(text_pair, str) else list(text_pair or none)
         if len(texts) != len(pairs):
             raise ValueError(f"text_pair: {len(pairs)} for {len(texts)} texts")
-        if language is not None and not isinstance(language, str):
-            raise ValueError(
-                f"language={language!r}: one MT code for all; for a language per text pass dicts, "
-                '{"text": ..., "language": ...}'
-            )
-        found = [TextRow(one, language or self.language, pair) for one, pair in zip(texts, pairs)]
-        rows = rows_read(found, self.stack, self.side, "language")
-        side = self.stack.side(self.side, rows)
-        for index, tokens in enumerate(side.ids):
-            if not len(tokens):
-                raise ValueError(f"text[{index}] has no token, so there is nothing to read")
-        ids, mask = PackedBatch.from_sequences(side.ids).to_padded(self.pad_token_id)
-        return BatchEncoding({"input_ids": ids, "attention_mask": mask})
+        check_one_language(language)
+        rows = [TextRow(one, language or self.language, pair) for one, pair in zip(texts, pairs)]
+        inputs, empty = padded(rows, self.stack, self.side)
+        if empty:
+            raise ValueError(f"text[{empty[0]}] has no token, so there is nothing to read")
+        return BatchEncoding(inputs)
 
     def save_pretrained(self, save_directory: str | Path, **_: object) -> None:
         """Write the tokenizer as `MTLLM.save_pretrained` does."""

@@ -19,6 +19,7 @@ from ..jobs.durable import write_text
 from ..jobs.parts import Parts
 from .progress import progress_bar
 from .stream import Interrupted, begin_anew
+from .writers import join_blocks
 
 FORMATS = (".parquet", ".jsonl")
 Row = TypeVar("Row")
@@ -186,22 +187,12 @@ def _joined(parts: Parts, file: RecordFile, report: RecordReport) -> Mapping[str
     if file.path.suffix == ".parquet":
         _join_parquet(parts, file)
     else:
-        _join_lines(parts)
+        join_blocks(parts)
     return found
 
 
 def _records(block: bytes) -> list[dict[str, Any]]:
     return [json.loads(line) for line in block.decode().split("\n") if line]
-
-
-def _join_lines(parts: Parts) -> None:
-    records = parts.records()
-    path = parts.only_file(records)
-    if path is None:
-        path = parts.folder / "output"
-        with path.open("wb") as handle:
-            handle.writelines(parts.blocks(records))
-    parts.replace_output(path)
 
 
 def _join_parquet(parts: Parts, file: RecordFile) -> None:

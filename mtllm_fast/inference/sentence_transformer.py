@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.language import reads_language, rows_read
-from ..data.pack import PackedBatch
+from ..data.language import reads_language
 from ..data.read import TextRow
 from ..models import MTLLM
+from .texts import check_one_language, padded
 
 try:
     from sentence_transformers import SentenceTransformer
@@ -93,19 +93,14 @@ class MTLLMModule(InputModule):
             prompt: stands before every text.
             language: MT code of the inputs that name none themselves.
         """
-        if language is not None and not isinstance(language, str):
-            raise ValueError(
-                f"language={language!r}: one MT code for all; for a language per text pass dicts, "
-                '{"text": ..., "language": ...}'
+        check_one_language(language)
+        rows = [as_row(item, prompt or "", language or self.language) for item in inputs]
+        features, empty = padded(rows, self.model.require_tokenizer(), self.model.side)
+        if empty:
+            logger.warning(
+                "%d inputs have no token, so there is nothing to read: their embeddings are zeros", len(empty)
             )
-        tokenizer = self.model.require_tokenizer()
-        found = [as_row(item, prompt or "", language or self.language) for item in inputs]
-        rows = rows_read(found, tokenizer, self.model.side, "language")
-        side = tokenizer.side(self.model.side, rows)
-        if empty := sum(not len(ids) for ids in side.ids):
-            logger.warning("%d inputs have no token, so there is nothing to read: their embeddings are zeros", empty)
-        ids, mask = PackedBatch.from_sequences(side.ids).to_padded(self.tokenizer.pad_token_id or 0)
-        return {"input_ids": ids, "attention_mask": mask}
+        return features
 
     def forward(self, features: dict[str, Any], **kwargs: object) -> dict[str, Any]:
         """Adds `token_embeddings` (B, L, D), zeros at padding, and `sentence_embedding` (B, D) float32."""

@@ -1,14 +1,18 @@
-"""What `Engine` takes and says of plain texts."""
+"""What `Engine` takes and says of plain texts, and what the doors to other libraries make of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
+from ..data.language import rows_read
+from ..data.pack import PackedBatch
 from ..data.read import TextRow
+from ..data.tokenise import StackTokenizer
 
 OnBadText = Literal["fail", "nan"]
 
@@ -47,3 +51,19 @@ def text_rows(
             raise TypeError(f"texts[{index}] is {type(texts[index]).__name__}, not str")
         raise ValueError(f"texts[{index}] is empty")
     return len(texts), [TextRow(texts[index], codes[index]) for index in good], np.array(good, np.int64)
+
+
+def check_one_language(language: object) -> None:
+    """ValueError for what a door to another library cannot take beside its texts: more than one language."""
+    if language is not None and not isinstance(language, str):
+        raise ValueError(
+            f"language={language!r}: one MT code for all; for a language per text pass dicts, "
+            '{"text": ..., "language": ...}'
+        )
+
+
+def padded(rows: Sequence[TextRow], tokenizer: StackTokenizer, side: str) -> tuple[dict[str, Tensor], list[int]]:
+    """`input_ids` and `attention_mask` (B, L) int64 of rows as a model reads them, and which rows have no token."""
+    ids = tokenizer.side(side, rows_read(rows, tokenizer, side, "language")).ids
+    tokens, mask = PackedBatch.from_sequences(ids).to_padded(getattr(tokenizer, side).pad_token_id or 0)
+    return {"input_ids": tokens, "attention_mask": mask}, [row for row, own in enumerate(ids) if not len(own)]

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .records import FORMATS, Kind, Made, RecordFile, write_records
+from .records import FORMATS, Kind, Made, RecordFile, RecordReport, write_records
 from .translator import Translation, Translator
 
-__all__ = ["FORMATS", "Manner", "Source", "TranslateReport", "translate_file"]
+__all__ = ["FORMATS", "Manner", "Source", "translate_file"]
 
 COLUMNS: dict[str, Kind] = {
     **dict.fromkeys(("id", "language", "split", "field", "source", "translation"), "string"),
@@ -57,24 +57,6 @@ class Manner:
         return {"target": self.target, "window": self.window, "scores": self.scores, "keep": list(self.keep)}
 
 
-@dataclass(frozen=True)
-class TranslateReport:
-    """What came of `translate_file`.
-
-    Fields:
-        texts: in the output; resumed: those of an earlier run.
-        truncated: sources that were cut.
-        unfinished: translations of this run that met the length limit before their end.
-        complete: the output is written. False for a process whose share is done before that of others.
-    """
-
-    texts: int
-    resumed: int
-    truncated: int
-    unfinished: int
-    complete: bool = True
-
-
 def translate_file(
     translator: Translator,
     sources: Iterable[Source],
@@ -87,12 +69,10 @@ def translate_file(
     world_size: int = 1,
     total: int | None = None,
     progress: bool = False,
-) -> TranslateReport:
+) -> RecordReport:
     """Write a record per text, in order: id, language, split, field, source, translation, score.
 
-    A run that was stopped, even by kill -9, goes on where it was when the same call is made again, and gives the same
-    file as one that was not (on the same kind of machine with as many threads). What a window of texts gave is safe in
-    `<output>.part` once it is done. Every process translates every world_size-th window; the last one joins them.
+    What translations met the length limit is counted in `translator.unfinished`.
 
     Args:
         sources: the texts, the same at every call.
@@ -102,11 +82,8 @@ def translate_file(
         total: number of texts, for the bar.
 
     Raises:
-        ValueError: the output exists, a stopped run had other settings, another process writes to it, no text, or the
-            disk is full.
-        Interrupted: Ctrl-C.
+        ValueError, Interrupted: as `write_records`, which says how a stopped run goes on.
     """
-    unfinished = translator.unfinished
     options: dict[str, Any] = {"target": how.target, "keep": how.keep, **how.decoding}
 
     def make(first: int, window: list[Source]) -> Made:
@@ -119,7 +96,7 @@ def translate_file(
         records = [_record(source, translation) for source, translation in zip(window, translations, strict=True)]
         return Made(records, translator.truncated - before)
 
-    report = write_records(
+    return write_records(
         RecordFile(Path(output), "translate", COLUMNS, {"format": 1, **how.record(), **settings}, how.decoding),
         sources,
         make,
@@ -130,8 +107,6 @@ def translate_file(
         total=total,
         progress=progress,
     )
-    unfinished = translator.unfinished - unfinished if report.complete else 0
-    return TranslateReport(report.rows, report.resumed, report.truncated, unfinished, report.complete)
 
 
 def _record(source: Source, translation: Translation) -> dict[str, object]:

@@ -16,7 +16,7 @@ from ..data.batch import Batch, TokenizedRows
 from ..data.layout import TokenizedSide
 from ..data.pack import consecutive_packs
 from ..data.read import TextRow, UnusableRow
-from ..data.text_tokens import BadText
+from ..data.text_tokens import of_readable
 from ..data.tokenise import StackTokenizer
 from .texts import OnBadText
 
@@ -91,11 +91,9 @@ class WindowReader:
     def _window(self, index: int, rows: list[TextRow | UnusableRow], on_bad_text: OnBadText) -> Window:
         usable = [(k, row) for k, row in enumerate(rows) if isinstance(row, TextRow)]
         start = index * self.size
-        try:
-            side = self.tokenizer.side(self.side, [row for _, row in usable], ends=False)
-        except BadText:
-            usable = self._readable(start, usable, on_bad_text)
-            side = self.tokenizer.side(self.side, [row for _, row in usable], ends=False)
+        side, bad = of_readable(
+            [row for _, row in usable], lambda some: self.tokenizer.side(self.side, some, ends=False)
+        )
         window = Window(
             index,
             start,
@@ -105,7 +103,13 @@ class WindowReader:
             [],
             np.full(len(rows), -1, np.int64),
         )
-        places = np.array([k for k, _ in usable], np.int64)
+        if bad:
+            first_bad = min(bad)
+            named = f"{window.named(usable[first_bad][0])}: {bad[first_bad]}"
+            if on_bad_text == "fail":
+                raise ValueError(f"{named}; on_bad_text='nan' gives it a row of NaN")
+            logger.warning("%d rows cannot be read; the first is %s", len(bad), named)
+        places = np.array([k for at, (k, _) in enumerate(usable) if at not in bad], np.int64)
         lengths = np.array([len(tokens) for tokens in side.ids], np.int64)
         if len(empty := places[lengths == 0]):
             first_empty = window.named(int(empty[0]))
@@ -135,24 +139,6 @@ class WindowReader:
             batch = tokenised.batch([first[order[k]] for k in pack], align=False)
             window.batches.append(batch.pin_memory() if self.pin else batch)
         return window
-
-    def _readable(
-        self, start: int, usable: list[tuple[int, TextRow]], on_bad_text: OnBadText
-    ) -> list[tuple[int, TextRow]]:
-        """Those of the rows that the tokenizer can read. Raises ValueError for the first other one, unless "nan"."""
-        kept: list[tuple[int, TextRow]] = []
-        bad: list[str] = []
-        for k, row in usable:
-            try:
-                self.tokenizer.side(self.side, [row], ends=False)
-                kept.append((k, row))
-            except BadText as error:
-                name = "" if row.id is None else f" (id {row.id!r})"
-                bad.append(f"row {start + k}{name}: {error}")
-        if on_bad_text == "fail":
-            raise ValueError(f"{bad[0]}; on_bad_text='nan' gives it a row of NaN")
-        logger.warning("%d rows cannot be read; the first is %s", len(bad), bad[0])
-        return kept
 
 
 def _distinct(side: TokenizedSide) -> tuple[list[int], list[int]]:

@@ -18,6 +18,21 @@ from .engine import EncodedWindow
 MOST_ROWS = 10**18  # a header that is written before the rows are counted has room for so many
 
 
+def join_blocks(parts: Parts, header: bytes = b"") -> None:
+    """The output from a header, for which room was reserved, and the bytes of all windows in order, in its place."""
+    records = parts.records()
+    path = parts.only_file(records)
+    if path is not None:
+        with path.open("r+b") as handle:
+            handle.write(header)
+    else:
+        path = parts.folder / "output"
+        with path.open("wb") as handle:
+            handle.write(header)
+            handle.writelines(parts.blocks(records))
+    parts.replace_output(path)
+
+
 @dataclass(frozen=True)
 class EmbeddingFile(ABC):
     """How the windows of (N, `width`) float32 embeddings become one file.
@@ -60,19 +75,7 @@ class RawFile(EmbeddingFile):
         """The bytes before the embeddings; as many for any number of rows."""
 
     def join(self, parts: Parts) -> None:
-        records = parts.records()
-        header = self.header(int(records["rows"].sum()))
-        path = parts.only_file(records)
-        if path is not None:
-            with path.open("r+b") as handle:
-                handle.write(header)
-        else:
-            path = parts.folder / "output"
-            with path.open("wb") as handle:
-                handle.write(header)
-                for block in parts.blocks(records):
-                    handle.write(block)
-        parts.replace_output(path)
+        join_blocks(parts, self.header(int(parts.records()["rows"].sum())))
 
 
 def npy_header(kind: str, *shape: int) -> bytes:

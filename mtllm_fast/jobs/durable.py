@@ -33,6 +33,12 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def sync_below(folder: Path) -> None:
+    """Bring everything in a folder to the disk, but not its own name."""
+    for path in folder.rglob("*"):
+        sync(path)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside `path` to write a file to, which then takes its place: a reader sees the old or the whole new one.
@@ -216,10 +222,8 @@ def mark_complete(folder: Path) -> None:
     """Bring every file of `folder` to the disk, then record their sizes and digests in it."""
     record = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARKER):
-        sync(path)
         record[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    for inner in (p for p in folder.rglob("*") if p.is_dir()):
-        sync(inner)
+    sync_below(folder)
     write_text(folder / MARKER, json.dumps(record, indent=1))
 
 

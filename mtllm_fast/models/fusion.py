@@ -18,6 +18,9 @@ from .encoders import family_of
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+# said, behind its name, of a fused model that is given no translations
+READS_ALONE = "reads a text alone, without the English translation that it was trained to read it with"
+
 
 @dataclass(frozen=True)
 class FusionSettings:

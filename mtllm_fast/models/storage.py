@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..data.tokenise import StackTokenizer
-from ..jobs.durable import scratch
+from ..jobs.durable import scratch, sync, sync_below
 from .config import BESIDE, ENCODER_ADAPTER, based_on, config_to_dict, read_config
 from .encoder import PackedEncoder
 from .llm import PackedLLM
@@ -133,6 +133,7 @@ def save(model: MTLLM, folder: Path, *, include_base: bool | None = None) -> Non
         else:  # a bare reader: it would write no file at all
             save_file({}, staging / "model.safetensors")
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        sync_below(staging)
         made = {path.name for path in staging.iterdir()}
         if stale := [path for path in folder.glob("model*.safetensors*") if path.name not in made]:
             # shards of another number, or their index, would be read in place of these
@@ -144,6 +145,7 @@ def save(model: MTLLM, folder: Path, *, include_base: bool | None = None) -> Non
             if target.is_dir():
                 shutil.rmtree(target)
             os.replace(path, target)
+        sync(folder)
 
 
 def local_folder(name: str | Path) -> Path:

@@ -132,47 +132,39 @@ def test_rows_that_no_tokenizer_reads_are_left_out(stack, tmp_path, caplog):
     kept = store.take(np.arange(9), ("mt", "llm"))
     assert kept.ids == [row.id for row in good]
     assert kept.labels == list(range(9))
-    with pytest.raises(ValueError, match="no usable row"):
-        write_store(bad, stack, tmp_path / "none")
 
 
-def test_command_killed_and_resumed(forked, encoder_folder, llm_folder, tmp_path):
-    text = tmp_path / "t.txt"
-    text.write_text("".join(f"the cat sat on mat number {i} and looked at the dog\n" for i in range(8_000)))
-    command = [
-        "tokenize", "--encoder", encoder_folder, "--llm", llm_folder, "--text", text, "--output", tmp_path / "s",
-        "--max-length", "64", "--shard-rows", "1024",
-    ]  # fmt: skip
-    pid = forked.start(*command)
-    deadline = time.monotonic() + 60
-    while not list(Path(tmp_path / "s").glob("shard-*")):
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    os.kill(pid, signal.SIGKILL)
-    assert forked.wait()[0] == -signal.SIGKILL
-    out = forked.run(*command)
-    assert "8,000 rows" in out
-    assert "there before" in out
-    tokenizer = StackTokenizer(*_tokenizers(encoder_folder, llm_folder), max_mt_tokens=64, max_llm_tokens=64)
-    write_store(read_rows(text), tokenizer, tmp_path / "whole", shard_rows=1024)
-    whole, resumed = (
-        {f.relative_to(g): f.read_bytes() for f in g.glob("shard-*/*")} for g in (tmp_path / "whole", tmp_path / "s")
-    )
-    assert len(whole) == 8 * 10
-    assert resumed == whole
+def test_rows_of_which_none_can_be_read_leave_nothing(stack, tmp_path):
+    """Nor in a folder that was there, or that a killed call had begun: another call may take its place."""
+    bad = [TextRow("the \ud800 cat", id=str(i)) for i in range(9)]
+
+    class Killed(Exception):
+        pass
+
+    def kill(done):
+        if done > 5:
+            raise Killed
+
+    (tmp_path / "there").mkdir()
+    with pytest.raises(Killed):
+        write_store(bad, stack, tmp_path / "begun", shard_rows=5, on_progress=kill)
+    assert (tmp_path / "begun" / "shard-00000").is_dir()
+    for name in ("new", "there", "begun"):
+        with pytest.raises(ValueError, match="no usable row"):
+            write_store(bad, stack, tmp_path / name, shard_rows=5)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["begun", "there"]
+    assert write_store([*bad, TextRow("the cat")], stack, tmp_path / "begun", shard_rows=5).rows == 1
 
 
 @pytest.fixture
 def tokenizing(forked, encoder_folder, llm_folder, tmp_path):
     """`tokenizing(output)` is a command line, `started(...)` the pid of one that was stopped behind its first shard."""
     text = tmp_path / "t.txt"
-    text.write_text("".join(f"the cat sat on mat number {i} and looked at the dog\n" for i in range(8_000)))
+    text.write_text("".join(f"the cat sat on mat number {i} and looked at the dog\n" for i in range(4_000)))
 
     def command(output):
-        return [
-            "tokenize", "--encoder", encoder_folder, "--llm", llm_folder, "--text", str(text), "--output", str(output),
-            "--max-length", "64", "--shard-rows", "1024",
-        ]  # fmt: skip
+        files = ["--encoder", encoder_folder, "--llm", llm_folder, "--text", str(text), "--output", str(output)]
+        return ["tokenize", *files, "--max-length", "64", "--shard-rows", "512"]
 
     def started(output):
         pid = forked.start(*command(output))
@@ -212,14 +204,20 @@ def test_the_second_of_two_is_refused(tokenizing, forked, capsys, tmp_path):
     assert len(_files(tmp_path / "whole")) == 8 * 10 + 2
 
 
-def test_the_lock_of_a_killed_call_is_none(tokenizing, forked, tmp_path):
+def test_killed_and_resumed(tokenizing, forked, capsys, tmp_path):
+    """The lock of a killed call is none; the store is that of rows tokenised by hand."""
     command, started = tokenizing
-    main(command(tmp_path / "whole"))
+    tokenizer = StackTokenizer(*_tokenizers(*command("")[2:5:2]), max_mt_tokens=64, max_llm_tokens=64)
+    rows = read_rows(tmp_path / "t.txt")
+    write_store(rows, tokenizer, tmp_path / "whole", shard_rows=512, source=rows.identity())
     pid = started(tmp_path / "s")
     os.kill(pid, signal.SIGKILL)
     assert forked.wait()[0] == -signal.SIGKILL
     assert (tmp_path / "s" / ".lock").read_text().startswith(f"{pid} on ")
+    capsys.readouterr()
     main(command(tmp_path / "s"))
+    out = capsys.readouterr().out
+    assert "4,000 rows" in out and "there before" in out
     assert _files(tmp_path / "s") == _files(tmp_path / "whole")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -60,6 +61,20 @@ class _Deadly(list):
 def test_workers_that_keep_dying_are_an_error(stack) -> None:
     with pytest.raises(WorkerDied, match=r"data worker 1 of 1 \(process \d+\) was killed by SIGKILL"):
         list(PackedLoader(PackedDataset(_Deadly(ROWS), stack, **OPTIONS), num_workers=1))
+
+
+def test_workers_end_with_an_iterator_that_is_garbage(stack) -> None:
+    """What is wrong with a row is an error that holds the frames of the loader, and they it."""
+    before = multiprocessing.active_children()
+    rows = [*ROWS[:40], TextRow("x", language="ell_Latn")]
+
+    def fail() -> None:
+        with pytest.raises(ValueError, match="'ell_Latn' is unknown"):
+            list(PackedLoader(PackedDataset(rows, stack, **OPTIONS), num_workers=2))
+
+    fail()
+    gc.collect()
+    assert multiprocessing.active_children() == before
 
 
 def _read_and_wait(stack: StackTokenizer, pipe) -> None:

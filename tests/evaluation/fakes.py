@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -64,3 +66,11 @@ def write_folder(
             lines = [f"{language} {words[i % len(labels)]} word{i}\t{labels[i % len(labels)]}" for i in range(count)]
             (folder / f"{split}.tsv").write_text("text\tlabel\n" + "\n".join(lines) + "\n", encoding="utf-8")
     return root
+
+
+def put(path: Path, text: str) -> Path:
+    """A file with these very characters, in folders that are made for it; compressed where its name ends in .gz."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = text.encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path

@@ -1,6 +1,6 @@
 """Run a suite whole, then again with kills at random places until it is done, in forked processes.
 
-python -m tests.evaluation.killed_suite SUITE WHOLE_FOLDER KILLED_FOLDER KILLS SEED      prints one JSON line
+python killed_suite.py SUITE WHOLE_FOLDER KILLED_FOLDER KILLS SEED      prints one JSON line; run by test_suite_file
 """
 
 from __future__ import annotations

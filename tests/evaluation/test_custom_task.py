@@ -4,6 +4,7 @@ import pytest
 
 from mtllm_fast.data import TextRow
 from mtllm_fast.evaluation.tasks import Task, get_task
+from tests.evaluation.fakes import put
 
 PAIR = """
 name: reviews
@@ -15,12 +16,6 @@ english: en
 languages: {en: eng_Latn, fr: fra_Latn, tlh: null}
 files: "data/{language}/{split}.csv"
 """
-
-
-def put(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text.encode("utf-8"))
-    return path
 
 
 def test_pairs_with_a_path_for_all(tmp_path):

@@ -12,14 +12,9 @@ from mtllm_fast.evaluation.answers import number_of
 from mtllm_fast.evaluation.cells import of_rows
 from mtllm_fast.evaluation.rows import task_sources
 from mtllm_fast.evaluation.tasks import TASKS, FolderTask, Table, get_task
+from tests.evaluation.fakes import put
 
 MGSM = TASKS["mgsm"]
-
-
-def put(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path
 
 
 def test_published_tables(tmp_path: Path) -> None:

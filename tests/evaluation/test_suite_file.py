@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +12,6 @@ import torch
 from mtllm_fast.evaluation.suite_file import read_suite, run_suite
 from mtllm_fast.models import MTLLM
 from mtllm_fast.models.heads import HeadConfig
-from tests.conftest import REPO
 
 LANGUAGES = ("eng_Latn", "fra_Latn", "swh_Latn", "deu_Latn", "hin_Deva", "xxx_Latn")
 
@@ -172,19 +168,11 @@ def str_of(root, role):
     return json.loads((root / "adapted/config.json").read_text())[role]
 
 
-def test_ten_kills_give_the_same_bytes(world):
+def test_ten_kills_give_the_same_bytes(forked, world):
     """SIGKILL at ten random places, then once to the end: every table equals that of one undisturbed run."""
-    command = [sys.executable, "-m", "tests.evaluation.killed_suite", str(world / "suite.yaml")]
     whole, killed = world / "out-whole", world / "out-killed"
-    done = subprocess.run(
-        [*command, str(whole), str(killed), "10", "7"],
-        capture_output=True,
-        text=True,
-        cwd=REPO,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    report = json.loads(done.stdout.splitlines()[-1])
+    code = Path(__file__).with_name("killed_suite.py").read_text(encoding="utf-8")
+    report = json.loads(forked.run(world / "suite.yaml", whole, killed, 10, 7, code=code).splitlines()[-1])
     assert report["status"] == 0
     assert len(report["struck"]) == 10
     assert all(one["killed"] for one in report["struck"]), report

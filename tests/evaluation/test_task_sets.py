@@ -5,14 +5,9 @@ import json
 import pytest
 
 from mtllm_fast.data import StackTokenizer, TextRow
-from mtllm_fast.evaluation.tasks import TASKS, check_rows, get_task, overlap
+from mtllm_fast.evaluation.tasks import TASKS, check_rows, get_task, overlap, sib200
 from mtllm_fast.evaluation.tasks.belebele import LANGUAGES, WITHOUT_MT_CODE
-
-
-def put(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text.encode("utf-8"))
-    return path
+from tests.evaluation.fakes import FakeEngine, put
 
 
 def lines(*records):
@@ -25,6 +20,7 @@ def test_codes_are_nllb_codes_and_remarks_belong_to_languages():
     known = set(FAIRSEQ_LANGUAGE_CODES)
     assert len(LANGUAGES) == len(set(LANGUAGES)) == 122
     assert set(LANGUAGES) - known == set(WITHOUT_MT_CODE)
+    assert set(sib200.LANGUAGES) - known == set(sib200.WITHOUT_MT_CODE)
     for task in TASKS.values():
         assert {code for code in task.mt_codes.values() if code is not None} <= known
         assert set(task.notes) <= {code for code, mt in task.mt_codes.items() if mt is not None}
@@ -289,7 +285,6 @@ def test_overlap_duplicates_and_blanks():
 
 def test_odd_data_is_named_in_the_scores(tmp_path):
     from mtllm_fast.evaluation import evaluate
-    from tests.evaluation.fakes import FakeEngine
 
     table = "id,text,label\n"
     put(tmp_path / "english/train.csv", table + "0,same,neutral\n1,other,positive\n")

@@ -18,6 +18,7 @@ from mtllm_fast import MTLLM, Engine, cli
 from mtllm_fast.data import read_rows
 from mtllm_fast.inference.stream import encode_file
 from mtllm_fast.jobs import parts
+from mtllm_fast.models.fusion import FusionSettings
 from tests.tiny import LINES
 
 LANGUAGES = ("eng_Latn", "fra_Latn", "zho_Hans")
@@ -52,19 +53,9 @@ def rows_of(source: str):
 
 
 def command(model_folder: str, source: str, output: Path, *more: str) -> list[str]:
-    columns = [
-        "--language-column",
-        "lang",
-        "--id-column",
-        "id",
-        "--window",
-        "16",
-        "--device",
-        "cpu",
-        "--on-bad-row",
-        "skip",
-    ]
-    return ["encode", "--model", model_folder, "--input", source, "--output", str(output), *columns, *more]
+    columns = ["--language-column", "lang", "--id-column", "id"]
+    how = ["--window", "16", "--device", "cpu", "--on-bad-row", "skip"]
+    return ["encode", "--model", model_folder, "--input", source, "--output", str(output), *columns, *how, *more]
 
 
 def refused(capsys, arguments: list[str]) -> str:
@@ -101,11 +92,8 @@ def test_three_formats(model_folder, source, tmp_path, capsys, engine) -> None:
     with safe_open(tmp_path / "e.safetensors", "np") as file:
         assert (file.get_tensor("embeddings") == array).all()
         assert file.metadata()["pooling"] == "mean"
-    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.endswith((".tsv", ".index.npy"))) == [
-        "e.npy",
-        "e.parquet",
-        "e.safetensors",
-    ]
+    outputs = [path.name for path in tmp_path.iterdir() if not path.name.endswith((".tsv", ".index.npy"))]
+    assert sorted(outputs) == ["e.npy", "e.parquet", "e.safetensors"]
 
 
 def test_row_i_is_line_i(model_folder, tmp_path, capsys, engine) -> None:
@@ -139,21 +127,27 @@ def test_row_i_is_line_i(model_folder, tmp_path, capsys, engine) -> None:
     assert np.load(encode("skip.npy", "--on-bad-row", "skip")).shape == (1, 48)
     assert np.load(tmp_path / "skip.npy.index.npy").tolist() == [3]
     capsys.readouterr()
-    message = refused(
-        capsys,
-        [
-            *run[: run.index("--output") + 1],
-            str(tmp_path / "fail.npy"),
-            *run[run.index("--output") + 2 :],
-            "--on-bad-row",
-            "fail",
-        ],
-    )
+    run[run.index("--output") + 1] = str(tmp_path / "fail.npy")
+    message = refused(capsys, [*run, "--on-bad-row", "fail"])
     assert f"{text}:1: empty; --on-bad-row nan or skip" in message
     assert not list(tmp_path.glob("fail*"))
     # the index of an earlier run does not stay beside an output that needs none
     encode("skip.npy", "--overwrite")
     assert not (tmp_path / "skip.npy.index.npy").exists()
+
+
+def test_a_model_that_reads_translations_says_that_it_has_none(encoder_folder, tmp_path, capsys) -> None:
+    model = MTLLM.stack(encoder_folder, reader="encoder", dtype=torch.float32)
+    text = tmp_path / "t.txt"
+    text.write_text(LINES[0])
+    for name, fusion in (("plain", FusionSettings()), ("fused", FusionSettings(1, 1))):
+        model.set_fusion(fusion)
+        model.save_pretrained(tmp_path / name)
+        files = ["--model", str(tmp_path / name), "--input", str(text), "--output", str(tmp_path / f"{name}.npy")]
+        cli.main(["encode", *files, "--language", "fra_Latn", "--device", "cpu", "--no-progress"])
+        said = [line for line in capsys.readouterr().err.splitlines() if "reads a text alone" in line]
+        assert len(said) == (name == "fused")
+    assert said[0].startswith(f"mtllm encode: {tmp_path / 'fused'} reads a text alone, without the English translation")
 
 
 def test_what_fail_left_undone_goes_on_with_nan(engine, source, tmp_path) -> None:
@@ -189,7 +183,7 @@ def test_killed_at_every_change_of_the_disk(forked, model_folder, source, tmp_pa
 
 def test_ctrl_c_and_kill_9_of_the_command(forked, model_folder, tmp_path) -> None:
     text = tmp_path / "long.txt"
-    text.write_text("".join(f"{LINES[k % 6]} {k}\n" for k in range(6000)))
+    text.write_text("".join(f"{LINES[k % 6]} {k}\n" for k in range(3000)))
     whole, output = tmp_path / "whole.npy", tmp_path / "killed.npy"
     arguments = ["encode", "--model", model_folder, "--input", str(text), "--window", "64", "--device", "cpu"]
     cli.main([*arguments, "--output", str(whole)])

@@ -43,20 +43,19 @@ def codes() -> list[str]:
     return [rng.choice(CODES) for _ in range(60)]
 
 
-def one_by_one(model: MTLLM, texts, codes, **options) -> torch.Tensor:
-    engine = Engine(model, ahead=0)
-    rows = [engine.encode([text], code, **options) for text, code in zip(texts, codes)]
-    return torch.from_numpy(np.concatenate(rows))
+@pytest.fixture(scope="module")
+def one_by_one(stack, texts, codes) -> torch.Tensor:
+    engine = Engine(stack, ahead=0)
+    return torch.from_numpy(np.concatenate([engine.encode([text], code) for text, code in zip(texts, codes)]))
 
 
 @pytest.mark.parametrize(
     "options", [{}, {"window": 7, "max_tokens": 50}, {"window": 7, "ahead": 0}, {"window": 3, "ahead": 4}]
 )
-def test_rows_in_order_whatever_the_windows(stack, texts, codes, options) -> None:
-    expected = one_by_one(stack, texts, codes)
+def test_rows_in_order_whatever_the_windows(stack, texts, codes, one_by_one, options) -> None:
     got = torch.from_numpy(Engine(stack, **options).encode(texts, codes))
-    assert_matches(got, expected, 1e-5)
-    assert relative_error(got.flip(0), expected) > 1e-2  # control: order is visible at this tolerance
+    assert_matches(got, one_by_one, 1e-5)
+    assert relative_error(got.flip(0), one_by_one) > 1e-2  # control: order is visible at this tolerance
 
 
 def test_mixed_languages_equal_one_language_at_a_time(stack, texts, codes) -> None:

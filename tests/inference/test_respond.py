@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +15,7 @@ from mtllm_fast import MTLLM, TextRow, cli, read_rows
 from mtllm_fast.data.prompt import Prompt
 from mtllm_fast.inference.respond import Decoding, Output, Responder, respond_file
 from tests.forked import Forked
-from tests.inference.test_translate_file import Killed, stop_after
+from tests.inference.test_translate_file import Killed, killed_and_resumed, stop_after
 
 WORDS = ["river", "bread", "cheese", "light", "stone", "train", "night", "teacher", "apple", "bridge"]
 ROWS = [
@@ -101,7 +97,7 @@ def test_records(model: MTLLM, tmp_path: Path) -> None:
 
 def test_samples_depend_on_seed_and_row_alone(model: MTLLM, tmp_path: Path) -> None:
     def targets(name: str, decoding: Decoding = SAMPLED, **options: Any) -> list[str]:
-        respond(model, tmp_path / name, decoding, **options)
+        respond(model, tmp_path / name, decoding, **{"rows": ROWS[:20], **options})
         return [json.loads(line)["target"] for line in (tmp_path / name).read_text(encoding="utf-8").split("\n")[:-1]]
 
     whole = targets("a.jsonl")
@@ -112,8 +108,8 @@ def test_samples_depend_on_seed_and_row_alone(model: MTLLM, tmp_path: Path) -> N
     assert all(more.startswith(short.rstrip("�")) for more, short in zip(longer, whole)) and longer != whole
     for changed in (replace(SAMPLED, seed=8), replace(SAMPLED, temperature=2.0)):
         other = targets(f"{changed.seed} {changed.temperature}.jsonl", changed)
-        assert sum(one != two for one, two in zip(other, whole)) > 40
-    assert targets("g.jsonl", rows=ROWS[::-1])[::-2] != whole[::2]  # other numbers in the source
+        assert sum(one != two for one, two in zip(other, whole)) > 20
+    assert targets("g.jsonl", rows=ROWS[19::-1])[::-2] != whole[::2]  # other numbers in the source
     same = targets("h.jsonl", rows=[ROWS[3]] * 6)
     assert len(set(same)) > 6  # nor are equal texts answered alike
     greedy = targets("i.jsonl", Decoding(5), rows=[ROWS[3]] * 6)
@@ -171,14 +167,6 @@ def test_killed_between_output_and_end(model: MTLLM, tmp_path: Path, monkeypatch
     assert not (tmp_path / "a.jsonl.part").exists()
 
 
-def test_a_full_disk_loses_nothing(model: MTLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2, OSError(errno.ENOSPC, "No space left on device"))
-        with pytest.raises(ValueError, match=r"cannot be written \(No space left on device\); 16 texts are saved"):
-            respond(model, tmp_path / "a.jsonl")
-    assert respond(model, tmp_path / "a.jsonl").resumed == 16
-
-
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
@@ -214,11 +202,8 @@ def run(folders: dict[str, str], tmp_path: Path, *options: str, model: str = "st
     named = ["--llm", folders["llm"]] if model == "llm" else ["--model", folders[model]]
     text = tmp_path / "in.jsonl"
     if not text.exists():
-        lines = [{"q": row.text, "code": row.language, "n": row.id, "more": "M"} for row in ROWS]
-        lines += [
-            {"q": " ", "code": "fra_Latn", "n": "e", "more": "M"},
-            {"q": "x", "code": "xx", "n": "u", "more": "M"},
-        ]
+        rows = [*ROWS, TextRow(" ", "fra_Latn", id="e"), TextRow("x", "xx", id="u")]
+        lines = [{"q": row.text, "code": row.language, "n": row.id, "more": "M"} for row in rows]
         text.write_text("".join(json.dumps(line) + "\n" for line in lines))
     given = ["--text", str(text), "--text-column", "q", "--id-column", "n", "--device", "cpu", "--no-progress"]
     cli.main(["respond", *named, *given, "--language-column", "code", "--max-new-tokens", "5", *options])
@@ -236,18 +221,8 @@ def test_command(capsys: pytest.CaptureFixture[str], folders: dict[str, str], tm
     assert [record["target"] for record in records] == expected and [r["id"] for r in records] == [r.id for r in ROWS]
     about = json.loads((tmp_path / "a.jsonl.run.json").read_text())
     assert about["prompt"] == {"before": "Say: ", "after": "\nAnswer:"} and about["model"] == folders["stack"]
-    run(
-        folders,
-        tmp_path,
-        "--output",
-        str(tmp_path / "b.parquet"),
-        "--after",
-        "!",
-        "--pair-column",
-        "more",
-        "--limit",
-        "7",
-    )
+    more = ["--after", "!", "--pair-column", "more", "--limit", "7"]
+    run(folders, tmp_path, "--output", str(tmp_path / "b.parquet"), *more)
     other = Responder(loaded, Prompt(PROMPT.before, "!"), Decoding(5))
     rows = [replace(row, text_pair="M") for row in ROWS[:7]]
     assert [row["target"] for row in pq.read_table(tmp_path / "b.parquet").to_pylist()] == [
@@ -319,24 +294,14 @@ def test_killed_with_signal_9(
 ) -> None:
     (tmp_path / "in.txt").write_text("\n".join(row.text for row in ROWS * 3) + "\n")
 
-    def command(output: str) -> list[str]:
-        files = ["--text", str(tmp_path / "in.txt"), "--output", str(tmp_path / output)]
+    def command(output: Path) -> list[str]:
+        files = ["--text", str(tmp_path / "in.txt"), "--output", str(output)]
         size = ["--window", "10", "--max-new-tokens", "12", "--temperature", "1.2", "--device", "cpu"]
         return ["respond", "--llm", llm_folder, *files, *size]
 
-    cli.main(command("whole.parquet"))
-    assert "respond: 120 texts" in capsys.readouterr().out
-    pid = forked.start(*command("a.parquet"))
-    log = tmp_path / "a.parquet.part" / "0.log"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.stat().st_size >= 80) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    os.kill(pid, signal.SIGKILL)
-    forked.wait()
-    assert not (tmp_path / "a.parquet").exists(), "it was done before it could be killed"
-    cli.main(command("a.parquet"))
-    assert "by an earlier run" in capsys.readouterr().out
-    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+    killed_and_resumed(forked, command, tmp_path / "whole.parquet", tmp_path / "a.parquet")
+    out = capsys.readouterr().out
+    assert out.count("respond: 120 texts") == 2 and out.count("by an earlier run") == 1
 
 
 def test_two_processes_begin_anew(

@@ -58,7 +58,7 @@ def stop_after(monkeypatch, windows, error=Killed):
 def test_stopped_and_resumed_gives_the_same_bytes(translator, tmp_path, monkeypatch, ending):
     whole, output = tmp_path / f"whole{ending}", tmp_path / f"t{ending}"
     report = translate_file(translator, SOURCES, whole, HOW, **SETTINGS)
-    assert (report.texts, report.resumed) == (50, 0)
+    assert (report.rows, report.resumed) == (50, 0)
     for windows in (0, 3, 1):
         with monkeypatch.context() as patch:
             stop_after(patch, windows)
@@ -69,7 +69,7 @@ def test_stopped_and_resumed_gives_the_same_bytes(translator, tmp_path, monkeypa
     translate = translator.translate_scored
     monkeypatch.setattr(translator, "translate_scored", lambda *a, **k: calls.append(a) or translate(*a, **k))
     report = translate_file(translator, SOURCES, output, HOW, **SETTINGS)
-    assert (report.texts, report.resumed, len(calls)) == (50, 32, 3)
+    assert (report.rows, report.resumed, len(calls)) == (50, 32, 3)
     assert output.read_bytes() == whole.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted((whole.name, output.name))
 
@@ -184,24 +184,29 @@ def test_bad_commands(capsys, encoder_folder, tmp_path, options, match):
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-def test_killed_with_signal_9(forked, capsys, encoder_folder, tmp_path):
-    (tmp_path / "in.txt").write_text("\n".join(one.text for one in SOURCES * 2) + "\n")
-
-    def command(output):
-        files = ["--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / output), "--language", "fra_Latn"]
-        size = ["--window", "10", "--max-new-tokens", "12", "--device", "cpu"]
-        return ["translate", "--model", encoder_folder, *files, *size]
-
-    cli.main(command("whole.parquet"))
-    assert "translate: 100 texts" in capsys.readouterr().out
-    pid = forked.start(*command("t.parquet"))
-    log = tmp_path / "t.parquet.part" / "0.log"
+def killed_and_resumed(forked, command, whole, output):
+    """Run `command(output)` and kill it with signal 9 behind its second window; then again, in this process."""
+    cli.main(command(whole))
+    pid = forked.start(*command(output))
+    log = output.with_name(f"{output.name}.part") / "0.log"
     deadline = time.monotonic() + 120
     while not (log.exists() and log.stat().st_size >= 80) and time.monotonic() < deadline:
         time.sleep(0.005)
     os.kill(pid, signal.SIGKILL)
     forked.wait()
-    assert not (tmp_path / "t.parquet").exists(), "it was done before it could be killed"
-    cli.main(command("t.parquet"))
-    assert "by an earlier run" in capsys.readouterr().out
-    assert (tmp_path / "t.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+    assert not output.exists(), "it was done before it could be killed"
+    cli.main(command(output))
+    assert output.read_bytes() == whole.read_bytes()
+
+
+def test_killed_with_signal_9(forked, capsys, encoder_folder, tmp_path):
+    (tmp_path / "in.txt").write_text("\n".join(one.text for one in SOURCES * 2) + "\n")
+
+    def command(output):
+        files = ["--input", str(tmp_path / "in.txt"), "--output", str(output), "--language", "fra_Latn"]
+        size = ["--window", "10", "--max-new-tokens", "12", "--device", "cpu"]
+        return ["translate", "--model", encoder_folder, *files, *size]
+
+    killed_and_resumed(forked, command, tmp_path / "whole.parquet", tmp_path / "t.parquet")
+    out = capsys.readouterr().out
+    assert out.count("translate: 100 texts") == 2 and out.count("by an earlier run") == 1

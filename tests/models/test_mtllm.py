@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -122,6 +123,28 @@ def test_save_with_base_needs_nothing_else(encoder_folder, llm_folder, tmp_path,
         shutil.rmtree(folder)
     whole = MTLLM.from_pretrained(tmp_path / "whole")
     assert_matches(torch.from_numpy(Engine(whole).encode(["The mill"], "deu_Latn")), torch.from_numpy(expected), 1e-6)
+
+
+def test_saved_means_on_the_disk(stack, tmp_path, monkeypatch) -> None:
+    """Every file is there before it gets its name, and the names before the call ends."""
+    done = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(handle):
+        done.append(os.readlink(f"/proc/self/fd/{handle}"))
+        fsync(handle)
+
+    def replaced(source, target):
+        files = [Path(source), *Path(source).rglob("*")]
+        assert {str(path) for path in files} <= set(done), "it could be empty after a power cut"
+        done.append(f"replace {Path(target).name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    stack.save_pretrained(tmp_path, include_base=True)
+    assert {"replace model.safetensors", "replace llm"} < set(done)
+    assert done[-2:] == ["replace config.json", str(tmp_path)]
 
 
 def test_base_folders_of_an_earlier_save_are_not_read(stack, tmp_path) -> None:
