@@ -103,14 +103,11 @@ def summary_block(demo: Mapping[str, Any], sib200: Mapping[str, Any]) -> list[st
     names = {"direct": "LLM directly", "encoder_probe": "encoder, probe", "encoder_only": "encoder, fine-tuned"}
     names |= {"mt_llm": OURS}
     demo_mean = [f"{100 * demo['mean'][name]:.1f}" for name in names]
-    lines = ["| accuracy in % | " + " | ".join(names.values()) + " |", "| --- |" + " ---: |" * len(names)]
-    read = len(demo["mean_of"])
-    lines.append(
-        f"| `make demo`, topics, {read} languages read before by the encoder | " + " | ".join(demo_mean) + " |"
-    )
+    rows = [[f"`make demo`, topics, {len(demo['mean_of'])} languages read before by the encoder", *demo_mean]]
     for group, codes in sib200["languages"].items():
         cells = [cell(sib200["systems"][name]["groups"][group]) for name in names.values()]
-        lines.append(f"| SIB-200, {len(codes)} languages {group} by the encoder | " + " | ".join(cells) + " |")
+        rows.append([f"SIB-200, {len(codes)} languages {group} by the encoder", *cells])
+    lines = Table(["accuracy in %", *names.values()], rows).markdown()
     seeds = len(sib200["seeds"])
     return [*lines, "", f"(SIB-200: {sib200['rows']} rows a language, {seeds} seeds, 95 % intervals over rows.)"]
 

@@ -11,7 +11,6 @@ complete checkpoint.
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import re
@@ -29,7 +28,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import REPO
-from benchmarks.common import study_record, write
+from benchmarks.common import parser_of, study_record, write
 
 
 @dataclass
@@ -231,13 +230,12 @@ def stopped_often(run: Run, stops: int, rng: random.Random) -> list[dict[str, An
 
 def main(argv: list[str] | None = None) -> int:
     """Run, print the verdict, write; 1 when it fails."""
-    parser = argparse.ArgumentParser(prog="benchmarks.studies.survive", description=__doc__.split("\n")[0])
+    parser = parser_of("benchmarks.studies.survive", __doc__)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--stops", type=int, default=3, help="with SIGTERM")
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--save-steps", type=int, default=5)
     parser.add_argument("--seed", type=int, default=None, help="of the moments; default: others each time")
-    parser.add_argument("--json", type=Path, help="write the record here")
     options = parser.parse_args(argv)
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="survive-") as name:

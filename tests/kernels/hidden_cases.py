@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,6 +77,25 @@ def exact_paired(student: Tensor, teacher: Tensor, rows_s: Tensor, rows_t: Tenso
     total = reference_paired(x, teacher.double(), rows_s, rows_t, None if weight is None else weight.double(), kind)
     total.backward()
     return {"total": total.detach(), "dx": x.grad}
+
+
+def run_loss(
+    function: Callable[..., Any], student: Tensor, *arguments: Any, device: str = "cpu", **options: Any
+) -> dict[str, Tensor]:
+    """Sum, count and gradients of `pooled_mse` or `paired_mse`; a weight of the norm is trained."""
+
+    def moved(value: Any) -> Any:
+        return value.detach().to(device).clone() if isinstance(value, Tensor) else value
+
+    x = moved(student).requires_grad_()
+    options = {name: moved(value) for name, value in options.items()}
+    weight = options.get("norm_weight")
+    if weight is not None:
+        weight.requires_grad_()
+    total, count = function(x, *map(moved, arguments), **options)
+    total.backward()
+    found = {"total": total.detach(), "dx": x.grad, "count": count}
+    return found if weight is None else {**found, "d_norm": weight.grad}
 
 
 def check_all(got: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dtype, wider: float = 1.0) -> None:

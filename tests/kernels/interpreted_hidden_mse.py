@@ -15,7 +15,6 @@ from mtllm_fast.kernels import hidden_mse_ops as ops
 from mtllm_fast.kernels.hidden_mse import reference_mean
 from mtllm_fast.kernels.hidden_mse_ops import HiddenLoss, SegmentMean, StateGradient
 from mtllm_fast.kernels.tiles import HiddenMSETiles
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.hidden_cases import (
@@ -28,7 +27,7 @@ from tests.kernels.hidden_cases import (
     random_lengths,
     states,
 )
-from tests.kernels.linear_kl_cases import check
+from tests.kernels.linear_kl_cases import check, same_as_fake, same_bits
 
 # Pieces far shorter than the dominant sequence, so that segments are split.
 TILES = HiddenMSETiles(piece=64, gradient_piece=64, finish_block=16, values_per_thread=8, compare_block=16)
@@ -65,7 +64,6 @@ def run_paired(student, teacher, rows_s, rows_t, weight, kind, rows_sorted=False
 def test_pooled(lengths, norm):
     student, teacher, *bounds = states(lengths, width=20)
     options = norm_parameters(norm, 20, torch.float32)
-    options.pop("norm_bias", None)
     check_all(run_pooled(student, teacher, *bounds, **options), exact_pooled(student, teacher, *bounds, **options),
               torch.float32)  # fmt: skip
 
@@ -75,7 +73,6 @@ def test_pooled(lengths, norm):
 def test_half_precision(dtype, norm):
     student, teacher, *bounds = states("edges", dtype=dtype)
     options = norm_parameters(norm, 24, dtype)
-    options.pop("norm_bias", None)
     got, exact = (f(student, teacher, *bounds, **options) for f in (run_pooled, exact_pooled))
     check_all(got, exact, dtype, WIDE.get(dtype, 1.0))
 
@@ -94,7 +91,6 @@ def test_spans(norm):
     own = torch.tensor([[70, 90], [60, 64], [0, 5], [8, 8], [91, 130], [131, 132]])
     other = torch.tensor([[10, 12], [60, 64], [0, 5], [8, 9], [91, 130], [131, 132]])
     options = {"pooling": "spans", **norm_parameters(norm, 24, torch.float32)}
-    options.pop("norm_bias", None)
     got, exact = (f(student, teacher, own, other, **options) for f in (run_pooled, exact_pooled))
     check_all(got, exact, torch.float32)
     mean, _ = launch.segment_mean_triton(SegmentMean(x=student, bounds=own, pooling="spans"), TILES)
@@ -165,24 +161,10 @@ def test_bitwise_repeatable_and_independent_of_what_empty_holds():
     student, teacher, *bounds = states("edges", dtype=torch.bfloat16)
     rows_s, rows_t, weight = pairs(student, teacher, 20)
     options = norm_parameters("layer", 24, torch.bfloat16)
-    options.pop("norm_bias")
 
-    def everything():
-        return [
-            *run_pooled(student, teacher, *bounds, **options).values(),
-            *run_pooled(student, teacher, *bounds, pooling="last").values(),
-            *run_paired(student, teacher, rows_s, rows_t, weight, "cosine").values(),
-        ]
-
-    first = everything()
-    torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
-    try:
-        second = everything()
-    finally:
-        torch.use_deterministic_algorithms(False)
-    for a, b in zip(first, second):
-        assert torch.equal(a, b)
-        assert a.isfinite().all()
+    same_bits(lambda: run_pooled(student, teacher, *bounds, **options))
+    same_bits(lambda: run_pooled(student, teacher, *bounds, pooling="last"))
+    same_bits(lambda: run_paired(student, teacher, rows_s, rows_t, weight, "cosine"))
 
 
 def test_bad_values_are_asserted_on_the_device():
@@ -246,19 +228,12 @@ def test_cuda_kernels_of_the_ops_return_what_their_fakes_say(monkeypatch):
     for first, second in ((pooled, paired), (pooled, unpaired), (nothing, paired)):
         for need in (True, False):
             arguments = (student, teacher, *first, *second, need, need and first is pooled)
-            compare_with_fake(ops.hidden_loss.op, arguments)
-    compare_with_fake(ops.segment_mean.op, (student, bounds[0], "last", "rms", 1e-5))
+            same_as_fake(ops.hidden_loss.op, arguments, "cuda")
+    same_as_fake(ops.segment_mean.op, (student, bounds[0], "last", "rms", 1e-5), "cuda")
     u, stats = torch.randn(7, 24), torch.rand(2, student.shape[0])
     arguments = (torch.ones(3), student, teacher, u, bounds[0], "mean", "layer", stats)
-    compare_with_fake(ops.state_gradient.op, (*arguments, *paired[:3], torch.rand(2, 12), "cosine", False, student))
-
-
-def compare_with_fake(op, arguments):
-    got = op._backend_fns["cuda"](*arguments)
-    with FakeTensorMode() as mode:
-        said = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
-    got, said = ((x,) if isinstance(x, torch.Tensor) else x for x in (got, said))
-    assert [(x.shape, x.dtype) for x in got] == [(x.shape, x.dtype) for x in said]
+    arguments += (*paired[:3], torch.rand(2, 12), "cosine", False, student)
+    same_as_fake(ops.state_gradient.op, arguments, "cuda")
 
 
 def test_random_packs():

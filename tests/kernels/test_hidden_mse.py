@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from mtllm_fast.kernels import paired_mse, pooled_mse, segment_mean
@@ -16,31 +18,16 @@ from tests.kernels.hidden_cases import (
     norm_parameters,
     pairs,
     random_lengths,
+    run_loss,
     states,
 )
-from tests.kernels.linear_kl_cases import LIMITS, check, error
+from tests.kernels.linear_kl_cases import LIMITS, check, error, same_bits
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 NORMS = [None, "rms", "layer"]
 
 
-def run_pooled(student, teacher, *bounds, **options):
-    x = student.detach().clone().requires_grad_()
-    if options.get("norm_weight") is not None:
-        options["norm_weight"] = options["norm_weight"].detach().clone().requires_grad_()
-    total, count = pooled_mse(x, teacher, *bounds, **options)
-    total.backward()
-    found = {"total": total.detach(), "dx": x.grad, "count": count}
-    if options.get("norm_weight") is not None:
-        found["d_norm"] = options["norm_weight"].grad
-    return found
-
-
-def run_paired(student, teacher, *arguments, **options):
-    x = student.detach().clone().requires_grad_()
-    total, count = paired_mse(x, teacher, *arguments, **options)
-    total.backward()
-    return {"total": total.detach(), "dx": x.grad, "count": count}
+run_pooled, run_paired = partial(run_loss, pooled_mse), partial(run_loss, paired_mse)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
@@ -203,22 +190,9 @@ def test_bitwise_repeatable_and_independent_of_what_empty_holds():
     rows_s, rows_t, weight = pairs(student, teacher, 90)
     options = norm_parameters("layer", 24, torch.bfloat16)
 
-    def everything():
-        return [
-            *run_pooled(student, teacher, *bounds, **options).values(),
-            *run_paired(student, teacher, rows_s, rows_t, weight=weight).values(),
-            *run_paired(student, teacher, rows_s, rows_t, weight=weight, kind="cosine").values(),
-        ]
-
-    first = everything()
-    torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
-    try:
-        second = everything()
-    finally:
-        torch.use_deterministic_algorithms(False)
-    for a, b in zip(first, second):
-        assert torch.equal(a, b)
-        assert a.isfinite().all()
+    same_bits(lambda: run_pooled(student, teacher, *bounds, **options))
+    for kind in ("mse", "cosine"):
+        same_bits(partial(run_paired, student, teacher, rows_s, rows_t, weight=weight, kind=kind))
 
 
 @pytest.mark.parametrize("part", range(5))
