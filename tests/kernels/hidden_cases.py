@@ -24,10 +24,16 @@ def cu(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
 
 
-def states(lengths: str, width: int = 24, dtype: torch.dtype = torch.float32, seed: int = 0, tail: int = 3):
+def states(
+    lengths: str | tuple[list[int], list[int]],
+    width: int = 24,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    tail: int = 3,
+):
     """(student, teacher, cu_s, cu_t): states with a mean, `tail` student rows behind the last sequence."""
     g = torch.Generator().manual_seed(seed)
-    own, other = LENGTHS[lengths]
+    own, other = LENGTHS[lengths] if isinstance(lengths, str) else lengths
     student = torch.randn(sum(own) + tail, width, generator=g) + 0.3
     teacher = torch.randn(sum(other), width, generator=g) - 0.2
     return student.to(dtype), teacher.to(dtype), cu(own), cu(other)

@@ -29,8 +29,14 @@ from tests.kernels.hidden_cases import (
 )
 from tests.kernels.linear_kl_cases import check, same_as_fake, same_bits
 
-# Pieces far shorter than the dominant sequence, so that segments are split.
-TILES = HiddenMSETiles(piece=64, gradient_piece=64, finish_block=16, values_per_thread=8, compare_block=16)
+# Pieces far shorter than the dominant sequence, so that segments are split; around them the edges.
+TILES = HiddenMSETiles(piece=16, gradient_piece=16, finish_block=16, values_per_thread=8, compare_block=16)
+LENGTHS = {
+    "edges": ([0, 1, 15, 16, 17, 2, 0], [3, 1, 17, 12, 18, 0, 0]),
+    "dominant": ([90, 1, 2, 3], [80, 2, 1, 3]),
+    "tiny": ([1, 2, 3, 1] * 8, [2, 1, 1, 4] * 8),
+}
+EDGES = LENGTHS["edges"]
 WIDE = {torch.bfloat16: 1.25}
 ONE = torch.tensor([1.0, 0.0, 0.0])
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -62,7 +68,7 @@ def run_paired(student, teacher, rows_s, rows_t, weight, kind, rows_sorted=False
 @pytest.mark.parametrize("lengths", ["edges", "dominant", "tiny"])
 @pytest.mark.parametrize("norm", [None, "rms", "layer"])
 def test_pooled(lengths, norm):
-    student, teacher, *bounds = states(lengths, width=20)
+    student, teacher, *bounds = states(LENGTHS[lengths], width=20)
     options = norm_parameters(norm, 20, torch.float32)
     check_all(run_pooled(student, teacher, *bounds, **options), exact_pooled(student, teacher, *bounds, **options),
               torch.float32)  # fmt: skip
@@ -71,7 +77,7 @@ def test_pooled(lengths, norm):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("norm", [None, "rms", "layer"])
 def test_half_precision(dtype, norm):
-    student, teacher, *bounds = states("edges", dtype=dtype)
+    student, teacher, *bounds = states(EDGES, dtype=dtype)
     options = norm_parameters(norm, 24, dtype)
     got, exact = (f(student, teacher, *bounds, **options) for f in (run_pooled, exact_pooled))
     check_all(got, exact, dtype, WIDE.get(dtype, 1.0))
@@ -79,7 +85,7 @@ def test_half_precision(dtype, norm):
 
 @pytest.mark.parametrize("pooling", ["first", "last"])
 def test_poolings(pooling):
-    student, teacher, *bounds = states("edges")
+    student, teacher, *bounds = states(EDGES)
     options = {"pooling": pooling, "weight": torch.rand(7), **norm_parameters("rms", 24, torch.float32)}
     got, exact = (f(student, teacher, *bounds, **options) for f in (run_pooled, exact_pooled))
     check_all(got, exact, torch.float32)
@@ -87,9 +93,9 @@ def test_poolings(pooling):
 
 @pytest.mark.parametrize("norm", [None, "layer"])
 def test_spans(norm):
-    student, teacher, *_ = states("edges")
-    own = torch.tensor([[70, 90], [60, 64], [0, 5], [8, 8], [91, 130], [131, 132]])
-    other = torch.tensor([[10, 12], [60, 64], [0, 5], [8, 9], [91, 130], [131, 132]])
+    student, teacher, *_ = states(EDGES)
+    own = torch.tensor([[20, 38], [14, 18], [0, 5], [8, 8], [39, 48], [49, 50]])
+    other = torch.tensor([[10, 12], [14, 18], [0, 5], [8, 9], [28, 48], [49, 50]])
     options = {"pooling": "spans", **norm_parameters(norm, 24, torch.float32)}
     got, exact = (f(student, teacher, own, other, **options) for f in (run_pooled, exact_pooled))
     check_all(got, exact, torch.float32)
@@ -104,7 +110,7 @@ def test_spans(norm):
 @pytest.mark.parametrize("count", [1, 65])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_paired(kind, count, dtype):
-    student, teacher, *_ = states("edges", dtype=dtype)
+    student, teacher, *_ = states(EDGES, dtype=dtype)
     rows_s, rows_t, weight = pairs(student, teacher, count, zeros=count > 1)
     exact = exact_paired(student, teacher, rows_s, rows_t, weight, kind)
     check_all(run_paired(student, teacher, rows_s, rows_t, weight, kind), exact, dtype, WIDE.get(dtype, 1.0))
@@ -114,7 +120,7 @@ def test_paired(kind, count, dtype):
 
 
 def test_all_parts_of_the_gradient_at_once():
-    student, teacher, *bounds = states("edges")
+    student, teacher, *bounds = states(EDGES)
     rows_s, rows_t, weight = pairs(student, teacher, 40)
     more = torch.randn_like(student)
     shared = {"student": student, "teacher": teacher, "kind": "cosine"}
@@ -132,17 +138,17 @@ def test_all_parts_of_the_gradient_at_once():
 
 def test_a_segment_gives_the_same_bits_in_any_pack():
     """Split points depend on the segment alone."""
-    student, teacher, *_ = states("dominant", width=20, tail=0)
-    alone = run_pooled(student[:700], teacher[:650], cu([700]), cu([650]), norm="rms")
-    shifted = (torch.cat([student[700:], student[:700]]), torch.cat([teacher[650:], teacher[:650]]))
-    behind = run_pooled(*shifted, cu([1, 2, 3, 700]), cu([2, 1, 3, 650]), norm="rms")
+    student, teacher, *_ = states(LENGTHS["dominant"], width=20, tail=0)
+    alone = run_pooled(student[:90], teacher[:80], cu([90]), cu([80]), norm="rms")
+    shifted = (torch.cat([student[90:], student[:90]]), torch.cat([teacher[80:], teacher[:80]]))
+    behind = run_pooled(*shifted, cu([1, 2, 3, 90]), cu([2, 1, 3, 80]), norm="rms")
     assert torch.equal(alone["values"][0], behind["values"][3])
     assert torch.equal(alone["dx"], behind["dx"][6:])
 
 
 def test_masked_segments_and_pairs_hide_nan():
-    student, teacher, *bounds = states("edges")
-    student[1:64] = torch.nan
+    student, teacher, *bounds = states(EDGES)
+    student[1:16] = torch.nan
     weight = torch.tensor([1.0, 1, 0, 1, 1, 1, 1])
     for norm in (None, "rms", "layer"):
         got = run_pooled(student, teacher, *bounds, weight=weight, norm=norm)
@@ -158,7 +164,7 @@ def test_masked_segments_and_pairs_hide_nan():
 
 
 def test_bitwise_repeatable_and_independent_of_what_empty_holds():
-    student, teacher, *bounds = states("edges", dtype=torch.bfloat16)
+    student, teacher, *bounds = states(EDGES, dtype=torch.bfloat16)
     rows_s, rows_t, weight = pairs(student, teacher, 20)
     options = norm_parameters("layer", 24, torch.bfloat16)
 
@@ -180,7 +186,7 @@ def test_bad_values_are_asserted_on_the_device():
         with pytest.raises(RuntimeError, match="spans must be ascending and be within the 8 rows"):
             mean(bad, "spans")
     good, many = torch.tensor([0, 8]), torch.arange(1501) // 200  # more bounds than one block of the check
-    mean(many)
+    launch._require_bounds("mean", (many, 8))
     many[1400] = 3
     with pytest.raises(RuntimeError, match="cu_seqlens must start at 0"):
         mean(many)
@@ -218,7 +224,7 @@ def test_bounds_of_both_sides_take_one_kernel_and_one_assertion(monkeypatch):
 
 def test_cuda_kernels_of_the_ops_return_what_their_fakes_say(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", nullcontext)  # the interpreter has none to go to
-    student, teacher, *bounds = states("edges", dtype=torch.bfloat16)
+    student, teacher, *bounds = states(EDGES, dtype=torch.bfloat16)
     rows_s, rows_t, weight = pairs(student, teacher, 12)
     scale = torch.ones(24, dtype=torch.bfloat16)
     pooled = (*bounds, "mean", torch.ones(7), "layer", scale, 1e-5)
