@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -114,7 +115,7 @@ VARIANTS: dict[str, Callable[[Problem], Tensor]] = {
     "ours difference, GPU arithmetic": gpu_difference,
     "ours moments": v.ours_moments,
     "ours moments, GPU arithmetic": gpu_moments,
-    "ours moments, bf16 cache": v.ours_moments_bf16,
+    "ours moments, bf16 cache": partial(v.ours_moments, dtype=torch.bfloat16),
     "unfused bf16": v.unfused,
     "unfused bf16 logits, fp32 after": v.unfused_upcast,
     "fp16 logits, fp32 after": fp16_logits,

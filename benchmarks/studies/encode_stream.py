@@ -23,6 +23,7 @@ import torch
 
 from benchmarks import REPO
 from benchmarks.common import parser_of, percentile, study_record, write
+from benchmarks.studies.survive import write_lines
 
 GROWTH = 1.05  # of the resident memory between the second and the last fifth of a run
 
@@ -30,15 +31,11 @@ GROWTH = 1.05  # of the resident memory between the second and the last fifth of
 def make_inputs(folder: Path, lines: int) -> tuple[Path, Path]:
     """(model folder, text file): a tiny stack, and lines of 3 to 10 words, each with its number."""
     from mtllm_fast.models import MTLLM
-    from tests.tiny import LINES, build_encoder_folder, build_llm_folder
+    from tests.tiny import build_encoder_folder, build_llm_folder
 
     model = MTLLM.stack(build_encoder_folder(folder / "encoder"), build_llm_folder(folder / "llm"), dtype=torch.float32)
     model.save_pretrained(folder / "stack")
-    rng = random.Random(0)
-    words = " ".join(LINES).split()
-    with (folder / "lines.txt").open("w", encoding="utf-8") as file:
-        for number in range(lines):
-            file.write(" ".join(rng.choices(words, k=rng.randint(3, 10))) + f" {number}\n")
+    write_lines(folder / "lines.txt", lines, longest=10)
     return folder / "stack", folder / "lines.txt"
 
 

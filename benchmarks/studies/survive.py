@@ -81,14 +81,22 @@ class Run:
 
 def make_inputs(folder: Path, lines: int = 3000) -> Path:
     """Tiny encoder, LLM and a text of short lines, in `folder`."""
-    from tests.tiny import LINES, build_encoder_folder, build_llm_folder
+    from tests.tiny import build_encoder_folder, build_llm_folder
 
     build_encoder_folder(folder / "encoder")
     build_llm_folder(folder / "llm")
-    rng, words = random.Random(0), " ".join(LINES).split()
-    text = (" ".join(rng.choices(words, k=rng.randint(3, 16))) + f" {number}\n" for number in range(lines))
-    (folder / "text.txt").write_text("".join(text), encoding="utf-8")
+    write_lines(folder / "text.txt", lines, longest=16)
     return folder
+
+
+def write_lines(path: Path, lines: int, longest: int) -> None:
+    """Lines of 3 to `longest` words, each with its number."""
+    from tests.tiny import LINES
+
+    rng, words = random.Random(0), " ".join(LINES).split()
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(lines):
+            file.write(" ".join(rng.choices(words, k=rng.randint(3, longest))) + f" {number}\n")
 
 
 def entries(folder: Path) -> set[str]:

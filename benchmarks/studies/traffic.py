@@ -24,6 +24,7 @@ from mtllm_fast.models import MTLLM
 from mtllm_fast.models.adapters import LoraSettings
 from mtllm_fast.planning.presets import config
 from mtllm_fast.planning.simulate import StepSpec, build
+from mtllm_fast.reporting.table import Table
 
 from ..cases.lora import pefts_layers
 from ..common import parser_of
@@ -110,11 +111,12 @@ def main() -> None:
     parser = parser_of("benchmarks.studies.traffic", __doc__)
     options = parser.parse_args()
     found = {f"{layers}, dropout {dropout}": traced(dropout, layers) for dropout in (0.05, 0.0) for layers in LAYERS}
-    print("| elementwise KB per token and layer | forward | backward | products, both |")
-    print("| --- | ---: | ---: | ---: |")
+    rows = []
     for name, parts in found.items():
-        products = sum(part["products"] for part in parts.values())
-        print(f"| {name} | {parts['forward']['elementwise']} | {parts['backward']['elementwise']} | {products} |")
+        moved = [part["elementwise"] for part in parts.values()]
+        rows.append([name, *map(str, [*moved, sum(part["products"] for part in parts.values())])])
+    header = ["elementwise KB per token and layer", "forward", "backward", "products, both"]
+    print("\n".join(Table(header, rows).markdown()))
     for name, parts in found.items():
         print(f"{name}: {parts['forward']['largest']}; backward {parts['backward']['largest']}")
     if options.json:

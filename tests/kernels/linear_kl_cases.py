@@ -164,6 +164,14 @@ def make_case(
     return Case(*tensors, options)
 
 
+def with_gone(gone: Tensor, **options: Any) -> tuple[Case, Case]:
+    """A problem whose bias is -inf at the entries `gone` (V,), and the same over the others alone."""
+    case, kept = (make_case(vocab=len(gone), bias=True, **options) for _ in range(2))
+    case.options["bias_s"][gone] = -torch.inf
+    kept.w_s, kept.options["bias_s"] = kept.w_s[~gone], kept.options["bias_s"][~gone]
+    return case, kept
+
+
 def large_case(
     kind: str, dtype: torch.dtype = torch.float32, *, pairs: int = 40, vocab: int = 64, **options: Any
 ) -> Case:
