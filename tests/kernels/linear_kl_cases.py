@@ -38,6 +38,13 @@ def check(actual: Tensor, exact: Tensor, limit: float) -> None:
     assert abs(rms - 1) <= limit
 
 
+def largest_error(actual: Tensor, exact: Tensor, floor: float = 1e-3) -> float:
+    """Largest difference over the largest element, at least `floor`; 0 where there is nothing."""
+    if not exact.numel():
+        return 0.0
+    return float((actual.detach().cpu() - exact).abs().max() / exact.abs().max().clamp(min=floor))
+
+
 @contextmanager
 def nan_in_empty() -> Iterator[None]:
     """Inside the block torch.empty is filled with NaN."""
