@@ -258,8 +258,13 @@ def run(
         if path:
             write(path, [*records, *found])
 
+    def add(found: list[Record]) -> None:
+        records.extend(found)
+        save()
+        if show and found:
+            show(found)
+
     for case in cases:
-        found: list[Record] = []
         if isinstance(case, Study):
             if device in case.devices and not (sizes or how.variants):
                 how.log(f"{case.name}: {case.about}")
@@ -269,17 +274,10 @@ def run(
                     record.ceilings = record.ceilings or ceilings
                     if record.floor_flops is not None and record.floor_ms is None:
                         set_floor(record, Work(record.floor_bytes or 0.0, record.floor_flops))
-                records += found
-                save()
-                if show and found:
-                    show(found)
+                add(found)
             continue
         for size in chosen_sizes[case.name]:
-            found = run_case(case, size, device, dtype or case.dtypes[device], ceilings=ceilings, how=how, save=save)
-            records += found
-            save()
-            if show and found:
-                show(found)
+            add(run_case(case, size, device, dtype or case.dtypes[device], ceilings=ceilings, how=how, save=save))
     save()
     return records
 

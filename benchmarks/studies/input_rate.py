@@ -77,21 +77,16 @@ def milliseconds_of(run: Callable[[], Any], repeats: int) -> list[float]:
     return [timed_once(run, "cpu") for _ in range(repeats)]
 
 
+def record_of(case: str, kind: str, variant: str, rows: int, tokens: int, **found: Any) -> dict[str, Any]:
+    about = {"case": case, "shape": {"N": rows, "tokens": tokens}, "dtype": "int64", "variant": variant}
+    return {**about, "gate": "none", "text": kind, **found}
+
+
 def entry(kind: str, stage: str, rows: int, tokens: int, round_ms: Sequence[float], **more: Any) -> dict[str, Any]:
     time_ms = percentile(round_ms, 0.5)
-    return {
-        "case": "input rate",
-        "shape": {"N": rows, "tokens": tokens},
-        "dtype": "int64",
-        "variant": stage,
-        "gate": "none",
-        "text": kind,
-        "time_ms": time_ms,
-        "round_ms": round_ms,
-        "rows_per_s": 1e3 * rows / time_ms,
-        "tokens_per_s": 1e3 * tokens / time_ms,
-        **more,
-    }
+    rates = {"rows_per_s": 1e3 * rows / time_ms, "tokens_per_s": 1e3 * tokens / time_ms}
+    times = {"time_ms": time_ms, "round_ms": round_ms}
+    return record_of("input rate", kind, stage, rows, tokens, **times, **rates, **more)
 
 
 def stages(kind: str, rows: list[Any], tokenizer: Any, folder: Path, repeats: int) -> list[dict[str, Any]]:
@@ -161,21 +156,10 @@ def packing(kind: str, rows: list[Any], tokenizer: Any) -> list[dict[str, Any]]:
                 pass
             counts = dataset.counters
             shares = {side: tokens / counts.budget for side, tokens in counts.tokens.items()}
-            records.append(
-                {
-                    "case": "packing",
-                    "shape": {"N": len(rows), "tokens": budget},
-                    "dtype": "int64",
-                    "gate": "none",
-                    "variant": "default" if lookahead is None else "1024 rows",
-                    "text": kind,
-                    "packs": counts.packs,
-                    "window_rows": dataset.window_rows(),
-                    "windows": counts.windows,
-                    "share": shares,
-                    "fuller": counts.efficiency,
-                }
-            )
+            found = {"packs": counts.packs, "window_rows": dataset.window_rows(), "windows": counts.windows}
+            found |= {"share": shares, "fuller": counts.efficiency}
+            variant = "default" if lookahead is None else "1024 rows"
+            records.append(record_of("packing", kind, variant, len(rows), budget, **found))
     return records
 
 
