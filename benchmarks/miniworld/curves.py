@@ -125,10 +125,11 @@ def adaptation(cells: Cells, root: Path, folders: dict[str, str]) -> Scored:
     dev = kind_rows(world, ENGLISH, "validation", config.dev_rows)
     translate = Translations(root / "translations.json", cells.mt, config.num_beams)
     stacks = {0: folders["no_adaptation"], config.adapt_steps: folders["full_kl"]}
+    distill = partial(cells.distill, teacher=folders["teacher"], texts=unlabelled, dev=dev, kl=1.0)
     for steps in config.longer_adaptation:
         adapted = cells.model(f"adapted-{steps}", partial(cells.adapt, texts=plain, steps=steps))
-        taught = {"teacher": folders["teacher"], "texts": unlabelled, "kl": 1.0, "steps": config.distill_steps}
-        stacks[steps] = cells.model(f"full_kl-{steps}", partial(cells.distill, model=adapted, dev=dev, **taught))
+        taught = partial(distill, model=adapted, steps=config.distill_steps)
+        stacks[steps] = cells.model(f"full_kl-{steps}", taught)
 
     def rows(code: str) -> list[TextRow]:
         return kind_rows(world, code, "test", config.test_rows)
