@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import json
@@ -88,6 +89,26 @@ def study_record(case: str, shape: dict[str, Any], passed: bool, dtype: str = "f
         "versions": versions(),
         "commit": commit(),
     }
+
+
+def made_here() -> dict[str, Any]:
+    """This CPU, and what a result on it can depend on."""
+    return {"device": device_name("cpu"), "versions": versions(), "commit": commit()}
+
+
+def parser_of(module: str, doc: str | None, *, on_device: bool = False) -> argparse.ArgumentParser:
+    """A command line that can write its records, with the first line of `doc`.
+
+    Args:
+        on_device: it also chooses a device, and how many threads a CPU has.
+    """
+    parser = argparse.ArgumentParser(prog=module, description=(doc or "").split("\n")[0])
+    parser.add_argument("--json", type=Path, help="write the records here")
+    if on_device:
+        here = "cuda" if torch.cuda.is_available() else "cpu"
+        parser.add_argument("--device", default=here, choices=("cpu", "cuda"))
+        parser.add_argument("--threads", type=int, help="CPU threads; default: all")
+    return parser
 
 
 def versions() -> dict[str, str]:

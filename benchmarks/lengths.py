@@ -10,8 +10,9 @@ import gzip
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
+from itertools import product
 
 import torch
 
@@ -32,16 +33,28 @@ def drawn(median: float, spread: float, low: int, high: int, count: int, seed: i
     return [min(high, max(low, int(n))) for n in values]
 
 
+def sib200(languages: Iterable[str], splits: Iterable[str]) -> list[tuple[str, str]]:
+    """(sentence, language) of SIB-200's files, one file after the other."""
+    found: list[tuple[str, str]] = []
+    for language, split in product(languages, splits):
+        with (DATA / "sib200" / language / f"{split}.tsv").open(newline="", encoding="utf-8") as file:
+            found += [(row["text"], language) for row in csv.DictReader(file, delimiter="\t")]
+    return found
+
+
+def swahili_xnli() -> list[tuple[str, str]]:
+    """(premise, hypothesis) of the test set."""
+    with gzip.open(DATA / "xnli" / "sw" / "test.tsv.gz", "rt", encoding="utf-8", newline="\n") as file:
+        cells = [line.rstrip("\n").split("\t") for line in file]
+    return [(cell[0], cell[1]) for cell in cells]
+
+
 @cache
 def sentence_texts() -> tuple[str, ...] | None:
     """Sentences of SIB-200 in four languages, shuffled; None where the data is absent."""
-    folder = DATA / "sib200"
-    if not folder.is_dir():
+    if not (DATA / "sib200").is_dir():
         return None
-    texts: list[str] = []
-    for language in ("swh_Latn", "hau_Latn", "eng_Latn", "deu_Latn"):
-        with (folder / language / "test.tsv").open(newline="", encoding="utf-8") as file:
-            texts += [row["text"] for row in csv.DictReader(file, delimiter="\t")]
+    texts = [text for text, _ in sib200(("swh_Latn", "hau_Latn", "eng_Latn", "deu_Latn"), ("test",))]
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
     return tuple(texts[i] for i in order)
 
@@ -54,12 +67,7 @@ def nli_texts() -> tuple[tuple[str, str], ...] | None:
         with english.open(encoding="utf-8") as file:
             rows = json.load(file).values()
         return tuple((row["text_a"], row["text_b"]) for row in rows)
-    swahili = DATA / "xnli" / "sw" / "test.tsv.gz"
-    if swahili.is_file():
-        with gzip.open(swahili, "rt", encoding="utf-8", newline="\n") as file:
-            cells = [line.rstrip("\n").split("\t") for line in file]
-        return tuple((cell[0], cell[1]) for cell in cells)
-    return None
+    return tuple(swahili_xnli()) if (DATA / "xnli" / "sw" / "test.tsv.gz").is_file() else None
 
 
 def sentences(count: int) -> list[int]:

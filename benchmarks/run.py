@@ -5,10 +5,9 @@ python -m benchmarks.run linear_kl --device cpu --json F        the same as `mtl
 
 from __future__ import annotations
 
-import argparse
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -25,6 +24,7 @@ from .common import (
     Record,
     host_syncs,
     interleaved,
+    parser_of,
     peak_incremental_mib,
     percentile,
     record_here,
@@ -258,8 +258,13 @@ def run(
         if path:
             write(path, [*records, *found])
 
+    def add(found: list[Record]) -> None:
+        records.extend(found)
+        save()
+        if show and found:
+            show(found)
+
     for case in cases:
-        found: list[Record] = []
         if isinstance(case, Study):
             if device in case.devices and not (sizes or how.variants):
                 how.log(f"{case.name}: {case.about}")
@@ -269,53 +274,33 @@ def run(
                     record.ceilings = record.ceilings or ceilings
                     if record.floor_flops is not None and record.floor_ms is None:
                         set_floor(record, Work(record.floor_bytes or 0.0, record.floor_flops))
-                records += found
-                save()
-                if show and found:
-                    show(found)
+                add(found)
             continue
         for size in chosen_sizes[case.name]:
-            found = run_case(case, size, device, dtype or case.dtypes[device], ceilings=ceilings, how=how, save=save)
-            records += found
-            save()
-            if show and found:
-                show(found)
+            add(run_case(case, size, device, dtype or case.dtypes[device], ceilings=ceilings, how=how, save=save))
     save()
     return records
 
 
-def ratios(case: Case, records: list[Record]) -> list[dict[str, Any]]:
-    """The case's aims at one size: median, p20 and p80 of the ratios within each round, where both ran side by side."""
+def aims(case: Case, records: list[Record]) -> Iterator[str]:
+    """A line for each aim of the case at one size: median, p20 and p80 of the ratios within each round, where both ran
+    side by side."""
     by_name = {r.variant: r for r in records}
-    rows: list[dict[str, Any]] = []
     for top, bottom, quantity, aim in case.aims.get(records[0].size, ()):
         a, b = by_name.get(top), by_name.get(bottom)
         if a is None or b is None or "fail" in (a.gate, b.gate) or not (a.round_ms and b.round_ms):
             continue
+        pairs: list[tuple[float | None, float | None]]
         if quantity == "memory":
-            if a.peak_incremental_mib is None or not b.peak_incremental_mib:
-                continue
-            values = [a.peak_incremental_mib / b.peak_incremental_mib]
+            pairs = [(a.peak_incremental_mib, b.peak_incremental_mib)]
         elif quantity == "forward":
-            if a.forward_ms is None or b.time_ms is None:
-                continue
-            values = [a.forward_ms / b.time_ms]
+            pairs = [(a.forward_ms, b.time_ms)]
         else:
-            values = [x / y for x, y in zip(a.round_ms, b.round_ms, strict=True)]
-        if values:
+            pairs = [*zip(a.round_ms, b.round_ms, strict=True)]
+        if values := [x / y for x, y in pairs if x is not None and y]:
             middle, low, high = (percentile(values, q) for q in (0.5, 0.2, 0.8))
-            rows.append(
-                {
-                    "ratio": f"{top} / {bottom}",
-                    "of": quantity,
-                    "value": middle,
-                    "low": low,
-                    "high": high,
-                    "aim": aim,
-                    "met": middle <= aim,
-                }
-            )
-    return rows
+            verdict = f"aim <= {aim}  {'met' if middle <= aim else 'NOT MET'}"
+            yield f"{f'{top} / {bottom}':34} {quantity:7} {middle:.3f}  [{low:.3f}, {high:.3f}]  {verdict}"
 
 
 def print_table(records: list[Record]) -> None:
@@ -336,11 +321,8 @@ def print_table(records: list[Record]) -> None:
         line = columns.format(r.variant, r.gate, *times, memory, number(share, ".0f"), number(r.host_syncs, "d"), error)
         print(line + (f"  {r.notes}" if r.notes else ""))
     case = chosen((first.case,))[0] if first.size else None
-    for row in ratios(case, records) if isinstance(case, Case) else ():
-        print(
-            f"{row['ratio']:34} {row['of']:7} {row['value']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]  "
-            f"aim <= {row['aim']}  {'met' if row['met'] else 'NOT MET'}"
-        )
+    for line in aims(case, records) if isinstance(case, Case) else ():
+        print(line)
     sys.stdout.flush()
 
 
@@ -361,17 +343,14 @@ def main(argv: list[str] | None = None, cases: Sequence[str] | None = None, prog
     Args:
         cases: the cases of a module that is run by itself; None takes them from the command line.
     """
-    parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").split("\n")[0])
+    parser = parser_of(prog, __doc__, on_device=True)
     if cases is None:
         parser.add_argument("cases", nargs="*", default=["all"], help="names, or all")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--json", type=Path, help="write the records here")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: fp32 on the CPU, bf16 on a GPU")
     parser.add_argument("--sizes", "--shape", nargs="+", default=[], help="labels; default: those of the device")
     parser.add_argument("--quick", action="store_true", help="the small sizes of `pytest --benchmark`")
     parser.add_argument("--variants", nargs="+", default=[])
     parser.add_argument("--repeats", type=int, default=7, help="timed rounds after a warm-up round")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: all")
     parser.add_argument("--no-memory", action="store_true")
     options = parser.parse_args(argv)
     if options.threads:

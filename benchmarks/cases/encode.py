@@ -17,16 +17,12 @@ must fail is the loop that lets the LLM see its padding.
 
 from __future__ import annotations
 
-import argparse
-import csv
-import gzip
 import random
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -45,25 +41,23 @@ from ..common import (
     DTYPES,
     Record,
     interleaved,
+    parser_of,
     peak_incremental_mib,
     percentile,
     record_here,
     relative_error,
     write,
 )
+from ..lengths import sib200, swahili_xnli
+from ..models import llama, m2m100
 
 GATE = {"fp32": 1e-4, "bf16": 3e-2}
 BATCH, WIDTH, LAYERS, HEADS, LIMIT = 32, 512, 4, 8, 512
 
 
-def sib200(count: int) -> tuple[list[str], list[str]]:
-    """Sentences of four languages, mixed."""
-    languages = ("swh_Latn", "hau_Latn", "eng_Latn", "deu_Latn")
-    rows = []
-    for language in languages:
-        for split in ("train", "dev", "test"):
-            with (DATA / "sib200" / language / f"{split}.tsv").open(newline="", encoding="utf-8") as file:
-                rows += [(row["text"], language) for row in csv.DictReader(file, delimiter="\t")]
+def sentences(count: int) -> tuple[list[str], list[str]]:
+    """Of four languages, mixed."""
+    rows = sib200(("swh_Latn", "hau_Latn", "eng_Latn", "deu_Latn"), ("train", "dev", "test"))
     random.Random(0).shuffle(rows)
     texts, codes = zip(*rows[:count])
     return list(texts), list(codes)
@@ -71,10 +65,9 @@ def sib200(count: int) -> tuple[list[str], list[str]]:
 
 def xnli(count: int) -> tuple[list[str], list[str]]:
     """Swahili premises, each followed by its hypothesis."""
-    with gzip.open(DATA / "xnli" / "sw" / "test.tsv.gz", "rt", encoding="utf-8", newline="\n") as file:
-        rows = [line.rstrip("\n").split("\t") for line in file]
+    rows = swahili_xnli()
     random.Random(0).shuffle(rows)
-    return [f"{row[0]} {row[1]}" for row in rows[:count]], ["swh_Latn"] * count
+    return [f"{premise} {hypothesis}" for premise, hypothesis in rows[:count]], ["swh_Latn"] * count
 
 
 def synthetic(count: int) -> tuple[list[str], list[str]]:
@@ -92,7 +85,7 @@ def sources() -> dict[str, Callable[[int], tuple[list[str], list[str]]]]:
     if (DATA / "xnli" / "sw").is_dir():
         found["xnli"] = xnli
     if (DATA / "sib200").is_dir():
-        found["sib200"] = sib200
+        found["sib200"] = sentences
     return found or {"synthetic": synthetic}
 
 
@@ -118,27 +111,15 @@ class Problem:
 
 def make_problem(source: str, count: int, dtype: str, device: str) -> Problem:
     """Random models of one seed, and a tokenizer trained on the texts."""
-    from transformers import LlamaConfig, LlamaForCausalLM, M2M100Config
+    from transformers import LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaModel
     from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 
     texts, codes = {"synthetic": synthetic, **sources()}[source](count)
     tokenizer = nllb_tokenizer(texts, vocab_size=8000)
     torch.manual_seed(0)
-    small = {"encoder_layers": LAYERS, "decoder_layers": 1, "encoder_ffn_dim": 4 * WIDTH, "decoder_ffn_dim": 4}
-    heads = {"encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS}
-    e_config = M2M100Config(
-        vocab_size=len(tokenizer), d_model=WIDTH, dropout=0.0, max_position_embeddings=1024, **small, **heads
-    )
-    l_config = LlamaConfig(
-        vocab_size=1000,
-        hidden_size=WIDTH,
-        intermediate_size=1408,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        max_position_embeddings=1024,
-    )
+    e_config = m2m100(WIDTH, LAYERS, 4 * WIDTH, len(tokenizer), HEADS, dropout=0.0, max_position_embeddings=1024)
+    l_config = llama(WIDTH, LAYERS, 1408, 1000, HEADS, max_position_embeddings=1024)
     stack = StackTokenizer(tokenizer, None, max_mt_tokens=LIMIT)
     model = MTLLM.stack(M2M100Encoder(e_config), LlamaForCausalLM(l_config), tokenizer=stack)
     model = model.to(device, DTYPES[dtype]).eval()
@@ -305,14 +286,11 @@ def table(records: list[Record]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run, print, write; 1 when our embeddings fail their gate."""
-    parser = argparse.ArgumentParser(prog="benchmarks.cases.encode", description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--json", type=Path, help="write the records here")
+    parser = parser_of("benchmarks.cases.encode", __doc__, on_device=True)
     parser.add_argument("--dtype", choices=sorted(GATE), help="default: fp32 on the CPU, bf16 on a GPU")
     parser.add_argument("--texts", type=int, default=2000)
     parser.add_argument("--sources", nargs="+", help="xnli, sib200 or synthetic; default: the data sets that are there")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, help="CPU threads; default: all")
     parser.add_argument("--no-memory", action="store_true")
     options = parser.parse_args(argv)
     if options.threads:

@@ -14,6 +14,8 @@ embeddings must agree with two passes in fp64 before a time is reported.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -25,6 +27,7 @@ from mtllm_fast.data import PackedBatch
 from mtllm_fast.models.adapters import LoraSettings
 from mtllm_fast.models.llm import PackedLLM
 
+from ..models import llama
 from ..registry import Case, Variant, Work, register
 from ..run import main
 from .lora import SharedLora
@@ -36,19 +39,11 @@ class Problem:
     """One LLM, student embeddings and teacher tokens of the same texts."""
 
     def __init__(self, width: int, layers: int, mlp: int, *, dtype: torch.dtype, device: str) -> None:
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import LlamaForCausalLM
 
         torch.manual_seed(0)
         self.sizes = {"width": width, "layers": layers, "mlp": mlp}
-        config = LlamaConfig(
-            hidden_size=width,
-            intermediate_size=mlp,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            vocab_size=VOCAB,
-            max_position_embeddings=2048,
-        )
+        config = llama(width, layers, mlp, VOCAB, heads=4, max_position_embeddings=2048)
         self.llm = PackedLLM(LlamaForCausalLM(config).eval())
         self.llm.add_adapter(LoraSettings(dropout=0.0))
         for name, parameter in self.llm.named_parameters():
@@ -104,18 +99,26 @@ def joint_masked(p: Problem) -> list[Tensor]:
             hook.remove()
 
 
-def joint_shared(p: Problem) -> list[Tensor]:
-    def forward(layer: Any, x: Tensor) -> Tensor:
-        a, b = layer.lora_A["student"].weight, layer.lora_B["student"].weight
-        return SharedLora.apply(x, layer.base_layer.weight, a, b, layer.scaling["student"], p.split)
+@contextmanager
+def shared_products(llm: Any, split: int) -> Iterator[None]:
+    """Inside the block every adapted layer takes all rows in one product, with the adapter's on the first `split`."""
 
-    for layer in p.llm._tuned:
+    def forward(layer: Any, x: Tensor) -> Tensor:
+        a, b = (m["student"].weight.to(x.dtype) for m in (layer.lora_A, layer.lora_B))
+        return SharedLora.apply(x, layer.base_layer.weight, a, b, layer.scaling["student"], split)
+
+    for layer in llm._tuned:
         layer.forward = partial(forward, layer)
     try:
-        return p.finish(p.loss(*p.joint_states()))
+        yield
     finally:
-        for layer in p.llm._tuned:
+        for layer in llm._tuned:
             del layer.forward
+
+
+def joint_shared(p: Problem) -> list[Tensor]:
+    with shared_products(p.llm, p.split):
+        return p.finish(p.loss(*p.joint_states()))
 
 
 def named(p: Problem, gradients: list[Tensor]) -> dict[str, Tensor]:

@@ -9,18 +9,17 @@ one; every variant then sees the same bf16 numbers, so all of its error is its o
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 from mtllm_fast.kernels.linear_kl import reference
 from torch import Tensor
 
-from ..common import Record, record_here, relative_error, write
+from ..common import Record, parser_of, record_here, relative_error, write
 from ..registry import Study, register
 from . import linear_kl_variants as v
 from .linear_kl_variants import Problem, make_problem
@@ -116,7 +115,7 @@ VARIANTS: dict[str, Callable[[Problem], Tensor]] = {
     "ours difference, GPU arithmetic": gpu_difference,
     "ours moments": v.ours_moments,
     "ours moments, GPU arithmetic": gpu_moments,
-    "ours moments, bf16 cache": v.ours_moments_bf16,
+    "ours moments, bf16 cache": partial(v.ours_moments, dtype=torch.bfloat16),
     "unfused bf16": v.unfused,
     "unfused bf16 logits, fp32 after": v.unfused_upcast,
     "fp16 logits, fp32 after": fp16_logits,
@@ -169,13 +168,12 @@ register(
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table; 1 when the difference form misses its aim."""
-    parser = argparse.ArgumentParser(prog="benchmarks.cases.kl_accuracy", description=(__doc__ or "").split("\n")[0])
+    parser = parser_of("benchmarks.cases.kl_accuracy", __doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--quick", action="store_true", help="a tiny size")
-    parser.add_argument("--json", type=Path, help="write the records here")
     options = parser.parse_args(argv)
     sizes = {"rows": options.rows, "width": options.width, "vocab": options.vocab}
     records = run(options.device, quick=options.quick, **sizes)

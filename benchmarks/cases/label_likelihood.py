@@ -33,6 +33,7 @@ from mtllm_fast.models import MTLLM
 from mtllm_fast.models.inputs import read_with_targets
 from tests.tiny import llm_tokenizer
 
+from ..models import llama
 from ..registry import Case, Variant, Work, register
 from ..run import main
 
@@ -54,7 +55,7 @@ def make(
     rows: int, words: int, candidates: int, answer: int, width: int, layers: int, *, dtype: torch.dtype, device: str
 ) -> Problem:
     """Texts of about `words` random words, each with so many candidates of `answer` words."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     rng = random.Random(0)
     syllables = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
@@ -63,17 +64,9 @@ def make(
     of_rows = [[" ".join(rng.choices(known, k=answer)) for _ in range(candidates)] for _ in texts]
     tokenizer = llm_tokenizer([*texts, *known], vocab_size=4000)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=width * 11 // 4,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 64,
-        max_position_embeddings=4096,
-    )
+    config = llama(width, layers, width * 11 // 4, len(tokenizer), width // 64, max_position_embeddings=4096)
     llm = LlamaForCausalLM(config).to(device, dtype).eval()
-    plain_config = LlamaConfig(**config.to_dict())
+    plain_config = type(config)(**config.to_dict())
     plain_config._attn_implementation = "sdpa"
     plain = LlamaForCausalLM(plain_config).to(device, dtype).eval()
     plain.load_state_dict(llm.state_dict())

@@ -88,15 +88,9 @@ def ours(p: Problem) -> Tensor:
     return p.finish(total / p.valid)
 
 
-def ours_moments(p: Problem) -> Tensor:
-    """Moment form with a cached teacher."""
-    total, _ = linear_kl(p.h_s, p.w, teacher=p.cached_moments(), row_weight=p.mask, num_valid=p.valid)
-    return p.finish(total / p.valid)
-
-
-def ours_moments_bf16(p: Problem) -> Tensor:
-    """Moment form with a teacher cached in bf16."""
-    total, _ = linear_kl(p.h_s, p.w, teacher=p.cached_moments(torch.bfloat16), row_weight=p.mask, num_valid=p.valid)
+def ours_moments(p: Problem, dtype: torch.dtype | None = None) -> Tensor:
+    """Moment form with a teacher cached in fp32, or in `dtype`."""
+    total, _ = linear_kl(p.h_s, p.w, teacher=p.cached_moments(dtype), row_weight=p.mask, num_valid=p.valid)
     return p.finish(total / p.valid)
 
 
@@ -140,35 +134,34 @@ def chunked(p: Problem, chunk: int = 256) -> Tensor:
     return total
 
 
+def labels(p: Problem) -> Tensor:
+    """(T,) of 0, and -100 where a row does not count."""
+    zeros = torch.zeros(p.rows, dtype=torch.long, device=p.w.device)
+    return zeros if p.mask is None else zeros.masked_fill(~p.mask, -100)
+
+
 def liger_chunked(p: Problem) -> Tensor:
     """Liger's chunked JSD loss at beta 0; `compiled` only where there is a GPU. It always computes dW too."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     module = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=p.w.is_cuda)
-    labels = torch.zeros(p.rows, dtype=torch.long, device=p.w.device)
-    if p.mask is not None:
-        labels.masked_fill_(~p.mask, -100)
-    return p.finish(module(p.h_s, p.w, p.h_t, p.w, labels))
+    return p.finish(module(p.h_s, p.w, p.h_t, p.w, labels(p)))
 
 
 def liger_fused_jsd(p: Problem) -> Tensor:
     """Liger's Triton fused linear JSD at beta 0 (CUDA only)."""
     from liger_kernel.transformers import LigerFusedLinearJSD
 
-    labels = None
-    if p.mask is not None:
-        labels = torch.zeros(p.rows, dtype=torch.long, device=p.w.device).masked_fill_(~p.mask, -100)
-    return p.finish(LigerFusedLinearJSD(jsd_beta=0.0)(p.h_s, p.w, p.h_t, p.w, labels))
+    ignored = None if p.mask is None else labels(p)
+    return p.finish(LigerFusedLinearJSD(jsd_beta=0.0)(p.h_s, p.w, p.h_t, p.w, ignored))
 
 
 def liger_fused_kl(p: Problem) -> Tensor:
     """Liger's fused linear KL against target probabilities (CUDA only), the teacher's (T, V) in the inputs' dtype."""
     from liger_kernel.transformers import LigerFusedLinearKLDivLoss
 
-    labels = None
-    if p.mask is not None:
-        labels = torch.zeros(p.rows, dtype=torch.long, device=p.w.device).masked_fill_(~p.mask, -100)
-    return p.finish(LigerFusedLinearKLDivLoss()(p.h_s, p.w, teacher_probabilities(p), labels))
+    ignored = None if p.mask is None else labels(p)
+    return p.finish(LigerFusedLinearKLDivLoss()(p.h_s, p.w, teacher_probabilities(p), ignored))
 
 
 def teacher_probabilities(p: Problem) -> Tensor:

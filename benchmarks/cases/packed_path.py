@@ -176,23 +176,17 @@ def packed_rows(p: Problem, out: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def triton_forward(library: bool, p: Problem) -> dict[str, Tensor]:
     """The forward by our Triton GEMM, or by our kernels around the library's (the tile table chooses between them)."""
+    ends = {"scale": 0.5, "cu_seqlens": p.cu, "prefix": p.prefix}
+    return launched(library, p, p.encoder.flatten(0, 1), rows=p.rows, **ends)
+
+
+def launched(library: bool, p: Problem, x: Tensor, **more: Any) -> dict[str, Tensor]:
+    """LayerNorm and linear of rows of x (..., E) by one of the two; `more` of the op's arguments."""
     from mtllm_fast.kernels import packed_projection_launch as launch
     from mtllm_fast.kernels.packed_projection_ops import PackedLinear
 
-    call = PackedLinear(
-        x=p.encoder.flatten(0, 1),
-        rows=p.rows,
-        w=p.weight,
-        bias=p.bias,
-        norm="layer",
-        norm_weight=p.norm_weight,
-        norm_bias=p.norm_bias,
-        eps=1e-5,
-        scale=0.5,
-        cu_seqlens=p.cu,
-        prefix=p.prefix,
-        dtype=p.weight.dtype,
-    )
+    norm = {"norm": "layer", "norm_weight": p.norm_weight, "norm_bias": p.norm_bias, "eps": 1e-5}
+    call = PackedLinear(x=x, w=p.weight, bias=p.bias, dtype=p.weight.dtype, **norm, **more)
     return {"embeddings": launch.packed_linear_triton(call, fused=not library)[0]}
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..registry import Case, Variant, Work, register
 from ..run import main
-from .packed_path import COMMON, SIZES, Problem, bare_gemm, trained
+from .packed_path import COMMON, SIZES, Problem, bare_gemm, launched, trained
 
 
 def finish(p: Problem, y: Tensor, w: Tensor, b: Tensor) -> dict[str, Any]:
@@ -44,20 +44,7 @@ def unfused(p: Problem) -> dict[str, Any]:
 
 def forward(library: bool, p: Problem) -> dict[str, Tensor]:
     """The forward by our Triton GEMM, or by our norm kernel and the library's product."""
-    from mtllm_fast.kernels import packed_projection_launch as launch
-    from mtllm_fast.kernels.packed_projection_ops import PackedLinear
-
-    call = PackedLinear(
-        x=p.packed_encoder,
-        w=p.weight,
-        bias=p.bias,
-        norm="layer",
-        norm_weight=p.norm_weight,
-        norm_bias=p.norm_bias,
-        eps=1e-5,
-        dtype=p.weight.dtype,
-    )
-    return {"embeddings": launch.packed_linear_triton(call, fused=not library)[0]}
+    return launched(library, p, p.packed_encoder)
 
 
 def exact(p: Problem) -> dict[str, Tensor]:

@@ -35,6 +35,7 @@ from mtllm_fast.models.heads import HeadConfig
 from mtllm_fast.training.stage import Stage
 
 from ..lengths import DISTRIBUTIONS
+from ..models import llama, m2m100
 from ..registry import Case, Size, Variant, Work, register
 from ..run import main
 from .attention import mask_4d
@@ -63,35 +64,19 @@ class Problem:
 
 def build_model(encoder: tuple[int, ...], llm: tuple[int, ...], task: bool, device: str, dtype: torch.dtype) -> MTLLM:
     """Random M2M100 encoder and Llama of (width, layers, MLP width, vocabulary); adapters that are not zero."""
-    from transformers import LlamaConfig, LlamaForCausalLM, M2M100Config
+    from transformers import LlamaForCausalLM
     from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 
     torch.manual_seed(0)
     width, layers, inner, vocab = encoder
     heads = max(1, width // 64)
-    base = M2M100Config(
-        d_model=width,
-        encoder_layers=layers,
-        encoder_ffn_dim=inner,
-        encoder_attention_heads=heads,
-        vocab_size=vocab,
-        decoder_layers=1,
-        dropout=0.0,
-        attention_dropout=0.0,
-        activation_dropout=0.0,
-        encoder_layerdrop=0.0,
-    )
+    dropout = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop"), 0.0)
+    base = m2m100(width, layers, inner, vocab, heads, **dropout)
     width, layers, inner, vocab = llm
     heads = max(1, width // 128 if width >= 4096 else width // 64)
-    config = LlamaConfig(
-        hidden_size=width,
-        num_hidden_layers=layers,
-        intermediate_size=inner,
-        num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 4) if width >= 4096 else heads,
-        vocab_size=vocab,
-        max_position_embeddings=2048,
-    )
+    key_heads = max(1, heads // 4) if width >= 4096 else heads
+    more = {"num_key_value_heads": key_heads, "max_position_embeddings": 2048}
+    config = llama(width, layers, inner, vocab, heads, **more)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -235,20 +220,21 @@ def unfused_loss(
     return total
 
 
+def packed_mean(states: Tensor, packed: PackedBatch) -> Tensor:
+    """(B, D) means of (T, D)."""
+    sums = states.new_zeros(packed.num_sequences, states.shape[1]).index_add(0, packed.sequence_ids, states)
+    return sums / packed.cu_seqlens.diff()[:, None]
+
+
 def packed_unfused(p: Problem) -> dict[str, Any]:
     """Our packed models, an unfused loss."""
     mt, llm = p.batch.side("mt"), p.batch.side("llm")
     assert p.batch.mt_rows is not None and p.batch.llm_rows is not None
-
-    def mean(states: Tensor, packed: PackedBatch) -> Tensor:
-        sums = states.new_zeros(packed.num_sequences, states.shape[1]).index_add(0, packed.sequence_ids, states)
-        return sums / packed.cu_seqlens.diff()[:, None]
-
     with mixed(p):
         teacher = p.model.teacher_states(llm, p.teacher)
         student = p.model.states(mt)
         rows = (student[p.batch.mt_rows], teacher[p.batch.llm_rows])
-        total = unfused_loss(p, (mean(student, mt), mean(teacher, llm)), rows)
+        total = unfused_loss(p, (packed_mean(student, mt), packed_mean(teacher, llm)), rows)
     return gradients(p, total)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,29 +26,24 @@ def _train(
     cells: Cells, train: Any, dev: Any, plain: Any, unlabelled: Any, *, teacher_steps: int, per_step: int | None = None
 ) -> tuple[str, str]:
     """Folders of a task teacher and of a stack adapted on `plain` and distilled on `unlabelled` texts."""
-    teacher = cells.model(
-        "teacher",
-        partial(
-            cells.finetune, kind="teacher", rows=train, dev=dev, steps=teacher_steps, per_step=per_step, llm=cells.llm
-        ),
-    )
-    adapted = cells.model(
-        "adapted", partial(cells.adapt, texts=plain, steps=cells.config.adapt_steps, per_step=per_step)
-    )
-    stack = cells.model(
-        "full_kl",
-        partial(
-            cells.distill,
-            model=adapted,
-            teacher=teacher,
-            texts=unlabelled,
-            dev=dev,
-            kl=1.0,
-            steps=cells.config.distill_steps,
-            per_step=per_step,
-        ),
-    )
-    return teacher, stack
+    config = cells.config
+    taught = {"kind": "teacher", "rows": train, "steps": teacher_steps, "llm": cells.llm}
+    teacher = cells.model("teacher", partial(cells.finetune, dev=dev, per_step=per_step, **taught))
+    adapted = cells.model("adapted", partial(cells.adapt, texts=plain, steps=config.adapt_steps, per_step=per_step))
+    distilled = {"model": adapted, "teacher": teacher, "texts": unlabelled, "kl": 1.0, "steps": config.distill_steps}
+    return teacher, cells.model("full_kl", partial(cells.distill, dev=dev, per_step=per_step, **distilled))
+
+
+def _by_language(
+    cells: Cells, stack: str, teacher: str, translate: Translations, rows: Callable[[str], list[TextRow]]
+) -> dict[str, Any]:
+    """Accuracy of the stack, and of the teacher on translations, on the `rows` of each language."""
+    found = {}
+    for code in cells.world.languages:
+        spoken = rows(code)
+        own, translated = cells.accuracy(stack, spoken), cells.accuracy(teacher, translate(spoken))
+        found[code] = {"mt_llm": own, "translate_test": translated}
+    return {"languages": found}
 
 
 def length(cells: Cells, root: Path) -> Scored:
@@ -80,15 +75,12 @@ def length(cells: Cells, root: Path) -> Scored:
 
     def score(clauses: int) -> dict[str, Any]:
         english = rows(ENGLISH, "test", config.curve_rows, (clauses,))
-        found: dict[str, Any] = {"teacher_english": cells.accuracy(teacher, english), "languages": {}}
-        found["mt_llm_english"] = cells.accuracy(stack, english)
-        for code in world.languages:
-            foreign = rows(code, "test", config.curve_rows, (clauses,))
-            found["languages"][code] = {
-                "mt_llm": cells.accuracy(stack, foreign),
-                "translate_test": cells.accuracy(teacher, translate(foreign)),
-                "translate_clauses": cells.accuracy(teacher, by_clause(code, clauses)),
-            }
+        of_english = {"teacher_english": teacher, "mt_llm_english": stack}
+        found: dict[str, Any] = {name: cells.accuracy(model, english) for name, model in of_english.items()}
+        foreign = partial(rows, split="test", count=config.curve_rows, clauses=(clauses,))
+        found |= _by_language(cells, stack, teacher, translate, foreign)
+        for code, scores in found["languages"].items():
+            scores["translate_clauses"] = cells.accuracy(teacher, by_clause(code, clauses))
         return found
 
     return {str(n): cells.scores(f"length-{n}", partial(score, n)) for n in lengths}
@@ -110,18 +102,15 @@ def typos(cells: Cells, root: Path, folders: dict[str, str]) -> Scored:
     """Accuracy of the matrix's models (`folders`) by share of letters changed in the foreign text."""
     translate = Translations(root / "typos" / "translations.json", cells.mt, cells.config.num_beams)
 
+    def misspelt(code: str, share: float) -> list[TextRow]:
+        rng = random.Random(f"typos {code} {share}")
+        rows = kind_rows(cells.world, code, "test", cells.config.curve_rows)
+        rows = [replace(row, text=with_typos(row.text, share, rng)) for row in rows]
+        return [row if row.text.strip() else replace(row, text="?") for row in rows]
+
     def score(share: float) -> dict[str, Any]:
-        found: dict[str, Any] = {"languages": {}}
-        for code in cells.world.languages:
-            rng = random.Random(f"typos {code} {share}")
-            rows = kind_rows(cells.world, code, "test", cells.config.curve_rows)
-            rows = [replace(row, text=with_typos(row.text, share, rng)) for row in rows]
-            rows = [row if row.text.strip() else replace(row, text="?") for row in rows]
-            found["languages"][code] = {
-                "mt_llm": cells.accuracy(folders["full_kl"], rows),
-                "translate_test": cells.accuracy(folders["teacher"], translate(rows)),
-            }
-        return found
+        models = folders["full_kl"], folders["teacher"]
+        return _by_language(cells, *models, translate, partial(misspelt, share=share))
 
     return {str(share): cells.scores(f"typos-{share}", partial(score, share)) for share in cells.config.typos}
 
@@ -136,30 +125,17 @@ def adaptation(cells: Cells, root: Path, folders: dict[str, str]) -> Scored:
     dev = kind_rows(world, ENGLISH, "validation", config.dev_rows)
     translate = Translations(root / "translations.json", cells.mt, config.num_beams)
     stacks = {0: folders["no_adaptation"], config.adapt_steps: folders["full_kl"]}
+    distill = partial(cells.distill, teacher=folders["teacher"], texts=unlabelled, dev=dev, kl=1.0)
     for steps in config.longer_adaptation:
         adapted = cells.model(f"adapted-{steps}", partial(cells.adapt, texts=plain, steps=steps))
-        stacks[steps] = cells.model(
-            f"full_kl-{steps}",
-            partial(
-                cells.distill,
-                model=adapted,
-                teacher=folders["teacher"],
-                texts=unlabelled,
-                dev=dev,
-                kl=1.0,
-                steps=config.distill_steps,
-            ),
-        )
+        taught = partial(distill, model=adapted, steps=config.distill_steps)
+        stacks[steps] = cells.model(f"full_kl-{steps}", taught)
+
+    def rows(code: str) -> list[TextRow]:
+        return kind_rows(world, code, "test", config.test_rows)
 
     def score(steps: int) -> dict[str, Any]:
-        found: dict[str, Any] = {"languages": {}}
-        for code in world.languages:
-            rows = kind_rows(world, code, "test", config.test_rows)
-            found["languages"][code] = {
-                "mt_llm": cells.accuracy(stacks[steps], rows),
-                "translate_test": cells.accuracy(folders["teacher"], translate(rows)),
-            }
-        return found
+        return _by_language(cells, stacks[steps], folders["teacher"], translate, rows)
 
     return {str(steps): cells.scores(f"adaptation-{steps}", partial(score, steps)) for steps in sorted(stacks)}
 
@@ -186,18 +162,14 @@ def ambiguity(cells: Cells, root: Path) -> Scored:
     translate = Translations(root / "ambiguity" / "translations.json", cells.mt, config.num_beams)
     texts = world.topic_task("test", config.curve_rows)
 
-    def score(count: int) -> dict[str, Any]:
-        found: dict[str, Any] = {"languages": {}}
-        for code in world.languages:
-            rng = random.Random(f"ambiguous {code}")
-            spoken = []
-            for text, label in texts:
-                nouns = [noun for clause in text for noun in clause.subjects]
-                spoken.append(TextRow(world.say(code, text, rng.sample(nouns, len(nouns))[:count]), code, label=label))
-            found["languages"][code] = {
-                "mt_llm": cells.accuracy(stack, spoken),
-                "translate_test": cells.accuracy(teacher, translate(spoken)),
-            }
+    def spoken(code: str, count: int) -> list[TextRow]:
+        rng, found = random.Random(f"ambiguous {code}"), []
+        for text, label in texts:
+            nouns = [noun for clause in text for noun in clause.subjects]
+            found.append(TextRow(world.say(code, text, rng.sample(nouns, len(nouns))[:count]), code, label=label))
         return found
+
+    def score(count: int) -> dict[str, Any]:
+        return _by_language(cells, stack, teacher, translate, partial(spoken, count=count))
 
     return {f"{k / 3:.2f}": cells.scores(f"ambiguity-{k}", partial(score, k)) for k in range(4)}

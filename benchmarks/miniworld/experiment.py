@@ -96,36 +96,24 @@ def train_matrix(cells: Cells) -> dict[str, str]:
     free = kind_rows(world, ENGLISH, "train", config.train_rows, free=True)
     unlabelled = [TextRow(text, ENGLISH) for text in world.unlabelled(config.unlabelled)]
     plain = [TextRow(text, ENGLISH) for text in world.adaptation_texts(config.texts)]
+    finetune = partial(cells.finetune, dev=dev)
     stages: dict[str, Callable[[str], Any]] = {
-        "teacher": partial(
-            cells.finetune, kind="teacher", rows=train, dev=dev, steps=config.teacher_steps, llm=cells.llm
-        ),
-        "encoder_only": partial(
-            cells.finetune, kind="encoder", rows=free, dev=dev, steps=config.encoder_steps, encoder=cells.mt
-        ),
+        "teacher": partial(finetune, kind="teacher", rows=train, steps=config.teacher_steps, llm=cells.llm),
+        "encoder_only": partial(finetune, kind="encoder", rows=free, steps=config.encoder_steps, encoder=cells.mt),
         "adapted": partial(cells.adapt, texts=plain, steps=config.adapt_steps),
         "unadapted": cells.unadapted,
     }
     start = {name: str(cells.root / name) for name in stages}
     for name, model in (("direct_stack", "unadapted"), ("no_distillation", "adapted")):
-        stages[name] = partial(
-            cells.finetune, kind="task", rows=free, dev=dev, steps=config.task_steps, model=start[model]
-        )
+        stages[name] = partial(finetune, kind="task", rows=free, steps=config.task_steps, model=start[model])
+    distill = partial(cells.distill, teacher=start["teacher"], dev=dev, steps=config.distill_steps)
     for name, model, texts, kl in (
         ("full_kl", "adapted", unlabelled, 1.0),
         ("full", "adapted", unlabelled, 0.0),
         ("no_adaptation", "unadapted", unlabelled, 1.0),
         ("full_kl_labelled", "adapted", free, 1.0),
     ):
-        stages[name] = partial(
-            cells.distill,
-            model=start[model],
-            teacher=start["teacher"],
-            texts=texts,
-            dev=dev,
-            kl=kl,
-            steps=config.distill_steps,
-        )
+        stages[name] = partial(distill, model=start[model], texts=texts, kl=kl)
     return {name: cells.model(name, train) for name, train in stages.items()}
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from mtllm_fast.miniworld.languages import ENGLISH
 from mtllm_fast.miniworld.world import World
+from mtllm_fast.reporting.table import Table
 
 # what stands in the matrix, in the order of the report
 SYSTEMS = {
@@ -28,7 +29,7 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 CHANCE = 1 / len(World().categories)
 
-Table = dict[str, dict[str, dict[str, Any]]]
+Finished = dict[str, dict[str, dict[str, Any]]]  # seed -> name -> scores
 
 
 class Estimate(NamedTuple):
@@ -70,9 +71,9 @@ def crossing(xs: Sequence[float], ours: Sequence[float], theirs: Sequence[float]
     return xs[last] + share * (xs[last + 1] - xs[last])
 
 
-def read_scores(root: Path, part: str, prefix: str = "") -> Table:
+def read_scores(root: Path, part: str, prefix: str = "") -> Finished:
     """{seed: {name: scores}} of what a part has finished."""
-    found: Table = {}
+    found: Finished = {}
     for path in sorted((root / part).glob(f"seed-*/scores/{prefix}*.json")):
         name = path.name.removesuffix(".json").removeprefix(prefix)
         found.setdefault(path.parent.parent.name.removeprefix("seed-"), {})[name] = json.loads(path.read_text())
@@ -110,7 +111,7 @@ def report(output: str | Path) -> str:
     return text
 
 
-def _matrix(table: Table, results: dict[str, Any]) -> list[str]:
+def _matrix(table: Finished, results: dict[str, Any]) -> list[str]:
     foreign = [code for code in next(iter(next(iter(table.values())).values())) if code != ENGLISH]
     seeds = [seed for seed in table if all(name in table[seed] for name in SYSTEMS)]
     lines = [
@@ -120,10 +121,9 @@ def _matrix(table: Table, results: dict[str, Any]) -> list[str]:
         f"{', '.join(seeds) or 'none complete'}. ± over seeds is the 95 % t-interval of the mean over languages; "
         "± over languages that of the languages' means over seeds.",
         "",
-        "| system | English | foreign mean ± over seeds | ± over languages | lowest | highest |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     found: dict[str, Any] = {}
+    cells = []
     for name, title in SYSTEMS.items():
         rows = [table[seed][name] for seed in seeds]
         if not rows:
@@ -141,11 +141,10 @@ def _matrix(table: Table, results: dict[str, Any]) -> list[str]:
             "by_seed": dict(zip(seeds, means, strict=True)),
             "by_language": by_language,
         }
-        ends = min(by_language.values()), max(by_language.values())
-        lines.append(
-            f"| {title} | {english} | {overall} | {100 * languages.half:.1f} "
-            f"| {100 * ends[0]:.1f} | {100 * ends[1]:.1f} |"
-        )
+        percents = (languages.half, min(by_language.values()), max(by_language.values()))
+        cells.append([title, str(english), str(overall), *(f"{100 * value:.1f}" for value in percents)])
+    header = ["system", "English", "foreign mean ± over seeds", "± over languages", "lowest", "highest"]
+    lines += Table(header, cells).markdown()
     results["matrix"] = found
     if found:
         lines += ["", *_resources(found)]
@@ -249,7 +248,7 @@ CURVES = (
 )  # fmt: skip
 
 
-def _curve(curve: Curve, table: Table, results: dict[str, Any], root: Path) -> list[str]:
+def _curve(curve: Curve, table: Finished, results: dict[str, Any], root: Path) -> list[str]:
     names = sorted({name for row in table.values() for name in row}, key=curve.x)
     seeds = [seed for seed in table if all(name in table[seed] for name in names)]
     if not seeds:
@@ -287,11 +286,10 @@ def _curve(curve: Curve, table: Table, results: dict[str, Any], root: Path) -> l
         results[curve.name][key] = [_mean(table[seed][name][key] for seed in seeds) for name in names]
     lines = [f"## {curve.title}", "", curve.note, ""]
     lines += [f"Accuracy in percent, mean over languages ± 95 % over {len(seeds)} seed{'s' * (len(seeds) > 1)}:", ""]
-    lines += [f"| {curve.axis} | " + " | ".join(f"{x:g}" for x in xs) + " |", "| --- |" + " ---: |" * len(xs)]
-    lines += [f"| {title} | " + " | ".join(map(str, points[key])) + " |" for key, title in curve.lines.items()]
+    rows = [[title, *map(str, points[key])] for key, title in curve.lines.items()]
     titles = {"teacher_english": "teacher, in English", "mt_llm_english": "MT-LLM + KL, in English"}
-    for key in extra:
-        lines.append(f"| {titles[key]} | " + " | ".join(f"{100 * v:.1f}" for v in results[curve.name][key]) + " |")
+    rows += [[titles[key], *(f"{100 * value:.1f}" for value in results[curve.name][key])] for key in extra]
+    lines += Table([curve.axis, *(f"{x:g}" for x in xs)], rows).markdown()
     if where is None:
         verdict = f"**No crossing:** where the {curve.axis} is {xs[-1]:g}, MT-LLM is not ahead of translate-test."
         nearest = max(range(len(xs)), key=lambda i: ours[i] - theirs[i])

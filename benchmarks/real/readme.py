@@ -17,7 +17,7 @@ from mtllm_fast.reporting.table import Table
 
 from .. import REPO
 from ..report.readme import with_block
-from .study_table import OURS, by_seed, cell, cost, gains, head, markdown
+from .study_table import OURS, cell, gains, head, markdown, table_of
 
 RESULTS = "benchmarks/results/real"
 GENERATED = "benchmarks/results/miniworld/results.json"
@@ -51,23 +51,13 @@ def study_block(name: str) -> Callable[[Mapping[str, Any]], list[str]]:
 
 def curve_block(results: Mapping[str, Any]) -> list[str]:
     """What more text for stage 1 brings, how far seeds lie apart, and what English validation costs as a chooser."""
-    groups = {group: len(codes) for group, codes in results["languages"].items()}
+    groups = list(results["languages"])
     stacks = {name: system for name, system in results["systems"].items() if "stack" in name or name == OURS}
-    heads = [
-        "texts of stage 1",
-        "English",
-        *(f"{name} ({count})" for name, count in groups.items()),
-        "seeds, in this order",
-    ]
-    rows = []
-    for name, system in stacks.items():
-        cells = [cell(results["english"][name]), *(cell(system["groups"][group]) for group in groups)]
-        texts = f"{results['texts'][name]:,}"
-        rows.append([texts, *cells, by_seed(system, groups), cost(system)])
-    lines = [head(results), "", *Table([*heads, "training, CPU-s"], rows, left=0).markdown(), ""]
-    last = f"{results['texts'][OURS]:,}"
+    texts = {name: f"{results['texts'][name]:,}" for name in stacks}
+    lines = [head(results), "", *table_of(results, "texts of stage 1", texts, left=0).markdown(), ""]
+    last = texts[OURS]
     lines += [
-        f"- {last} texts against {results['texts'][name]:,}: {gains(system, groups)}"
+        f"- {last} texts against {texts[name]}: {gains(system, groups)}"
         for name, system in stacks.items()
         if name != OURS
     ]
@@ -81,7 +71,7 @@ def curve_block(results: Mapping[str, Any]) -> list[str]:
     if looked:
         chosen = listed(100 * run["chosen"] for run in looked)
         best = listed(100 * run["hindsight"] for run in looked)
-        languages = sum(groups.values())
+        languages = sum(map(len, results["languages"].values()))
         lines.append(
             f"- Stage 3 of {last} texts, looked at {len(looked[0]['steps'])} times in {languages} languages: the "
             f"checkpoint that English validation chose has {chosen} % there, the best in hindsight {best} %."
@@ -103,14 +93,11 @@ def summary_block(demo: Mapping[str, Any], sib200: Mapping[str, Any]) -> list[st
     names = {"direct": "LLM directly", "encoder_probe": "encoder, probe", "encoder_only": "encoder, fine-tuned"}
     names |= {"mt_llm": OURS}
     demo_mean = [f"{100 * demo['mean'][name]:.1f}" for name in names]
-    lines = ["| accuracy in % | " + " | ".join(names.values()) + " |", "| --- |" + " ---: |" * len(names)]
-    read = len(demo["mean_of"])
-    lines.append(
-        f"| `make demo`, topics, {read} languages read before by the encoder | " + " | ".join(demo_mean) + " |"
-    )
+    rows = [[f"`make demo`, topics, {len(demo['mean_of'])} languages read before by the encoder", *demo_mean]]
     for group, codes in sib200["languages"].items():
         cells = [cell(sib200["systems"][name]["groups"][group]) for name in names.values()]
-        lines.append(f"| SIB-200, {len(codes)} languages {group} by the encoder | " + " | ".join(cells) + " |")
+        rows.append([f"SIB-200, {len(codes)} languages {group} by the encoder", *cells])
+    lines = Table(["accuracy in %", *names.values()], rows).markdown()
     seeds = len(sib200["seeds"])
     return [*lines, "", f"(SIB-200: {sib200['rows']} rows a language, {seeds} seeds, 95 % intervals over rows.)"]
 

@@ -214,14 +214,9 @@ def of_english(part: Scores, system: str) -> dict[str, Any]:
 
 def markdown(found: Mapping[str, Any]) -> list[str]:
     """The table and how to read it."""
-    groups = {group: len(codes) for group, codes in found["languages"].items()}
-    heads = ["system", "English", *(f"{name} ({count})" for name, count in groups.items()), "seeds, in this order"]
-    heads.append("training, CPU-s")
-    rows = []
-    for name, system in found["systems"].items():
-        cells = [cell(found["english"][name]), *(cell(system["groups"][group]) for group in groups)]
-        rows.append([name, *cells, by_seed(system, groups), cost(system)])
-    lines = [*Table(heads, rows).markdown(), "", "MT-LLM against the others, paired on the same rows:", ""]
+    groups = list(found["languages"])
+    table = table_of(found, "system", {name: name for name in found["systems"]})
+    lines = [*table.markdown(), "", "MT-LLM against the others, paired on the same rows:", ""]
     lines += [f"- {name}: {gains(system, groups)}" for name, system in found["systems"].items() if name != OURS]
     centred = [group for group in groups if group.endswith(CENTRED)]
     if centred:
@@ -234,6 +229,18 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
             f"- {name}: {gains(system, centred, 'gain_of_centring')}" for name, system in found["systems"].items()
         ]
     return [*lines, *retrieved(found), *translated(found)]
+
+
+def table_of(found: Mapping[str, Any], first: str, named: Mapping[str, str], left: int = 1) -> Table:
+    """A row for each system of `named`, by what the `first` column calls it."""
+    groups = {group: len(codes) for group, codes in found["languages"].items()}
+    heads = [first, "English", *(f"{name} ({count})" for name, count in groups.items()), "seeds, in this order"]
+    rows = []
+    for name, title in named.items():
+        system = found["systems"][name]
+        cells = [cell(found["english"][name]), *(cell(system["groups"][group]) for group in groups)]
+        rows.append([title, *cells, by_seed(system, groups), cost(system)])
+    return Table([*heads, "training, CPU-s"], rows, left=left)
 
 
 def retrieved(found: Mapping[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,8 @@ from .throughput import (
     speedups,
 )
 
+Points = Sequence[tuple[float, float]]
+Lines = Mapping[str, Points]
 # more of them than COLOURS has, in the order of a step
 PARTS = ("#9aa5b1", "#5b6675", "#c9b458", *COLOURS, "#7a3e9d", "#2b2f36")
 
@@ -99,8 +102,6 @@ def findings(found: Sequence[Speedup], changes: Sequence[Change]) -> list[str]:
 
 def _bars(case: str, found: Sequence[Speedup]) -> dict[str, Any]:
     """Speed-ups of one case on a logarithmic track with 1 in it."""
-    import math
-
     values = [v for s in found for v in (s.middle, s.low, s.high)]
     top = max(2.0, *values) * 1.05
     bottom = min(0.8, *values) / 1.05
@@ -150,43 +151,34 @@ def _profile(profile: Mapping[str, Any]) -> dict[str, Any]:
 
 def figures(records: Sequence[Record]) -> list[dict[str, str]]:
     """Title, SVG and caption of every figure that the records have data for."""
-    found = []
+    found: list[dict[str, str]] = []
+
+    def add(
+        title: str, note: str, lines: Lines, x: str, y: str, floor: Points = (), level: float | None = None
+    ) -> None:
+        found.append({"title": title, "svg": _curves(lines, x, y, floor, level=level), "note": note})
+
     for name, device, mine in _sweeps(records):
-        for quantity, label in (("time_ms", "time (ms)"), ("peak_incremental_mib", "peak memory (MiB)")):
-            if any(getattr(r, quantity) for r in mine):
-                floor = quantity == "time_ms"
-                found.append(
-                    {
-                        "title": f"{name}: {label.split(' (')[0]} against rows",
-                        "svg": _curves(
-                            _by_variant(mine, "T", quantity), "rows T", label, _floor(mine) if floor else None
-                        ),
-                        "note": device + ("; the grey line is the floor at the measured ceilings" if floor else ""),
-                    }
-                )
+        title = f"{name}: {{}} against rows"
+        if any(r.time_ms for r in mine):
+            note = f"{device}; the grey line is the floor at the measured ceilings"
+            add(title.format("time"), note, _by_variant(mine, "time_ms"), "rows T", "time (ms)", _floor(mine))
+        if any(r.peak_incremental_mib for r in mine):
+            lines = _by_variant(mine, "peak_incremental_mib")
+            add(title.format("peak memory"), device, lines, "rows T", "peak memory (MiB)")
     errors: dict[str, list[tuple[float, float]]] = {}
     for r in records:
         if r.kl:
             errors.setdefault(r.variant, []).append((r.kl, 100 * r.gate_detail["gradient"]))
     if errors:
-        found.append(
-            {
-                "title": "Error of the KL's gradient against the distance from the teacher",
-                "svg": _curves(errors, "KL (nats)", "gradient error (%)", None),
-                "note": "bf16 states and head; a distillation moves from right to left",
-            }
-        )
-    sensitivity = _sensitivity(speedups(records))
-    if sensitivity:
-        found.append(
-            {
-                "title": "What the lengths decide: speed-up against the share of padding",
-                "svg": _curves(
-                    sensitivity, "padding of the padded batch (%)", "times as fast as padded", None, level=1.0
-                ),
-                "note": "one mark for each distribution of lengths; below 1 the padded chain wins",
-            }
-        )
+        title = "Error of the KL's gradient against the distance from the teacher"
+        note = "bf16 states and head; a distillation moves from right to left"
+        add(title, note, errors, "KL (nats)", "gradient error (%)")
+    if sensitivity := _sensitivity(speedups(records)):
+        title = "What the lengths decide: speed-up against the share of padding"
+        note = "one mark for each distribution of lengths; below 1 the padded chain wins"
+        axes = "padding of the padded batch (%)", "times as fast as padded"
+        add(title, note, sensitivity, *axes, level=1.0)
     return found
 
 
@@ -204,11 +196,11 @@ def _sweeps(records: Sequence[Record]) -> list[tuple[str, str, list[Record]]]:
     ]
 
 
-def _by_variant(records: Sequence[Record], across: str, quantity: str) -> dict[str, list[tuple[float, float]]]:
+def _by_variant(records: Sequence[Record], quantity: str) -> dict[str, list[tuple[float, float]]]:
     lines: dict[str, list[tuple[float, float]]] = {}
     for r in records:
         if (value := getattr(r, quantity)) is not None:
-            lines.setdefault(r.variant, []).append((r.shape[across], value))
+            lines.setdefault(r.variant, []).append((r.shape["T"], value))
     return lines
 
 
@@ -232,14 +224,7 @@ def _sensitivity(found: Sequence[Speedup]) -> dict[str, list[tuple[float, float]
     }
 
 
-def _curves(
-    lines: Mapping[str, Sequence[tuple[float, float]]],
-    x: str,
-    y: str,
-    floor: Sequence[tuple[float, float]] | None,
-    *,
-    level: float | None = None,
-) -> str:
+def _curves(lines: Lines, x: str, y: str, floor: Points, *, level: float | None) -> str:
     """A chart as SVG whose text stays readable when it is shrunk to a phone's width.
 
     With `level`, a line to compare with, the points are not joined: they are of different texts, not of one sweep.
@@ -266,7 +251,7 @@ def _curves(
                 marker="osD^vP"[i % 6],
                 markersize=6 if mine or not log else 4,
             )
-        if floor and len(floor) > 1:
+        if len(floor) > 1:
             axis.plot(*zip(*floor), color="0.5", linewidth=3, alpha=0.6, label="floor", zorder=0)
         if log:
             axis.set(xscale="log", yscale="log")

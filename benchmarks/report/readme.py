@@ -72,22 +72,11 @@ def readme_block(records: Sequence[Record], readme: str, paths: Sequence[str]) -
     header = ["what", "size", "against", "speed-up", "p20 to p80", "ours ms", "memory, ours", "theirs", "of floor"]
     cells = []
     for s in rows:
-        mib = [
-            number(r.peak_incremental_mib) + (" MiB" if r.peak_incremental_mib is not None else "")
-            for r in (s.ours, s.other)
-        ]
-        cells.append(
-            [
-                s.ours.case,
-                s.ours.size,
-                s.other.variant,
-                f"{s.middle:.2f} x" + (f" ({s.verdict})" if s.verdict != "faster" else ""),
-                f"{s.low:.2f} to {s.high:.2f}",
-                number(s.ours.time_ms),
-                *mib,
-                floor_share(s.ours),
-            ]
-        )
+        peaks = [r.peak_incremental_mib for r in (s.ours, s.other)]
+        mib = [number(peak) + (" MiB" if peak is not None else "") for peak in peaks]
+        speedup = f"{s.middle:.2f} x" + (f" ({s.verdict})" if s.verdict != "faster" else "")
+        ours = [f"{s.low:.2f} to {s.high:.2f}", number(s.ours.time_ms), *mib, floor_share(s.ours)]
+        cells.append([s.ours.case, s.ours.size, s.other.variant, speedup, *ours])
     first = rows[0].ours
     commits = ", ".join(dict.fromkeys(s.ours.commit for s in rows))
     versions = ", ".join(f"{k} {v}" for k, v in first.versions.items())

@@ -128,22 +128,10 @@ def speedup_table(found: Sequence[Speedup]) -> Cells:
     header += ["ours ms", "ours MiB", "memory", "of floor", "error"]
     rows = []
     for s in found:
-        memory = "-" if s.memory is None else f"{s.memory:.2f}"
-        rows.append(
-            [
-                s.ours.case,
-                s.ours.size,
-                s.other.variant,
-                f"{s.middle:.2f}",
-                f"{s.low:.2f} to {s.high:.2f}",
-                "" if s.verdict == "faster" else s.verdict,
-                number(s.ours.time_ms),
-                number(s.ours.peak_incremental_mib),
-                memory,
-                floor_share(s.ours),
-                error(s.ours),
-            ]
-        )
+        ratios = [f"{s.middle:.2f}", f"{s.low:.2f} to {s.high:.2f}", "" if s.verdict == "faster" else s.verdict]
+        memory = [number(s.ours.peak_incremental_mib), "-" if s.memory is None else f"{s.memory:.2f}"]
+        ours = [number(s.ours.time_ms), *memory, floor_share(s.ours), error(s.ours)]
+        rows.append([s.ours.case, s.ours.size, s.other.variant, *ratios, *ours])
     return header, rows
 
 
@@ -322,20 +310,9 @@ def change_table(changes: Sequence[Change]) -> Cells:
     header = ["case", "size", "variant", "old ms", "new ms", "new / old", "memory", "beyond noise"]
     rows = []
     for c in sorted(changes, key=lambda c: (not c.verdict.isupper(), not c.verdict)):
-        ratio = "-" if c.new.time_ms is None else f"{c.ratio:.2f}"
+        times = [number(c.old.time_ms), number(c.new.time_ms), "-" if c.new.time_ms is None else f"{c.ratio:.2f}"]
         memory = "-" if c.memory is None else f"{c.memory:.2f}"
-        rows.append(
-            [
-                c.new.case,
-                c.new.size,
-                c.new.variant,
-                number(c.old.time_ms),
-                number(c.new.time_ms),
-                ratio,
-                memory,
-                c.verdict,
-            ]
-        )
+        rows.append([c.new.case, c.new.size, c.new.variant, *times, memory, c.verdict])
     return header, rows
 
 

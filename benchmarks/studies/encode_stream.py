@@ -8,7 +8,6 @@ and started again each time. The verdict needs equal files and memory that does 
 
 from __future__ import annotations
 
-import argparse
 import filecmp
 import os
 import random
@@ -23,7 +22,8 @@ import numpy as np
 import torch
 
 from benchmarks import REPO
-from benchmarks.common import percentile, study_record, write
+from benchmarks.common import parser_of, percentile, study_record, write
+from benchmarks.studies.survive import write_lines
 
 GROWTH = 1.05  # of the resident memory between the second and the last fifth of a run
 
@@ -31,15 +31,11 @@ GROWTH = 1.05  # of the resident memory between the second and the last fifth of
 def make_inputs(folder: Path, lines: int) -> tuple[Path, Path]:
     """(model folder, text file): a tiny stack, and lines of 3 to 10 words, each with its number."""
     from mtllm_fast.models import MTLLM
-    from tests.tiny import LINES, build_encoder_folder, build_llm_folder
+    from tests.tiny import build_encoder_folder, build_llm_folder
 
     model = MTLLM.stack(build_encoder_folder(folder / "encoder"), build_llm_folder(folder / "llm"), dtype=torch.float32)
     model.save_pretrained(folder / "stack")
-    rng = random.Random(0)
-    words = " ".join(LINES).split()
-    with (folder / "lines.txt").open("w", encoding="utf-8") as file:
-        for number in range(lines):
-            file.write(" ".join(rng.choices(words, k=rng.randint(3, 10))) + f" {number}\n")
+    write_lines(folder / "lines.txt", lines, longest=10)
     return folder / "stack", folder / "lines.txt"
 
 
@@ -111,13 +107,12 @@ def killed(model: Path, text: Path, output: Path, windows: list[int]) -> list[in
 
 def main(argv: list[str] | None = None) -> int:
     """Run, print the verdict, write; 1 when it fails."""
-    parser = argparse.ArgumentParser(prog="benchmarks.studies.encode_stream", description=__doc__.split("\n")[0])
+    parser = parser_of("benchmarks.studies.encode_stream", __doc__)
     parser.add_argument("--lines", type=int, default=1_000_000)
     parser.add_argument("--format", default=".npy", choices=(".npy", ".parquet", ".safetensors"))
     parser.add_argument(
         "--seed", type=int, default=None, help="of the moments of the kills; default: another each time"
     )
-    parser.add_argument("--json", type=Path, help="write the record here")
     options = parser.parse_args(argv)
     if options.lines < 3 * 2048:
         parser.error("--lines: at least 6,144, three windows")

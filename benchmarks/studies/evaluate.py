@@ -11,7 +11,6 @@ gets a time unless its predictions are the same and its logits agree to 1e-4.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Callable
@@ -23,14 +22,8 @@ import numpy as np
 import torch
 
 from benchmarks import DATA
-from benchmarks.common import (
-    Record,
-    interleaved,
-    peak_incremental_mib,
-    percentile,
-    record_here,
-    write,
-)
+from benchmarks.common import Record, interleaved, parser_of, peak_incremental_mib, percentile, record_here, write
+from benchmarks.models import llama
 from mtllm_fast.data.read import TextRow
 from mtllm_fast.evaluation.tasks import TASKS
 from mtllm_fast.inference import Engine
@@ -49,7 +42,7 @@ GATE = 1e-4
 
 def build(folder: Path, data: Path, width: int, layers: int) -> None:
     """Base models of random weights, with tokenizers of 8,000 entries trained on the languages' training texts."""
-    from transformers import LlamaConfig, LlamaForCausalLM, M2M100ForConditionalGeneration
+    from transformers import LlamaForCausalLM, M2M100ForConditionalGeneration
 
     lines = [
         row.text
@@ -71,18 +64,8 @@ def build(folder: Path, data: Path, width: int, layers: int) -> None:
             max_position_embeddings=512,
         )
     )
-    config = LlamaConfig(
-        vocab_size=len(llm),
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 64,
-        max_position_embeddings=1024,
-        bos_token_id=llm.bos_token_id,
-        eos_token_id=llm.eos_token_id,
-        pad_token_id=llm.pad_token_id,
-    )
+    special = {f"{name}_token_id": getattr(llm, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    config = llama(width, layers, 3 * width, len(llm), width // 64, max_position_embeddings=1024, **special)
     for name, model, tokenizer in (("encoder", encoder, mt), ("llm", LlamaForCausalLM(config), llm)):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -187,15 +170,12 @@ def measure(
 
 def main(argv: list[str] | None = None) -> int:
     """Run, print, write; 1 when the gate fails."""
-    parser = argparse.ArgumentParser(prog="benchmarks.studies.evaluate", description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--json", type=Path, help="write the records here")
+    parser = parser_of("benchmarks.studies.evaluate", __doc__, on_device=True)
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--width", type=int, default=256, help="of encoder and LLM, a multiple of 64")
     parser.add_argument("--layers", type=int, default=4, help="of encoder and of LLM")
     parser.add_argument("--limit", type=int, help="only the first rows of each language")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, help="CPU threads; default: all")
     options = parser.parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)

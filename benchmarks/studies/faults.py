@@ -9,7 +9,6 @@ with the one of a run without the fault; "-" where the fault changes what is tra
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import os
 import random
@@ -27,9 +26,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.common import study_record, write
+from benchmarks.common import parser_of, study_record, write
 from benchmarks.studies.faulty import MARK
 from benchmarks.studies.survive import Run, entries, make_inputs, unreadable
+from mtllm_fast.reporting.table import Table
 
 STEPS, SAVE_STEPS = 120, 10
 FULL = 8 * 2**20
@@ -270,9 +270,8 @@ CASES: list[Callable[[Scene], Outcome]] = [
 
 def main(argv: list[str] | None = None) -> int:
     """Run every fault, print the table, write; 1 where an outcome is not the expected one."""
-    parser = argparse.ArgumentParser(prog="benchmarks.studies.faults", description=__doc__.split("\n")[0])
+    parser = parser_of("benchmarks.studies.faults", __doc__)
     parser.add_argument("--only", type=int, nargs="*", help="numbers of faults, from 1")
-    parser.add_argument("--json", type=Path, help="write the record here")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     found = []
@@ -287,10 +286,9 @@ def main(argv: list[str] | None = None) -> int:
                 flush=True,
             )
     columns = ("fault", "outcome", "exit code", "kept", "same result", "message")
-    print("\n| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
-    for row in found:
-        codes = ", resumed ".join(map(str, row.exit_codes))
-        print(f"| {row.fault} | {row.outcome} | {codes} | {row.kept} | {row.same} | {row.message} |")
+    codes = (", resumed ".join(map(str, row.exit_codes)) for row in found)
+    cells = [[row.fault, row.outcome, code, row.kept, row.same, row.message] for row, code in zip(found, codes)]
+    print("", *Table(columns, cells, left=len(columns)).markdown(), sep="\n")
     good = all(row.ok for row in found)
     print("PASS" if good else "FAIL")
     if options.json:

@@ -14,21 +14,18 @@ budget, the last pack of every window included; "fuller" is the side with more.
 
 from __future__ import annotations
 
-import argparse
-import csv
 import json
 import os
 import random
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import DATA
-from ..common import commit, device_name, percentile, versions, write
-from ..lengths import nli_texts
+from ..common import made_here, parser_of, percentile, timed_once, write
+from ..lengths import nli_texts, sib200
 from .input_stream import word_pool
 
 LLAMA3 = (
@@ -54,13 +51,9 @@ def texts(web_rows: int) -> dict[str, list[Any]]:
     if pairs := nli_texts():
         found["NLI"] = [TextRow(a, text_pair=b, id=str(i)) for i, (a, b) in enumerate(pairs)]
     if (DATA / "sib200").is_dir():
-        sentences = []
-        for language in SENTENCES:
-            for split in ("train", "dev", "test"):
-                with (DATA / "sib200" / language / f"{split}.tsv").open(newline="", encoding="utf-8") as file:
-                    sentences += [TextRow(row["text"]) for row in csv.DictReader(file, delimiter="\t")]
+        sentences = [text for text, _ in sib200(SENTENCES, ("train", "dev", "test"))]
         random.Random(2).shuffle(sentences)
-        found["sentences"] = [TextRow(row.text, id=str(i)) for i, row in enumerate(sentences)]
+        found["sentences"] = [TextRow(text, id=str(i)) for i, text in enumerate(sentences)]
     return found
 
 
@@ -79,31 +72,21 @@ def make_tokenizer(kinds: dict[str, list[Any]], size: int) -> Any:
     return StackTokenizer(nllb_tokenizer(lines, size), llm)
 
 
-def seconds_of(run: Callable[[], Any], repeats: int) -> list[float]:
+def milliseconds_of(run: Callable[[], Any], repeats: int) -> list[float]:
     run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return times
+    return [timed_once(run, "cpu") for _ in range(repeats)]
 
 
-def entry(kind: str, stage: str, rows: int, tokens: int, times: Sequence[float], **more: Any) -> dict[str, Any]:
-    seconds = percentile(times, 0.5)
-    return {
-        "case": "input rate",
-        "shape": {"N": rows, "tokens": tokens},
-        "dtype": "int64",
-        "variant": stage,
-        "gate": "none",
-        "text": kind,
-        "time_ms": seconds * 1e3,
-        "round_ms": [t * 1e3 for t in times],
-        "rows_per_s": rows / seconds,
-        "tokens_per_s": tokens / seconds,
-        **more,
-    }
+def record_of(case: str, kind: str, variant: str, rows: int, tokens: int, **found: Any) -> dict[str, Any]:
+    about = {"case": case, "shape": {"N": rows, "tokens": tokens}, "dtype": "int64", "variant": variant}
+    return {**about, "gate": "none", "text": kind, **found}
+
+
+def entry(kind: str, stage: str, rows: int, tokens: int, round_ms: Sequence[float], **more: Any) -> dict[str, Any]:
+    time_ms = percentile(round_ms, 0.5)
+    rates = {"rows_per_s": 1e3 * rows / time_ms, "tokens_per_s": 1e3 * tokens / time_ms}
+    times = {"time_ms": time_ms, "round_ms": round_ms}
+    return record_of("input rate", kind, stage, rows, tokens, **times, **rates, **more)
 
 
 def stages(kind: str, rows: list[Any], tokenizer: Any, folder: Path, repeats: int) -> list[dict[str, Any]]:
@@ -124,7 +107,9 @@ def stages(kind: str, rows: list[Any], tokenizer: Any, folder: Path, repeats: in
         "pack": (mt + llm, lambda: token_budget_packs(costs, BUDGETS[0])),
         "collate": (mt + llm, lambda: [made.batch(pack, True) for pack in packs]),
     }
-    return [entry(kind, stage, len(rows), tokens, seconds_of(run, repeats)) for stage, (tokens, run) in runs.items()]
+    return [
+        entry(kind, stage, len(rows), tokens, milliseconds_of(run, repeats)) for stage, (tokens, run) in runs.items()
+    ]
 
 
 def write_rows(folder: Path, rows: list[Any]) -> Path:
@@ -153,7 +138,7 @@ def loaders(kind: str, rows: list[Any], tokenizer: Any, folder: Path, repeats: i
                 for _ in PackedLoader(dataset, workers):
                     pass
 
-            times = seconds_of(run, repeats)
+            times = milliseconds_of(run, repeats)
             tokens = sum(dataset.counters.tokens.values())
             records.append(entry(kind, f"loader from {source}", len(rows), tokens, times, workers=workers))
     return records
@@ -171,21 +156,10 @@ def packing(kind: str, rows: list[Any], tokenizer: Any) -> list[dict[str, Any]]:
                 pass
             counts = dataset.counters
             shares = {side: tokens / counts.budget for side, tokens in counts.tokens.items()}
-            records.append(
-                {
-                    "case": "packing",
-                    "shape": {"N": len(rows), "tokens": budget},
-                    "dtype": "int64",
-                    "gate": "none",
-                    "variant": "default" if lookahead is None else "1024 rows",
-                    "text": kind,
-                    "packs": counts.packs,
-                    "window_rows": dataset.window_rows(),
-                    "windows": counts.windows,
-                    "share": shares,
-                    "fuller": counts.efficiency,
-                }
-            )
+            found = {"packs": counts.packs, "window_rows": dataset.window_rows(), "windows": counts.windows}
+            found |= {"share": shares, "fuller": counts.efficiency}
+            variant = "default" if lookahead is None else "1024 rows"
+            records.append(record_of("packing", kind, variant, len(rows), budget, **found))
     return records
 
 
@@ -223,16 +197,14 @@ def measure(web_rows: int, repeats: int, vocabulary: int = 16_000) -> list[dict[
             records += packing(kind, rows, tokenizer)
             print(f"{kind}: packing done", flush=True)
         records += loaders("web text", kinds["web text"], tokenizer, Path(name), repeats)
-    about = {"device": device_name("cpu"), "versions": versions(), "commit": commit()}
-    return [record | about for record in records]
+    return [record | made_here() for record in records]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run, print, write; 1 where packs are filled to less than 97 %."""
-    parser = argparse.ArgumentParser(prog="benchmarks.studies.input_rate", description=__doc__.split("\n")[0])
+    parser = parser_of("benchmarks.studies.input_rate", __doc__)
     parser.add_argument("--rows", type=int, default=6144, help="documents of web text")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write the records here")
     options = parser.parse_args(argv)
     records = measure(options.rows, options.repeats)
     for r in records:

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from .. import REPO
-from ..common import percentile, study_record, write
+from ..common import parser_of, percentile, study_record, write
 
 GROWTH = 0.05  # of the memory, from the third quarter of a part to its last
 TOKENS, SHUFFLE, MAX_LENGTH = 4096, 1000, 512
@@ -229,13 +229,12 @@ def estimated_packs(folder: Path, count: int, lookahead: int) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run, print the verdict, write; 1 when it fails."""
-    parser = argparse.ArgumentParser(prog="benchmarks.studies.input_stream", description=__doc__.split("\n")[0])
+    parser = parser_of("benchmarks.studies.input_stream", __doc__)
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2, help="loader processes of each rank")
     parser.add_argument("--lookahead", type=int, default=1024, help="rows of a window")
     parser.add_argument("--shards", type=int, default=8)
-    parser.add_argument("--json", type=Path, help="write the record here")
     for internal in ("--folder", "--rank", "--first", "--stop"):
         parser.add_argument(internal, type=Path if internal == "--folder" else int, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)

@@ -17,7 +17,6 @@ are also compared with the plain rung's own on the whole batch ("whole").
 
 from __future__ import annotations
 
-import argparse
 import gc
 import sys
 from collections.abc import Callable, Sequence
@@ -37,6 +36,7 @@ from ..common import (
     DTYPES,
     Record,
     interleaved,
+    parser_of,
     peak_incremental_mib,
     record_here,
     relative_error,
@@ -266,11 +266,8 @@ def print_table(records: list[Record], rungs: Sequence[Rung]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run, print, write; 1 where a rung is not correct."""
-    parser = argparse.ArgumentParser(prog="benchmarks.studies.ladder", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--json", type=Path, help="write the records here")
+    parser = parser_of("benchmarks.studies.ladder", __doc__, on_device=True)
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds after a warm-up round")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: all")
     parser.add_argument("--rungs", nargs="+", default=[], help="names, besides plain; default: all")
     parser.add_argument("--quick", action="store_true", help="a tiny size")
     parser.add_argument("--climb", action="store_true", help="climb as on a GPU; on the CPU with --quick")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from mtllm_fast.models.frozen import KINDS, dequantised
 from mtllm_fast.training import OptimSettings
 from mtllm_fast.training.switches import apply_switches, check_switches
 
-from ..cases.lora import SharedLora
+from ..cases.joint_pass import shared_products
 from ..cases.steps import (
     SMALL,
     Problem,
@@ -29,6 +28,7 @@ from ..cases.steps import (
     huggingface,
     make,
     masked_mean,
+    packed_mean,
     padded_rows,
     padded_states,
     result,
@@ -70,24 +70,6 @@ class Rung:
         return "fp8" if self.base == "fp8" else "bf16" if self.switches.get("bf16") else "fp32"
 
 
-@contextmanager
-def shared_products(p: Problem) -> Iterator[None]:
-    """Inside the block every adapted layer takes teacher and student rows in one product, adapters on the student's."""
-    llm, split = p.model.require_llm(), p.batch.side("mt").num_tokens
-
-    def forward(layer: Any, x: Tensor) -> Tensor:
-        a, b = (m["student"].weight.to(x.dtype) for m in (layer.lora_A, layer.lora_B))
-        return SharedLora.apply(x, layer.base_layer.weight, a, b, layer.scaling["student"], split)
-
-    for layer in llm._tuned:
-        layer.forward = partial(forward, layer)
-    try:
-        yield
-    finally:
-        for layer in llm._tuned:
-            del layer.forward
-
-
 def joint_states(p: Problem) -> tuple[Tensor, Tensor]:
     """Student and teacher states of one pass over both."""
     stack, mt, llm = p.model.require_stack(), p.batch.side("mt"), p.batch.side("llm")
@@ -96,7 +78,7 @@ def joint_states(p: Problem) -> tuple[Tensor, Tensor]:
     embeds = stack.projection(states, stack.encoder.final_norm, stack.llm.model.dtype)
     tokens = stack.llm.model.get_input_embeddings()(llm.input_ids)
     both = PackedBatch.from_sequences([[0] * n for n in (*mt.lengths, *llm.lengths)]).to(mt.device)
-    with shared_products(p):
+    with shared_products(stack.llm, mt.num_tokens):
         states = stack.llm(both, embeds=torch.cat([embeds, tokens]))
     return states[: mt.num_tokens], states[mt.num_tokens :].detach()
 
@@ -124,12 +106,7 @@ def forward_backward(rung: Rung, p: Problem) -> dict[str, Any]:
                 return _fused(p, student, teacher)
         if rung.fused:
             return _fused(p, student, teacher)
-
-        def mean(states: Tensor, packed: PackedBatch) -> Tensor:
-            sums = states.new_zeros(packed.num_sequences, states.shape[1]).index_add(0, packed.sequence_ids, states)
-            return sums / packed.cu_seqlens.diff()[:, None]
-
-        means = mean(student, mt), mean(teacher, llm)
+        means = packed_mean(student, mt), packed_mean(teacher, llm)
         return gradients(p, unfused_loss(p, means, (student, teacher), (p.batch.mt_rows, p.batch.llm_rows)))
 
 

@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from mtllm_fast.data.pack import PackedBatch
 from mtllm_fast.models import PackedLLM
+from mtllm_fast.reporting.table import Table
 
 OUTPUT = Path("benchmarks/results/cpu/llm_families")
 LENGTHS = (1, 2, 23, 7, 40)
@@ -203,17 +204,12 @@ def judged(model_type: str) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| family | reading | verdict | largest difference | rounding | why |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    header = ["family", "reading", "verdict", "largest difference", "rounding", "why"]
+    cells = []
     for row in rows:
-        numbers = [f"{row[name]:.1e}" if name in row else "" for name in ("difference", "rounding")]
-        why = row["why"].replace("|", "\\|")
-        lines.append(
-            f"| {row['family']} | {row.get('reading', '')} | {row['verdict']} | {numbers[0]} | {numbers[1]} | {why} |"
-        )
-    return "\n".join(lines)
+        numbers = (f"{row[name]:.1e}" if name in row else "" for name in ("difference", "rounding"))
+        cells.append([row["family"], row.get("reading", ""), row["verdict"], *numbers, row["why"]])
+    return "\n".join(Table(header, cells, left=len(header)).markdown())
 
 
 def main() -> None:
@@ -227,16 +223,9 @@ def main() -> None:
     rows = []
     for name in names:
         rows += judged(name)
-        for row in rows[-2:] if len(rows) > 1 and rows[-2]["family"] == name else rows[-1:]:
-            print(
-                row["family"],
-                row.get("reading", ""),
-                row["verdict"],
-                row.get("difference", ""),
-                row.get("rounding", ""),
-                row["why"],
-                flush=True,
-            )
+        for row in (row for row in rows[-2:] if row["family"] == name):
+            shown = ("family", "reading", "verdict", "difference", "rounding", "why")
+            print(*(row.get(key, "") for key in shown), flush=True)
     counts = Counter(row["verdict"] for row in rows)
     head = (
         "Packed rows of every causal-LM family of transformers that builds from a small config, compared with "

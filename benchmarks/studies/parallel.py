@@ -11,7 +11,6 @@ another seed. Where DeepSpeed is installed (on CPUs: DS_BUILD_OPS=0 pip install 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -27,7 +26,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from .. import REPO
-from ..common import relative_error, study_record, write
+from ..common import parser_of, relative_error, study_record, write
 
 LOSS, WEIGHTS = 1e-5, 1e-4  # what the comparison is held to
 FAR = 30  # a control is at least so many times beyond
@@ -226,9 +225,8 @@ def main(argv: list[str] | None = None) -> int:
         CONTROLS[argv[1]](trainer)
         sys.argv[1:] = argv[2:]
         return mtllm() or 0
-    parser = argparse.ArgumentParser(prog="benchmarks.studies.parallel", description=__doc__.split("\n")[0])
+    parser = parser_of("benchmarks.studies.parallel", __doc__)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--json", type=Path, help="write the record here")
     parser.add_argument("--keep", type=Path, help="keep the runs in this new folder")
     options = parser.parse_args(argv)
     if options.steps < 5:

@@ -9,22 +9,19 @@ predicts with this run's own ceilings (`torch.mm`, copy) over the measured time:
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import statistics
 import sys
-import time
 import warnings
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, M2M100Config
 
 from benchmarks.ceilings import measure
-from benchmarks.common import commit, device_name, versions
+from benchmarks.common import device_name, made_here, parser_of, timed_once
+from benchmarks.models import llama, m2m100
 from mtllm_fast.losses import DistillationLoss, DistillationWeights
 from mtllm_fast.planning import Rates, StepSpec, measured_peak, ours
 from mtllm_fast.planning.accounting import Accounting
@@ -52,24 +49,8 @@ class Row:
 
 
 def spec(kl: bool, checkpointing: bool = False) -> StepSpec:
-    encoder = M2M100Config(
-        vocab_size=VOCAB,
-        d_model=WIDTH,
-        encoder_layers=LAYERS,
-        decoder_layers=1,
-        encoder_attention_heads=8,
-        decoder_attention_heads=8,
-        encoder_ffn_dim=4 * WIDTH,
-        decoder_ffn_dim=64,
-    )
-    llm = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        intermediate_size=3 * WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-    )
+    encoder = m2m100(WIDTH, LAYERS, 4 * WIDTH, VOCAB, heads=8)
+    llm = llama(WIDTH, LAYERS, 3 * WIDTH, VOCAB, heads=8, num_key_value_heads=4)
     weights = DistillationWeights(kl=float(kl))
     return StepSpec(encoder, llm, weights, dtype=torch.float32, checkpointing=checkpointing)
 
@@ -121,21 +102,14 @@ def padded_step(settings: StepSpec, name: str, rates: Rates, repeats: int) -> Ro
 
 def _row(label: str, name: str, peak: int, roofline: float, step, repeats: int) -> Row:  # type: ignore[no-untyped-def]
     step()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    measured = statistics.median(times)
-    return Row(
-        label, name, peak / 2**20, measured_peak(step) / 2**20, 1e3 * roofline, 1e3 * measured, roofline / measured
-    )
+    measured = statistics.median(timed_once(step, "cpu") for _ in range(repeats))
+    peaks = peak / 2**20, measured_peak(step) / 2**20
+    return Row(label, name, *peaks, 1e3 * roofline, measured, 1e3 * roofline / measured)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print, write; 1 where a predicted peak is more than a tenth off."""
-    parser = argparse.ArgumentParser(prog="benchmarks.studies.plan_accuracy", description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path)
+    parser = parser_of("benchmarks.studies.plan_accuracy", __doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, help="CPU threads; default: all")
     options = parser.parse_args(argv)
@@ -153,32 +127,13 @@ def main(argv: list[str] | None = None) -> int:
             rows.append(packed_step(spec(kl, checkpointing), name, rates, options.repeats))
         rows.append(padded_step(spec(False), name, rates, options.repeats))
     line = "{:24} {:10} {:>13} {:>12} {:>7} {:>12} {:>12} {:>8}"
-    print(
-        line.format(
-            "step", "lengths", "predicted MiB", "measured MiB", "ratio", "roofline ms", "measured ms", "reached"
-        )
-    )
+    header = ("step", "lengths", "predicted MiB", "measured MiB", "ratio", "roofline ms", "measured ms", "reached")
+    print(line.format(*header))
     for r in rows:
-        print(
-            line.format(
-                r.step,
-                r.lengths,
-                f"{r.predicted_mib:.1f}",
-                f"{r.measured_mib:.1f}",
-                f"{r.predicted_mib / r.measured_mib:.3f}",
-                f"{r.roofline_ms:.0f}",
-                f"{r.measured_ms:.0f}",
-                f"{r.reached:.2f}",
-            )
-        )
+        mib = f"{r.predicted_mib:.1f}", f"{r.measured_mib:.1f}", f"{r.predicted_mib / r.measured_mib:.3f}"
+        print(line.format(r.step, r.lengths, *mib, f"{r.roofline_ms:.0f}", f"{r.measured_ms:.0f}", f"{r.reached:.2f}"))
     if options.json:
-        record = {
-            "rows": [asdict(r) for r in rows],
-            "ceilings": ceilings,
-            "device": device_name("cpu"),
-            "versions": versions(),
-            "commit": commit(),
-        }
+        record = {"rows": [asdict(r) for r in rows], "ceilings": ceilings, **made_here()}
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return int(any(abs(r.predicted_mib / r.measured_mib - 1) > 0.1 for r in rows))
 

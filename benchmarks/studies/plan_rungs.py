@@ -12,12 +12,14 @@ ceilings, and `share` is how much of them the audit (design/KERNELS.md §9) expe
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 from mtllm_fast.planning.presets import ALIASES, MODELS
+from mtllm_fast.reporting.table import Table
+
+from ..common import parser_of
 
 TRAFFIC = Path(__file__).parents[1] / "results" / "cpu" / "traffic.json"
 GEMM, COPY = 790e12, 4.3e12  # FLOP/s in bf16 and bytes/s, read plus written, seen on an H200
@@ -84,14 +86,12 @@ def teacher(traffic: dict[str, Any], row: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", type=Path, help="also write the records to this file")
+    parser = parser_of("benchmarks.studies.plan_rungs", __doc__)
     options = parser.parse_args()
     found = estimates(json.loads(TRAFFIC.read_text(encoding="utf-8")))
-    print("| rung, H200 | KB per token and layer | us: products | elementwise | documents/s at most | audit | share |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for one in found:
-        print("| " + " | ".join("-" if value is None else str(value) for value in one.values()) + " |")
+    header = ["rung, H200", "KB per token and layer", "us: products", "elementwise", "documents/s at most", "audit"]
+    rows = [["-" if value is None else str(value) for value in one.values()] for one in found]
+    print("\n".join(Table([*header, "share"], rows).markdown()))
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

@@ -11,7 +11,6 @@ complete checkpoint.
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import re
@@ -29,7 +28,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import REPO
-from benchmarks.common import study_record, write
+from benchmarks.common import parser_of, study_record, write
 
 
 @dataclass
@@ -82,14 +81,22 @@ class Run:
 
 def make_inputs(folder: Path, lines: int = 3000) -> Path:
     """Tiny encoder, LLM and a text of short lines, in `folder`."""
-    from tests.tiny import LINES, build_encoder_folder, build_llm_folder
+    from tests.tiny import build_encoder_folder, build_llm_folder
 
     build_encoder_folder(folder / "encoder")
     build_llm_folder(folder / "llm")
-    rng, words = random.Random(0), " ".join(LINES).split()
-    text = (" ".join(rng.choices(words, k=rng.randint(3, 16))) + f" {number}\n" for number in range(lines))
-    (folder / "text.txt").write_text("".join(text), encoding="utf-8")
+    write_lines(folder / "text.txt", lines, longest=16)
     return folder
+
+
+def write_lines(path: Path, lines: int, longest: int) -> None:
+    """Lines of 3 to `longest` words, each with its number."""
+    from tests.tiny import LINES
+
+    rng, words = random.Random(0), " ".join(LINES).split()
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(lines):
+            file.write(" ".join(rng.choices(words, k=rng.randint(3, longest))) + f" {number}\n")
 
 
 def entries(folder: Path) -> set[str]:
@@ -231,13 +238,12 @@ def stopped_often(run: Run, stops: int, rng: random.Random) -> list[dict[str, An
 
 def main(argv: list[str] | None = None) -> int:
     """Run, print the verdict, write; 1 when it fails."""
-    parser = argparse.ArgumentParser(prog="benchmarks.studies.survive", description=__doc__.split("\n")[0])
+    parser = parser_of("benchmarks.studies.survive", __doc__)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--stops", type=int, default=3, help="with SIGTERM")
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--save-steps", type=int, default=5)
     parser.add_argument("--seed", type=int, default=None, help="of the moments; default: others each time")
-    parser.add_argument("--json", type=Path, help="write the record here")
     options = parser.parse_args(argv)
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="survive-") as name:

@@ -10,10 +10,8 @@ added to it counts here.
 
 from __future__ import annotations
 
-import argparse
 import json
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -26,8 +24,10 @@ from mtllm_fast.models import MTLLM
 from mtllm_fast.models.adapters import LoraSettings
 from mtllm_fast.planning.presets import config
 from mtllm_fast.planning.simulate import StepSpec, build
+from mtllm_fast.reporting.table import Table
 
 from ..cases.lora import pefts_layers
+from ..common import parser_of
 from .traffic_count import Traffic, compiled, counted_launches, liger_layers
 
 TOKENS = 8192
@@ -108,15 +108,15 @@ def traced(dropout: float, layers: str = LAYERS[1]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser = parser_of("benchmarks.studies.traffic", __doc__)
     options = parser.parse_args()
     found = {f"{layers}, dropout {dropout}": traced(dropout, layers) for dropout in (0.05, 0.0) for layers in LAYERS}
-    print("| elementwise KB per token and layer | forward | backward | products, both |")
-    print("| --- | ---: | ---: | ---: |")
+    rows = []
     for name, parts in found.items():
-        products = sum(part["products"] for part in parts.values())
-        print(f"| {name} | {parts['forward']['elementwise']} | {parts['backward']['elementwise']} | {products} |")
+        moved = [part["elementwise"] for part in parts.values()]
+        rows.append([name, *map(str, [*moved, sum(part["products"] for part in parts.values())])])
+    header = ["elementwise KB per token and layer", "forward", "backward", "products, both"]
+    print("\n".join(Table(header, rows).markdown()))
     for name, parts in found.items():
         print(f"{name}: {parts['forward']['largest']}; backward {parts['backward']['largest']}")
     if options.json:

@@ -12,7 +12,6 @@ Pooled and paired MSE are divided by the variance of the teacher's states.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -37,7 +36,7 @@ from mtllm_fast.training import AdaptConfig, OptimSettings, adapt, trainer
 from mtllm_fast.training.adapt import starting_model
 from mtllm_fast.training.stage import Stage
 
-from ..common import commit, device_name, relative_error, versions, write
+from ..common import made_here, parser_of, relative_error, write
 
 WEIGHTS = DistillationWeights(pooled_mse=1.0, paired_mse=1.0, kl=1.0)
 BASES = ("bf16", "fp8")
@@ -307,10 +306,9 @@ def begin(options: Any, folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(prog="benchmarks.trials.fp8", description=(__doc__ or "").split("\n")[0])
+    parser = parser_of("benchmarks.trials.fp8", __doc__)
     for name in ("encoder", "llm", "text", "valid"):
         parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=256, help="of a step")
     parser.add_argument("--batches", type=int, default=2, help="of 16 texts, for gradients and for validation")
@@ -319,14 +317,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all, in this order")
     options = parser.parse_args(argv)
     rows = list(read_rows(options.valid, language="eng_Latn", limit=16 * options.batches))
-    about = {
-        "device": device_name("cpu"),
-        "versions": versions(),
-        "commit": commit(),
-        "steps": options.steps,
-        "tokens": options.tokens,
-        "batches": options.batches,
-    }
+    about = made_here() | {name: getattr(options, name) for name in ("steps", "tokens", "batches")}
     records: list[Any] = []
 
     def add(*more: Any) -> None:

@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.cases.lora import SharedLora
 from benchmarks.cases.steps import exact, make
 from benchmarks.common import Record
-from benchmarks.studies import ladder, ladder_rungs
+from benchmarks.studies import ladder
 from benchmarks.studies.ladder import ALONE, CLIMBS, SIZES, climb, run_cpu
 from benchmarks.studies.ladder_rungs import Rung, forward_backward, gate, missing, prepare, reference
 from mtllm_fast.models.frozen import Fp8Linear, quantize_frozen
@@ -67,10 +68,8 @@ def test_fp8_is_held_against_its_own_weights() -> None:
 
 def test_joint_pass_takes_every_base_layer_once(monkeypatch) -> None:
     problem, calls = tiny(), []
-    apply = ladder_rungs.SharedLora.apply
-    monkeypatch.setattr(
-        ladder_rungs.SharedLora, "apply", lambda x, *rest: (calls.append(x.shape[-2]), apply(x, *rest))[1]
-    )
+    apply = SharedLora.apply
+    monkeypatch.setattr(SharedLora, "apply", lambda x, *rest: (calls.append(x.shape[-2]), apply(x, *rest))[1])
     rung = next(r for r in ALONE if r.joint)
     forward_backward(rung, prepare(rung, problem, "cpu").problem)
     both = problem.batch.mt.num_tokens + problem.batch.llm.num_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,10 +24,16 @@ def cu(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
 
 
-def states(lengths: str, width: int = 24, dtype: torch.dtype = torch.float32, seed: int = 0, tail: int = 3):
+def states(
+    lengths: str | tuple[list[int], list[int]],
+    width: int = 24,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    tail: int = 3,
+):
     """(student, teacher, cu_s, cu_t): states with a mean, `tail` student rows behind the last sequence."""
     g = torch.Generator().manual_seed(seed)
-    own, other = LENGTHS[lengths]
+    own, other = LENGTHS[lengths] if isinstance(lengths, str) else lengths
     student = torch.randn(sum(own) + tail, width, generator=g) + 0.3
     teacher = torch.randn(sum(other), width, generator=g) - 0.2
     return student.to(dtype), teacher.to(dtype), cu(own), cu(other)
@@ -59,6 +66,20 @@ def exact_paired(student: Tensor, teacher: Tensor, rows_s: Tensor, rows_t: Tenso
     total = reference_paired(x, teacher.double(), rows_s, rows_t, None if weight is None else weight.double())
     total.backward()
     return {"total": total.detach(), "dx": x.grad}
+
+
+def run_loss(
+    function: Callable[..., Any], student: Tensor, *arguments: Any, device: str = "cpu", **options: Any
+) -> dict[str, Tensor]:
+    """Sum, count and gradient of `pooled_mse` or `paired_mse`."""
+
+    def moved(value: Any) -> Any:
+        return value.detach().to(device).clone() if isinstance(value, Tensor) else value
+
+    x = moved(student).requires_grad_()
+    total, count = function(x, *map(moved, arguments), **{name: moved(value) for name, value in options.items()})
+    total.backward()
+    return {"total": total.detach(), "dx": x.grad, "count": count}
 
 
 def check_all(got: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dtype, wider: float = 1.0) -> None:

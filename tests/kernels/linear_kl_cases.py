@@ -1,13 +1,17 @@
-"""Problems, and the comparison that carries its own negative controls, for the tests of linear_kl."""
+"""The comparison that carries its own negative controls, and what else the tests of all ops share; problems of linear_kl."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from mtllm_fast.kernels.linear_kl import reference
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 # Relative L2 error against fp64, by input dtype. bf16 and fp16 results are themselves rounded (0.17 %, 0.02 %).
 LIMITS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
@@ -32,6 +36,52 @@ def check(actual: Tensor, exact: Tensor, limit: float) -> None:
     assert error(actual, exact) <= limit
     rms = float(actual.detach().double().cpu().norm() / exact.norm())
     assert abs(rms - 1) <= limit
+
+
+def largest_error(actual: Tensor, exact: Tensor, floor: float = 1e-3) -> float:
+    """Largest difference over the largest element, at least `floor`; 0 where there is nothing."""
+    if not exact.numel():
+        return 0.0
+    return float((actual.detach().cpu() - exact).abs().max() / exact.abs().max().clamp(min=floor))
+
+
+@contextmanager
+def nan_in_empty() -> Iterator[None]:
+    """Inside the block torch.empty is filled with NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def same_bits(make: Callable[[], dict[str, Tensor]]) -> None:
+    """What `make` gives is finite and the same bit for bit, whatever torch.empty holds."""
+    first = make()
+    with nan_in_empty():
+        second = make()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+        assert value.isfinite().all(), name
+
+
+def same_as_fake(op: Any, arguments: tuple[Any, ...], kernel: str = "") -> None:
+    """Shapes and dtypes of the results, or of those of the kernel of that device type, are those of the op's fake."""
+    got = (op._backend_fns[kernel] if kernel else op)(*arguments)
+    with FakeTensorMode() as mode:
+        said = op(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments))
+    got, said = ((x,) if isinstance(x, Tensor) else x for x in (got, said))
+    assert [(x.shape, x.dtype) for x in got] == [(x.shape, x.dtype) for x in said]
+
+
+@pytest.fixture
+def exact_fp32_gemms() -> Iterator[None]:
+    """No TF32 on a GPU."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 @dataclass
@@ -119,6 +169,14 @@ def make_case(
         options["row_weight"] = weight
     tensors = [x if x is None else x.to(dtype) for x in (h_s, w_s, h_t, w_t)]
     return Case(*tensors, options)
+
+
+def with_gone(gone: Tensor, **options: Any) -> tuple[Case, Case]:
+    """A problem whose bias is -inf at the entries `gone` (V,), and the same over the others alone."""
+    case, kept = (make_case(vocab=len(gone), bias=True, **options) for _ in range(2))
+    case.options["bias_s"][gone] = -torch.inf
+    kept.w_s, kept.options["bias_s"] = kept.w_s[~gone], kept.options["bias_s"][~gone]
+    return case, kept
 
 
 def large_case(

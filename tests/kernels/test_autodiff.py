@@ -129,10 +129,15 @@ def test_second_derivatives_are_refused(key, of):
         # The loss keeps this differentiable even where the penalty's part would be lost in silence.
         (loss + gradient.square().sum()).backward()
 
+    def of_the_square() -> None:
+        leaves = X.clone().requires_grad_(), p.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(function(*leaves) ** 2, leaves[index], create_graph=True)
+        gradient.sum().backward()
+
     def grad_of_grad() -> None:
         torch.func.grad(lambda x, q: torch.func.grad(function, index)(x, q).sum(), index)(X, p)
 
-    for call in (penalty, grad_of_grad):
+    for call in (penalty, of_the_square, grad_of_grad):
         with pytest.raises(RuntimeError, match=rf"{key.split()[0]}.* has no second derivative"):
             call()
 

@@ -20,10 +20,9 @@ from mtllm_fast.kernels import linear_kl_ops as kl
 from mtllm_fast.kernels.distillation_loss import _distillation
 from mtllm_fast.kernels.linear_kl import reference as linear_kl_reference
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.kernels.hidden_cases import cu, exact_paired, exact_pooled, pairs, states
-from tests.kernels.linear_kl_cases import Case, check, make_case
+from tests.kernels.hidden_cases import check_all, cu, exact_paired, exact_pooled, pairs, run_loss, states
+from tests.kernels.linear_kl_cases import Case, check, make_case, same_as_fake
 from tests.kernels.projection_cases import exact as exact_projection
 from tests.kernels.projection_cases import make, run
 
@@ -41,17 +40,9 @@ def test_negative_weights():
     student, teacher, *bounds = states("tiny")
     weight = torch.linspace(-1, 2, 32)
     rows_s, rows_t, _ = pairs(student, teacher, 32)
-    for loss, right, others in (
-        (pooled_mse, exact_pooled, bounds),
-        (paired_mse, exact_paired, (rows_s, rows_t)),
-    ):
-        exact = right(student, teacher, *others, weight=weight)
-        x = student.clone().requires_grad_()
-        total, count = loss(x, teacher, *others, weight=weight)
-        total.backward()
-        check(total, exact["total"], 1e-5)
-        check(x.grad, exact["dx"], 1e-5)
-        check(count, weight.double().sum(), 1e-6)
+    for loss, right, others in ((pooled_mse, exact_pooled, bounds), (paired_mse, exact_paired, (rows_s, rows_t))):
+        exact = right(student, teacher, *others, weight=weight) | {"count": weight.double().sum()}
+        check_all(run_loss(loss, student, teacher, *others, weight=weight), exact, torch.float32)
 
 
 def test_negative_weights_of_the_kl():
@@ -101,16 +92,8 @@ def test_every_term_has_a_weight_of_its_own():
     rows_s, rows_t, head = torch.tensor([0, 7, 19, 4]), torch.tensor([13, 2, 5, 5]), torch.randn(30, 16, generator=g)
     bounds = cu([9, 11]), cu([6, 8])
     x = student.clone().requires_grad_()
-    terms = distillation_loss(
-        x,
-        teacher,
-        cu_seqlens_s=bounds[0],
-        cu_seqlens_t=bounds[1],
-        paired=True,
-        rows_s=rows_s,
-        rows_t=rows_t,
-        head=head,
-    )
+    ends = {"cu_seqlens_s": bounds[0], "cu_seqlens_t": bounds[1]}
+    terms = distillation_loss(x, teacher, **ends, paired=True, rows_s=rows_s, rows_t=rows_t, head=head)
     (0.3 * terms.pooled_mse[0] + 0.5 * terms.paired_mse[0] + 0.7 * terms.kl[0]).backward()
     pairs = student[rows_s].double().requires_grad_()
     linear_kl_reference(pairs, head.double(), teacher[rows_t].double(), head.double())[0].backward()
@@ -125,13 +108,8 @@ def test_a_segment_over_several_blocks_of_rows(dtype):
     g = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(n, 2048, generator=g).to(dtype) for n in (300, 290))
     bounds = cu([140, 0, 100, 60]), cu([5, 3, 135, 147])
-    limit = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 4e-3}[dtype]
-    exact = exact_pooled(student, teacher, *bounds)
-    x = student.clone().requires_grad_()
-    total, _ = pooled_mse(x, teacher, *bounds)
-    total.backward()
-    check(total, exact["total"], limit)
-    check(x.grad, exact["dx"], limit)
+    case = student, teacher, *bounds
+    check_all(run_loss(pooled_mse, *case), exact_pooled(*case), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -149,11 +127,9 @@ def test_eps_where_it_matters(norm, dtype):
 
 def test_bounds_of_int64_and_a_tail_that_belongs_to_nobody():
     student, teacher, *bounds = states("one", tail=7)
-    exact = exact_pooled(student, teacher, *bounds)
-    x = student.clone().requires_grad_()
-    pooled_mse(x, teacher, *(b.long() for b in bounds))[0].backward()
-    check(x.grad, exact["dx"], 1e-5)
-    assert not x.grad[5:].any()
+    dx = run_loss(pooled_mse, student, teacher, *(b.long() for b in bounds))["dx"]
+    check(dx, exact_pooled(student, teacher, *bounds)["dx"], 1e-5)
+    assert not dx[5:].any()
 
 
 # ---- linear_kl
@@ -286,15 +262,6 @@ def test_a_scale_without_boundary_rows(norm):
 
 
 # ---- all ops
-def same_as_fake(op, arguments) -> None:
-    """Shapes and dtypes of the results are those of the op's fake."""
-    got = op(*arguments)
-    with FakeTensorMode() as mode:
-        said = op(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments))
-    got, said = ((x,) if isinstance(x, Tensor) else x for x in (got, said))
-    assert [(x.shape, x.dtype) for x in got] == [(x.shape, x.dtype) for x in said]
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_fakes_in_every_dtype(dtype):
     """opcheck compares them in fp32, where a gradient's dtype and the sums' are one."""

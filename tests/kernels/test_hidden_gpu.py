@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from mtllm_fast.kernels import distillation_loss, linear_kl, packed_projection, paired_mse, pooled_mse, segment_mean
@@ -17,36 +19,26 @@ from tests.kernels.hidden_cases import (
     exact_pooled,
     pairs,
     random_lengths,
+    run_loss,
     states,
 )
-from tests.kernels.linear_kl_cases import LIMITS, check
+from tests.kernels.linear_kl_cases import LIMITS, check, exact_fp32_gemms, largest_error  # noqa: F401
 from tests.kernels.projection_cases import exact, make, run
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.usefixtures("exact_fp32_gemms"),
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 WIDTHS = [24, 1024, 4096]
-
-
-@pytest.fixture(autouse=True)
-def exact_fp32_gemms():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 def moved(value):
     return value.cuda() if isinstance(value, torch.Tensor) else value
 
 
-def on_gpu(function, student, *arguments, **options):
-    x = student.detach().cuda().requires_grad_()
-    total, count = function(x, *map(moved, arguments), **{k: moved(v) for k, v in options.items()})
-    total.backward()
-    return {"total": total.detach(), "dx": x.grad, "count": count}
+on_gpu = partial(run_loss, device="cuda")
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
@@ -175,6 +167,4 @@ def test_random_packs():
         options = {"pooling": ["mean", "first", "last"][seed % 3]}
         right = exact_pooled(student, teacher, cu(own), cu(other), **options)
         got = on_gpu(pooled_mse, student, teacher, cu(own), cu(other), **options)
-        for name, value in right.items():
-            if value.numel():
-                assert float((got[name].cpu() - value).abs().max()) <= 1e-5 * float(value.abs().max().clamp(min=1e-2))
+        assert all(largest_error(got[name], value, 1e-2) <= 1e-5 for name, value in right.items())

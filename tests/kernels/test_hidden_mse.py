@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from mtllm_fast.kernels import paired_mse, pooled_mse, segment_mean
@@ -15,25 +17,15 @@ from tests.kernels.hidden_cases import (
     exact_pooled,
     pairs,
     random_lengths,
+    run_loss,
     states,
 )
-from tests.kernels.linear_kl_cases import LIMITS, check, error
+from tests.kernels.linear_kl_cases import LIMITS, check, error, largest_error, same_bits
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
-def run_pooled(student, teacher, *bounds, **options):
-    x = student.detach().clone().requires_grad_()
-    total, count = pooled_mse(x, teacher, *bounds, **options)
-    total.backward()
-    return {"total": total.detach(), "dx": x.grad, "count": count}
-
-
-def run_paired(student, teacher, *arguments, **options):
-    x = student.detach().clone().requires_grad_()
-    total, count = paired_mse(x, teacher, *arguments, **options)
-    total.backward()
-    return {"total": total.detach(), "dx": x.grad, "count": count}
+run_pooled, run_paired = partial(run_loss, pooled_mse), partial(run_loss, paired_mse)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
@@ -156,19 +148,8 @@ def test_bitwise_repeatable_and_independent_of_what_empty_holds():
     student, teacher, *bounds = states("dominant", dtype=torch.bfloat16)
     rows_s, rows_t, weight = pairs(student, teacher, 90)
 
-    def everything():
-        paired = run_paired(student, teacher, rows_s, rows_t, weight=weight)
-        return [*run_pooled(student, teacher, *bounds).values(), *paired.values()]
-
-    first = everything()
-    torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
-    try:
-        second = everything()
-    finally:
-        torch.use_deterministic_algorithms(False)
-    for a, b in zip(first, second):
-        assert torch.equal(a, b)
-        assert a.isfinite().all()
+    same_bits(lambda: run_pooled(student, teacher, *bounds))
+    same_bits(lambda: run_paired(student, teacher, rows_s, rows_t, weight=weight))
 
 
 @pytest.mark.parametrize("part", range(5))
@@ -187,14 +168,12 @@ def test_random_packs(part):
         exact = exact_pooled(student, teacher, cu(own), cu(other), **options)
         valid = torch.tensor([a > 0 and b > 0 for a, b in zip(own, other)])
         assert torch.isclose(got["count"], weight[valid].sum())
-        for name, value in exact.items():
-            if value.numel():
-                worst = max(worst, float((got[name] - value).abs().max() / value.abs().max().clamp(min=1e-3)))
+        worst = max(worst, *(largest_error(got[name], value) for name, value in exact.items()))
         if student.shape[0] and teacher.shape[0]:
             rows_s, rows_t, w = pairs(student, teacher, 1 + seed % 9, seed)
             got = run_paired(student, teacher, rows_s, rows_t, weight=w)
             exact = exact_paired(student, teacher, rows_s, rows_t, w)
-            worst = max(worst, float((got["dx"] - exact["dx"]).abs().max() / exact["dx"].abs().max().clamp(min=1e-3)))
+            worst = max(worst, largest_error(got["dx"], exact["dx"]))
     assert worst < 1e-9
 
 

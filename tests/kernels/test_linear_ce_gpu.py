@@ -7,9 +7,13 @@ import torch
 from mtllm_fast.kernels import linear_ce
 
 from tests.kernels.ce_cases import exact, make, run
-from tests.kernels.linear_kl_cases import LIMITS, check
+from tests.kernels.linear_kl_cases import LIMITS, check, exact_fp32_gemms  # noqa: F401
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.usefixtures("exact_fp32_gemms"),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -26,7 +30,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def test_matches_fp64(dtype, options) -> None:
     case = make(dtype, **{"count": 70, "width": 64, "vocab": 2051, **options})
     there = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in case.items()}
-    torch.set_float32_matmul_precision("highest")
     got = run(linear_ce, there)
     for name, value in exact(case).items():
         check(got[name], value, LIMITS[dtype])

@@ -10,21 +10,14 @@ import torch
 from mtllm_fast.kernels import linear_kl, teacher_moments
 from mtllm_fast.kernels import linear_kl_ops as ops
 
-from tests.kernels.linear_kl_cases import LIMITS, check, make_case
+from tests.kernels.linear_kl_cases import LIMITS, check, exact_fp32_gemms, make_case  # noqa: F401
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.usefixtures("exact_fp32_gemms"),
 ]
 FLAGS = ("separate", "bias", "rows", "weights")
-
-
-@pytest.fixture(autouse=True)
-def exact_fp32_gemms():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 def compare(case, **extra):

@@ -32,10 +32,8 @@ MODULES = {
     "kernels": ("torch", "numpy"),
     "interpreted": ("torch", "numpy", "triton"),
 }
-BASE_LIMIT, FACTOR = (
-    60.0,
-    8.0,
-)  # seconds that a mutant's tests may take: so many, and so many times what they took without
+# seconds that a mutant's tests may take: so many, and so many times what they took without
+BASE_LIMIT, FACTOR = 60.0, 8.0
 STATES = ("found", "survived", "equivalent", "invalid")
 
 
@@ -60,9 +58,8 @@ class Server:
 
     def __init__(self, copy: Path, kind: str, modules: Sequence[str] | None = None) -> None:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        environment["PYTHONDONTWRITEBYTECODE"] = (
-            "1"  # a fault changes neither the size of its file nor, within a second, its time
-        )
+        # a fault changes neither the size of its file nor, within a second, its time
+        environment["PYTHONDONTWRITEBYTECODE"] = "1"
         environment.pop("TRITON_INTERPRET", None)
         if kind == "interpreted":
             environment["TRITON_INTERPRET"] = "1"
