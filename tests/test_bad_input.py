@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import shlex
 import shutil
@@ -12,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from mtllm_fast.kernels import linear_kl, packed_projection, paired_mse, pooled_mse, segment_mean
 
 from mtllm_fast import (
     MTLLM,
@@ -27,6 +27,7 @@ from mtllm_fast import (
 )
 from mtllm_fast.cli import main
 from mtllm_fast.data.collate import collate
+from mtllm_fast.kernels import linear_kl, packed_projection, paired_mse, pooled_mse, segment_mean
 from mtllm_fast.yaml_file import read_yaml
 from tests.bad_inputs import COMMANDS, MORE, SUITES, TASKS
 from tests.conftest import REPO
@@ -92,6 +93,8 @@ def world(encoder_folder: str, llm_folder: str, tmp_path_factory: pytest.TempPat
         "inf.txt": "40\ninf\n",
         "list.yaml": "- lr\n",
         "empty.yaml": "",
+        "empty.txt": "",
+        "typo.yaml": "max-step: 3\n",
         "nested.yaml": "loss: {k1: 1}\n",
         "nan.yaml": "lr: .nan\n",
         "seeds.yaml": "seeds: [a]\n",
@@ -103,6 +106,7 @@ def world(encoder_folder: str, llm_folder: str, tmp_path_factory: pytest.TempPat
     shutil.copy(REPO / "benchmarks" / "results" / "cpu" / "bench.json", root)
     (root / "bytes.yaml").write_bytes(b"lr: \xff\xfe\n")
     (root / "cut.parquet").write_bytes(b"PAR1\x00\x01")
+    (root / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 500)[:40])
     return root
 
 

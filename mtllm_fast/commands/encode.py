@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from ..data.language import language_read, reads_language
-from .files import check_least, output_file, ranks, stoppable, tell
+from .files import check_given, check_least, output_file, ranks, stoppable, tell
 from .options import TextOptions
 
 
@@ -77,7 +77,8 @@ class Encode(TextOptions):
 
         check_device(self.device)
         check_least(self, window=1, max_tokens=1, limit=1)
-        output = output_file(self, tuple(FORMATS), resumable=True)
+        check_given(self, "model", "input")
+        output = output_file(self, tuple(FORMATS))
         rank, world_size, local = ranks()
         rows = self.rows(self.input)
         dtype = getattr(torch, self.dtype) if self.dtype else None

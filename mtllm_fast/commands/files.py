@@ -18,23 +18,26 @@ if TYPE_CHECKING:
     from ..data.tokenise import StackTokenizer
 
 
-def output_file(command: Any, endings: tuple[str, ...], *, resumable: bool = False) -> Path:
-    """The checked output path of a command with `model`, `input` and `output`.
-
-    Args:
-        resumable: a stopped run that may replace the output is known by the folder `<output>.part`.
-    """
-    for name in ("model", "input", "output"):
+def check_given(command: object, *names: str) -> None:
+    """Refuse a command that lacks one of these options."""
+    for name in names:
         if not getattr(command, name):
             raise ValueError(f"--{name} is missing")
+
+
+def output_file(command: Any, endings: tuple[str, ...]) -> Path:
+    """The checked output path of a command with `output` and `overwrite` that goes on where it was stopped.
+
+    A stopped run, which may replace the output, is known by the folder `<output>.part`.
+    """
+    check_given(command, "output")
     path = Path(command.output)
     if path.suffix not in endings:
         raise ValueError(f"--output {command.output}: expected a name ending in {' or '.join(endings)}")
     if path.is_dir():
         raise ValueError(f"--output {command.output}: is a folder; name a file")
     check_folder_above("--output", path)
-    stopped = resumable and path.with_name(path.name + ".part").exists()
-    if path.exists() and not command.overwrite and not stopped:
+    if path.exists() and not command.overwrite and not path.with_name(path.name + ".part").exists():
         raise ValueError(f"--output {command.output}: exists; pass --overwrite to replace it")
     return path
 
@@ -56,14 +59,6 @@ def check_written(command: object, *names: str) -> None:
                 raise ValueError(f"{option}: is a folder; name a file")
             if not Path(value).absolute().parent.is_dir():
                 raise ValueError(f"{option}: its folder does not exist")
-
-
-def check_text(source: str) -> None:
-    """Refuse a folder of tokens where text is read."""
-    from ..data.store import STORE_FILE
-
-    if (Path(source) / STORE_FILE).is_file():
-        raise ValueError(f"--text {source}: holds tokens that `mtllm tokenize` wrote; name the text itself")
 
 
 def ranks() -> tuple[int, int, int]:

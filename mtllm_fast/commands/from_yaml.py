@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
@@ -42,8 +43,9 @@ def settings_from(settings_type: type[Settings], data: Mapping[object, object], 
         raise ValueError(f"{where}: {error}") from None
 
 
+@cache
 def options_of(settings_type: type[DataclassInstance]) -> Options:
-    """A field may also be called as its option is (`from`), and what has no prefix
+    """Not to be changed. A field may also be called as its option is (`from`), and what has no prefix
     on the command line (`tyro.conf.arg(name="")`) needs none here."""
     hints = typing.get_type_hints(settings_type, include_extras=True)
     options, flat = Options(), Options()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..data.prompt import Prompt, prompt_of
-from .files import check_least, check_text, device_of, in_language, output_file, print_skipped, ranks, stoppable
-from .options import TextOptions
+from .files import check_given, check_least, device_of, in_language, output_file, print_skipped, ranks, stoppable
+from .options import TextOptions, check_text
 
 if TYPE_CHECKING:
     from ..models import MTLLM
@@ -101,10 +100,8 @@ class Respond(TextOptions):
 
         if bool(self.llm) == bool(self.model):
             raise ValueError("name either --llm LLM or --model FOLDER")
-        if not self.text:
-            raise ValueError("--text is missing")
+        check_given(self, "text")
         name = self.llm or self.model
-        named = SimpleNamespace(model=name, input=self.text, output=self.output, overwrite=self.overwrite)
         check_device(self.device)
         check_least(self, window=1, limit=1, max_length=4, max_tokens=1)
         check_text(self.text)
@@ -120,8 +117,10 @@ class Respond(TextOptions):
             raise ValueError(f"--label-column {self.label_column}: goes with --labels, which it names one of")
         else:
             decoding = Decoding(**{setting: getattr(self, setting) for setting in _WRITING}, max_tokens=self.max_tokens)
-        output = output_file(named, FORMATS, resumable=True)
-        self._check_prompt()
+        output = output_file(self, FORMATS)
+        given = prompt_of(self.before, self.after)
+        if given is not None and self.pair_column is None and "{pair}" in given.before + given.after:
+            raise ValueError("--pair-column is missing: the prompt has {pair} in it")
         rows = self.rows(self.text, None if self.label_column is None else self.labels)
         rank, world_size, _ = ranks()
         device = device_of(self)
@@ -169,12 +168,6 @@ class Respond(TextOptions):
         counted = "".join(f", {count} {_COUNTED.get(what, what)}" for what, count in report.counts.items())
         print(f"respond: {report.rows} texts{each} -> {output}{before}; {report.truncated} truncated{counted}")
         print_skipped(rows, "respond")
-
-    def _check_prompt(self) -> None:
-        """Raises ValueError where the prompt of the options names a column that is not read."""
-        prompt = prompt_of(self.before, self.after)
-        if prompt is not None and self.pair_column is None and "{pair}" in prompt.before + prompt.after:
-            raise ValueError("--pair-column is missing: the prompt has {pair} in it")
 
     def _loaded(self) -> MTLLM:
         import torch

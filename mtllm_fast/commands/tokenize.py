@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from .options import TextOptions
+from .options import TextOptions, check_text
 
 
 @dataclass
@@ -40,11 +40,9 @@ class Tokenize(TextOptions):
         from ..models import MTLLMConfig
         from ..models.encoder import check_encoder, fit_tokenizer
         from ..models.storage import base_tokenizer
-        from .files import check_least, check_text
+        from .files import check_given, check_least
 
-        for name in ("encoder", "llm", "text", "output"):
-            if not getattr(self, name):
-                raise ValueError(f"--{name} is missing")
+        check_given(self, "encoder", "llm", "text", "output")
         check_least(self, limit=1, max_length=1, shard_rows=1)
         check_folder_above("--output", Path(self.output) / "store")
         check_text(self.text)

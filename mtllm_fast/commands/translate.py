@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..data.language import ENGLISH_CODES
 from ..data.read import read_rows
-from .files import check_least, device_of, in_language, output_file, print_skipped, ranks, stoppable
+from .files import check_given, check_least, device_of, in_language, output_file, print_skipped, ranks, stoppable
 
 if TYPE_CHECKING:
     from ..inference.translate import Source
@@ -123,16 +122,14 @@ class Translate:
                 raise ValueError(
                     f"--language {language}: is the --target, too; name the language of the texts or its column"
                 )
-        named = SimpleNamespace(
-            model=self.model, input=self.input or self.task, output=self.output, overwrite=self.overwrite
-        )
         check_device(self.device)
         check_least(
             self, window=1, max_tokens=1, limit=1, max_length=1, max_new_tokens=1, num_beams=1, no_repeat_ngram_size=0
         )
         if not 0 < self.repetition_penalty < math.inf:
             raise ValueError(f"--repetition-penalty {self.repetition_penalty}: must be above 0; 1 for none")
-        output = output_file(named, FORMATS, resumable=True)
+        check_given(self, "model")
+        output = output_file(self, FORMATS)
         rank, world_size, _ = ranks()
         device = device_of(self)
         translator = Translator.from_pretrained(
