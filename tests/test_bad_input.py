@@ -31,7 +31,7 @@ from mtllm_fast.kernels import linear_kl, packed_projection, paired_mse, pooled_
 from mtllm_fast.yaml_file import read_yaml
 from tests.bad_inputs import COMMANDS, MORE, SUITES, TASKS
 from tests.conftest import REPO
-from tests.tiny import LINES
+from tests.tiny import LINES, write_task
 
 
 @pytest.mark.parametrize(
@@ -79,11 +79,7 @@ def world(encoder_folder: str, llm_folder: str, tmp_path_factory: pytest.TempPat
     for name in ("void", "folder.npy"):
         (root / name).mkdir()
     rows = [(line, ("good", "bad")[i % 2]) for i, line in enumerate(LINES)]
-    for language in ("eng_Latn", "fra_Latn"):
-        (root / "task" / language).mkdir(parents=True)
-        for split in ("train", "dev", "test"):
-            text = "text\tlabel\n" + "".join(f"{line}\t{label}\n" for line, label in rows)
-            (root / "task" / language / f"{split}.tsv").write_text(text)
+    write_task(root / "task", ("eng_Latn", "fra_Latn"))
     files = {
         "text.txt": "\n".join(LINES) + "\n",
         "rows.csv": "text,label\n" + "".join(f'"{line}",{label}\n' for line, label in rows),

@@ -19,7 +19,7 @@ from mtllm_fast import cli
 from mtllm_fast.commands.from_yaml import read_settings
 from mtllm_fast.commands.help import parse
 from mtllm_fast.inference.progress import progress_bar
-from tests.tiny import LINES
+from tests.tiny import LINES, write_task
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +32,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("task")
-    for language in ("eng_Latn", "fra_Latn", "xxx_Latn"):
-        (folder / language).mkdir()
-        for split in ("train", "dev", "test"):
-            rows = [f"{line} {('good', 'bad')[i % 2]}\t{('good', 'bad')[i % 2]}" for i, line in enumerate(LINES)]
-            (folder / language / f"{split}.tsv").write_text("text\tlabel\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    write_task(folder, ("eng_Latn", "fra_Latn", "xxx_Latn"))
     return folder
 
 

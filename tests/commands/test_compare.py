@@ -214,7 +214,7 @@ def test_trained_for_each_task_where_the_data_say_so(root, given, content, calls
     (tmp_path / "other").mkdir()
     other = write_data(tmp_path / "other")["folder"]
     with open(f"{other}/eng_Latn/train.tsv", "a") as file:
-        file.write_yaml("new\ta new line\ta\n")
+        file.write("new\ta new line\ta\n")
     calls.clear()
     data["folder"] = {"folder": given["folder"], "again": other}
     data["task"] = "folder"
