@@ -5,7 +5,6 @@ The options of every subcommand are the fields of its dataclass in `commands/`.
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 import typing
@@ -63,25 +62,22 @@ def dispatch(arguments: list[str] | None) -> None:
         return
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
-        fail(
-            "", f"unknown command {name!r}" + (f"; did you mean {near[0]!r}?" if near else "") + "; see `mtllm --help`"
-        )
+        from .yaml_file import did_you_mean
+
+        fail("", f"unknown command {name!r}{did_you_mean(name, COMMANDS)}; see `mtllm --help`")
     try:
         run(name, rest)
     except KeyboardInterrupt:
         print(f"mtllm {name}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        if os.environ.get("MTLLM_TRACEBACK"):
-            raise
-        fail(name, str(error))
     except BrokenPipeError:
         raise
-    except (OSError, RunFailed) as error:  # a full disk, a file that may not be written, a run that cannot go on
+    except (ValueError, TypeError, OSError, RunFailed) as error:
         if os.environ.get("MTLLM_TRACEBACK"):
             raise
-        fail(name, str(error), code=1)
+        # 1: a full disk, a file that may not be written, a run that cannot go on
+        bad_input = isinstance(error, (ValueError, TypeError, FileNotFoundError))
+        fail(name, str(error), code=2 if bad_input else 1)
 
 
 def explain(topic: str) -> None:

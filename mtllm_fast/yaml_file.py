@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,3 +94,9 @@ def described(kind: Any) -> str:
         return f"one of {', '.join(map(str, parts))}"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     return words.get(kind, kind.__name__)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """What an error says behind a name that is not known, where one that is looks like it."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {near[0]!r}?" if near else ""

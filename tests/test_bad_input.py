@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import shlex
 import shutil
@@ -12,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from mtllm_fast.kernels import linear_kl, packed_projection, paired_mse, pooled_mse, segment_mean
 
 from mtllm_fast import (
     MTLLM,
@@ -27,10 +27,11 @@ from mtllm_fast import (
 )
 from mtllm_fast.cli import main
 from mtllm_fast.data.collate import collate
+from mtllm_fast.kernels import linear_kl, packed_projection, paired_mse, pooled_mse, segment_mean
 from mtllm_fast.yaml_file import read_yaml
 from tests.bad_inputs import COMMANDS, MORE, SUITES, TASKS
 from tests.conftest import REPO
-from tests.tiny import LINES
+from tests.tiny import LINES, write_task
 
 
 @pytest.mark.parametrize(
@@ -78,11 +79,7 @@ def world(encoder_folder: str, llm_folder: str, tmp_path_factory: pytest.TempPat
     for name in ("void", "folder.npy"):
         (root / name).mkdir()
     rows = [(line, ("good", "bad")[i % 2]) for i, line in enumerate(LINES)]
-    for language in ("eng_Latn", "fra_Latn"):
-        (root / "task" / language).mkdir(parents=True)
-        for split in ("train", "dev", "test"):
-            text = "text\tlabel\n" + "".join(f"{line}\t{label}\n" for line, label in rows)
-            (root / "task" / language / f"{split}.tsv").write_text(text)
+    write_task(root / "task", ("eng_Latn", "fra_Latn"))
     files = {
         "text.txt": "\n".join(LINES) + "\n",
         "rows.csv": "text,label\n" + "".join(f'"{line}",{label}\n' for line, label in rows),
@@ -92,6 +89,8 @@ def world(encoder_folder: str, llm_folder: str, tmp_path_factory: pytest.TempPat
         "inf.txt": "40\ninf\n",
         "list.yaml": "- lr\n",
         "empty.yaml": "",
+        "empty.txt": "",
+        "typo.yaml": "max-step: 3\n",
         "nested.yaml": "loss: {k1: 1}\n",
         "nan.yaml": "lr: .nan\n",
         "seeds.yaml": "seeds: [a]\n",
@@ -103,6 +102,7 @@ def world(encoder_folder: str, llm_folder: str, tmp_path_factory: pytest.TempPat
     shutil.copy(REPO / "benchmarks" / "results" / "cpu" / "bench.json", root)
     (root / "bytes.yaml").write_bytes(b"lr: \xff\xfe\n")
     (root / "cut.parquet").write_bytes(b"PAR1\x00\x01")
+    (root / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 500)[:40])
     return root
 
 

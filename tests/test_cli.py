@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import importlib
 import json
 import os
@@ -20,7 +19,7 @@ from mtllm_fast import cli
 from mtllm_fast.commands.from_yaml import read_settings
 from mtllm_fast.commands.help import parse
 from mtllm_fast.inference.progress import progress_bar
-from tests.tiny import LINES
+from tests.tiny import LINES, write_task
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +32,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("task")
-    for language in ("eng_Latn", "fra_Latn", "xxx_Latn"):
-        (folder / language).mkdir()
-        for split in ("train", "dev", "test"):
-            rows = [f"{line} {('good', 'bad')[i % 2]}\t{('good', 'bad')[i % 2]}" for i, line in enumerate(LINES)]
-            (folder / language / f"{split}.tsv").write_text("text\tlabel\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    write_task(folder, ("eng_Latn", "fra_Latn", "xxx_Latn"))
     return folder
 
 
@@ -48,150 +43,66 @@ def adapted(tmp_path_factory, encoder_folder, llm_folder, text_file) -> Path:
     settings.write_text(
         f"encoder: {encoder_folder}\nllm: {llm_folder}\nmax-steps: 3\ntokens: 128\nmax_length: 64\nloss:\n  paired_mse: 0.5\n"
     )
-    cli.main(
-        [
-            "adapt",
-            "--config",
-            str(settings),
-            "--text",
-            str(text_file),
-            "--output",
-            str(output),
-            "--no-progress",
-            "--report-to",
-            "none",
-        ]
-    )
+    mtllm(f"adapt --config {settings} --text {text_file} --output {output} --no-progress --report-to none")
     assert json.loads((output / "run.json").read_text())["loss"]["paired_mse"] == 0.5
     assert json.loads((output / "run.json").read_text())["train"]["max_steps"] == 3
     return output
 
 
-def _fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def mtllm(line: str) -> None:
+    cli.main(line.split())
+
+
+def _fails(capsys: pytest.CaptureFixture[str], line: str) -> str:
     with pytest.raises(SystemExit) as caught:
-        cli.main(list(arguments))
+        mtllm(line)
     assert caught.value.code == 2
     message = capsys.readouterr().err.strip()
     assert "Traceback" not in message
     return message
 
 
-def test_usage_errors(capsys, encoder_folder, llm_folder, text_file, tmp_path) -> None:
-    base = [
-        "adapt",
-        "--encoder",
-        encoder_folder,
-        "--llm",
-        llm_folder,
-        "--output",
-        str(tmp_path / "run"),
-        "--no-progress",
-    ]
-    cases = {
-        "did you mean 'adapt'": ["adpt"],
-        "--text is missing": base,
-        "nowhere.txt": [*base, "--text", str(tmp_path / "nowhere.txt")],
-        "--encoder is missing": ["adapt", "--text", str(text_file), "--output", str(tmp_path / "run")],
-        "no such folder": ["adapt", "--encoder", "./no", "--llm", llm_folder, "--text", str(text_file), "--output", str(tmp_path / "run")],
-        "eng_Latn": [*base, "--text", str(text_file), "--language", "eng_Lat"],
-        "max_steps=-2": [*base, "--text", str(text_file), "--max-steps", "-2"],
-        "did you mean 'max_steps'": ["adapt", "--config", str(tmp_path / "typo.yaml")],
-        "exactly one": ["finetune", "--text", str(tmp_path / "t.csv"), "--labels", "a", "b", "--llm", "x", "--encoder", "y"],
-        "--labels is missing": ["finetune", "--llm", llm_folder, "--text", str(text_file)],
-        "--teacher is missing": ["distill", "--model", "x", "--text", str(tmp_path / "t.csv"), "--labels", "a", "b"],
-        "--task is missing": ["evaluate"],
-        "expected one of": ["evaluate", "--task", "sib2000", "--data", "x", "--model", "y"],
-        "expected a name ending": ["encode", "--model", "x", "--input", str(text_file), "--output", str(tmp_path / "e.txt")],
-        "CODE=MT_CODE": ["evaluate", "--task", "sib200", "--data", "x", "--model", str(tmp_path), "--language-map", "arb_Latn"],
-    }  # fmt: skip
-    (tmp_path / "t.csv").write_text("text,label\nx,a\ny,b\n")
-    (tmp_path / "typo.yaml").write_text("max-step: 3\n")
-    for expected, arguments in cases.items():
-        message = _fails(capsys, *arguments)
-        assert expected in message, (arguments, message)
-        assert message.count("\n") == 0, message
-    assert not (tmp_path / "run").exists()
-
-
-def test_bad_files(capsys, encoder_folder, llm_folder, tmp_path) -> None:
-    base = [
-        "adapt",
-        "--encoder",
-        encoder_folder,
-        "--llm",
-        llm_folder,
-        "--output",
-        str(tmp_path / "run"),
-        "--no-progress",
-    ]
-    (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "columns.csv").write_text("a,b\n1,2\n")
-    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 500)[:40])
-    (tmp_path / "text.docx").write_text("x")
-    for name, expected in (
-        ("empty.txt", "empty"),
-        ("columns.csv", "text"),
-        ("cut.jsonl.gz", "cut.jsonl.gz"),
-        ("text.docx", ".jsonl"),
-    ):
-        assert expected in _fails(capsys, *base, "--text", str(tmp_path / name)), name
-    assert not (tmp_path / "run").exists()
-
-
 def test_stages_evaluate_and_report(capsys, adapted, encoder_folder, llm_folder, task_folder, tmp_path) -> None:
-    source = ["--task", "folder", "--data", str(task_folder)]
-    quick = ["--no-progress", "--report-to", "none", "--epochs", "1", "--tokens", "128", "--max-length", "64"]
-    teacher, student = str(tmp_path / "teacher"), str(tmp_path / "student")
-    cli.main(["finetune", "--llm", llm_folder, *source, "--output", teacher, *quick])
-    cli.main(["distill", "--model", str(adapted), "--teacher", teacher, *source, "--output", student, *quick])
-    report = str(tmp_path / "scores")
-    evaluate = ["evaluate", "--model", student, *source, "--output", report, "--no-progress"]
-    cli.main([*evaluate, "--translator", encoder_folder, "--teacher", teacher])
-    (scores,) = json.loads((tmp_path / "scores" / "scores.json").read_text())["tasks"]
+    source = f"--task folder --data {task_folder}"
+    quick = "--no-progress --report-to none --epochs 1 --tokens 128 --max-length 64"
+    teacher, student, report = (tmp_path / name for name in ("teacher", "student", "scores"))
+    mtllm(f"finetune --llm {llm_folder} {source} --output {teacher} {quick}")
+    mtllm(f"distill --model {adapted} --teacher {teacher} {source} --output {student} {quick}")
+    evaluate = f"evaluate --model {student} {source} --output {report} --no-progress"
+    mtllm(f"{evaluate} --translator {encoder_folder} --teacher {teacher}")
+    (scores,) = json.loads((report / "scores.json").read_text())["tasks"]
     assert [m["name"] for m in scores["models"]][-1] == "translate-test"
     assert len(scores["models"]) == 2
     out = capsys.readouterr().out
-    assert "xxx_Latn" in out
-    assert "not run" in out
-    assert "scores.png" in out
-    assert report in _fails(capsys, *evaluate)
-    cli.main([*evaluate, "--overwrite", "--language-map", "xxx_Latn=deu_Latn", "--languages", "xxx_Latn"])
+    assert "xxx_Latn" in out and "not run" in out and "scores.png" in out
+    assert str(report) in _fails(capsys, evaluate)
+    mtllm(f"{evaluate} --overwrite --language-map xxx_Latn=deu_Latn --languages xxx_Latn")
     assert "mapped" in capsys.readouterr().out
 
 
 def test_translate_and_encode(capsys, adapted, encoder_folder, text_file, tmp_path) -> None:
     out = tmp_path / "t.jsonl"
-    cli.main(
-        [
-            "translate",
-            "--model",
-            encoder_folder,
-            "--input",
-            str(text_file),
-            "--output",
-            str(out),
-            "--language",
-            "fra_Latn",
-        ]
-    )
+    mtllm(f"translate --model {encoder_folder} --input {text_file} --output {out} --language fra_Latn")
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [row["source"] for row in rows] == list(LINES)
     assert all(isinstance(row["translation"], str) for row in rows)
     vectors = tmp_path / "e.npy"
-    command = ["encode", "--model", str(adapted), "--input", str(text_file), "--output", str(vectors), "--normalize"]
-    cli.main(command)
+    command = f"encode --model {adapted} --input {text_file} --output {vectors} --normalize"
+    mtllm(command)
     loaded = np.load(vectors)
     assert loaded.shape == (len(LINES), 48)
     assert loaded.dtype == np.float32
     assert np.allclose(np.linalg.norm(loaded, axis=1), 1, atol=1e-5)
-    assert "exists" in _fails(capsys, *command)
+    assert "exists" in _fails(capsys, command)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["e.npy", "t.jsonl"]
 
 
 def test_truncation_is_counted(capsys, encoder_folder, llm_folder, tmp_path) -> None:
     (tmp_path / "long.txt").write_text(" ".join(LINES) + "\nshort line\n")
-    cli.main(["adapt", "--encoder", encoder_folder, "--llm", llm_folder, "--text", str(tmp_path / "long.txt"), "--output", str(tmp_path / "run"),
-              "--max-steps", "1", "--tokens", "32", "--max-length", "16", "--no-progress", "--report-to", "none"])  # fmt: skip
+    mtllm(
+        f"adapt --encoder {encoder_folder} --llm {llm_folder} --text {tmp_path}/long.txt --output {tmp_path}/run "
+        "--max-steps 1 --tokens 32 --max-length 16 --no-progress --report-to none"
+    )
     out = capsys.readouterr().out
     assert "1 texts truncated on the mt side" in out
     assert "1 texts truncated on the llm side" in out
@@ -309,19 +220,11 @@ def test_one_process_unless_the_work_is_shared(capsys, monkeypatch) -> None:
 
 def test_tokens_in_place_of_text(capsys, encoder_folder, llm_folder, tmp_path) -> None:
     (tmp_path / "store.json").write_text("{}")
-    models = ["--encoder", encoder_folder, "--llm", llm_folder, "--text", str(tmp_path)]
-    for option, value in (("limit", "3"), ("split", "dev"), ("language", "fra_Latn"), ("text-column", "t"), ("language-column", "l")):  # fmt: skip
-        assert f"--{option}: is for text" in _fails(capsys, "adapt", *models, f"--{option}", value)
-    assert "holds tokens that" in _fails(capsys, "tokenize", *models, "--output", str(tmp_path / "out"))
-    assert "holds tokens that" in _fails(capsys, "profile", *models)
-
-
-def test_translation_needs_two_languages(capsys, encoder_folder, text_file, tmp_path) -> None:
-    command = ["translate", "--model", encoder_folder, "--input", str(text_file), "--output", str(tmp_path / "t.jsonl")]
-    assert "--language eng_Latn: is the --target, too" in _fails(capsys, *command)
-    assert "fra_Latn: is the --target, too" in _fails(
-        capsys, *command, "--language", "fra_Latn", "--target", "fra_Latn"
-    )
+    models = f"--encoder {encoder_folder} --llm {llm_folder} --text {tmp_path}"
+    for option in ("limit 3", "split dev", "language fra_Latn", "text-column t", "language-column l"):
+        assert f"--{option.split()[0]}: is for text" in _fails(capsys, f"adapt {models} --{option}")
+    assert "holds tokens that" in _fails(capsys, f"tokenize {models} --output {tmp_path}/out")
+    assert "holds tokens that" in _fails(capsys, f"profile {models}")
 
 
 @pytest.mark.parametrize(("gpu", "chosen"), [(True, "cuda"), (False, "cpu")])

@@ -17,7 +17,7 @@ from mtllm_fast.commands.recipe_file import names
 from tests.commands.recipe_steps import inside
 from tests.conftest import REPO
 from tests.forked import Forked
-from tests.tiny import LINES
+from tests.tiny import LINES, write_task
 
 SCRIPTS = sorted(path.name for path in (REPO / "examples").glob("*.py"))
 
@@ -30,11 +30,7 @@ def inputs(tmp_path: Path, encoder_folder: str, llm_folder: str, monkeypatch: py
     (tmp_path / "models/smollm2-135m").symlink_to(llm_folder)
     (tmp_path / "english.txt").write_text("\n".join(LINES * 12) + "\n", encoding="utf-8")
     (tmp_path / "swahili.txt").write_text("\n".join(LINES[1:4]) + "\n", encoding="utf-8")
-    for language in ("eng_Latn", "swh_Latn"):
-        (tmp_path / "task" / language).mkdir(parents=True)
-        for split in ("train", "dev", "test"):
-            rows = "".join(f"{line}\t{'ab'[index % 2]}\n" for index, line in enumerate(LINES * 2))
-            (tmp_path / "task" / language / f"{split}.tsv").write_text("text\tlabel\n" + rows, encoding="utf-8")
+    write_task(tmp_path / "task", ("eng_Latn", "swh_Latn"), "a b", repeats=2)
     for name, split in (("train.tsv", "train"), ("valid.tsv", "dev")):
         (tmp_path / name).symlink_to(tmp_path / "task/eng_Latn" / f"{split}.tsv")
     monkeypatch.chdir(tmp_path)
@@ -59,17 +55,8 @@ def test_own_loop_and_retrieve(script: Callable[..., str]) -> None:
     losses = [float(line.split(": ")[1]) for line in lines if line.startswith("step")]
     assert len(losses) == 8
     assert losses[-1] < losses[0]
-    out = script(
-        "retrieve.py",
-        "--model",
-        "runs/own",
-        "--english",
-        "english.txt",
-        "--other",
-        "swahili.txt",
-        "--language",
-        "eng_Latn",
-    )
+    files = ("--english", "english.txt", "--other", "swahili.txt", "--language", "eng_Latn")
+    out = script("retrieve.py", "--model", "runs/own", *files)
     # in the same language every text finds itself
     assert [line.split("\t") for line in out.splitlines()] == [[line, line] for line in LINES[1:4]]
 
@@ -106,11 +93,16 @@ def test_every_script_is_run_here() -> None:
         assert len((REPO / "examples" / name).read_text(encoding="utf-8").splitlines()) <= 60, name
 
 
+def of_the_readme(block: int) -> list[list[str]]:
+    """Words of the commands in a block of "Five minutes to your own data"."""
+    readme = (REPO / "README.md").read_text(encoding="utf-8")
+    lines = readme.split("## Five minutes to your own data")[1].split("```")[block].replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
 def test_the_commands_of_the_readme(inputs: Path, forked: Forked) -> None:
     """ "Five minutes to your own data": as written, with fewer steps."""
-    readme = (REPO / "README.md").read_text(encoding="utf-8")
-    block = readme.split("## Five minutes to your own data")[1].split("```")[1]
-    commands = [shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    commands = of_the_readme(1)
     assert [words[1] for words in commands] == ["adapt", "finetune", "distill", "evaluate"]
     code = "import os, sys; os.chdir(sys.argv[1]); from mtllm_fast import cli; cli.main(sys.argv[2:])"
     for words in commands:
@@ -122,9 +114,7 @@ def test_the_commands_of_the_readme(inputs: Path, forked: Forked) -> None:
 
 def test_the_recipe_of_the_readme(inputs: Path, monkeypatch, capsys) -> None:
     """The three stages in one call, as written, with fewer steps."""
-    readme = (REPO / "README.md").read_text(encoding="utf-8")
-    block = readme.split("## Five minutes to your own data")[1].split("```")[3]
-    commands = [shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    commands = of_the_readme(3)
     assert [words[:2] for words in commands] == [["mtllm", "train"], ["mtllm", "train"], ["mtllm", "compare"]]
     monkeypatch.chdir(inputs)
     monkeypatch.setattr(recipe_run, "run_measured", inside)

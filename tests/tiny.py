@@ -6,6 +6,7 @@ python -m tests.tiny --output DIR [--text FILE]      writes DIR/encoder and DIR/
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,16 @@ LINES = (
     "Scientists measured the distance to the star with great care.",
     "Nobody knew why the lights in the harbour went out at once.",
 )
+
+
+def write_task(folder: Path, languages: Sequence[str], labels: str = "good bad", repeats: int = 1) -> None:
+    """A task "folder": `LINES` with two labels in turn, the same rows in every language and split."""
+    names = labels.split()
+    rows = "".join(f"{line}\t{names[i % 2]}\n" for i, line in enumerate(LINES * repeats))
+    for language in languages:
+        (folder / language).mkdir(parents=True)
+        for split in ("train", "dev", "test"):
+            (folder / language / f"{split}.tsv").write_text("text\tlabel\n" + rows, encoding="utf-8")
 
 
 def _lines(text: str | None) -> list[str]:

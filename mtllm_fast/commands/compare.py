@@ -75,12 +75,8 @@ class Failure:
     reason: str
 
     def __str__(self) -> str:
-        parts = [
-            self.system,
-            *([self.task] if self.task else []),
-            *([] if self.seed is None else [f"seed {self.seed}"]),
-        ]
-        return f"{', '.join(parts)}: {self.reason}"
+        seed = None if self.seed is None else f"seed {self.seed}"
+        return f"{', '.join(filter(None, (self.system, self.task, seed)))}: {self.reason}"
 
 
 @dataclass

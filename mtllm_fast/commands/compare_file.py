@@ -28,16 +28,15 @@ help suite`) go here, too: alignment, resamples, max_tokens, device, dtype.
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from urllib.parse import quote
 
 from ..evaluation.suite_file import Suite, instance, suite_of
 from ..evaluation.systems import TRANSLATE_TEST
-from ..yaml_file import read_yaml
+from ..yaml_file import did_you_mean, read_yaml
 from .recipe_file import ANY, Recipe, read_recipe
 from .recipe_record import MODELS
 
@@ -118,7 +117,7 @@ def read_comparison(path: str | Path) -> Comparison:
     suite_keys = [part.name for part in fields(Suite) if part.name != "models"]
     for key in content:
         if key not in (*own_keys, *suite_keys):
-            raise ValueError(f"{where}: unknown key {key!r}{_near(str(key), (*own_keys, *suite_keys))}")
+            raise ValueError(f"{where}: unknown key {key!r}{did_you_mean(str(key), (*own_keys, *suite_keys))}")
     own = instance(Own, {key: value for key, value in content.items() if key in own_keys}, where)
     suite = suite_of({key: value for key, value in content.items() if key in suite_keys}, where)
     if not own.recipes:
@@ -170,7 +169,7 @@ def _check_shared(own: Own, contestants: Iterable[Contestant], where: str) -> No
     for role in own.data:
         if not any(role in recipe.data for recipe in recipes):
             known = dict.fromkeys(known for recipe in recipes for known in recipe.data)
-            raise ValueError(f"{where}: data: {role!r} is a role of no recipe{_near(role, known)}")
+            raise ValueError(f"{where}: data: {role!r} is a role of no recipe{did_you_mean(role, known)}")
     for place in own.set:
         if not any(_applies(place, recipe) for recipe in recipes):
             raise ValueError(f"{where}: set: no recipe has a step for {place!r}")
@@ -191,8 +190,3 @@ def _applies(place: str, recipe: Recipe) -> bool:
 def _written(place: str, value: object) -> str:
     """As `mtllm train --set` takes it; JSON is YAML."""
     return f"{place}={json.dumps(value, ensure_ascii=False)}"
-
-
-def _near(name: str, known: Iterable[str] | Mapping[str, object]) -> str:
-    near = difflib.get_close_matches(name, list(known), 1)
-    return f"; did you mean {near[0]!r}?" if near else ""

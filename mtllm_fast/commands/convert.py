@@ -72,18 +72,17 @@ class Convert:
         from ..models.nllb_llm2vec import load_nllb_llm2vec, save_nllb_llm2vec
         from ..models.published import load_langbridge, load_mindmerger
         from ..training.layer_swap import swap_layers
+        from .files import check_given
 
-        if not self.model:
-            raise ValueError("--model is missing")
+        check_given(self, "model")
         if self.push_to_hub and not (self.source or self.target or self.output):
             print(f"convert: {self.model} -> {push(self.model, self.push_to_hub)}")
             return
-        if not self.output:
-            raise ValueError("--output is missing")
+        check_given(self, "output")
         if (self.source is None) == (self.target is None):
             raise ValueError("give exactly one of --from and --to")
-        if self.target == "swapped" and not self.teacher:
-            raise ValueError("--teacher is missing")
+        if self.target == "swapped":
+            check_given(self, "teacher")
         for name in ("teacher", "bottom", "top", "between"):
             if self.target != "swapped" and getattr(self, name) not in ("", None):
                 raise ValueError(f"--{name} {getattr(self, name)}: goes with --to swapped alone")

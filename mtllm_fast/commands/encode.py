@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from ..data.language import language_read, reads_language
-from ..data.read import read_rows
-from .files import check_least, output_file, ranks
+from .files import check_given, check_least, output_file, ranks, stoppable, tell
+from .options import TextOptions
 
 
 @dataclass
-class Encode:
+class Encode(TextOptions):
     """Embed the texts of a file: pooled last hidden states, one float32 row per row of the file, in its order.
 
     A run that was stopped, even by kill -9, goes on where it was when the same command is given again. Under torchrun
     the ranks share the work. Example: mtllm encode --model runs/stack --input corpus.jsonl --output corpus.npy
     """
 
+    COLUMNS: ClassVar = ("pair_column", "id_column")
     REQUIRED: ClassVar = {"model": "required", "input": "required", "output": "required"}
     model: str = ""
     """MTLLM folder."""
@@ -26,8 +26,6 @@ class Encode:
     """.txt, .jsonl, .csv, .tsv or .parquet (also .gz), a folder or glob of them, or a hub dataset."""
     output: str = ""
     """The file to write: .npy or .safetensors with (N, D) float32, or .parquet with id, language and embedding."""
-    text_column: str = "text"
-    """Column of the text."""
     pair_column: str | None = None
     """Column of the second text, where rows are pairs."""
     id_column: str | None = None
@@ -35,12 +33,6 @@ class Encode:
     language: str | None = None
     """MT code of the texts' language. An encoder with languages needs it or `language_column`; for this release none
     means English, with a warning. Other encoders ignore it."""
-    language_column: str | None = None
-    """Column with a code per row, instead of `language`."""
-    quoted: bool = True
-    """Quote marks in .csv and .tsv files stand around fields; without, they are text."""
-    split: str = "train"
-    """Split of a hub dataset."""
     limit: int | None = None
     """Only the first rows, unusable ones not counted."""
     on_bad_row: Literal["nan", "skip", "fail"] = "nan"
@@ -79,26 +71,17 @@ class Encode:
 
         from ..inference.device import check_device
         from ..inference.engine import Engine
-        from ..inference.stream import Interrupted, encode_file
+        from ..inference.stream import encode_file
         from ..inference.writers import FORMATS
         from ..models import MTLLM
         from ..models.fusion import READS_ALONE
 
         check_device(self.device)
         check_least(self, window=1, max_tokens=1, limit=1)
-        output = output_file(self, tuple(FORMATS), resumable=True)
+        check_given(self, "model", "input")
+        output = output_file(self, tuple(FORMATS))
         rank, world_size, local = ranks()
-        rows = read_rows(
-            self.input,
-            text_column=self.text_column,
-            pair_column=self.pair_column,
-            id_column=self.id_column,
-            language=self.language,
-            language_column=self.language_column,
-            split=self.split,
-            limit=self.limit,
-            quoting=self.quoted,
-        )
+        rows = self.rows(self.input)
         dtype = getattr(torch, self.dtype) if self.dtype else None
         model = MTLLM.from_pretrained(self.model, dtype=dtype, encoder=self.encoder, llm=self.llm)
         tokenizer = model.require_tokenizer()
@@ -108,7 +91,7 @@ class Encode:
             model.side,
             self.language_column or self.language,
             named,
-            tell=lambda message: print(f"mtllm encode: {message}", file=sys.stderr) if not rank else None,
+            tell=tell("encode"),
         )
         if self.language_column is None:
             if code is not None and reads_language(tokenizer, model.side):
@@ -128,7 +111,7 @@ class Encode:
             quantize=self.quantize,
             compile=self.compile,
         )
-        try:
+        with stoppable("encode"):
             report = encode_file(
                 engine,
                 rows,
@@ -142,9 +125,6 @@ class Encode:
                 world_size=world_size,
                 progress=self.progress and rank == 0,
             )
-        except Interrupted as stopped:
-            print(f"mtllm encode: {stopped}", file=sys.stderr)
-            raise SystemExit(130) from None
         if not report.complete:
             print(f"encode: rank {rank} of {world_size} is done; the last one to finish writes {output}")
             return

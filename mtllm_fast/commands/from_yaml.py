@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import typing
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 
-from ..yaml_file import converted, read_yaml, wrong_type
+from ..yaml_file import converted, did_you_mean, read_yaml, wrong_type
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -43,8 +43,9 @@ def settings_from(settings_type: type[Settings], data: Mapping[object, object], 
         raise ValueError(f"{where}: {error}") from None
 
 
+@cache
 def options_of(settings_type: type[DataclassInstance]) -> Options:
-    """A field may also be called as its option is (`from`), and what has no prefix
+    """Not to be changed. A field may also be called as its option is (`from`), and what has no prefix
     on the command line (`tyro.conf.arg(name="")`) needs none here."""
     hints = typing.get_type_hints(settings_type, include_extras=True)
     options, flat = Options(), Options()
@@ -65,8 +66,7 @@ def values_of(settings_type: type[DataclassInstance], data: Mapping[object, obje
     for key, value in data.items():
         name = str(key).replace("-", "_")
         if name not in options:
-            near = difflib.get_close_matches(name, options, 1)
-            raise ValueError(f"{where}: unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise ValueError(f"{where}: unknown option {key!r}{did_you_mean(name, options)}")
         path, kind = options[name]
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             if not isinstance(value, dict):

@@ -68,7 +68,8 @@ class Profile:
         from ..data.read import read_rows
         from ..models import MTLLM
         from ..planning.profile import profile_steps
-        from .files import check_least, check_text, check_written
+        from .files import check_least, check_written
+        from .options import check_text
 
         if bool(self.model) == bool(self.encoder and self.llm):
             raise ValueError("name either --model, or both --encoder and --llm")

@@ -25,7 +25,6 @@ those of a prompt.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,7 +35,7 @@ from typing import Any
 import yaml
 
 from ..data.prompt import FIELDS
-from ..yaml_file import QUOTES, read_yaml
+from ..yaml_file import QUOTES, did_you_mean, read_yaml
 from .from_yaml import options_of, settings_from, values_of
 from .table import COMMANDS, settings_of
 
@@ -134,7 +133,7 @@ class Recipe:
         """`given` of a mapping."""
         for role in found:
             if role not in self.data:
-                near = _near(role, self.data)
+                near = did_you_mean(role, self.data)
                 raise ValueError(f"{option} {role}: {self.name} has no such role{near}; it has {self._named_roles}")
         for role, about in self.data.items():
             if not found.get(role) and about.default is None:
@@ -170,7 +169,7 @@ def read_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
     if path.suffix not in (".yaml", ".yml"):
         if name not in names():
             raise ValueError(
-                f"recipe={name!r}: neither a .yaml file nor one of the library's{_near(name, names())}; "
+                f"recipe={name!r}: neither a .yaml file nor one of the library's{did_you_mean(name, names())}; "
                 f"it has {', '.join(names())}"
             )
         path = RECIPES / f"{name}.yaml"
@@ -217,17 +216,12 @@ def _places(value: Any) -> Iterator[str]:
             yield from _places(one)
 
 
-def _near(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
 def _recipe(content: object, name: str, where: str) -> Recipe:
     if not isinstance(content, dict):
         raise ValueError(f"{where}: expected a mapping with the keys of `mtllm help recipe`")
     for key in content:
         if key not in _KEYS:
-            raise ValueError(f"{where}: unknown key {key!r}{_near(str(key), _KEYS)}")
+            raise ValueError(f"{where}: unknown key {key!r}{did_you_mean(str(key), _KEYS)}")
     for key in _REQUIRED:
         if key not in content:
             raise ValueError(f"{where}: {key!r} is missing")
@@ -292,7 +286,7 @@ def _steps(content: object, roles: Mapping[str, Role], where: str) -> dict[str, 
                 raise ValueError(f"{where}: steps: {name}: {{{place}}} is a step that comes later")
             if place not in (*GIVEN, *roles, *found):
                 known = (*GIVEN, *roles, *found)
-                raise ValueError(f"{where}: steps: {name}: nothing makes {{{place}}}{_near(place, known)}")
+                raise ValueError(f"{where}: steps: {name}: nothing makes {{{place}}}{did_you_mean(place, known)}")
         if step.output in outputs:
             raise ValueError(f"{where}: steps: {name}: output: {step.output!r} is that of another step")
         outputs.add(step.output)
@@ -307,7 +301,9 @@ def _step(name: str, content: object, where: str) -> Step:
     command, output = options.pop("command"), options.pop("output", name)
     if command not in COMMANDS or command in _NO_STEPS:
         known = [one for one in COMMANDS if one not in _NO_STEPS]
-        raise ValueError(f"{where}: command: {command!r} is no command that a step can be{_near(command, known)}")
+        raise ValueError(
+            f"{where}: command: {command!r} is no command that a step can be{did_you_mean(command, known)}"
+        )
     if "output" not in options_of(settings_of(command)):
         raise ValueError(f"{where}: command: {command!r} has no output that another step could use")
     if not {"resume", "overwrite"} & set(options_of(settings_of(command))):
@@ -355,9 +351,8 @@ def _overridden(recipe: Recipe, text: str) -> Recipe:
     elif name in recipe.steps:
         chosen = [recipe.steps[name]]
     else:
-        raise ValueError(
-            f"{where}: {recipe.name} has no step {name!r}{_near(name, recipe.steps)}; it has {', '.join(recipe.steps)}"
-        )
+        near = did_you_mean(name, recipe.steps)
+        raise ValueError(f"{where}: {recipe.name} has no step {name!r}{near}; it has {', '.join(recipe.steps)}")
     if path[0] in ("command", "output"):
         raise ValueError(f"{where}: the {path[0]} of a step is the recipe's")
     try:

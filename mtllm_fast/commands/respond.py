@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from ..data.language import language_read, reads_language
 from ..data.prompt import Prompt, prompt_of
-from ..data.read import RowStream, read_rows
-from .files import check_least, check_text, output_file, ranks
+from .files import check_given, check_least, device_of, in_language, output_file, print_skipped, ranks, stoppable
+from .options import TextOptions, check_text
 
 if TYPE_CHECKING:
     from ..models import MTLLM
 
 
 @dataclass
-class Respond:
+class Respond(TextOptions):
     """Write a model's own answers to the texts of a file, or the log-likelihood of given labels.
 
     Of a model with a task head, these are the head's log-probabilities, and it needs no causal LLM.
@@ -31,6 +28,7 @@ class Respond:
     --output answers.jsonl
     """
 
+    COLUMNS: ClassVar = ("pair_column", "teacher_text_column", "teacher_pair_column", "label_column", "id_column")
     REQUIRED: ClassVar = {
         "text": "required",
         "output": "required",
@@ -46,8 +44,6 @@ class Respond:
     """.txt, .jsonl, .csv, .tsv or .parquet (also .gz), a folder or glob of them, or a hub dataset."""
     output: str = ""
     """The .jsonl or .parquet file to write."""
-    text_column: str = "text"
-    """Column of the text."""
     pair_column: str | None = None
     """Column of a second text, where rows are pairs; it is written to the output, too."""
     teacher_text_column: str | None = None
@@ -63,12 +59,6 @@ class Respond:
     """Column with a name per row; by default their numbers, rows without text not counted."""
     language: str | None = None
     """MT code of the texts' language, which an encoder with languages needs, or else `language_column`."""
-    language_column: str | None = None
-    """Column with a code per row, instead of `language`."""
-    quoted: bool = True
-    """Quote marks in .csv and .tsv files stand around fields; without, they are text."""
-    split: str = "train"
-    """Split of a hub dataset."""
     limit: int | None = None
     """Only the first rows."""
     before: str | None = None
@@ -102,21 +92,16 @@ class Respond:
     """Show a progress bar; a line now and then where stderr is no terminal."""
 
     def run(self) -> None:
-        import torch
-
         from ..inference.device import check_device
         from ..inference.likelihood import HeadLabeller, Labeller, check_labels
         from ..inference.records import FORMATS
         from ..inference.respond import Decoding, Output, Responder, label_file, respond_file
-        from ..inference.stream import Interrupted
         from ..jobs.fingerprint import of_model
 
         if bool(self.llm) == bool(self.model):
             raise ValueError("name either --llm LLM or --model FOLDER")
-        if not self.text:
-            raise ValueError("--text is missing")
+        check_given(self, "text")
         name = self.llm or self.model
-        named = SimpleNamespace(model=name, input=self.text, output=self.output, overwrite=self.overwrite)
         check_device(self.device)
         check_least(self, window=1, limit=1, max_length=4, max_tokens=1)
         check_text(self.text)
@@ -132,16 +117,18 @@ class Respond:
             raise ValueError(f"--label-column {self.label_column}: goes with --labels, which it names one of")
         else:
             decoding = Decoding(**{setting: getattr(self, setting) for setting in _WRITING}, max_tokens=self.max_tokens)
-        output = output_file(named, FORMATS, resumable=True)
-        self._check_prompt()
-        rows = self._rows()
-        rank, world_size, local = ranks()
-        device = self.device or (f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
+        output = output_file(self, FORMATS)
+        given = prompt_of(self.before, self.after)
+        if given is not None and self.pair_column is None and "{pair}" in given.before + given.after:
+            raise ValueError("--pair-column is missing: the prompt has {pair} in it")
+        rows = self.rows(self.text, None if self.label_column is None else self.labels)
+        rank, world_size, _ = ranks()
+        device = device_of(self)
         model = self._loaded().to(device)
         tokenizer = model.require_tokenizer()
         if self.max_length is not None:
             tokenizer.max_mt_tokens = tokenizer.max_llm_tokens = self.max_length
-        rows = self._in_language(rows, model, rank)
+        rows = in_language(rows, tokenizer, model.side, "respond")
         texts = {"text_pair": self.pair_column, "teacher_text": self.teacher_text_column}
         texts |= {"teacher_pair": self.teacher_pair_column, "gold": self.label_column}
         goes = Output(
@@ -163,7 +150,7 @@ class Respond:
             progress=self.progress and rank == 0,
         )
         prompt = prompt_of(self.before, self.after, model.config.prompt) or Prompt()
-        try:
+        with stoppable("respond"):
             if self.labels:
                 labeller: Labeller | HeadLabeller
                 if model.head is not None:
@@ -173,9 +160,6 @@ class Respond:
                 report = label_file(labeller, rows, goes)
             else:
                 report = respond_file(Responder(model, prompt, decoding), rows, goes)
-        except Interrupted as stopped:
-            print(f"mtllm respond: {stopped}", file=sys.stderr)
-            raise SystemExit(130) from None
         if not report.complete:
             print(f"respond: process {rank} of {world_size} is done; the last one to finish writes {output}")
             return
@@ -183,32 +167,7 @@ class Respond:
         each = f" x {self.samples} answers" if self.samples > 1 else ""
         counted = "".join(f", {count} {_COUNTED.get(what, what)}" for what, count in report.counts.items())
         print(f"respond: {report.rows} texts{each} -> {output}{before}; {report.truncated} truncated{counted}")
-        if skipped := rows.counts.empty + rows.counts.failed:
-            reasons = "".join(f", {count} {reason}" for reason, count in rows.counts.reasons.items())
-            print(f"respond: {skipped} rows skipped: {rows.counts.empty} empty{reasons}", file=sys.stderr)
-
-    def _check_prompt(self) -> None:
-        """Raises ValueError where the prompt of the options names a column that is not read."""
-        prompt = prompt_of(self.before, self.after)
-        if prompt is not None and self.pair_column is None and "{pair}" in prompt.before + prompt.after:
-            raise ValueError("--pair-column is missing: the prompt has {pair} in it")
-
-    def _rows(self) -> RowStream:
-        return read_rows(
-            self.text,
-            text_column=self.text_column,
-            pair_column=self.pair_column,
-            teacher_text_column=self.teacher_text_column,
-            teacher_pair_column=self.teacher_pair_column,
-            label_column=self.label_column,
-            labels=self.labels if self.label_column is not None else None,
-            id_column=self.id_column,
-            language=self.language,
-            language_column=self.language_column,
-            split=self.split,
-            limit=self.limit,
-            quoting=self.quoted,
-        )
+        print_skipped(rows, "respond")
 
     def _loaded(self) -> MTLLM:
         import torch
@@ -229,25 +188,6 @@ class Respond:
                 lacks = "no LLM" if config.reader == "encoder" else "a bidirectional LLM"
                 raise ValueError(f"--model {self.model}: has {lacks}, and answers are written by a causal one")
         return MTLLM.from_pretrained(self.model, dtype=dtype)
-
-    def _in_language(self, rows: RowStream, model: MTLLM, rank: int) -> RowStream:
-        """The rows with the language that they are read in; those in an unknown one, and those that the tokenizer
-        fails on, are left out and counted."""
-        from ..inference.stream import language_check, text_check
-
-        tokenizer = model.require_tokenizer()
-        if not reads_language(tokenizer, model.side):
-            return replace(rows, unusable=text_check(tokenizer, model.side))
-        if self.language_column is not None:
-            return replace(rows, unusable=text_check(tokenizer, model.side, language_check(tokenizer)))
-
-        def tell(message: str) -> None:
-            if not rank:
-                print(f"mtllm respond: {message}", file=sys.stderr)
-
-        code = str(language_read(tokenizer, model.side, self.language, "--language", tell=tell))
-        tokenizer.language_id(code)
-        return replace(rows, language=code, unusable=text_check(tokenizer, model.side))
 
 
 _WRITING = ("max_new_tokens", "temperature", "samples", "seed")

@@ -59,11 +59,10 @@ class Shrink:
 
     def run(self) -> None:
         from ..models.shrink import shrink
-        from .files import check_least, check_text
+        from .files import check_given, check_least
+        from .options import check_text
 
-        for name in ("encoder", "output"):
-            if not getattr(self, name):
-                raise ValueError(f"--{name} is missing")
+        check_given(self, "encoder", "output")
         if not self.text and self.layers is None:
             raise ValueError("--text and --layers are missing: give one of them, or both")
         check_least(self, limit=1)

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from .options import TextOptions, check_text
+
 
 @dataclass
-class Tokenize:
+class Tokenize(TextOptions):
     """Tokenise text once, on both sides, into memory-mapped files that `mtllm adapt --text FOLDER` reads.
 
     A run on many GPUs then tokenises nothing, and every process reads only its own batches. A call that was killed
@@ -26,49 +28,26 @@ class Tokenize:
     or "org/name:config"."""
     output: str = ""
     """Folder to write."""
-    text_column: str = "text"
-    """Column of the text."""
-    language: str | None = None
-    """MT code of the text's language; by default the encoder's own code for English."""
-    language_column: str | None = None
-    """Column with a code per row, instead of `language`."""
-    quoted: bool = True
-    """Quote marks in .csv and .tsv files stand around fields; without, they are text."""
-    split: str = "train"
-    """Split of a hub dataset."""
-    limit: int | None = None
-    """Read at most this many rows."""
     max_length: int = 512
     """Longer texts are truncated to this many tokens by each tokenizer, and counted."""
     shard_rows: int = 65536
     """Rows of one shard; a call that goes on repeats at most so many."""
 
     def run(self) -> None:
-        from ..data.read import read_rows
         from ..data.store import write_store
         from ..inference.progress import progress_bar
         from ..jobs.durable import check_folder_above
         from ..models import MTLLMConfig
         from ..models.encoder import check_encoder, fit_tokenizer
         from ..models.storage import base_tokenizer
-        from .files import check_least, check_text
+        from .files import check_given, check_least
 
-        for name in ("encoder", "llm", "text", "output"):
-            if not getattr(self, name):
-                raise ValueError(f"--{name} is missing")
+        check_given(self, "encoder", "llm", "text", "output")
         check_least(self, limit=1, max_length=1, shard_rows=1)
         check_folder_above("--output", Path(self.output) / "store")
         check_text(self.text)
         config = check_encoder(self.encoder)
-        rows = read_rows(
-            self.text,
-            text_column=self.text_column,
-            language=self.language,
-            language_column=self.language_column,
-            split=self.split,
-            limit=self.limit,
-            quoting=self.quoted,
-        )
+        rows = self.rows(self.text)
         tokenizer = base_tokenizer(MTLLMConfig(encoder=self.encoder, llm=self.llm), self.max_length, self.max_length)
         fit_tokenizer(tokenizer, config, self.encoder)
         seen = 0

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -29,24 +28,16 @@ from ..training.live import Watch
 from ..training.processes import ends_process
 from ..training.record import Metrics
 from ..training.run import Data, run
+from .files import ranks
+from .options import TextOptions, without_quoted
 from .watch import WatchSettings
 
 Flat = tyro.conf.arg(name="")  # its fields are options without a prefix
 
 
-def base_settings(command: Any, config_type: type) -> Any:
-    """The part of a command's settings that its stage takes."""
-    return config_type(**{f.name: getattr(command, f.name) for f in dataclasses.fields(config_type)})
-
-
-def _record(source: Mapping[str, object]) -> dict[str, object]:
-    """Without what runs that were started before there was `quoted` do not have: they read with it."""
-    return {name: value for name, value in source.items() if name != "quoted" or not value}
-
-
 def finish(stage: str, output: str, metrics: Metrics) -> None:
-    """Say what a training run did."""
-    if int(os.environ.get("RANK", "0")):
+    """Say what a training run did, in the first process."""
+    if ranks()[0]:
         return
     data = metrics.get("data", {})
     if "train_loss" in metrics:
@@ -76,39 +67,29 @@ def finish(stage: str, output: str, metrics: Metrics) -> None:
         print(f"{stage}: {note}")
 
 
-def check_hub(name: str, config: Any) -> None:
-    """Refuse before the run what could not be pushed after it."""
-    if not name or int(os.environ.get("RANK", "0")):
-        return
-    bases = {role: getattr(config, role, "") for role in ("encoder", "llm")}
-    check_push(name, bases={} if config.include_base else bases)
-
-
-def put_on_hub(stage: str, output: str, name: str) -> None:
-    """Push a finished run where its user asked for it."""
-    if name and not int(os.environ.get("RANK", "0")):
-        print(f"{stage}: {output} -> {push(output, name)}")
-
-
-def train(stage: str, command: Any, data: Data, watch: Watch | None) -> None:
+def train(stage: str, command: Any, data: Data, watch: Watch | None = None) -> None:
     """One run of a stage, or one per seed, and what to say of each."""
-    hub, seeds = command.push_to_hub, getattr(command, "seeds", ())
-    config = base_settings(command, STAGES[stage].config)
+    hub, seeds, first = command.push_to_hub, getattr(command, "seeds", ()), ranks()[0] == 0
+    kind = STAGES[stage]
+    config = kind.config(**{one.name: getattr(command, one.name) for one in dataclasses.fields(kind.config)})
     if hub and seeds:
         raise ValueError(f"--push-to-hub {hub}: takes one model; push a seed with `mtllm convert --push-to-hub`")
-    check_hub(hub, config)
+    if hub and first:  # what could not be pushed after the run is refused before it
+        bases = {role: getattr(config, role, "") for role in ("encoder", "llm")}
+        check_push(hub, bases={} if config.include_base else bases)
     if not seeds:
-        finish(stage, config.output, run(STAGES[stage], config, data, watch))
-        put_on_hub(stage, config.output, hub)
+        finish(stage, config.output, run(kind, config, data, watch))
+        if hub and first:
+            print(f"{stage}: {config.output} -> {push(config.output, hub)}")
         return
 
     def one(settings: Any) -> Metrics:
-        metrics = run(STAGES[stage], settings, data, watch)
+        metrics = run(kind, settings, data, watch)
         finish(f"{stage}, seed {settings.train.seed}", settings.output, metrics)
         return metrics
 
     summary = run_seeds(config, seeds, one)
-    if summary["mean"] is not None and not int(os.environ.get("RANK", "0")):
+    if summary["mean"] is not None and first:
         spread = f" (sample standard deviation {100 * summary['sample_std']:.1f})" if len(seeds) > 1 else ""
         print(
             f"{stage}: {len(seeds)} seeds, English validation accuracy {100 * summary['mean']:.1f} %{spread} "
@@ -144,6 +125,7 @@ class TextSource:
         "text": "required without `task`",
         "labels": "required with `text`",
     }
+    TRAINING_COLUMNS: ClassVar = ("language_column", "teacher_text_column", "teacher_pair_column", "soft_label_column")
     task: str = ""
     """A task by name (mnli, nusax, sib200, belebele, ...), a .yaml file that describes one, or "folder"; its English
     train and dev splits are read."""
@@ -179,17 +161,16 @@ class TextSource:
     def record(self) -> dict[str, object]:
         """The options as plain data for the run's record, which is compared on resume."""
         fields = dataclasses.asdict(self)
-        later = ("language_column", "teacher_text_column", "teacher_pair_column", "soft_label_column")
-        for name in later:  # as earlier runs have it
+        for name in self.TRAINING_COLUMNS:  # as earlier runs have it
             if fields[name] is None:
                 del fields[name]
-        return _record(fields)
+        return without_quoted(fields)
 
     def load(self) -> tuple[Iterable[TextRow], list[str], list[TextRow] | None]:
         """Training rows, label names, validation rows or None."""
         if bool(self.task) == bool(self.text):
             raise ValueError("name either --task with --data, or --text with --labels")
-        for name in ("language_column", "teacher_text_column", "teacher_pair_column", "soft_label_column"):
+        for name in self.TRAINING_COLUMNS:
             if self.task and (column := getattr(self, name)) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} {column}: is for --text; a task's own English is read")
         if self.task:
@@ -207,76 +188,67 @@ class TextSource:
             return rows, list(task.labels), valid
         if len(self.labels) < 2:
             raise ValueError("--labels is missing: name the labels of --text in order, at least two")
-        options = {
-            "text_column": self.text_column,
-            "pair_column": self.pair_column,
-            "label_column": self.label_column,
-            "labels": self.labels,
-            "quoting": self.quoted,
-        }
-        more = {
-            "language_column": self.language_column,
-            "teacher_text_column": self.teacher_text_column,
-            "teacher_pair_column": self.teacher_pair_column,
-            "soft_label_column": self.soft_label_column,
-        }
-        rows = read_rows(self.text, **options, **more)  # type: ignore[arg-type]
-        valid = list(read_rows(self.valid, **options)) if self.valid else None  # type: ignore[arg-type]
+        options: dict[str, Any] = {name: getattr(self, name) for name in ("text_column", "pair_column", "label_column")}
+        options |= {"labels": self.labels, "quoting": self.quoted}
+        rows = read_rows(self.text, **options, **{name: getattr(self, name) for name in self.TRAINING_COLUMNS})
+        valid = list(read_rows(self.valid, **options)) if self.valid else None
         return rows, list(self.labels), valid
 
 
 @dataclass
-class Adapt(AdaptConfig):
+class Pushed:
+    """A command whose model may go to the hub."""
+
+    push_to_hub: str = ""
+    """NAME or ORGANISATION/NAME: where the finished model goes on the Hugging Face hub (private, if it is new)."""
+
+
+@dataclass
+class Seeded(Pushed):
+    """A command that can be run under several seeds."""
+
+    seeds: tuple[int, ...] = ()
+    """One run per seed, into OUTPUT/seed-N, and OUTPUT/summary.json. The same command goes on where it stopped.
+    {seed} in --model stands for the seed."""
+
+
+@dataclass
+class OnTask(Seeded):
+    """A command that learns from the labelled rows of a task."""
+
+    source: Annotated[TextSource, Flat] = field(default_factory=TextSource)
+    watch: WatchSettings = field(default_factory=WatchSettings)
+
+
+@dataclass
+class Adapt(Pushed, TextOptions, AdaptConfig):
     """Stage 1: self-distillation of an LLM behind an MT encoder, on English text.
 
     Example: mtllm adapt --encoder facebook/nllb-200-distilled-600M --llm meta-llama/Meta-Llama-3-8B-Instruct
     --text HuggingFaceFW/fineweb:sample-10BT --output runs/fineweb --max-steps 10000 --bf16
     """
 
+    COLUMNS: ClassVar = ("teacher_text_column",)
     REQUIRED: ClassVar = {"text": "required", "encoder": "required without `model`", "llm": "required without `model`"}
     text: str = ""
     """English text, or with `teacher_text_column` text of any language: .txt, .jsonl, .csv, .tsv or .parquet (also
     .gz), a folder or glob of them, a hub dataset "org/name" or "org/name:config". Or the folder that `mtllm tokenize`
     wrote: columns, language, split and limit are those it was written with, and may not be given again."""
-    text_column: str = "text"
-    """Column of the text."""
     teacher_text_column: str | None = None
     """Column with another text for the teacher, such as the English of a translation; name the language of `text`. For
     losses of pooled states (pooled_mse, contrast)."""
-    language: str | None = None
-    """MT code of the text's language; by default the encoder's own code for English."""
-    language_column: str | None = None
-    """Column with a code per row, instead of `language`."""
-    quoted: bool = True
-    """Quote marks in .csv and .tsv files stand around fields; without, they are text."""
-    split: str = "train"
-    """Split of a hub dataset."""
-    limit: int | None = None
-    """Read at most this many rows."""
     train: Annotated[OptimSettings, Flat] = field(default_factory=OptimSettings)
     watch: WatchSettings = field(default_factory=WatchSettings)
-    push_to_hub: str = ""
-    """NAME or ORGANISATION/NAME: where the finished model goes on the Hugging Face hub (private, if it is new)."""
 
     @ends_process()
     def run(self) -> None:
         if not self.text:
             raise ValueError("--text is missing: name a file, folder, glob or hub dataset")
         watch = self.watch.watch()
-        names = (
-            "text",
-            "text_column",
-            "teacher_text_column",
-            "language",
-            "language_column",
-            "quoted",
-            "split",
-            "limit",
-        )
-        source = _record({name: getattr(self, name) for name in names})
+        source = self.record("text", "text_column", "teacher_text_column", *self.READING)
         source["language"] = self.language or ENGLISH_CODES[0]
         if (Path(self.text) / STORE_FILE).is_file():
-            for name in names[1:]:
+            for name in ("text_column", "teacher_text_column", *self.READING):
                 if getattr(self, name) != getattr(type(self), name):
                     option = "no-quoted" if name == "quoted" else name.replace("_", "-")
                     raise ValueError(
@@ -286,21 +258,12 @@ class Adapt(AdaptConfig):
             rows: Iterable[TextRow] | TokenStore = TokenStore(self.text)
             source |= TokenStore(self.text).identity()
         else:
-            rows = read_rows(
-                self.text,
-                text_column=self.text_column,
-                teacher_text_column=self.teacher_text_column,
-                language=self.language,
-                language_column=self.language_column,
-                split=self.split,
-                limit=self.limit,
-                quoting=self.quoted,
-            )
+            rows = self.rows(self.text)
         train("adapt", self, Data(rows, source=source), watch)
 
 
 @dataclass
-class Finetune(FinetuneConfig):
+class Finetune(OnTask, FinetuneConfig):
     """Stage 2: the task teacher (--llm), the encoder alone (--encoder), or a stack directly (--model).
 
     Example: mtllm finetune --llm meta-llama/Meta-Llama-3-8B-Instruct --task sib200 --data DIR --output runs/teacher
@@ -312,14 +275,7 @@ class Finetune(FinetuneConfig):
         "encoder": "required, or `llm` or `model`",
         "model": "required, or `llm` or `encoder`",
     }
-    source: Annotated[TextSource, Flat] = field(default_factory=TextSource)
     train: Annotated[OptimSettings, Flat] = field(default_factory=lambda: FinetuneConfig().train)
-    watch: WatchSettings = field(default_factory=WatchSettings)
-    push_to_hub: str = ""
-    """NAME or ORGANISATION/NAME: where the finished model goes on the Hugging Face hub (private, if it is new)."""
-    seeds: tuple[int, ...] = ()
-    """One run per seed, into OUTPUT/seed-N, and OUTPUT/summary.json. The same command goes on where it stopped.
-    {seed} in --model stands for the seed."""
 
     @ends_process()
     def run(self) -> None:
@@ -327,7 +283,7 @@ class Finetune(FinetuneConfig):
 
 
 @dataclass
-class Distill(DistillConfig):
+class Distill(OnTask, DistillConfig):
     """Stage 3: distil the task teacher into an adapted stack, on English task text.
 
     Example: mtllm distill --model runs/fineweb --teacher runs/teacher/seed-{seed} --task sib200 --data DIR
@@ -335,11 +291,7 @@ class Distill(DistillConfig):
     """
 
     REQUIRED: ClassVar = {"model": "required", "teacher": "required"}
-    source: Annotated[TextSource, Flat] = field(default_factory=TextSource)
     train: Annotated[OptimSettings, Flat] = field(default_factory=lambda: DistillConfig().train)
-    watch: WatchSettings = field(default_factory=WatchSettings)
-    push_to_hub: str = ""
-    """NAME or ORGANISATION/NAME: where the finished model goes on the Hugging Face hub (private, if it is new)."""
     seeds: tuple[int, ...] = ()
     """One run per seed, into OUTPUT/seed-N, and OUTPUT/summary.json. The same command goes on where it stopped.
     {seed} in --model and --teacher stands for the seed."""
@@ -350,7 +302,7 @@ class Distill(DistillConfig):
 
 
 @dataclass
-class Sft(SftConfig):
+class Sft(Seeded, TextOptions, SftConfig):
     """Supervised fine-tuning on targets: [BOS] before <text> after target [EOS], the text read by the encoder.
 
     Example: mtllm sft --encoder facebook/nllb-200-distilled-600M --llm meta-llama/Meta-Llama-3-8B-Instruct
@@ -358,6 +310,7 @@ class Sft(SftConfig):
     --output runs/mapping
     """
 
+    COLUMNS: ClassVar = ("pair_column", "target_column", "teacher_text_column", "finished_column")
     REQUIRED: ClassVar = {
         "text": "required, or `task`",
         "llm": "required without `model`",
@@ -366,8 +319,6 @@ class Sft(SftConfig):
     text: str = ""
     """Texts with their targets: a .jsonl, .csv, .tsv or .parquet file (also .gz), a folder or glob of them, or a hub
     dataset "org/name" or "org/name:config"."""
-    text_column: str = "text"
-    """Column of the text."""
     pair_column: str | None = None
     """Column of a second text, where rows are pairs."""
     target_column: str = "target"
@@ -377,67 +328,37 @@ class Sft(SftConfig):
     finished_column: str | None = None
     """Column that says whether a target has its end, true or false, as `mtllm respond` writes it: after one that was
     cut no end is learned."""
-    language: str | None = None
-    """MT code of the texts' language; by default the encoder's own code for English."""
-    language_column: str | None = None
-    """Column with a code per row, instead of `language`."""
     task: str = ""
     """Instead of text: a task by name (mnli, sib200, ...), a .yaml file that describes one, or "folder"; its English
     train split is read, and the names of its labels, the right choices or the answers are the targets; with labels, the
     checkpoint that is best on its English dev split, by the likelihood of the labels, is kept."""
     data: str = ""
     """The task's folder in its published format, or its hub name; by default its own."""
-    quoted: bool = True
-    """Quote marks in .csv and .tsv files stand around fields; without, they are text."""
-    split: str = "train"
-    """Split of a hub dataset of `text`."""
-    limit: int | None = None
-    """Read at most this many rows of `text`."""
     train: Annotated[OptimSettings, Flat] = field(default_factory=lambda: SftConfig().train)
-    push_to_hub: str = ""
-    """NAME or ORGANISATION/NAME: where the finished model goes on the Hugging Face hub (private, if it is new)."""
-    seeds: tuple[int, ...] = ()
-    """One run per seed, into OUTPUT/seed-N, and OUTPUT/summary.json. The same command goes on where it stopped.
-    {seed} in --model stands for the seed."""
 
     @ends_process()
     def run(self) -> None:
         if bool(self.task) == bool(self.text):
             raise ValueError("name either --task with --data, or --text")
-        columns = [f"{name}_column" for name in ("text", "pair", "target", "teacher_text", "finished", "language")]
+        columns = ("text_column", *self.COLUMNS, "language_column")
         for name in (*columns, "language", "split", "limit") if self.task else ("data",):
             if (value := getattr(self, name)) != getattr(type(self), name):
                 other = "text" if self.task else "task"
                 raise ValueError(f"--{name.replace('_', '-')} {value}: goes with --{other} alone")
-        if self.task:
-            source = TextSource(task=self.task, data=self.data, quoted=self.quoted)
-            rows, labels, valid = source.load()
-            if not labels:  # a generated task's answers are targets already, and nothing chooses among them
-                train("sft", self, Data(rows, source=source.record()), None)
-                return
-            train("sft", self, Data(rows, valid or (), labels, source.record()), None)
+        if not self.task:
+            record = self.record("text", *columns, "language", "split", "limit", "quoted")
+            train("sft", self, Data(self.rows(self.text), source=record))
             return
-        stream = read_rows(
-            self.text,
-            text_column=self.text_column,
-            pair_column=self.pair_column,
-            target_column=self.target_column,
-            teacher_text_column=self.teacher_text_column,
-            finished_column=self.finished_column,
-            language=self.language,
-            language_column=self.language_column,
-            split=self.split,
-            limit=self.limit,
-            quoting=self.quoted,
-        )
-        record = _record(
-            {name: getattr(self, name) for name in ("text", *columns, "language", "split", "limit", "quoted")}
-        )
-        train("sft", self, Data(stream, source=record), None)
+        source = TextSource(task=self.task, data=self.data, quoted=self.quoted)
+        rows, labels, valid = source.load()
+        if labels:
+            train("sft", self, Data(rows, valid or (), labels, source.record()))
+        else:  # a generated task's answers are targets already, and nothing chooses among them
+            train("sft", self, Data(rows, source=source.record()))
 
 
 @dataclass
-class Compress(CompressConfig):
+class Compress(Pushed, TextOptions, CompressConfig):
     """Distil a whole encoder into the smaller one that `mtllm shrink` made of it: its states at every kept layer, on
     unlabelled text.
 
@@ -451,21 +372,7 @@ class Compress(CompressConfig):
     text: str = ""
     """Text: .txt, .jsonl, .csv, .tsv or .parquet (also .gz), a folder or glob of them, or a hub dataset "org/name" or
     "org/name:config"."""
-    text_column: str = "text"
-    """Column of the text."""
-    language: str | None = None
-    """MT code of the text's language, for an encoder that takes one; by default its own code for English."""
-    language_column: str | None = None
-    """Column with a code per row, instead of `language`."""
-    quoted: bool = True
-    """Quote marks in .csv and .tsv files stand around fields; without, they are text."""
-    split: str = "train"
-    """Split of a hub dataset."""
-    limit: int | None = None
-    """Read at most this many rows."""
     train: Annotated[OptimSettings, Flat] = field(default_factory=lambda: CompressConfig().train)
-    push_to_hub: str = ""
-    """NAME or ORGANISATION/NAME: where the finished model goes on the Hugging Face hub (private, if it is new)."""
 
     @ends_process()
     def run(self) -> None:
@@ -473,15 +380,5 @@ class Compress(CompressConfig):
             raise ValueError("--text is missing: name a file, folder, glob or hub dataset")
         if (Path(self.text) / STORE_FILE).is_file():
             raise ValueError(f"--text {self.text}: holds tokens, made by `mtllm tokenize`; name the text itself")
-        rows = read_rows(
-            self.text,
-            text_column=self.text_column,
-            language=self.language,
-            language_column=self.language_column,
-            split=self.split,
-            limit=self.limit,
-            quoting=self.quoted,
-        )
-        names = ("text", "text_column", "language", "language_column", "quoted", "split", "limit")
-        source = _record({name: getattr(self, name) for name in names})
-        train("compress", self, Data(rows, source=source), None)
+        source = self.record("text", "text_column", *self.READING)
+        train("compress", self, Data(self.rows(self.text), source=source))

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from ..data.language import ENGLISH_CODES, language_read
+from ..data.language import ENGLISH_CODES
 from ..data.read import read_rows
-from .files import check_least, output_file, ranks
+from .files import check_given, check_least, device_of, in_language, output_file, print_skipped, ranks, stoppable
 
 if TYPE_CHECKING:
     from ..inference.translate import Source
@@ -111,7 +109,6 @@ class Translate:
         import torch
 
         from ..inference.device import check_device
-        from ..inference.stream import Interrupted
         from ..inference.translate import FORMATS, Manner, translate_file
         from ..inference.translator import Translator
         from ..jobs.fingerprint import of_model
@@ -125,18 +122,16 @@ class Translate:
                 raise ValueError(
                     f"--language {language}: is the --target, too; name the language of the texts or its column"
                 )
-        named = SimpleNamespace(
-            model=self.model, input=self.input or self.task, output=self.output, overwrite=self.overwrite
-        )
         check_device(self.device)
         check_least(
             self, window=1, max_tokens=1, limit=1, max_length=1, max_new_tokens=1, num_beams=1, no_repeat_ngram_size=0
         )
         if not 0 < self.repetition_penalty < math.inf:
             raise ValueError(f"--repetition-penalty {self.repetition_penalty}: must be above 0; 1 for none")
-        output = output_file(named, FORMATS, resumable=True)
-        rank, world_size, local = ranks()
-        device = self.device or (f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
+        check_given(self, "model")
+        output = output_file(self, FORMATS)
+        rank, world_size, _ = ranks()
+        device = device_of(self)
         translator = Translator.from_pretrained(
             self.model,
             device=device,
@@ -149,7 +144,7 @@ class Translate:
         how = Manner(
             self.target, texts.keep, self.scores, self.window, {name: getattr(self, name) for name in decoding}
         )
-        try:
+        with stoppable("translate"):
             report = translate_file(
                 translator,
                 texts.sources,
@@ -162,9 +157,6 @@ class Translate:
                 total=len(texts.sources) if isinstance(texts.sources, list) else None,
                 progress=self.progress and rank == 0,
             )
-        except Interrupted as stopped:
-            print(f"mtllm translate: {stopped}", file=sys.stderr)
-            raise SystemExit(130) from None
         if not report.complete:
             print(f"translate: process {rank} of {world_size} is done; the last one to finish writes {output}")
             return
@@ -177,7 +169,6 @@ class Translate:
             print(f"translate: not translated, {reason}: {', '.join(languages)}")
 
     def _of_file(self, translator: Translator) -> _Texts:
-        from ..inference.stream import language_check, text_check
         from ..inference.translate import Source
 
         rows = read_rows(
@@ -190,26 +181,13 @@ class Translate:
             limit=self.limit,
             quoting=self.quoted,
         )
-        if self.language_column is None:
-            rank = ranks()[0]
-
-            def tell(message: str) -> None:
-                if not rank:
-                    print(f"mtllm translate: {message}", file=sys.stderr)
-
-            code = str(language_read(translator.tokenizer, "mt", self.language, "--language", tell=tell))
-            translator.tokenizer.language_id(code)
-            rows.language, rows.unusable = code, text_check(translator.tokenizer, "mt")
-        else:
-            rows.unusable = text_check(translator.tokenizer, "mt", language_check(translator.tokenizer))
+        rows = in_language(rows, translator.tokenizer, "mt", "translate")
 
         def sources() -> Iterable[Source]:
             for index, row in enumerate(rows):
                 code = str(row.language)
                 yield Source(row.text, code, str(index) if row.id is None else row.id, code)
-            if skipped := rows.counts.empty + rows.counts.failed:
-                reasons = "".join(f", {count} {reason}" for reason, count in rows.counts.reasons.items())
-                print(f"translate: {skipped} rows skipped: {rows.counts.empty} empty{reasons}", file=sys.stderr)
+            print_skipped(rows, "translate")
 
         return _Texts(sources(), rows.identity())
 

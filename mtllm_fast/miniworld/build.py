@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ from .parallel import ParallelText, text_contrast, word_contrast
 from .world import World
 
 log = logging.getLogger(__name__)
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,10 @@ class BuildConfig:
     mt_decoder_layers: int = 2
     mt_vocabulary: int = 4_500
     mt_steps: int = 1_500
-    mt_contrast_from: float = 0.0
-    mt_contrast_weight: float = 1.0
     mt_words_from: float = 0.25
     mt_temperature: float = 0.07
     mt_word_temperature: float = 0.2
     mt_batch: int = 96
-    mt_dropout: float = 0.0
     mt_lr: float = 3e-3
     llm_width: int = 128
     llm_layers: int = 4
@@ -132,7 +131,7 @@ def new_mt(config: BuildConfig, tokenizer: PreTrainedTokenizerFast) -> M2M100For
             encoder_ffn_dim=3 * config.mt_width,
             decoder_ffn_dim=3 * config.mt_width,
             max_position_embeddings=512,
-            dropout=config.mt_dropout,
+            dropout=0.0,
             attention_dropout=0.0,
             encoder_layerdrop=0.0,
             decoder_layerdrop=0.0,
@@ -175,6 +174,23 @@ def schedule(step: int, steps: int) -> float:
     return min((step + 1) / warm, max(0.0, (steps - step) / (steps - warm + 1)))
 
 
+def _train(model: Model, loss_of: Callable[[int], Tensor], steps: int, lr: float, name: str) -> Model:
+    """The model after `steps` steps of AdamW on the losses of its batches: number of the step -> loss."""
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    start = time.perf_counter()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * schedule(step, steps)
+        loss = loss_of(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % 250 == 0:
+            log.info("%s %d/%d loss %.3f, %.0f s", name, step + 1, steps, loss.item(), time.perf_counter() - start)
+    return model.eval()
+
+
 def train_mt(
     world: World,
     tokenizer: PreTrainedTokenizerFast,
@@ -182,28 +198,22 @@ def train_mt(
     *,
     seed: int = 0,
     model: M2M100ForConditionalGeneration | None = None,
-    watch: Callable[[int, M2M100ForConditionalGeneration], None] | None = None,
 ) -> M2M100ForConditionalGeneration:
     """Translation loss, and InfoNCE between the mean states of a text and of its translation.
 
     The contrast makes so small an encoder language-neutral. `model` is trained further, None begins a new one.
     """
     torch.manual_seed(seed)
-    model = (model or new_mt(config, tokenizer)).train()
+    model = model or new_mt(config, tokenizer)
     text = ParallelText(world, tokenizer, seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.mt_lr, betas=(0.9, 0.98), weight_decay=0.01)
-    encoder, start = model.get_encoder(), time.perf_counter()
     batches = text.batches(config.mt_batch)
-    for step in range(config.mt_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = config.mt_lr * schedule(step, config.mt_steps)
+
+    def loss_of(step: int) -> Tensor:
         batch = next(batches)
-        contrast = step >= config.mt_contrast_from * config.mt_steps
-        sources = [row.source for row in batch] + ([row.translation for row in batch] if contrast else [])
-        source_ids = pad(sources, tokenizer.pad_token_id)
-        mask = (source_ids != tokenizer.pad_token_id).long()
-        states = encoder(input_ids=source_ids, attention_mask=mask).last_hidden_state
         rows = len(batch)
+        source_ids = pad([row.source for row in batch] + [row.translation for row in batch], tokenizer.pad_token_id)
+        mask = (source_ids != tokenizer.pad_token_id).long()
+        states = model.get_encoder()(input_ids=source_ids, attention_mask=mask).last_hidden_state
         logits = model(
             encoder_outputs=(states[:rows],),
             attention_mask=mask[:rows],
@@ -211,33 +221,17 @@ def train_mt(
         ).logits
         label_ids = pad([row.labels for row in batch], -100)
         loss = F.cross_entropy(logits.flatten(0, 1), label_ids.flatten(), ignore_index=-100, label_smoothing=0.05)
-        info = torch.zeros(())
-        if contrast:
-            # equal meanings would be false negatives of each other
-            keep = torch.tensor(list({row.meaning: index for index, row in enumerate(batch)}.values()))
-            x, y, x_mask, y_mask = states[:rows], states[rows:], mask[:rows], mask[rows:]
-            info = text_contrast(x[keep], x_mask[keep], y[keep], y_mask[keep], config.mt_temperature)
-            if step >= config.mt_words_from * config.mt_steps:
-                links = torch.tensor([[index, *link] for index, row in enumerate(batch) for link in row.links])
-                at, here, there, words = links.T
-                info = info + word_contrast(x[at, here], y[at, there], words, config.mt_word_temperature)
-        (loss + config.mt_contrast_weight * info).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % 100 == 0:
-            log.info(
-                "mt %d/%d loss %.3f contrast %.3f, %.0f s",
-                step + 1,
-                config.mt_steps,
-                loss.item(),
-                info.item(),
-                time.perf_counter() - start,
-            )
-            if watch:
-                watch(step + 1, model)
-                model.train()
-    return model.eval()
+        # equal meanings would be false negatives of each other
+        keep = torch.tensor(list({row.meaning: index for index, row in enumerate(batch)}.values()))
+        x, y, x_mask, y_mask = states[:rows], states[rows:], mask[:rows], mask[rows:]
+        info = text_contrast(x[keep], x_mask[keep], y[keep], y_mask[keep], config.mt_temperature)
+        if step >= config.mt_words_from * config.mt_steps:
+            links = torch.tensor([[index, *link] for index, row in enumerate(batch) for link in row.links])
+            at, here, there, words = links.T
+            info = info + word_contrast(x[at, here], y[at, there], words, config.mt_word_temperature)
+        return loss + info
+
+    return _train(model, loss_of, config.mt_steps, config.mt_lr, "mt")
 
 
 def train_llm(
@@ -245,30 +239,20 @@ def train_llm(
 ) -> LlamaForCausalLM:
     """Causal language modelling on the world's English."""
     torch.manual_seed(seed)
-    model = new_llm(config, tokenizer).train()
+    model = new_llm(config, tokenizer)
     encoded = tokenizer(list(documents), add_special_tokens=False)["input_ids"]
     ids = [[tokenizer.bos_token_id, *row, tokenizer.eos_token_id] for row in encoded]
     rng = random.Random(f"{seed}/documents")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.llm_lr, betas=(0.9, 0.98), weight_decay=0.01)
-    start = time.perf_counter()
-    for step in range(config.llm_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = config.llm_lr * schedule(step, config.llm_steps)
+
+    def loss_of(step: int) -> Tensor:
         rows = rng.choices(ids, k=config.llm_batch)
         input_ids = pad(rows, tokenizer.pad_token_id)
         mask = torch.tensor([[1] * len(row) + [0] * (input_ids.shape[1] - len(row)) for row in rows])
         logits = model(input_ids=input_ids, attention_mask=mask).logits
         labels = input_ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % 250 == 0:
-            log.info(
-                "llm %d/%d loss %.3f, %.0f s", step + 1, config.llm_steps, loss.item(), time.perf_counter() - start
-            )
-    return model.eval()
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
+
+    return _train(model, loss_of, config.llm_steps, config.llm_lr, "llm")
 
 
 def build(

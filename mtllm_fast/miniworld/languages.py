@@ -68,8 +68,12 @@ def english_verb(lemma: str, past: bool) -> str:
     return lemma + ("es" if lemma.endswith(("sh", "ch", "s")) else "s")
 
 
+def article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
 def _determined(noun: str, definite: bool) -> str:
-    return f"the {noun}" if definite else f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+    return f"the {noun}" if definite else article(noun)
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,6 @@ class ParallelText:
     """Tokenised parallel text, drawn by language with probability proportional to size ** 0.5, in both directions."""
 
     def __init__(self, world: World, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
-        def encode(texts: Sequence[str]) -> list[list[int]]:
-            return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-
         vocabulary = tokenizer.get_vocab()
         self.eos = vocabulary["</s>"]
         self.code_id = {code: vocabulary[code] for code in (ENGLISH, *world.languages)}
@@ -57,7 +54,8 @@ class ParallelText:
                 )
                 for row in range(len(foreign))
             ]
-        self.questions = encode(list(world.open_questions(6000, "questions")))
+        questions = list(world.open_questions(6000, "questions"))
+        self.questions = tokenizer(questions, add_special_tokens=False)["input_ids"]
         self.weights = [len(pairs) ** 0.5 for pairs in self.pairs.values()]
         self.rng = random.Random(f"{seed}/parallel batches")
 
@@ -134,7 +132,8 @@ def pooled(states: Tensor, mask: Tensor) -> Tensor:
 def text_contrast(x: Tensor, x_mask: Tensor, y: Tensor, y_mask: Tensor, temperature: float) -> Tensor:
     """InfoNCE between the mean states of N texts and of their translations: x (N, L, E), y (N, M, E), masks alike."""
     mean_x, mean_y = F.normalize(pooled(x, x_mask), dim=-1), F.normalize(pooled(y, y_mask), dim=-1)
-    return _both_ways(mean_x @ mean_y.T / temperature, torch.arange(len(x)))
+    logits, target = mean_x @ mean_y.T / temperature, torch.arange(len(x))
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 def word_contrast(x: Tensor, y: Tensor, words: Tensor, temperature: float) -> Tensor:
@@ -150,7 +149,3 @@ def word_contrast(x: Tensor, y: Tensor, words: Tensor, temperature: float) -> Te
     for scores in (logits, logits.T):
         loss = loss - ((same * scores.log_softmax(-1)).sum(-1) / same.sum(-1)).mean() / 2
     return loss + 5 * (x - y).square().sum(-1).mean() / x.detach().var(0).sum()
-
-
-def _both_ways(logits: Tensor, target: Tensor) -> Tensor:
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2

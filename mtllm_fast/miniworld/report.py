@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from ..demo.report import Results, percent, points, print_table, write_files
@@ -86,8 +86,8 @@ def verdict(results: Results) -> list[str]:
         much = "much" if name == "high" else "little"
         lines.append(
             f"  with {much} parallel text ({len(part)} languages): "
-            f"MT-LLM {percent(_mean(row['mt_llm'] for row in part))}, "
-            f"translate-test {percent(_mean(row['translate_test'] for row in part))}"
+            f"MT-LLM {percent(fmean(row['mt_llm'] for row in part))}, "
+            f"translate-test {percent(fmean(row['translate_test'] for row in part))}"
         )
     lines.append(
         f"The English teacher scores {percent(english['teacher'])}: MT-LLM is "
@@ -134,11 +134,6 @@ def write_demo_report(results: Results, scores: Scores, root: Path) -> None:
     lines = ["# Miniworld demo", "", "Zero-shot accuracy in percent; all models learned the task in English only.", ""]
     lines += [*Table(HEADER, table_rows(results)).markdown(), "", *(f"- {line.strip()}" for line in verdict(results))]
     write_files(results, scores, root, lines, f"{results['rows_per_language']} rows per language, ")
-
-
-def _mean(values: Iterable[float]) -> float:
-    listed = list(values)
-    return sum(listed) / len(listed) if listed else float("nan")
 
 
 def _cell(value: float) -> str:

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from .languages import ENGLISH, Clause, Language, english, english_verb, make_languages
+from .languages import ENGLISH, Clause, Language, article, english, english_verb, make_languages
 
 LABELS = ("entailment", "neutral", "contradiction")
 
@@ -84,17 +84,8 @@ class World:
         if not 0.0 < self.test_share < 0.8:
             raise ValueError(f"test_share must lie between 0 and 0.8, got {self.test_share}")
         if not self.languages:
-            words = [
-                *self.nouns,
-                *INTRANSITIVE,
-                *TRANSITIVE,
-                *ADJECTIVES,
-                *ADVERBS,
-                *PLACES,
-                *PREPOSITIONS,
-                "and",
-                "or",
-            ]
+            others = (INTRANSITIVE, TRANSITIVE, ADJECTIVES, ADVERBS, PLACES, PREPOSITIONS)
+            words = [*self.nouns, *itertools.chain(*others), "and", "or"]
             object.__setattr__(self, "languages", make_languages(words, seed=self.seed))
 
     @cached_property
@@ -369,7 +360,3 @@ def free_english(clause: Clause, rng: random.Random) -> str:
     rest = " ".join(parts)
     orders = ((subject, verb, rest), (subject, rest, verb), (verb, subject, rest))
     return " ".join(part for part in rng.choice(orders) if part)
-
-
-def article(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"

@@ -81,16 +81,14 @@ def _typical(lengths: Lengths, budget: int) -> Lengths:
     return sorted(full, key=lambda pack: sum(n * n for n, _ in pack))[len(full) // 2]
 
 
-def largest_fitting(
-    cost_of: Callable[[int], StepCost], memory: float, low: int, high: int
-) -> tuple[int, StepCost] | None:
-    """The largest size in [low, high] whose step fits into `memory`, memory being nearly affine in the size."""
+def largest_fitting(cost_of: Callable[[int], StepCost], memory: float, low: int, high: int) -> StepCost | None:
+    """Of the largest size in [low, high] whose step fits into `memory`, memory being nearly affine in the size."""
     first = cost_of(low)
     if first.memory > memory:
         return None
     top = cost_of(high)
     if top.memory <= memory:
-        return high, top
+        return top
     good, best = low, first
     bad, bad_memory = high, top.memory
     while bad - good > max(1, high // 64):
@@ -104,7 +102,7 @@ def largest_fitting(
                 break
         else:
             bad, bad_memory = guess, cost.memory
-    return good, best
+    return best
 
 
 def plan_ours(
@@ -123,25 +121,21 @@ def plan_ours(
 
 
 def plan_authors(spec: StepSpec, lengths: Lengths, gpu: Gpu, documents: int, gpus: int, efficiency: float) -> Column:
-    """The paper's code: nf4 LLM, 8-bit AdamW, padded batches of 32 texts, in micro-batches that fit."""
+    """The paper's code: nf4 LLM, 8-bit AdamW, padded batches of 32 texts, in the largest micro-batches that fit."""
     spec = replace(spec, base="nf4", eight_bit_optimizer=True, offloaded_optimizer=False, checkpointing=False)
-
-    def cost_of(texts: int) -> StepCost:
+    found, texts = None, AUTHORS_BATCH
+    while texts and found is None:
         batches = [lengths[i : i + texts] for i in range(0, len(lengths) - texts + 1, texts)]
         padded = sorted(batches, key=lambda b: max(n for n, _ in b))[len(batches) // 2]
-        return authors(spec, padded, gpu.rates)
-
-    found = largest_fitting(cost_of, USABLE * gpu.memory, 1, AUTHORS_BATCH)
-    if found is not None and found[0] < AUTHORS_BATCH:  # accumulation takes a divisor of the batch
-        texts = 1 << (found[0].bit_length() - 1)
-        found = texts, cost_of(texts)
+        cost = authors(spec, padded, gpu.rates)
+        found = cost if cost.memory <= USABLE * gpu.memory else None
+        texts //= 2  # accumulation takes a divisor of the batch
     return _column("the paper's code", found, documents, gpus, efficiency)
 
 
-def _column(name: str, found: tuple[int, StepCost] | None, documents: int, gpus: int, efficiency: float) -> Column:
-    if found is None:
+def _column(name: str, cost: StepCost | None, documents: int, gpus: int, efficiency: float) -> Column:
+    if cost is None:
         return Column(name, None)
-    cost = found[1]
     seconds = sum(cost.seconds.values()) / efficiency
     rate = cost.texts / seconds
     return Column(name, cost, seconds, rate, documents / (rate * gpus) / 3600, max(cost.slots))

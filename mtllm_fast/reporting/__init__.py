@@ -6,14 +6,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .scores import check_output, print_scores, read_scores, to_json, to_markdown, write_report
 
-_HOME = dict.fromkeys(
-    ("check_output", "print_scores", "read_scores", "to_json", "to_markdown", "write_report"), "scores"
-)
-
 __all__ = ["check_output", "print_scores", "read_scores", "to_json", "to_markdown", "write_report"]
 
 
 def __getattr__(name: str) -> object:
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    if name in __all__:
+        return getattr(import_module(f"{__name__}.scores"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

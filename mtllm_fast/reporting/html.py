@@ -6,6 +6,7 @@ Figures are HTML and CSS, so that text keeps its size on a phone.
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 
@@ -292,9 +293,7 @@ def _distribution(scores: Scores, names: dict[str, str], chance: float | None) -
         counts = [0] * bins
         for value in values:
             counts[min(int(value * bins), bins - 1)] += 1
-        middle = len(values) // 2
-        median = values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2
-        width = 100 / bins
+        median, width = statistics.median(values), 100 / bins
         lanes.append(
             {
                 "name": names[model.name],

@@ -7,6 +7,9 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from mtllm_fast import cli
 from mtllm_fast.jobs.measured import Ended, Used
@@ -42,6 +45,21 @@ def forked(words: Sequence[str], log: Path | None, report: Callable[[Used], obje
     _, status, usage = os.wait4(pid, 0)
     used = Used(0.2, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
     return Ended(os.waitstatus_to_exitcode(status), used, None)
+
+
+def models(folder: Path) -> dict[str, bytes]:
+    """The weights that every step of a run made."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob("*/model*.safetensors"))}
+
+
+def record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "recipe.json").read_text())
+
+
+def write_yaml(path: Path, content: object) -> str:
+    """A file of text, or of what is YAML."""
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
+    return str(path)
 
 
 def write_data(root: Path) -> dict[str, str]:

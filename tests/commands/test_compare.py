@@ -16,7 +16,7 @@ from mtllm_fast.commands.compare_file import read_comparison
 from mtllm_fast.evaluation.statistics import interval, mean_samples
 from mtllm_fast.jobs.measured import Ended, Used
 from mtllm_fast.reporting.scores import read_scores
-from tests.commands.recipe_steps import QUICK, inside, write_data, write_pairs
+from tests.commands.recipe_steps import QUICK, inside, write_data, write_pairs, write_yaml
 
 OVERRIDES = dict(text.split("=", 1) for text in [*QUICK, "*.max_steps=3", "*.lr=1e-2"])
 
@@ -50,11 +50,6 @@ def content(root, given, encoder_folder, llm_folder) -> dict:
         "tasks": [{"task": "folder", "name": "mini", "data": given["folder"]}],
         "resamples": 200,
     }
-
-
-def write(path: Path, content: object) -> str:
-    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
-    return str(path)
 
 
 def of(content: dict, *names: str, **changes: object) -> dict:
@@ -94,7 +89,7 @@ def calls(monkeypatch) -> list[list[str]]:
 
 
 def test_systems_are_trained_scored_and_compared(root, content, calls, capsys) -> None:
-    path = write(root / "compare.yaml", content)
+    path = write_yaml(root / "compare.yaml", content)
     assert compare(path) == 0
     out = capsys.readouterr().out
     # two seeds of: finetune; adapt, distill with that teacher; sft
@@ -158,7 +153,7 @@ def test_a_training_that_fails_is_named_and_the_others_are_compared(root, conten
         return inside(words, log, report)
 
     monkeypatch.setattr(recipe_run, "run_measured", failing)
-    path = write(root / "failing.yaml", of(content, "alone", "stack", output=str(root / "failing")))
+    path = write_yaml(root / "failing.yaml", of(content, "alone", "stack", output=str(root / "failing")))
     assert compare(path) == 1
     said = capsys.readouterr()
     reason = "stack, seed 2: step adapt: mtllm adapt ended with exit code 1: mtllm adapt: error: out of memory"
@@ -174,7 +169,7 @@ def test_a_training_that_fails_is_named_and_the_others_are_compared(root, conten
     monkeypatch.setattr(
         recipe_run, "run_measured", lambda *a: Ended(1, Used(), None) if a[0][3] == "finetune" else inside(*a)
     )
-    path = write(root / "none.yaml", of(content, "alone", "answers", seeds=[1], output=str(root / "none")))
+    path = write_yaml(root / "none.yaml", of(content, "alone", "answers", seeds=[1], output=str(root / "none")))
     assert compare(path) == 1
     found = read(root / "none")
     assert found["against"] == {"mini": None} and found["systems"]["alone"]["tasks"]["mini"] is None
@@ -190,7 +185,7 @@ def test_a_task_that_cannot_be_read_is_named(root, content, calls, monkeypatch, 
         raise ValueError("text 'x' holds a lone surrogate")
 
     monkeypatch.setattr("mtllm_fast.evaluation.suite_file.run_suite", unreadable)
-    assert compare(write(tmp_path / "compare.yaml", of(content, "alone", output=str(tmp_path / "out")))) == 1
+    assert compare(write_yaml(tmp_path / "compare.yaml", of(content, "alone", output=str(tmp_path / "out")))) == 1
     assert "readings failed: all systems, mini: text 'x' holds a lone surrogate" in capsys.readouterr().err
     assert (tmp_path / "out/runs/alone").is_dir(), "what was trained is kept"
 
@@ -208,7 +203,7 @@ def test_trained_for_each_task_where_the_data_say_so(root, given, content, calls
     changes = {"data": data, "tasks": tasks, "output": str(tmp_path / "out"), "seeds": [1]}
     changes |= {"against": "translate-test"}
     changes["translate_test"] = {"teacher": "alone", "translations": str(tmp_path / "T.jsonl")}
-    assert compare(write(tmp_path / "c.yaml", of(content, "alone", "stack", **changes))) == 0
+    assert compare(write_yaml(tmp_path / "c.yaml", of(content, "alone", "stack", **changes))) == 0
     assert [words[0] for words in calls] == ["finetune", "adapt", "distill"]
     assert (tmp_path / "out/runs/stack/folder/seed-1/student/model.safetensors").is_file()
     (scores,) = read_scores(tmp_path / "out/scores.json")
@@ -226,7 +221,7 @@ def test_trained_for_each_task_where_the_data_say_so(root, given, content, calls
     tasks.append({"task": "folder", "name": "again", "data": given["folder"]})
     changes |= {"against": "alone", "output": str(tmp_path / "two")}
     del changes["translate_test"]
-    assert compare(write(tmp_path / "two.yaml", of(content, "alone", "stack", **changes))) == 0
+    assert compare(write_yaml(tmp_path / "two.yaml", of(content, "alone", "stack", **changes))) == 0
     assert [words[0] for words in calls] == ["finetune", "finetune", "adapt", "distill", "distill"]
     assert len(read(tmp_path / "two")["systems"]["stack"]["training"]) == 2
 
@@ -246,9 +241,9 @@ def test_a_system_that_cannot_do_a_task_is_named(root, given, content, calls, tm
         "languages": {"eng_Latn": "eng_Latn", "fra_Latn": "fra_Latn"},
         "files": "{language}/{split}.tsv",
     }
-    task = {"task": write(tmp_path / "sums.yaml", sums), "data": str(tmp_path / "sums"), "max_new_tokens": 4}
+    task = {"task": write_yaml(tmp_path / "sums.yaml", sums), "data": str(tmp_path / "sums"), "max_new_tokens": 4}
     changes = {"tasks": [*content["tasks"], task], "seeds": [1], "output": str(tmp_path / "out")}
-    assert compare(write(tmp_path / "c.yaml", of(content, "alone", "answers", **changes))) == 1
+    assert compare(write_yaml(tmp_path / "c.yaml", of(content, "alone", "answers", **changes))) == 1
     assert "alone, sums: model=" in capsys.readouterr().err
     found = read(tmp_path / "out")
     assert found["systems"]["alone"]["tasks"]["sums"] is None
@@ -294,7 +289,7 @@ def test_a_system_that_cannot_do_a_task_is_named(root, given, content, calls, tm
 )  # fmt: skip
 def test_bad_files_are_refused_in_one_line(content, tmp_path, change, said) -> None:
     whole = change if isinstance(change, str) else {key: v for key, v in {**content, **change}.items() if v is not None}
-    path = write(tmp_path / "c.yaml", whole)
+    path = write_yaml(tmp_path / "c.yaml", whole)
     with pytest.raises(ValueError) as caught:
         read_comparison(path)
     assert str(caught.value).startswith(f"compare={path!r}: ") and said in str(caught.value)
@@ -311,19 +306,19 @@ def test_what_is_wrong_is_said_before_anything_is_trained(content, calls, tmp_pa
     ):
         whole = of(content, "alone", "stack", output=str(tmp_path / "out"))
         whole["recipes"] = {"alone": "direct", "stack": {"recipe": "mt_llm", **stack}}
-        assert compare(write(tmp_path / "c.yaml", whole)) == 2
+        assert compare(write_yaml(tmp_path / "c.yaml", whole)) == 2
         err = capsys.readouterr().err
         assert said in err and err.count("\n") == 1
     assert calls == [] and not (tmp_path / "out").exists()
     without = {key: value for key, value in of(content, "alone").items() if key != "output"}
-    assert compare(write(tmp_path / "c.yaml", without)) == 2
+    assert compare(write_yaml(tmp_path / "c.yaml", without)) == 2
     assert "names no 'output' either" in capsys.readouterr().err
 
 
 def test_a_stopped_comparison_goes_on(content, monkeypatch, tmp_path, capsys) -> None:
     import signal
 
-    path = write(tmp_path / "c.yaml", of(content, "alone", output=str(tmp_path / "out")))
+    path = write_yaml(tmp_path / "c.yaml", of(content, "alone", output=str(tmp_path / "out")))
     monkeypatch.setattr(recipe_run, "run_measured", lambda *_: Ended(130, Used(), signal.SIGINT))
     assert compare(path) == 130
     assert "compare: SIGINT: stopped in step teacher; the same command goes on" in capsys.readouterr().out
@@ -339,7 +334,7 @@ def test_the_help_shows_a_comparison(tmp_path, capsys) -> None:
     example = page("compare").split("\n\n")[2]
     found = yaml.safe_load(example)
     assert set(found) >= {"recipes", "against", "tasks", "translate_test", "set"}
-    comparison = read_comparison(write(tmp_path / "c.yaml", example))
+    comparison = read_comparison(write_yaml(tmp_path / "c.yaml", example))
     assert [contestant.by_task for contestant in comparison.contestants] == [True] * 3
     stack = comparison.contestants[1].inputs("nusax", 2)
     assert (stack["task"], stack["folder"]) == ("nusax", "data/nusax_senti")

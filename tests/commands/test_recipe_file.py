@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import yaml
 
 from mtllm_fast import cli
 from mtllm_fast.commands.recipe_file import RECIPES, fill, names, read_recipe, stated
 from mtllm_fast.commands.table import settings_of
+from tests.commands.recipe_steps import write_yaml
 
 GOOD = {
     "system": "Two steps",
@@ -26,9 +26,7 @@ GOOD = {
 
 
 def write(tmp_path: Path, content: object) -> str:
-    path = tmp_path / "mine.yaml"
-    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
-    return str(path)
+    return write_yaml(tmp_path / "mine.yaml", content)
 
 
 def changed(**changes: object) -> dict[str, object]:

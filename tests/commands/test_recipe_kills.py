@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.recipe_steps import QUICK, write_data
+from tests.commands.recipe_steps import QUICK, models, record, write_data
 
 FORK = """
 import os
@@ -33,15 +32,6 @@ def arguments(tmp_path_factory, encoder_folder, llm_folder):
         return ["--recipe", "mt_llm", *models, "--output", output, "--seed", seed, "--data", *data, "--set", *QUICK]
 
     return of
-
-
-def models(folder: Path) -> dict[str, bytes]:
-    """The weights that every step made."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob("*/model*.safetensors"))}
-
-
-def record(folder: Path) -> dict:
-    return json.loads((folder / "recipe.json").read_text())
 
 
 def test_killed_within_and_between_steps_it_ends_in_the_same_bytes(arguments, forked, tmp_path) -> None:

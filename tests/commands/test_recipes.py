@@ -19,7 +19,7 @@ from mtllm_fast.training.stage import Stage
 from tests.commands.recipe_steps import QUICK, inside, write_data, write_pairs
 
 STEPS = 3
-TINY = [*QUICK, f"*.max_steps={STEPS}", "*.save_steps=1", "*.log_steps=1", "*.lr=1e-2"]
+TINY = [*QUICK, f"*.max_steps={STEPS}", "*.log_steps=1", "*.lr=1e-2"]
 OWN = {"layer_swap": ["swapped.bottom=0", "swapped.top=1", "swapped.between=0"]}  # the LLM has two layers
 OWN |= {name: ["answers.max_new_tokens=6"] for name in ("sdrrl", "sdrrl_ce")}
 OWN["mid_align"] = ["align.loss.contrast_layer=1"]
@@ -42,9 +42,10 @@ def world(tmp_path_factory, encoder_folder, llm_folder):
     stack.save_pretrained(root / "start")
     known: Known = {}
 
-    def job(name: str, folder: str) -> RecipeRun:
+    def job(name: str, folder: str, save_steps: int = 100) -> RecipeRun:
         writes = any(step.takes("max_target_tokens") for step in read_recipe(name).steps.values())
-        recipe = read_recipe(name, [*TINY, *OWN.get(name, []), *(["*.max_target_tokens=16"] * writes)])
+        own = [f"*.save_steps={save_steps}", *OWN.get(name, []), *(["*.max_target_tokens=16"] * writes)]
+        recipe = read_recipe(name, [*TINY, *own])
         data = recipe.complete({role: value for role, value in given.items() if role in recipe.data})
         models = {role: at for role, at in (("encoder", encoder_folder), ("llm", llm_folder)) if role in recipe.uses}
         return RecipeRun(recipe, str(root / folder / name), data=data, seed=3, **models)
@@ -84,21 +85,24 @@ def test_a_recipe_runs_and_goes_on_where_it_was_stopped(name: str, world, monkey
     assert (model.head is None) == (name in WRITERS)
     assert (model.config.fusion is not None) == (name == "filter")
 
-    # stopped in the last step but one that trains, or the only one, and gone on with; here every step is run
-    part = job(name, "part")
+    # stopped in the last step but one that trains, or the only one, and gone on with; from there on every step is run
+    part = job(name, "part", save_steps=1)
     training = [step for step in part.recipe.steps.values() if step.takes("resume")]
-    steps = len(training) - 2 if len(training) > 1 else 0
+    stop = training[-2] if len(training) > 1 else training[0]
+    order = list(part.recipe.steps)
+    earlier, later = order[: order.index(stop.name)], order[order.index(stop.name) :]
+    there = {key: known[key] for key in map(part._computes, earlier)}
     with monkeypatch.context() as patch:
-        stop_in_step(patch, steps * STEPS + 2)
-        with pytest.raises(RunFailed, match=f"step {training[steps].name}: mtllm .* ended with exit code 130"):
-            part.run()
-    stopped = Path(part.output) / training[steps].output
+        stop_in_step(patch, 2)
+        with pytest.raises(RunFailed, match=f"step {stop.name}: mtllm .* ended with exit code 130"):
+            part.run(there)
+    stopped = Path(part.output) / stop.output
     assert list(stopped.glob("checkpoint-*")) and not (stopped / "model.safetensors").exists()
-    again = job(name, "part")
+    again = job(name, "part", save_steps=1)
     again.run()
     assert json.loads((stopped / "versions.json").read_text())[1:], "it was not resumed"
     assert weights(again.model) == weights(whole.model)
-    assert all(not record.taken_from for record in again.record.steps.values())
+    assert not any(again.record.steps[step].taken_from for step in later)
 
 
 def test_recipes_that_share_steps_ran_them_once(world) -> None:
