@@ -13,6 +13,7 @@ from mtllm_fast.inference.likelihood import branched
 from mtllm_fast.models import PackedLLM
 from mtllm_fast.models.attention import BACKENDS, Branches
 from tests.conftest import assert_matches
+from tests.models.weights import enlarge
 
 # (ids of a beginning, the ids after it of each of its sequences, the last of which may be none)
 GROUPS = [([5, 6, 7, 8, 9, 10, 11], [[20, 21], [22], []]), ([3], [[30, 31, 32, 33]]), ([4, 5, 6], [[7], [7, 8], [9]])]
@@ -31,11 +32,7 @@ def tiny(family: str) -> Any:
     if family == "GPTNeoX":
         more = {}
     config = getattr(transformers, f"{family}Config")(**SIZES, **more, pad_token_id=0)
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(3.0 if weight.ndim > 1 else 1.0)  # as initialised attention is nearly flat
-    return model.double().eval()
+    return enlarge(getattr(transformers, f"{family}ForCausalLM")(config), 3.0).double().eval()
 
 
 def given(groups: list[tuple[list[int], list[list[int]]]]) -> tuple[Branches, Tensor, list[list[int]]]:

@@ -15,6 +15,7 @@ from mtllm_fast.data.tokenise import StackTokenizer
 from mtllm_fast.models import LoraSettings, PackedEncoder
 from mtllm_fast.models.encoders import FAMILIES, family_of
 from tests.conftest import assert_matches
+from tests.models.weights import enlarge
 from tests.tiny import LINES, m2m100_config, nllb_tokenizer
 
 LENGTHS = (1, 2, 63, 64, 65, 150)
@@ -78,10 +79,7 @@ def make(key: str) -> nn.Module:
     if hasattr(encoder, "pooler"):
         encoder.pooler = None
     encoder.set_attn_implementation("eager")
-    with torch.no_grad():
-        for parameter in encoder.parameters():
-            parameter.mul_(4.0) if parameter.dim() > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
-    return encoder
+    return enlarge(encoder, noise=0.1)
 
 
 def batch_of(lengths: tuple[int, ...] = LENGTHS, vocab: int = 64) -> PackedBatch:

@@ -17,6 +17,7 @@ from mtllm_fast import MTLLM, PackedBatch, cli
 from mtllm_fast.models import PackedLLM, gate
 from tests.conftest import assert_matches
 from tests.models.test_packed_equals_padded import COMMON
+from tests.models.weights import enlarge
 
 SMALL = {name: COMMON[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
 # mixing rows by a convolution, a recurrence or a shift; finding positions by themselves; attending in chunks; sinks
@@ -151,11 +152,7 @@ def test_windows_are_the_familys_own(family: str, window: int) -> None:
     config.sliding_window = window
     if family != "mistral":
         config.layer_types = ["sliding_attention"] * 2
-    padded = _model(config)
-    with torch.no_grad():
-        for parameter in padded.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4.0)
+    padded = enlarge(_model(config))
     packed = PackedLLM(copy.deepcopy(padded), causal=False)
     padded.config.is_causal = own  # transformers' switch for families that do not look both ways by themselves
     batch = PackedBatch.from_sequences([list(range(3, 33)), [40, 41], list(range(20, 31))])

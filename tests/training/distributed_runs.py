@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from mtllm_fast.training import (
     AdaptConfig,
     CompressConfig,
     FinetuneConfig,
-    OptimSettings,
     adapt,
     compress,
     finetune,
@@ -27,18 +27,14 @@ from mtllm_fast.training import (
 from mtllm_fast.training.processes import ends_process
 from mtllm_fast.training.stage import Stage
 from tests.tiny import LINES
+from tests.training.short_runs import optim
 
 ROWS = [TextRow(line[: 20 + 7 * i % 41], id=f"row-{i}") for i, line in enumerate(LINES * 3)]
 TASK = [TextRow(line + " " + ("good", "bad")[i % 2], label=i % 2) for i, line in enumerate(LINES * 4)]
 STEPS = 6
 
 
-def settings(**changes: Any) -> OptimSettings:
-    options: dict[str, Any] = {
-        "tokens": 64, "max_length": 48, "progress": False, "report_to": "none", "device": "cpu", "lr": 2e-3, "warmup": 0.0,
-        "log_steps": 1, "max_steps": STEPS, "save_steps": 2, "keep": 9,
-    }  # fmt: skip
-    return OptimSettings(**{**options, **changes})
+settings = partial(optim, tokens=64, warmup=0.0, max_steps=STEPS, save_steps=2, keep=9)
 
 
 def run_adapt(encoder: str, llm: str, output: Path, *, resume: bool = False, **changes: Any) -> Path:
