@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mtllm_fast.kernels import linear_kl, packed_projection, paired_mse, pooled_mse, segment_mean
 
 from mtllm_fast import (
     MTLLM,
@@ -27,7 +28,6 @@ from mtllm_fast import (
 )
 from mtllm_fast.cli import main
 from mtllm_fast.data.collate import collate
-from mtllm_fast.kernels import linear_kl, packed_projection, paired_mse, pooled_mse, segment_mean
 from mtllm_fast.yaml_file import read_yaml
 from tests.bad_inputs import COMMANDS, MORE, SUITES, TASKS
 from tests.conftest import REPO

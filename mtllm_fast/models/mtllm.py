@@ -135,31 +135,25 @@ class MTLLM(nn.Module):
             ValueError: a name is not a model, or a model of a family that is not supported.
         """
         if isinstance(encoder, str):
-            packed_encoder: PackedEncoder | None = PackedEncoder.from_pretrained(
-                encoder, dtype, trust_remote_code=trust_remote_code
-            )
-        else:
-            packed_encoder = (
-                encoder if encoder is None or isinstance(encoder, PackedEncoder) else PackedEncoder(encoder)
-            )
+            encoder = PackedEncoder.from_pretrained(encoder, dtype, trust_remote_code=trust_remote_code)
+        elif encoder is not None and not isinstance(encoder, PackedEncoder):
+            encoder = PackedEncoder(encoder)
         if isinstance(llm, str):
-            packed_llm: PackedLLM | None = PackedLLM.from_pretrained(
-                llm, causal, dtype, trust_remote_code=trust_remote_code
-            )
-        else:
-            packed_llm = llm if llm is None or isinstance(llm, PackedLLM) else PackedLLM(llm, causal)
+            llm = PackedLLM.from_pretrained(llm, causal, dtype, trust_remote_code=trust_remote_code)
+        elif llm is not None and not isinstance(llm, PackedLLM):
+            llm = PackedLLM(llm, causal)
         config = MTLLMConfig(
             reader=reader,
-            encoder=packed_encoder.name if packed_encoder else None,
-            llm=packed_llm.name if packed_llm else None,
-            causal=packed_llm.causal if packed_llm else causal,
+            encoder=encoder.name if encoder else None,
+            llm=llm.name if llm else None,
+            causal=llm.causal if llm else causal,
             projection=projection or ProjectionConfig(),
             adapters={"student": lora} if lora else {},
             head=head,
         )
         if tokenizer is None:
             tokenizer = base_tokenizer(config)
-        model = cls(config, packed_encoder, packed_llm, tokenizer)
+        model = cls(config, encoder, llm, tokenizer)
         if attention is not None:
             model.attention = attention
         model._scale_projection()

@@ -23,7 +23,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from ..data.pack import PackedBatch, consecutive_packs
 from ..data.prompt import Prompt
 from ..data.read import TextRow
-from .generate import cached_attention, end_tokens, left_padded
+from .generate import cached_attention, end_tokens, left_padded, pad_token
 from .inputs import compose
 from .llm import forget_lengths
 from .modes import evaluating
@@ -152,7 +152,7 @@ def write(
     answers: list[list[Written]] = [[] for _ in prompts.text]
     with evaluating(model), cached_attention(llm) as bare:
         before = bare.generation_config
-        pad = min(ends) if (own := model.require_tokenizer().llm.pad_token_id) is None else own
+        pad = pad_token(model, ends)
         bare.generation_config = GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(ends), pad_token_id=pad
         )

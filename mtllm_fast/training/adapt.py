@@ -21,7 +21,7 @@ from .inputs import check_language, check_teacher_text, has_teacher_text
 from .live import Watch
 from .projection_fit import fit_projection
 from .record import Metrics
-from .run import Data, StageKind, check_trained_encoder, run, starting
+from .run import Data, StageKind, check_trained_encoder, run, starting, train_adapter
 from .stage import Rows, Stage
 from .stage_config import AdaptConfig
 from .teacher_cache import KeyedRows, cached_states, check_cache
@@ -34,12 +34,7 @@ def starting_model(config: AdaptConfig, dtype: torch.dtype) -> MTLLM:
         ValueError: a model cannot be loaded, or is not one that adaptation can go on from.
     """
     student = starting(config, dtype, projection=config.projection)
-    if config.model:
-        llm = student.require_llm()
-        if not student.config.adapters:  # of `mtllm sft`, which left the LLM as it was
-            llm.add_adapter(config.lora, "student")
-            student.config.adapters["student"] = config.lora
-        llm.train_adapter("student")
+    train_adapter(student, config.lora)  # `mtllm sft` may have left the LLM as it was
     student.train_encoder(config.train_encoder, config.lora)
     return student
 

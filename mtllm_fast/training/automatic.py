@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from ..kernels.gemms import has_fast_bf16
 from .config import OptimSettings
 from .engines import choose_engine
-from .processes import processes
+from .processes import is_first, processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -51,6 +52,13 @@ def on_gpu(optim: OptimSettings) -> bool:
     return optim.device != "cpu" and torch.cuda.is_available()
 
 
+def to_device(model: nn.Module, optim: OptimSettings) -> None:
+    """Move a model to the device that this process trains on, before there is a Trainer that does it."""
+    if on_gpu(optim):
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        model.to("cuda")
+
+
 def settled(
     optim: OptimSettings, output: str = "", resume: bool = False, llm: str = "", trust_remote_code: bool = False
 ) -> Settled:
@@ -69,10 +77,10 @@ def settled(
         kept = {name: value for name, value in _recorded(output, resume).items() if _can(name, value, optim)}
         given |= {name: kept.get(name, chosen[name]) for name in open_settings}
         given["tokens"] = max(given["tokens"], optim.max_length) if "tokens" in open_settings else given["tokens"]
-        if on_gpu(optim) and not int(os.environ.get("RANK", "0")):
+        if on_gpu(optim) and is_first():
             # a warning is seen without any logging set up
             log.warning("auto: %s (%s)", _said(given, open_settings), torch.cuda.get_device_name())
-    if given["bf16"] and not on_gpu(optim) and not has_fast_bf16() and not int(os.environ.get("RANK", "0")):
+    if given["bf16"] and not on_gpu(optim) and not has_fast_bf16() and is_first():
         log.warning("bf16: this processor has no bf16 instructions and multiplies it slower than fp32, the default")
     return Settled(**given)
 

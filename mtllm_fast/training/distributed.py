@@ -176,10 +176,6 @@ class ParallelTrainer(SurvivingTrainer):
             part.mul_(factor.to(part.device))
         return norm
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-
     @contextmanager
     def outside_of_forward(self) -> Iterator[None]:
         """Run parts of the student in the block: what lies outside of its layers is whole there."""

@@ -7,7 +7,6 @@ read a text together with its English translation: FILTER, arXiv 2009.05166.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -22,7 +21,7 @@ from ..models.encoder import check_encoder
 from ..models.fusion import check_fusion
 from ..models.names import is_path
 from ..models.storage import read_config
-from .automatic import on_gpu, settled
+from .automatic import settled, to_device
 from .inputs import check_language, has_teacher_text
 from .live import Watch
 from .record import Metrics
@@ -130,9 +129,7 @@ def _labelled(config: FinetuneConfig, data: Data, dtype: torch.dtype) -> tuple[l
     teacher = MTLLM.from_pretrained(config.teacher, dtype=dtype, trust_remote_code=config.trust_remote_code)
     optim, tokenizer = settled(config.train), teacher.require_tokenizer()
     tokenizer.max_mt_tokens = tokenizer.max_llm_tokens = optim.max_length
-    if on_gpu(optim):
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        teacher.to("cuda")
+    to_device(teacher, optim)
     return labelled(teacher, list(data.texts), data.labels or (), max_tokens=optim.tokens, bf16=optim.bf16)
 
 

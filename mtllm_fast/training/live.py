@@ -191,12 +191,7 @@ class Live(TrainerCallback):
         self.folder = folder
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Scores | None = None,
-        **kwargs: object,
+        self, args: object, state: TrainerState, control: object, logs: Scores | None = None, **kwargs: object
     ) -> None:
         if state.is_world_process_zero and logs:
             with (self.folder / LOG_FILE).open("a", encoding="utf-8") as handle:
@@ -207,42 +202,31 @@ class LiveProgress(ProgressCallback):
     """The Trainer's progress bar, with loss and speed behind it in place of a line per log."""
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Scores | None = None,
-        **kwargs: object,
+        self, args: object, state: TrainerState, control: object, logs: Scores | None = None, **kwargs: object
     ) -> None:
         if self.training_bar is None or not logs:
             return
         if "loss" in logs:
             self.training_bar.set_postfix_str(bar_text(logs))
         elif "train_runtime" not in logs:
-            scores = (f"{name} {value:.4g}" for name, value in logs.items() if name not in ("epoch", "total_flos"))
-            self.training_bar.write(f"step {state.global_step}: {', '.join(scores)}")
+            self.training_bar.write(f"step {state.global_step}: {bar_text(logs)}")
 
 
 class PlainProgress(TrainerCallback):
     """A line per log on stderr, for files and pipes, where a bar would be noise."""
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Scores | None = None,
-        **kwargs: object,
+        self, args: object, state: TrainerState, control: object, logs: Scores | None = None, **kwargs: object
     ) -> None:
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
-        scores = (f"{name} {value:.4g}" for name, value in logs.items() if name not in ("epoch", "total_flos"))
-        said = bar_text(logs) if "loss" in logs else ", ".join(scores)
-        print(f"step {state.global_step} of {state.max_steps}: {said}", file=sys.stderr, flush=True)
+        print(f"step {state.global_step} of {state.max_steps}: {bar_text(logs)}", file=sys.stderr, flush=True)
 
 
 def bar_text(logs: Scores) -> str:
-    """Loss and speed in one line."""
+    """Loss and speed in one line, or the scores where there is no loss."""
+    if "loss" not in logs:
+        return ", ".join(f"{name} {value:.4g}" for name, value in logs.items() if name not in ("epoch", "total_flos"))
     parts = [f"loss {logs['loss']:.4g}"]
     if "documents_per_s" in logs:
         parts.append(f"{logs['documents_per_s']:.3g} documents/s, {logs['tokens_per_s']:,.0f} tokens/s")

@@ -21,6 +21,11 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_first() -> bool:
+    """Whether this process is the one that speaks and writes for all."""
+    return not int(os.environ.get("RANK", "0"))
+
+
 @contextmanager
 def ends_process() -> Iterator[None]:
     """The block is the last thing this process does: one that joined a group of processes ends with it, if all is well.
@@ -79,7 +84,7 @@ def packs_per_process(asked: int, before: int, processes_before: int) -> int:
         raise ValueError(
             f"--resume: {now} processes cannot share the {packs} packs of a step evenly; possible are {fitting}"
         )
-    if not int(os.environ.get("RANK", "0")):
+    if is_first():
         log.warning(
             "gradient_accumulation is %d instead of %d: a step keeps its %d packs, on %d processes instead of %d",
             packs // now,

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from .processes import processes
+
 PACKAGES = (
     "mtllm-fast",
     "torch",
@@ -66,7 +68,7 @@ def provenance() -> dict[str, object]:
         "cuda": torch.version.cuda,
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
         "machine": platform.platform(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": processes(),
     }
 
 

@@ -19,7 +19,7 @@ from ..models import MTLLM, LoraSettings, PackedEncoder
 from ..models.config import MTLLMConfig
 from ..models.encoder import check_encoder
 from ..models.storage import local_folder, own_encoder_dtype, read_config
-from .automatic import Settled, on_gpu, settled
+from .automatic import Settled, settled, to_device
 from .inputs import adapted_base, model_inputs
 from .live import Watch
 from .processes import processes
@@ -148,6 +148,15 @@ def starting(config: Any, dtype: torch.dtype, **options: Any) -> MTLLM:
     return MTLLM.stack(encoder, config.llm or None, dtype=dtype, trust_remote_code=trust, **options)
 
 
+def train_adapter(student: MTLLM, lora: LoraSettings) -> None:
+    """Let the LLM's LoRA be trained; a model that has none gets one, with the settings `lora`."""
+    llm = student.require_llm()
+    if "student" not in student.config.adapters:
+        llm.add_adapter(lora, "student")
+        student.config.adapters["student"] = lora
+    llm.train_adapter("student")
+
+
 def check_trained_encoder(config: Any, start: MTLLMConfig) -> None:
     """Refuse, before anything is loaded, `train_encoder` and `lora` that the model which training goes on from cannot
     have; `start` is that model's config.
@@ -174,9 +183,7 @@ def train(stage: Stage, optim: Settled, folder: RunFolder, *, watch: Watch | Non
     run's folder and read from there when the run is continued. Validation is once per epoch (in a shorter run, at its
     end).
     """
-    tokenizer = stage.student.tokenizer
-    if tokenizer is None:
-        raise ValueError("the student has no tokenizer: pass tokenizer=StackTokenizer(...) when stacking it")
+    tokenizer = stage.student.require_tokenizer()
     tokenizer.max_mt_tokens = tokenizer.max_llm_tokens = optim.max_length
     if folder.packs_per_process is not None:
         optim = replace(optim, gradient_accumulation=folder.packs_per_process)
@@ -246,7 +253,6 @@ def untrained(stage: Stage, optim: Settled) -> Metrics:
     """Metrics of a run of 0 steps, whose model is saved as it starts: its English validation score, if there is one."""
     if stage.validate is None:
         return {"train_runtime": 0.0}
-    if on_gpu(optim):
-        stage.student.to("cuda")
+    to_device(stage.student, optim)
     stage.eval()
     return {"train_runtime": 0.0, "best_step": 0, "best_eval_accuracy": stage.validate()["accuracy"]}

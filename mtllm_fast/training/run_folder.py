@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from ..jobs.durable import FolderLock, check_folder_above, write_json
 from ..jobs.ledger import differing
 from ..models.sharded import is_sharded
 from .inputs import changed, identity
-from .processes import packs_per_process, processes
+from .processes import is_first, packs_per_process, processes
 from .provenance import provenance, read_list
 from .record import Metrics
 
@@ -81,7 +80,7 @@ class RunFolder:
         self.settings = {**settings, "processes": processes()}
         self.packs_per_process: int | None = None
         self.extended: dict[str, tuple[int, int]] = {}
-        self._lock, self._first = FolderLock(self.folder), not int(os.environ.get("RANK", "0"))
+        self._lock, self._first = FolderLock(self.folder), is_first()
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"output={output!r}: is a file, not a folder")
         check_folder_above("--output", self.folder)

@@ -24,7 +24,7 @@ from ..models.storage import read_config
 from .inputs import check_language, has_teacher_text
 from .live import Watch
 from .record import Metrics
-from .run import TASK_ROWS, Data, StageKind, check_trained_encoder, run, starting
+from .run import TASK_ROWS, Data, StageKind, check_trained_encoder, run, starting, train_adapter
 from .stage import Stage
 from .stage_config import SftConfig
 from .validation import validation
@@ -82,14 +82,10 @@ def starting_model(config: SftConfig, dtype: torch.dtype) -> MTLLM:
     """The student as training starts."""
     lora = config.lora if config.train_llm else None
     student = starting(config, dtype, projection=config.projection, reader=config.reader, lora=lora)
-    llm = student.require_llm()
-    if not config.train_llm:
-        llm.requires_grad_(False)
-    elif "student" in student.config.adapters:
-        llm.train_adapter("student")
+    if config.train_llm:
+        train_adapter(student, config.lora)
     else:
-        llm.add_adapter(config.lora, "student")
-        student.config.adapters["student"] = config.lora
+        student.require_llm().requires_grad_(False)
     student.train_encoder(config.train_encoder, config.lora)
     student.config.prompt = prompt_of(config.before, config.after, student.config.prompt) or Prompt()
     return student

@@ -8,6 +8,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from .processes import is_first
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -40,6 +42,6 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.received = signal.Signals(number)
-        if not int(os.environ.get("RANK", "0")):
+        if is_first():
             text = f"{self.received.name}: this step is finished and saved; a second signal stops at once\n"
             os.write(2, text.encode())  # print may be in the middle of a line

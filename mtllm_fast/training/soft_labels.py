@@ -13,6 +13,7 @@ from ..data.read import TextRow
 from ..models import MTLLM
 from ..models.config import MTLLMConfig
 from ..models.modes import evaluating
+from .task_teacher import check_labels
 
 WINDOW = 4096  # rows tokenised at once
 
@@ -23,10 +24,7 @@ def check_labeller(folder: str, config: MTLLMConfig, labels: Sequence[str]) -> N
     if own is None:
         kind = "no task head" if config.head is None else "a head that scores choices"
         raise ValueError(f"teacher={folder!r}: has {kind}; loss.label_kl learns from a classifier of the same labels")
-    if sorted(own) != sorted(labels):
-        raise ValueError(
-            f"teacher={folder!r}: its head has the labels {', '.join(own)}, but the task has {', '.join(labels)}"
-        )
+    check_labels(folder, own, labels)
 
 
 @torch.no_grad()

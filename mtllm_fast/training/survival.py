@@ -207,8 +207,8 @@ class SurvivingTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Also drops a gradient that is not finite: without one the optimizer changes nothing, not even its moments."""
         norm = super()._get_grad_norm(model, grad_norm)
-        value = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        if math.isfinite(float(value)):
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if math.isfinite(float(norm)):
             self.bad_in_a_row = 0
             return norm
         self._term_sums = self._sums_before

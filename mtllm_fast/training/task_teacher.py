@@ -55,12 +55,17 @@ def _classes(head: HeadConfig, labels: Sequence[str] | None, folder: str) -> Seq
     """The class of each label number; None for a head of choices."""
     if head.kind == "choice":  # the label is the number of a choice, of which rows have as many as they like
         return None
-    if labels is not None and sorted(labels) != sorted(head.labels):
-        raise ValueError(
-            f"teacher={folder!r}: its head has the labels {', '.join(head.labels)}, "
-            f"but the task has {', '.join(labels)}"
-        )
+    if labels is not None:
+        check_labels(folder, head.labels, labels)
     return range(len(head.labels)) if labels is None else [head.labels.index(name) for name in labels]
+
+
+def check_labels(folder: str, own: Sequence[str], labels: Sequence[str]) -> None:
+    """Raise ValueError where the model in `folder` has a head for other labels than the task's, in whatever order."""
+    if sorted(own) != sorted(labels):
+        raise ValueError(
+            f"teacher={folder!r}: its head has the labels {', '.join(own)}, but the task has {', '.join(labels)}"
+        )
 
 
 def _with_class(row: TextRow, order: Sequence[int] | None, folder: str) -> TextRow:

@@ -45,7 +45,7 @@ from ..losses import DistillationWeights
 from ..models import MTLLM
 from ..models.frozen import KINDS, quantize_frozen
 from ..models.modes import evaluating
-from .automatic import settled
+from .automatic import settled, to_device
 from .config import OptimSettings
 
 log = logging.getLogger(__name__)
@@ -144,10 +144,6 @@ class TeacherCache:
             )
         return self._order[place]
 
-    def lookup(self, ids: Sequence[str | None]) -> Tensor:
-        """Pooled states (B, D), or (B, C, D) of choices, float32, of the texts with these ids; see `places`."""
-        return torch.from_numpy(np.asarray(self.states[self.places(ids)]))
-
     @property
     def needs_tokens(self) -> bool:
         """Whether the batches that it teaches must have the teacher's tokens too."""
@@ -203,9 +199,7 @@ def cached_states(
 ) -> tuple[TeacherCache, CacheReport]:
     """`open_or_build` of the teacher as a run with these settings has it: its device, precision and base weights."""
     chosen = settled(optim)
-    if optim.device != "cpu" and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        teacher.to("cuda")
+    to_device(teacher, optim)
     return open_or_build(
         folder,
         rows,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mtllm_fast.data.pack import PackedBatch
-from mtllm_fast.models.attention import AttentionPlan, reference
+from mtllm_fast.models.attention import AttentionPlan, Call, reference
 from tests.conftest import assert_matches, relative_error
 
 LENGTHS = {
@@ -42,6 +42,12 @@ FEATURES = {
     "wide": Features(width=128),
     "odd width": Features(width=24),
 }
+
+
+def call(**changes: Any) -> Call:
+    """A call on the CPU."""
+    plain = {"device": torch.device("cpu"), "dtype": torch.float32, "heads": 4, "kv_heads": 4, "causal": True}
+    return Call(**{**plain, "head_dim": 64, "value_dim": 64, "scale": 0.125, **changes})
 
 
 def packed(lengths: tuple[int, ...], device: str = "cpu") -> PackedBatch:

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from mtllm_fast.doctor import attention_backends
 from mtllm_fast.models import MTLLM, PackedLLM
-from mtllm_fast.models.attention import BACKENDS, AttentionPlan, Call, attention, choose_backend, reference
+from mtllm_fast.models.attention import BACKENDS, AttentionPlan, attention, choose_backend, reference
 from mtllm_fast.models.attention.sdpa import ShortHalf, make_buckets, make_runs
 from tests.conftest import assert_matches, relative_error
-from tests.models.attention_cases import FEATURES, LENGTHS, Features, check, inputs, packed
+from tests.models.attention_cases import FEATURES, LENGTHS, Features, call, check, inputs, packed
 
 GRID = [pytest.param(lengths, id=name) for name, lengths in LENGTHS.items()]
 
@@ -26,20 +26,6 @@ def named(backend: str):
         return attention(q, k, v, AttentionPlan(plan.batch, plan.causal, backend), **options)
 
     return attend
-
-
-def call(**changes) -> Call:
-    plain = {
-        "device": torch.device("cpu"),
-        "dtype": torch.float32,
-        "heads": 4,
-        "kv_heads": 4,
-        "head_dim": 64,
-        "value_dim": 64,
-        "causal": True,
-        "scale": 0.125,
-    }
-    return Call(**{**plain, **changes})
 
 
 def sees(features: Features, length: int) -> list[list[int]]:

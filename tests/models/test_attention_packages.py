@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from itertools import pairwise
 from types import ModuleType
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtllm_fast.models.attention import BACKENDS, AttentionPlan, Call, choose_backend, varlen
+from mtllm_fast.models.attention import BACKENDS, AttentionPlan, choose_backend, varlen
 from mtllm_fast.models.attention.flex import BLOCK, block_table, make_block_mask
+from tests.models import attention_cases
 from tests.models.attention_cases import FEATURES, LENGTHS, Features, check, packed
 
 GRID = [pytest.param(lengths, id=name) for name, lengths in LENGTHS.items()]
@@ -58,20 +60,8 @@ def flash_3(
     attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0,
     return_attn_probs=False,
 ):  # fmt: skip
-    return flash_2(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        0.0,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-    )
+    bounds = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    return flash_2(q, k, v, *bounds, 0.0, softmax_scale, causal, window_size, softcap)
 
 
 def flash_4(
@@ -133,20 +123,7 @@ def gpu(monkeypatch):
     return pretend
 
 
-def call(**changes) -> Call:
-    plain = {
-        "device": CUDA,
-        "dtype": torch.bfloat16,
-        "heads": 4,
-        "kv_heads": 4,
-        "head_dim": 128,
-        "value_dim": 128,
-        "causal": True,
-        "scale": 0.125,
-    }
-    return Call(**{**plain, **changes})
-
-
+call = partial(attention_cases.call, device=CUDA, dtype=torch.bfloat16, head_dim=128, value_dim=128)
 VARLEN = ("varlen", "varlen of torch 2.11")  # it has no soft-cap: `test_refusals_say_why` shows that it refuses one
 
 
@@ -304,19 +281,13 @@ def test_missing_and_broken_packages(fake, gpu, monkeypatch) -> None:
 
 def visible_pairs(lengths: tuple[int, ...], features: Features) -> Tensor:
     """(T, T) bool, written out pair by pair."""
-    total = sum(lengths)
-    table = torch.zeros(total, total, dtype=torch.bool)
-    first = 0
-    for length in lengths:
-        for i in range(length):
-            for j in range(length):
-                if features.causal:
-                    seen = j <= i and (features.window is None or i - j < features.window)
-                else:
-                    seen = features.window is None or abs(i - j) <= features.window
-                table[first + i, first + j] = seen
-        first += length
-    return table
+    window = sum(lengths) if features.window is None else features.window
+
+    def seen(i: int, j: int) -> bool:
+        return 0 <= i - j < window if features.causal else abs(i - j) <= window
+
+    blocks = [[[seen(i, j) for j in range(length)] for i in range(length)] for length in lengths if length]
+    return torch.block_diag(*map(torch.tensor, blocks)).bool()
 
 
 MASKS = [Features(causal, window) for causal in (False, True) for window in (None, 1, 20, 400)]
@@ -360,8 +331,8 @@ def test_xformers_mask(lengths, features) -> None:
     total = sum(lengths)
     plan = AttentionPlan(packed(lengths), features.causal)
     bias = make_bias(plan, features.window).materialize((total, total))
-    assert torch.equal(bias == 0, visible_pairs(lengths, features))
-    assert bool(torch.isneginf(bias[~visible_pairs(lengths, features)]).all())
+    expected = visible_pairs(lengths, features)
+    assert torch.equal(bias == 0, expected) and bool(torch.isneginf(bias[~expected]).all())
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.models.weights import enlarge
 from torch import Tensor
 
 from mtllm_fast.data.pack import PackedBatch
@@ -31,11 +32,7 @@ def tiny(family: str) -> Any:
     if family == "GPTNeoX":
         more = {}
     config = getattr(transformers, f"{family}Config")(**SIZES, **more, pad_token_id=0)
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(3.0 if weight.ndim > 1 else 1.0)  # as initialised attention is nearly flat
-    return model.double().eval()
+    return enlarge(getattr(transformers, f"{family}ForCausalLM")(config), 3.0).double().eval()
 
 
 def given(groups: list[tuple[list[int], list[list[int]]]]) -> tuple[Branches, Tensor, list[list[int]]]:

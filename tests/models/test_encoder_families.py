@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import transformers
+from tests.models.weights import enlarge
 from torch import nn
 
 from mtllm_fast.data import TextRow
@@ -78,10 +79,7 @@ def make(key: str) -> nn.Module:
     if hasattr(encoder, "pooler"):
         encoder.pooler = None
     encoder.set_attn_implementation("eager")
-    with torch.no_grad():
-        for parameter in encoder.parameters():
-            parameter.mul_(4.0) if parameter.dim() > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
-    return encoder
+    return enlarge(encoder, noise=0.1)
 
 
 def batch_of(lengths: tuple[int, ...] = LENGTHS, vocab: int = 64) -> PackedBatch:

@@ -17,6 +17,7 @@ from mtllm_fast.kernels.fp8_linear import (
     reference_rows,
     row_scales,
 )
+from tests.training.short_runs import optim
 from torch import nn
 
 from mtllm_fast import MTLLM, TextRow
@@ -29,7 +30,7 @@ from mtllm_fast.training.stage import Stage
 from mtllm_fast.training.switches import apply_switches, check_layers
 from tests.models.test_lora import layer_of, relative
 from tests.tiny import LINES, build_encoder_folder, build_llm_folder
-from tests.training.test_switches import CPU, WEIGHTS, _batch, _gradient, _optim, _student
+from tests.training.test_switches import CPU, WEIGHTS, _batch, _gradient, _student
 
 ROUNDING = 2.0**-4  # of e4m3: half a step of its 3 bits of mantissa
 LEAST = 2.0**-10  # half its least number
@@ -281,7 +282,7 @@ def test_a_model_over_fp8(folders, tmp_path) -> None:
     batch = _batch(student)
     plain = _gradient(student, batch)
     reference_model = copy.deepcopy(student)
-    apply_switches(student, _optim(base_weights="fp8"), CPU)
+    apply_switches(student, optim(base_weights="fp8"), CPU)
     bases = {n: m for n, m in student.llm.layers_root.named_modules() if n.endswith(".base_layer")}
     assert len(bases) == 14 and {type(layer) for layer in bases.values()} == {Fp8Linear}
     assert all(type(layer) is LoraLinear for layer in student.llm._tuned)
@@ -329,7 +330,7 @@ def test_teacher_states_are_the_students_without_adapters(folders) -> None:
 def test_kept_memory_and_ddp_leave_the_weights_out(folders) -> None:
     step = Stage(_student(*folders), DistillationLoss(WEIGHTS))
     dense, _ = kept_bytes_per_token(step.student.llm)
-    apply_switches(step.student, _optim(base_weights="fp8"), CPU, step)
+    apply_switches(step.student, optim(base_weights="fp8"), CPU, step)
     fp8, _ = kept_bytes_per_token(step.student.llm)
     assert fp8 == pytest.approx(dense, rel=0.02)  # the weights are no activations
     left_out = set(step._ddp_params_and_buffers_to_ignore)
@@ -340,7 +341,7 @@ def test_kept_memory_and_ddp_leave_the_weights_out(folders) -> None:
 
 def test_refused_before_weights_are_read(folders, tmp_path, monkeypatch) -> None:
     odd = build_llm_folder(tmp_path / "odd", hidden_size=64, intermediate_size=104)
-    fp8, dense = _optim(base_weights="fp8"), _optim()
+    fp8, dense = optim(base_weights="fp8"), optim()
     check_layers(fp8, "llm", folders[1], None)
     check_layers(dense, "llm", odd, None)
     from mtllm_fast.models import LoraSettings

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from tests.models.weights import enlarge, stir
 from torch import Tensor, nn
 
 from mtllm_fast import MTLLM, Engine, HeadConfig, LoraSettings, TextRow
@@ -54,11 +55,7 @@ def make(key: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A tiny encoder away from its small initialisation, so that attention matters."""
     torch.manual_seed(0)
     config = CONFIGS[key]()
-    encoder = family_of(config).build(config).eval()
-    with torch.no_grad():
-        for parameter in encoder.parameters():
-            parameter.mul_(4.0) if parameter.dim() > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
-    return encoder.to(dtype)
+    return enlarge(family_of(config).build(config).eval(), noise=0.1).to(dtype)
 
 
 def batch_of(lengths: tuple[int, ...] = LENGTHS) -> PackedBatch:
@@ -272,17 +269,8 @@ ROWS = [
 @pytest.fixture
 def model(encoder_folder: str) -> MTLLM:
     torch.manual_seed(0)
-    model = MTLLM.stack(
-        encoder_folder,
-        reader="encoder",
-        head=HeadConfig(labels=("a", "b")),
-        lora=LoraSettings(r=2),
-        dtype=torch.float32,
-    )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_B." in name:
-                parameter.normal_(std=1.0)
+    parts = {"head": HeadConfig(labels=("a", "b")), "lora": LoraSettings(r=2)}
+    model = stir(MTLLM.stack(encoder_folder, reader="encoder", dtype=torch.float32, **parts), 1.0)
     model.set_fusion(FusionSettings(1, 1))
     return model
 

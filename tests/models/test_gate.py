@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from tests.models.weights import enlarge
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from benchmarks.studies import llm_families
@@ -151,11 +152,7 @@ def test_windows_are_the_familys_own(family: str, window: int) -> None:
     config.sliding_window = window
     if family != "mistral":
         config.layer_types = ["sliding_attention"] * 2
-    padded = _model(config)
-    with torch.no_grad():
-        for parameter in padded.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4.0)
+    padded = enlarge(_model(config))
     packed = PackedLLM(copy.deepcopy(padded), causal=False)
     padded.config.is_causal = own  # transformers' switch for families that do not look both ways by themselves
     batch = PackedBatch.from_sequences([list(range(3, 33)), [40, 41], list(range(20, 31))])

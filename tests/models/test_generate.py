@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.models.weights import enlarge, stir
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -31,11 +32,7 @@ OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
 def _model(encoder_folder: str, llm: Any) -> MTLLM:
     torch.manual_seed(2)
     model = MTLLM.stack(encoder_folder, llm, causal=True, lora=LoraSettings(r=4), dtype=torch.float32).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_" in name:
-                parameter.normal_(0, 0.1)
-    return model
+    return stir(model, 0.1, ".lora_")
 
 
 @pytest.fixture
@@ -92,13 +89,19 @@ def test_prompt_is_what_the_encoder_and_the_llm_say(model: MTLLM, encoder_folder
     assert len(soft_prompts(model, TEXTS[:1], bos=False)[0]) == len(states)
 
 
-def test_one_bos(encoder_folder: str, tmp_path: Path) -> None:
-    """A prompt that brings the BOS which the tokenizer writes gets no second one; by the plain tokenizer's own ids."""
-    llm = train_llm()
+def llm_with_bos(folder: Path) -> Any:
+    """A Llama whose tokenizer writes a BOS before every text; returns the tokenizer."""
+    tokenizer = train_llm()
     settings = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(1)
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(llm), **settings)).save_pretrained(tmp_path / "llm")
-    llm.save_pretrained(tmp_path / "llm")
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **settings)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def test_one_bos(encoder_folder: str, tmp_path: Path) -> None:
+    """A prompt that brings the BOS which the tokenizer writes gets no second one; by the plain tokenizer's own ids."""
+    llm = llm_with_bos(tmp_path / "llm")
     model = _model(encoder_folder, str(tmp_path / "llm"))
     bos = llm.bos_token_id
     assert model.tokenizer.llm_prefix == [bos]
@@ -240,11 +243,7 @@ def _scaled(encoder_folder: str, kind: str, folder: Path) -> MTLLM:
     settings = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, **tokens}
     torch.manual_seed(0)
     llm = AutoModelForCausalLM.from_config(config_class(vocab_size=len(tokenizer), **{**settings, **changes}))
-    with torch.no_grad():
-        for parameter in llm.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(8.0)  # so that positions matter
-    llm.save_pretrained(folder)
+    enlarge(llm, 8.0).save_pretrained(folder)  # so that positions matter
     tokenizer.save_pretrained(folder)
     return _model(encoder_folder, str(folder))
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.training.short_runs import optim
 from transformers import M2M100Model
 
 from mtllm_fast import MTLLM, TextRow
 from mtllm_fast.data.collate import collate
 from mtllm_fast.models import LoraSettings, Projection, ProjectionConfig
 from mtllm_fast.models.projection import LAST_LAYER
-from mtllm_fast.training import AdaptConfig, OptimSettings, adapt
+from mtllm_fast.training import AdaptConfig, adapt
 from tests.tiny import LINES
 
 FUSED = ProjectionConfig(fuse_layers=True)
@@ -51,14 +52,8 @@ def test_states_of_all_layers_are_fused_before_the_norm(student: MTLLM, encoder_
 
 def test_the_weights_are_trained_saved_and_loaded(encoder_folder, llm_folder, tmp_path) -> None:
     def run(output: str) -> bytes:
-        optim = OptimSettings(
-            max_steps=6, tokens=96, max_length=48, lr=2e-3, progress=False, report_to="none", device="cpu"
-        )
-        config = AdaptConfig(
-            encoder=encoder_folder, llm=llm_folder, output=str(tmp_path / output), projection=FUSED, train=optim,
-            init="ridge",
-        )  # fmt: skip
-        adapt(config, ROWS)
+        settings = {"projection": FUSED, "train": optim(max_steps=6), "init": "ridge"}
+        adapt(AdaptConfig(encoder_folder, llm_folder, str(tmp_path / output), **settings), ROWS)
         return (tmp_path / output / "model.safetensors").read_bytes()
 
     assert run("run") == run("again")

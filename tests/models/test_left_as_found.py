@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.models.weights import in_shards, stir
 from transformers import AutoModelForCausalLM, AutoTokenizer, M2M100ForConditionalGeneration
 
 from mtllm_fast import MTLLM, Engine, HeadConfig, LoraSettings, PackedBatch, TextRow
@@ -23,12 +23,7 @@ SEQUENCES = [[5, 6, 7, 8, 9], [10], [11, 12, 13]]
 
 def _stack(encoder_folder: str, llm_folder: str, dtype: torch.dtype = torch.float32, **options) -> MTLLM:
     torch.manual_seed(2)
-    model = MTLLM.stack(encoder_folder, llm_folder, lora=LoraSettings(r=4), dtype=dtype, **options).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.1)
-    return model
+    return stir(MTLLM.stack(encoder_folder, llm_folder, lora=LoraSettings(r=4), dtype=dtype, **options)).eval()
 
 
 def _bare_states(llm_folder: str, dtype: torch.dtype) -> torch.Tensor:
@@ -47,10 +42,7 @@ def test_teacher_behind_a_merged_student(encoder_folder, llm_folder, dtype) -> N
     if dtype == torch.float32:
         assert_matches(bare, _bare_states(llm_folder, dtype), 1e-5)
     model.llm.add_adapter(LoraSettings(r=2), "teacher")
-    with torch.no_grad():
-        for name, parameter in model.llm.named_parameters():
-            if "lora_B.teacher" in name:
-                parameter.normal_(0, 0.1)
+    stir(model.llm, 0.1, "lora_B.teacher")
     task = model.teacher_states(batch, "teacher")
     model.llm.train_adapter("student")
     engine = Engine(model, merge_adapters=True)
@@ -154,11 +146,7 @@ def test_modes_are_left_as_found(encoder_folder, llm_folder) -> None:
 
 
 def test_dropout_is_off_while_encoding(encoder_folder, llm_folder) -> None:
-    model = MTLLM.stack(encoder_folder, llm_folder, lora=LoraSettings(r=4, dropout=0.5), dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.1)
+    model = stir(MTLLM.stack(encoder_folder, llm_folder, lora=LoraSettings(r=4, dropout=0.5), dtype=torch.float32))
     expected = Engine(model.eval()).encode(LINES)
     model.train()
     engine = Engine(model, window=2)
@@ -278,17 +266,19 @@ class ByHand:
         return torch.cat(parts)
 
 
-@pytest.mark.parametrize("how", ["plainly", "with its base", "in shards", "in shards with its base"])
-@pytest.mark.parametrize("what", list(UNFROZEN))
+@pytest.mark.parametrize(
+    ("what", "how"),
+    [
+        *((what, how) for what in UNFROZEN for how in ("plainly", "with its base")),
+        ("the encoder", "in shards"),  # where its weights lie is the same for all of them
+        ("the LM head", "in shards with its base"),
+    ],
+)
 def test_unfrozen_weights_by_hand(encoder_folder, llm_folder, tmp_path, monkeypatch, what, how) -> None:
     """What is saved gives, in Hugging Face's own models, the embeddings and logits of the model that is loaded."""
     model, chosen = _unfrozen(encoder_folder, llm_folder, what)
     if "shards" in how:
-        whole = huggingface_hub.save_torch_state_dict
-        monkeypatch.setattr(
-            "huggingface_hub.save_torch_state_dict",
-            lambda *a, **options: whole(*a, **{**options, "max_shard_size": "8KB"}),
-        )
+        in_shards(monkeypatch, "8KB")
     model.save_pretrained(tmp_path, include_base="base" in how)
     assert len(list(tmp_path.glob("model*.safetensors"))) == 1 or "shards" in how
     assert (tmp_path / "model.safetensors.index.json").is_file() is ("shards" in how)

@@ -11,6 +11,8 @@ import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects
+from tests.models.weights import stir
+from tests.training.short_runs import refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mtllm_fast import MTLLM, TextRow, cli
@@ -26,13 +28,8 @@ TOLERANCE = 1e-5
 @pytest.fixture(scope="module")
 def adapted(encoder_folder: str, llm_folder: str) -> MTLLM:
     """A stack whose adapter changes what it computes."""
-    model = MTLLM.stack(encoder_folder, llm_folder, lora=LoraSettings(), dtype=torch.float32)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_B." in name:
-                parameter.normal_(0, 0.2, generator=generator)
-    return model.eval()
+    torch.manual_seed(3)
+    return stir(MTLLM.stack(encoder_folder, llm_folder, lora=LoraSettings(), dtype=torch.float32), 0.2).eval()
 
 
 @pytest.fixture(scope="module")
@@ -135,14 +132,8 @@ def test_push_from_python(hub, monkeypatch, adapted, llm_folder, encoder_folder)
     (name, made), (_, sent) = hub.calls
     assert (name, made) == ("mine", {"private": False, "exist_ok": True}) and sent["repo_id"] == "me/mine"
     assert not Path(sent["folder_path"]).exists()
-    whole = {
-        "config.json",
-        "model.safetensors",
-        "encoder/model.safetensors",
-        "llm/model.safetensors",
-        "stack_tokenizer.json",
-    }
-    assert whole <= set(sent["files"])
+    whole = {"config.json", "model.safetensors", "encoder/model.safetensors", "llm/model.safetensors"}
+    assert whole | {"stack_tokenizer.json"} <= set(sent["files"])
     assert sent["files"]["llm/model.safetensors"] == (Path(llm_folder) / "model.safetensors").stat().st_size
 
     def never(*_, **__):
@@ -166,22 +157,17 @@ def test_what_is_not_pushed(hub, monkeypatch, adapted, tmp_path, capsys) -> None
         ("empty", "mine", "holds no config.json"),
         ("run", "a/b/c", "expected a repository, NAME or ORGANISATION/NAME"),
     ):
-        with pytest.raises(SystemExit):
-            cli.main(["convert", "--model", str(tmp_path / folder), "--push-to-hub", name])
-        assert message in capsys.readouterr().err
+        assert message in refused(capsys, ["convert", "--model", str(tmp_path / folder), "--push-to-hub", name])
     assert hub.calls == []
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     text = tmp_path / "t.txt"
     text.write_text("a\n")
     adapt = ["adapt", "--encoder", "e", "--llm", "l", "--text", str(text), "--output", str(tmp_path / "x")]
-    with pytest.raises(SystemExit):  # before the run, not after it
-        cli.main([*adapt, "--push-to-hub", "mine"])
-    assert "no access token" in capsys.readouterr().err
+    assert "no access token" in refused(capsys, [*adapt, "--push-to-hub", "mine"])  # before the run, not after it
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "token")
     (tmp_path / "local").mkdir()
-    with pytest.raises(SystemExit):
-        cli.main([*adapt[:3], *adapt[5:], "--llm", str(tmp_path / "local"), "--push-to-hub", "mine"])
-    assert "names its llm by the local folder" in capsys.readouterr().err
+    said = refused(capsys, [*adapt[:3], *adapt[5:], "--llm", str(tmp_path / "local"), "--push-to-hub", "mine"])
+    assert "names its llm by the local folder" in said
     assert not (tmp_path / "x").exists()
 
 

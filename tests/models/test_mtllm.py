@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.models.weights import in_shards, stir
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mtllm_fast import MTLLM, Engine, HeadConfig, LoraSettings, PackedBatch, ProjectionConfig, TextRow
@@ -26,11 +27,8 @@ def stack(encoder_folder: str, llm_folder: str) -> MTLLM:
 
 def _train_a_little(model: MTLLM) -> None:
     """Random adapters, head and projection: a model that differs from its base everywhere."""
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_" in name or name.startswith(("head.", "projection.")):
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    torch.manual_seed(4)
+    stir(model, 0.1, ".lora_", "head.linear", "projection.")
 
 
 @pytest.mark.parametrize("reader", ["stack", "llm", "encoder"])
@@ -90,15 +88,9 @@ def test_projection_starts_at_the_scale_of_the_embeddings(stack: MTLLM) -> None:
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 @pytest.mark.parametrize("reader", ["stack", "llm", "encoder"])
 def test_save_and_load(encoder_folder, llm_folder, tmp_path, reader, kind) -> None:
-    model = MTLLM.stack(
-        encoder_folder if reader != "llm" else None,
-        llm_folder if reader != "encoder" else None,
-        reader=reader,
-        lora=LoraSettings(r=4),
-        head=HeadConfig(labels=("no", "yes", "maybe")),
-        projection=ProjectionConfig(kind=kind),
-        dtype=torch.float32,
-    )
+    bases = encoder_folder if reader != "llm" else None, llm_folder if reader != "encoder" else None
+    parts = {"projection": ProjectionConfig(kind=kind), "head": HeadConfig(labels=("no", "yes", "maybe"))}
+    model = MTLLM.stack(*bases, reader=reader, lora=LoraSettings(r=4), dtype=torch.float32, **parts)
     _train_a_little(model)
     model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model" / "llm").exists()  # base models are referred to, not copied
@@ -175,12 +167,7 @@ def test_models_made_in_memory(stack, tmp_path) -> None:
 
 
 def test_sharded_weights(stack, tmp_path, monkeypatch) -> None:
-    import huggingface_hub
-
-    original = huggingface_hub.save_torch_state_dict
-    monkeypatch.setattr(
-        huggingface_hub, "save_torch_state_dict", lambda *a, **k: original(*a, **{**k, "max_shard_size": "4KB"})
-    )
+    in_shards(monkeypatch, "4KB")
     _train_a_little(stack)
     stack.save_pretrained(tmp_path / "m")
     assert len(list((tmp_path / "m").glob("model-*.safetensors"))) > 1
@@ -193,18 +180,6 @@ def _damage_cut(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def _damage_missing(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-
-
-def _damage_config(folder: Path) -> None:
-    (folder / "config.json").write_text('{"model_type": "mtl')
-
-
-def _damage_foreign(folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
-
-
 def _damage_adapter(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["adapters"]["student"]["r"] = 8
@@ -215,11 +190,11 @@ def _damage_adapter(folder: Path) -> None:
     ("damage", "says"),
     [
         (_damage_cut, "cut short"),
-        (_damage_missing, "is missing"),
-        (_damage_config, "damaged"),
-        (_damage_foreign, "not of an MTLLM"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "is missing"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "mtl'), "damaged"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "not of an MTLLM"),
         (_damage_adapter, "needs"),
-        (lambda folder: shutil.rmtree(folder), "no such folder"),
+        (shutil.rmtree, "no such folder"),
         (lambda folder: (folder / "config.json").unlink(), "config.json"),
     ],
 )
@@ -280,56 +255,22 @@ def test_choice_head(encoder_folder, llm_folder) -> None:
     logits = Engine(model).classify(rows)
     assert logits.shape == (2, 3)
     swapped = [TextRow(rows[0].text, choices=rows[0].choices), rows[1]]
-    assert (Engine(model).classify(swapped[::-1])[::-1] == logits).all() or abs(
-        Engine(model).classify(swapped[::-1])[::-1] - logits
-    ).max() < 1e-5
-
-
-def test_mixed_languages_give_the_rows_of_one_language_at_a_time(stack) -> None:
-    texts = ["A river", "Trains leave", "Nobody knew why the lights went out", "bread"]
-    codes = ["fra_Latn", "deu_Latn", "zho_Hans", "fra_Latn"]
-    engine = Engine(stack, max_tokens=64, window=3)
-    mixed = torch.from_numpy(engine.encode(texts, codes))
-    alone = torch.cat([torch.from_numpy(engine.encode([t], c)) for t, c in zip(texts, codes)])
-    assert_matches(mixed, alone, 1e-5)
-    other = torch.from_numpy(engine.encode(texts, "eng_Latn"))
-    assert (other - mixed).abs().max() > 1e-3  # the language matters
-
-
-def test_bad_input_to_the_engine(stack) -> None:
-    engine = Engine(stack)
-    with pytest.raises(ValueError, match=r"texts\[1\] is empty"):
-        engine.encode(["a", " "])
-    with pytest.raises(ValueError, match="fra_Latn"):
-        engine.encode(["a"], "fra_Lat")
-    with pytest.raises(TypeError, match="list"):
-        engine.encode("a")
-    with pytest.raises(ValueError, match="2 codes for 1"):
-        engine.encode(["a"], ["eng_Latn", "fra_Latn"])
-    with pytest.raises(ValueError, match="no task head"):
-        engine.classify([TextRow("a")])
+    assert abs(Engine(model).classify(swapped[::-1])[::-1] - logits).max() < 1e-5
 
 
 def test_a_model_replaces_a_larger_one_of_several_files(encoder_folder, llm_folder, tmp_path, monkeypatch):
     """What is read afterwards is the one saved last, whatever shards and index lay there."""
-    import huggingface_hub
 
-    def stack(r: int) -> MTLLM:
-        torch.manual_seed(r)
-        model = MTLLM.stack(encoder_folder, llm_folder, lora=LoraSettings(r=r))
-        for name, weight in model.named_parameters():
-            if ".lora_B" in name:
-                torch.nn.init.normal_(weight)
-        return model
+    def stack() -> MTLLM:
+        torch.manual_seed(4)
+        return stir(MTLLM.stack(encoder_folder, llm_folder, lora=LoraSettings(r=4)), 1.0)
 
-    whole = huggingface_hub.save_torch_state_dict
     with monkeypatch.context() as patch:
-        small = {"max_shard_size": "20KB"}
-        patch.setattr(huggingface_hub, "save_torch_state_dict", lambda *a, **k: whole(*a, **{**k, **small}))
-        stack(4).save_pretrained(tmp_path)
+        in_shards(patch, "20KB")
+        stack().save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors.index.json").is_file() and not (tmp_path / "model.safetensors").is_file()
     MTLLM.from_pretrained(tmp_path)
-    last = stack(4)
+    last = stack()
     with torch.no_grad():
         last.projection.layers.bias.fill_(7.0)
     last.save_pretrained(tmp_path)

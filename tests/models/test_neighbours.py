@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
+from tests.models.weights import saved_bytes, stir
 
 from mtllm_fast import MTLLM, LoraSettings, TextRow
 from mtllm_fast.data.collate import collate
@@ -29,11 +30,8 @@ def lora(**more) -> LoraConfig:
 
 
 def fill(model: torch.nn.Module) -> None:
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_" in name:
-                parameter.normal_(0, 0.3, generator=generator)
+    torch.manual_seed(3)
+    stir(model, 0.3, ".lora_")
 
 
 @pytest.mark.parametrize("wrapped", ["llm.model", "llm"])
@@ -98,22 +96,17 @@ def test_adapters_elsewhere_are_refused(stack: MTLLM, batch) -> None:
 
 def kept_and_gradients(model: MTLLM, batch) -> tuple[int, dict[str, torch.Tensor]]:
     """Bytes that the forward pass keeps for the backward, and the gradients."""
-    sizes: dict[int, int] = {}
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def count(x: torch.Tensor) -> torch.Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in weights:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return x
-
     model.zero_grad()
-    torch.manual_seed(3)  # of the encoder's dropout
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+    losses = []
+
+    def forward() -> None:
+        torch.manual_seed(3)  # of the encoder's dropout
         states = model.states(batch.mt)  # their squares would add up to a constant, behind an RMSNorm
-        loss = (states * torch.linspace(-1, 1, states.numel()).view_as(states)).sum()
-    loss.backward()
-    return sum(sizes.values()), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        losses.append((states * torch.linspace(-1, 1, states.numel()).view_as(states)).sum())
+
+    kept = saved_bytes(forward, model.parameters())
+    losses[0].backward()
+    return kept, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("trained", ["adapter", "encoder too"])

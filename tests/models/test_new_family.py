@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from tests.models.weights import enlarge
 
 from mtllm_fast import MTLLM, Engine, LoraSettings, PackedBatch
 from mtllm_fast.data.tokenise import StackTokenizer
@@ -69,10 +70,7 @@ def electra_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         vocab_size=len(tokenizer), embedding_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
         intermediate_size=64, max_position_embeddings=40, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
-    model = transformers.ElectraModel(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4.0) if parameter.dim() > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
+    model = enlarge(transformers.ElectraModel(config).eval(), noise=0.1)
     folder = tmp_path / "electra"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

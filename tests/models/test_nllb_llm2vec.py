@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.models.weights import stir
+from tests.training.short_runs import refused
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel, NllbTokenizer
 from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
@@ -81,11 +83,14 @@ def _with_lora(published: Published) -> dict[str, Any]:
 
     config = LoraConfig(r=3, lora_alpha=12, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.05)
     published.llm2vec = get_peft_model(published.llm2vec, config).eval()
-    with torch.no_grad():
-        for name, parameter in published.named_parameters():
-            if ".lora_" in name:
-                parameter.normal_(0, 0.2)
+    stir(published, 0.2, ".lora_")
     return {"peft_type": "LORA", "r": 3, "lora_alpha": 12, "lora_dropout": 0.05}
+
+
+def _adapted(encoder_folder: str, llm_folder: str) -> MTLLM:
+    torch.manual_seed(2)
+    model = MTLLM.stack(encoder_folder, llm_folder, lora=LoraSettings(r=4), dtype=torch.float32).eval()
+    return stir(model, 0.03, ".lora_")
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -125,12 +130,7 @@ def test_reads_lora_under_pefts_names(published: Published, tmp_path: Path) -> N
 @pytest.mark.parametrize("shard", ["5GB", "60KB"])
 def test_round_trip(encoder_folder: str, llm_folder: str, tmp_path: Path, shard: str) -> None:
     """Ours, with trained LoRA, out and in again: the same embeddings to 1e-6, and the same files the second time."""
-    torch.manual_seed(2)
-    model = MTLLM.stack(encoder_folder, llm_folder, lora=LoraSettings(r=4), dtype=torch.float32).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_" in name:
-                parameter.normal_(0, 0.03)
+    model = _adapted(encoder_folder, llm_folder)
     expected = _encode(model)
     with model.llm.adapter(None):
         assert (_encode(model) - expected).abs().max() > 0.01
@@ -151,11 +151,7 @@ def test_round_trip(encoder_folder: str, llm_folder: str, tmp_path: Path, shard:
 
 
 def test_merged_adapters_are_not_added_twice(encoder_folder: str, llm_folder: str, tmp_path: Path) -> None:
-    model = MTLLM.stack(encoder_folder, llm_folder, lora=LoraSettings(r=4), dtype=torch.float32).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_" in name:
-                parameter.normal_(0, 0.03)
+    model = _adapted(encoder_folder, llm_folder)
     expected = _encode(model)
     model.llm.merge_adapter()
     save_nllb_llm2vec(model, tmp_path)
@@ -207,13 +203,8 @@ def test_folders_of_another_kind(published: Published, tmp_path: Path, llm_folde
 
 
 def test_what_the_layout_cannot_hold(encoder_folder: str, llm_folder: str, tmp_path: Path) -> None:
-    model = MTLLM.stack(
-        encoder_folder,
-        llm_folder,
-        causal=True,
-        projection=ProjectionConfig("mlp"),
-        head=HeadConfig(labels=("a", "b")),
-    )
+    parts = {"projection": ProjectionConfig("mlp"), "head": HeadConfig(labels=("a", "b"))}
+    model = MTLLM.stack(encoder_folder, llm_folder, causal=True, **parts)
     with pytest.raises(ValueError, match=r"mlp.*causal=True.*task head"):
         save_nllb_llm2vec(model, tmp_path / "out")
     with pytest.raises(ValueError, match="reader='encoder'"):
@@ -230,10 +221,8 @@ def test_command(published: Published, tmp_path: Path, capsys: pytest.CaptureFix
     main(["convert", "--to", "nllb-llm2vec", "--model", str(ours), "--output", str(back)])
     assert_matches(_encode(load_nllb_llm2vec(back)), published.embeddings(), 1e-5)
     assert f"convert: {ours} -> {back} (to nllb-llm2vec)" in capsys.readouterr().out
-    for arguments, reason in ((["--from", "nllb-llm2vec", "--to", "nllb-llm2vec"], "exactly one"), ([], "exactly one")):
-        with pytest.raises(SystemExit) as stop:
-            main(["convert", "--model", str(theirs), "--output", str(tmp_path / "x"), *arguments])
-        assert stop.value.code == 2 and reason in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["convert", "--to", "nllb-llm2vec", "--model", str(ours), "--output", str(back)])
-    assert "--overwrite" in capsys.readouterr().err
+    convert = ["convert", "--model", str(theirs), "--output", str(tmp_path / "x")]
+    for directions in (["--from", "nllb-llm2vec", "--to", "nllb-llm2vec"], []):
+        assert "exactly one" in refused(capsys, [*convert, *directions])
+    convert = ["convert", "--to", "nllb-llm2vec", "--model", str(ours), "--output", str(back)]
+    assert "--overwrite" in refused(capsys, convert)

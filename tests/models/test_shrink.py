@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.models.weights import enlarge
+from tests.training.short_runs import optim
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoModel, PreTrainedTokenizerFast
 
@@ -20,7 +22,7 @@ from mtllm_fast.models import MTLLMConfig, PackedEncoder
 from mtllm_fast.models.encoders import FAMILIES
 from mtllm_fast.models.loading import base_tokenizer
 from mtllm_fast.models.shrink import RECORD, Shrunk, shrink
-from mtllm_fast.training import AdaptConfig, OptimSettings, adapt
+from mtllm_fast.training import AdaptConfig, adapt
 from tests.conftest import REPO
 from tests.data.test_trim import CODES, rows, texts
 from tests.models.test_encoder_families import CONFIGS
@@ -60,11 +62,7 @@ def build(key: str, folder: Path, layers: int = 2) -> str:
     if key == "t5":
         config.decoder_start_token_id = 0
     torch.manual_seed(0)
-    model = CLASSES[key](config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3.0) if parameter.dim() > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
+    enlarge(CLASSES[key](config), 3.0, noise=0.1).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -200,8 +198,7 @@ def small(bert: str, tmp_path_factory) -> str:
 
 
 def test_a_text_with_what_is_gone_is_left_out_of_training_and_counted(small, llm_folder, tmp_path) -> None:
-    optim = OptimSettings(max_steps=2, tokens=96, max_length=48, progress=False, report_to="none", device="cpu")
-    config = AdaptConfig(encoder=small, llm=llm_folder, output=str(tmp_path / "run"), train=optim)
+    config = AdaptConfig(small, llm_folder, str(tmp_path / "run"), train=optim(max_steps=2))
     metrics = adapt(config, [*rows("swh_Latn", slice(8)), *rows("tha_Thai", slice(3))])
     assert metrics["data"]["skipped_rows"] == 3
     model = MTLLM.from_pretrained(tmp_path / "run")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from tests.models.weights import saved_bytes, stir
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -28,15 +29,6 @@ LENGTHS = (1, 5, 40, 150)
 TOLERANCE = 1e-6  # in float64, but T5's norms and ModernBERT's rotations are float32
 
 
-def fill(model: nn.Module, std: float = 0.05) -> None:
-    """Make adapters change what a model computes: their second half starts at zero."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_B." in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-
-
 def in_memory(key: str, **config) -> MTLLM:
     """A stack on a tiny encoder of the family."""
     llm = transformers.LlamaForCausalLM(
@@ -44,9 +36,7 @@ def in_memory(key: str, **config) -> MTLLM:
             vocab_size=40, hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
         )
     )
-    model = MTLLM(MTLLMConfig(**config), PackedEncoder(make(key)), PackedLLM(llm))
-    fill(model)
-    return model.eval()
+    return stir(MTLLM(MTLLMConfig(**config), PackedEncoder(make(key)), PackedLLM(llm)), 0.05).eval()
 
 
 def with_lora(encoder: nn.Module, adapted: dict[str, Tensor], batch: PackedBatch) -> Tensor:
@@ -106,22 +96,13 @@ def test_recomputed_encoder_layers_change_no_bit(fuse) -> None:
     model = in_memory("m2m_100", encoder_adapter=LORA, projection=ProjectionConfig(fuse_layers=fuse))
     model.train_encoder("lora")
     model.train()
-    batch, kept = batch_of(LENGTHS), {}
+    batch, kept, losses = batch_of(LENGTHS), [], []
 
     def gradient() -> list[Tensor]:
         model.zero_grad()
         torch.manual_seed(2)
-        size = 0
-
-        def count(x: Tensor) -> Tensor:
-            nonlocal size
-            size += x.nbytes
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-            loss = model.states(batch).square().sum()
-        kept[len(kept)] = size
-        loss.backward()
+        kept.append(saved_bytes(lambda: losses.append(model.states(batch).square().sum()), model.parameters()))
+        losses.pop().backward()
         return [p.grad.clone() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None]
 
     plain = gradient()
@@ -158,7 +139,7 @@ def test_a_model_with_an_encoder_lora_comes_back_bit_for_bit(encoder_folder, llm
     model.save_pretrained(tmp_path / "plain")
     assert "encoder_adapter" not in json.loads((tmp_path / "plain/config.json").read_text())
     model.train_encoder("lora", LORA)
-    fill(model)
+    stir(model, 0.05)
     model.save_pretrained(tmp_path / "model")
     again = MTLLM.from_pretrained(tmp_path / "model")
     assert again.config.encoder_adapter == LORA and list(again.config.adapters) == ["student"]
@@ -191,7 +172,7 @@ def test_trained_weights_come_back_and_stay_with_the_model(encoder_folder, llm_f
     assert torch.equal(states(again), expected) and not any(p.requires_grad for p in again.encoder.parameters())
     # a LoRA over them gives the layers other names
     again.train_encoder("lora", LORA)
-    fill(again)
+    stir(again, 0.05)
     with_both = states(again)
     again.save_pretrained(tmp_path / "both")
     both = MTLLM.from_pretrained(tmp_path / "both")
@@ -240,7 +221,7 @@ def test_merged_folders_hold_a_plain_encoder(encoder_folder, llm_folder, tmp_pat
     for adapters, name in ((LoraSettings(r=2), "both"), (None, "encoder")):
         model = stacked(encoder_folder, llm_folder, lora=adapters)
         model.train_encoder("lora", LORA)
-        fill(model)
+        stir(model, 0.05)
         expected, folder = states(model), tmp_path / name
         with model.encoder.adapter(None):
             bare = states(model)
@@ -263,7 +244,7 @@ def test_merged_folders_hold_a_plain_encoder(encoder_folder, llm_folder, tmp_pat
 def test_an_engine_merges_the_encoder_too_and_takes_it_out_again(encoder_folder, llm_folder) -> None:
     model = stacked(encoder_folder, llm_folder, lora=LoraSettings(r=2))
     model.train_encoder("lora", LORA)
-    fill(model)
+    stir(model, 0.05)
     expected = Engine(model).encode(LINES, "eng_Latn")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     engine = Engine(model, merge_adapters=True)
@@ -277,7 +258,7 @@ def test_an_engine_merges_the_encoder_too_and_takes_it_out_again(encoder_folder,
 def test_the_published_layout_has_no_place_for_it(encoder_folder, llm_folder, tmp_path) -> None:
     model = stacked(encoder_folder, llm_folder, lora=LoraSettings(r=2))
     model.train_encoder("lora", LORA)
-    fill(model)
+    stir(model, 0.05)
     model.save_pretrained(tmp_path / "model")
     from mtllm_fast.models.nllb_llm2vec import load_nllb_llm2vec, save_nllb_llm2vec
 

@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig
 
 from mtllm_fast import MTLLM, LoraSettings, PackedBatch, TextRow
 from mtllm_fast.data.prompt import Prompt
 from mtllm_fast.models.generate import soft_prompts
 from mtllm_fast.models.writing import Prompts, check_writer, write
-from tests.data.conftest import train_llm
-from tests.models.test_generate import SCALED, _plain_model, _scaled
+from tests.models.test_generate import SCALED, _plain_model, _scaled, llm_with_bos
 from tests.tiny import LINES
 
 ROWS = [
@@ -157,11 +156,7 @@ def test_sampled_tokens_have_the_models_probabilities(model: MTLLM, tmp_path: Pa
 
 def test_one_bos(encoder_folder: str, tmp_path: Path) -> None:
     """A chat template that writes the BOS which the tokenizer writes, too, gives no second one."""
-    llm = train_llm()
-    settings = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    torch.manual_seed(1)
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(llm), **settings)).save_pretrained(tmp_path / "llm")
-    llm.save_pretrained(tmp_path / "llm")
+    llm = llm_with_bos(tmp_path / "llm")
     model = _model("llm", encoder_folder, str(tmp_path / "llm"))
     bos = llm.bos_token_id
     assert model.tokenizer.llm_prefix == [bos]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from tests.training.short_runs import optim
 
 from benchmarks.studies.parallel import CONTROLS
 from mtllm_fast import TextRow
@@ -18,7 +20,6 @@ from mtllm_fast.training import (
     AdaptConfig,
     CompressConfig,
     FinetuneConfig,
-    OptimSettings,
     adapt,
     compress,
     finetune,
@@ -33,12 +34,7 @@ TASK = [TextRow(line + " " + ("good", "bad")[i % 2], label=i % 2) for i, line in
 STEPS = 6
 
 
-def settings(**changes: Any) -> OptimSettings:
-    options: dict[str, Any] = {
-        "tokens": 64, "max_length": 48, "progress": False, "report_to": "none", "device": "cpu", "lr": 2e-3, "warmup": 0.0,
-        "log_steps": 1, "max_steps": STEPS, "save_steps": 2, "keep": 9,
-    }  # fmt: skip
-    return OptimSettings(**{**options, **changes})
+settings = partial(optim, tokens=64, warmup=0.0, max_steps=STEPS, save_steps=2, keep=9)
 
 
 def run_adapt(encoder: str, llm: str, output: Path, *, resume: bool = False, **changes: Any) -> Path:

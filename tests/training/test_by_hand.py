@@ -6,19 +6,21 @@ the log's mean over packs or over all steps, dropout in the teacher, the bare LL
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from tests.models.weights import stir
+from tests.training.short_runs import logged, optim
 from torch import Tensor
 
 from mtllm_fast import MTLLM, TextRow
 from mtllm_fast.data import PackedDataset
 from mtllm_fast.losses import DistillationLoss, DistillationWeights
 from mtllm_fast.models import HeadConfig, LoraSettings
-from mtllm_fast.training import AdaptConfig, OptimSettings, adapt
+from mtllm_fast.training import AdaptConfig, adapt
 from mtllm_fast.training.stage import Stage
 from mtllm_fast.training.task_teacher import TEACHER, add_teacher
 from mtllm_fast.training.trainer import PackedTrainer
@@ -30,19 +32,9 @@ WEIGHTS = {"pooled_mse": 1.0, "paired_mse": 0.25, "kl": 4.0}
 STEPS, PACKS, WARMUP, LR, DECAY, CLIP = 5, 2, 2, 3e-3, 0.1, 0.5
 
 
-def _randomised(student: MTLLM, name: str, seed: int) -> MTLLM:
-    """LoRA's B starts at zero, where an adapter is the bare LLM."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for key, parameter in student.named_parameters():
-            if f"lora_B.{name}" in key:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return student
-
-
 def _student(encoder: str, llm: str) -> MTLLM:
     torch.manual_seed(0)
-    return _randomised(MTLLM.stack(encoder, llm, lora=LoraSettings(dropout=0.0), dtype=torch.float32), "student", 1)
+    return stir(MTLLM.stack(encoder, llm, lora=LoraSettings(dropout=0.0), dtype=torch.float32))
 
 
 def _dataset(student: MTLLM) -> PackedDataset:
@@ -89,10 +81,8 @@ def _by_hand(encoder: str, llm: str, *, weighted: bool = True, warmup: int = WAR
     return Hand(losses, means, {name: p.detach().clone() for name, p in trained.items()})
 
 
-def _optim(**changes) -> OptimSettings:
-    settings = {"max_steps": STEPS, "gradient_accumulation": PACKS, "warmup": WARMUP / STEPS, "lr": LR, "clip": CLIP}
-    settings |= {"weight_decay": DECAY, "tokens": 96, "max_length": 48, "progress": False, "report_to": "none"}
-    return OptimSettings(**{**settings, "device": "cpu", "log_steps": 3, **changes})
+SETTINGS = {"max_steps": STEPS, "gradient_accumulation": PACKS, "warmup": WARMUP / STEPS, "lr": LR, "clip": CLIP}
+_optim = partial(optim, **SETTINGS, weight_decay=DECAY, log_steps=3)
 
 
 def _moved(actual: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str, Tensor]) -> float:
@@ -113,9 +103,8 @@ def test_the_trainer_takes_the_steps_that_a_hand_written_loop_takes(encoder_fold
     for name, control in {"terms without weights": {"weighted": False}, "a longer warm-up": {"warmup": 3}}.items():
         assert _moved(made, _by_hand(encoder_folder, llm_folder, **control).weights, start) > 1e-2, name
     # the first log is of three steps, and of the terms before their weights
-    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    entry = next(one for one in log if "loss" in one)
-    assert entry["step"] == 3
+    step, entry = next(iter(logged(tmp_path / "run").items()))
+    assert step == 3
     assert entry["loss"] == pytest.approx(sum(hand.losses[:3]) / 3, rel=1e-5)
     for name in WEIGHTS:
         assert entry[name] == pytest.approx(sum(means[name] for means in hand.terms[:3]) / 3, rel=1e-5), name
@@ -145,8 +134,7 @@ def test_the_means_leave_out_a_skipped_step(encoder_folder, llm_folder, tmp_path
         )  # fmt: skip
         metrics = adapt(config, ROWS)
         assert metrics["skipped_steps"] == 1
-        log = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        return [*(entry for entry in log if "loss" in entry), metrics]
+        return [*logged(tmp_path / name).values(), metrics]
 
     first, _, third, _ = run("each", 1)
     assert first["pooled_mse"] != pytest.approx(third["pooled_mse"], rel=1e-3)
@@ -178,8 +166,9 @@ def teacher(tmp_path_factory, llm_folder) -> str:
     folder = tmp_path_factory.mktemp("teacher")
     head = HeadConfig("classification", ("good", "bad"))
     lora = LoraSettings(dropout=0.5, alpha=40.0)  # another scale than the student's
+    torch.manual_seed(2)
     model = MTLLM.stack(None, llm_folder, reader="llm", lora=lora, head=head, dtype=torch.float32)
-    _randomised(model, "student", 2).save_pretrained(folder)
+    stir(model).save_pretrained(folder)
     return str(folder)
 
 

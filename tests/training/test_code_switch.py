@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.training.short_runs import optim
 
 from mtllm_fast import TextRow
 from mtllm_fast.data.code_switch import CodeSwitched, read_dictionary
+from mtllm_fast.data.collate import collate
 from mtllm_fast.losses import DistillationWeights
 from mtllm_fast.models import LoraSettings
-from mtllm_fast.training import AdaptConfig, OptimSettings, adapt
+from mtllm_fast.training import AdaptConfig, adapt
 from mtllm_fast.training.adapt import build
 from mtllm_fast.training.run import Data
 from tests.tiny import LINES
@@ -29,8 +31,7 @@ def dictionary(tmp_path: Path) -> Path:
 
 
 def config(encoder: str, llm: str, output: Path, dictionary: Path | str, **changes) -> AdaptConfig:
-    optim = {"max_steps": 2, "tokens": 160, "max_length": 48, "save_steps": 1, "progress": False, "report_to": "none"}
-    settings = {"lora": LoraSettings(r=2, dropout=0.0), "train": OptimSettings(**optim, device="cpu")}
+    settings = {"lora": LoraSettings(r=2, dropout=0.0), "train": optim(max_steps=2, tokens=160, save_steps=1)}
     return AdaptConfig(encoder, llm, str(output), code_switch=str(dictionary), **{**settings, **changes})
 
 
@@ -40,10 +41,8 @@ def test_words_are_replaced_and_nothing_else(dictionary) -> None:
     rows = CodeSwitched([TextRow("The river, the old river; a Teacher's theme.", "eng_Latn", id="a")], words, 1.0)
     (row,) = rows
     assert re.fullmatch(r"(Der|Die) fleuve, (der|die) old fleuve; a Mwalimu mkuu's theme\.", row.text)
-    assert row.teacher_text == "The river, the old river; a Teacher's theme." and (row.id, row.language) == (
-        "a",
-        "eng_Latn",
-    )
+    assert row.teacher_text == "The river, the old river; a Teacher's theme."
+    assert (row.id, row.language) == ("a", "eng_Latn")
     assert [again.text for again in rows] == [row.text], "the same in every pass"
 
 
@@ -62,8 +61,6 @@ def test_the_student_reads_the_mix_and_the_teacher_the_text(dictionary, encoder_
     stage = build(settings, Data(ROWS), torch.float32)
     rows = list(stage.rows)[:3]
     assert all(row.teacher_text == plain.text != row.text for row, plain in zip(rows, ROWS))
-    from mtllm_fast.data.collate import collate
-
     batch = collate(rows, stage.student.tokenizer, align=False)
     plain = collate(ROWS[:3], stage.student.tokenizer, align=False)
     assert torch.equal(batch.llm.input_ids, plain.llm.input_ids)

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from tests.models.weights import stir
+from tests.training.short_runs import logged, lost_in, optim, refused, same_weights, weights
 from torch import Tensor, nn
 
 from mtllm_fast import MTLLM, LoraSettings, TextRow, cli
@@ -36,7 +37,6 @@ from tests.conftest import relative_error
 from tests.data.test_trim import rows
 from tests.models.test_encoder_families import CONFIGS, batch_of, make
 from tests.models.test_shrink import build as build_whole
-from tests.training.distributed_runs import settings
 
 HELD_OUT, CODES = 6, ("deu_Latn", "swh_Latn")
 TRAINED = [row for code in CODES for row in rows(code)[HELD_OUT:]]
@@ -75,8 +75,8 @@ def loss_of(stage: Stage, said: Sequence[TextRow]) -> Tensor:
 
 def run(config: CompressConfig, output: Path, *, resume: bool = False, **changes: Any) -> dict[str, Any]:
     """Train in `output`, on German and Swahili."""
-    optim = settings(tokens=512, max_length=128, lr=1e-2, **{"save_steps": 100, **changes})
-    return compress(replace(config, output=str(output), train=optim, resume=resume), TRAINED)
+    train = optim(tokens=512, max_length=128, lr=1e-2, warmup=0.0, keep=9, **changes)
+    return compress(replace(config, output=str(output), train=train, resume=resume), TRAINED)
 
 
 # ---- the loss
@@ -203,9 +203,8 @@ def test_training_lowers_the_loss_on_text_that_was_not_seen_too(bert: CompressCo
     stage = stage_of(bert)
     before = loss_of(stage, UNSEEN).item()
     run(bert, tmp_path / "run", max_steps=40)
-    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    losses = [entry["paired_mse"] for entry in log if "paired_mse" in entry]
-    assert len(losses) == 40 and losses[-1] < 0.6 * losses[0]
+    log = logged(tmp_path / "run")
+    assert len(log) == 40 and log[40]["paired_mse"] < 0.6 * log[1]["paired_mse"]
 
     student = MTLLM.from_pretrained(tmp_path / "run")
     start = stage.student.state_dict()
@@ -216,24 +215,14 @@ def test_training_lowers_the_loss_on_text_that_was_not_seen_too(bert: CompressCo
     assert student.encoder.model.config.hidden_dropout_prob == 0.3, "whoever trains it on has its dropout"
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(bert: CompressConfig, tmp_path: Path, monkeypatch) -> None:
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights(bert: CompressConfig, tmp_path: Path) -> None:
     run(bert, tmp_path / "whole", max_steps=4, save_steps=2)
-    done = []
-
-    def forward(self: Stage, batch: Any, forward: Any = Stage.forward) -> Any:
-        done.append(1)
-        if len(done) > 3:
-            raise RuntimeError("stopped")
-        return forward(self, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Stage, "forward", forward)
-        with pytest.raises(RuntimeError, match="stopped"):
-            run(bert, tmp_path / "part", max_steps=4, save_steps=2)
+    with lost_in(4):
+        run(bert, tmp_path / "part", max_steps=4, save_steps=2)
     assert not (tmp_path / "part/model.safetensors").exists() and (tmp_path / "part/checkpoint-2").is_dir()
     run(bert, tmp_path / "part", resume=True, max_steps=4, save_steps=2)
-    whole, part = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "part"))
-    assert whole == part and whole != (tmp_path / "whole/checkpoint-2/model.safetensors").read_bytes()
+    assert same_weights(tmp_path / "part", tmp_path / "whole")
+    assert not same_weights(tmp_path / "part", tmp_path / "whole/checkpoint-2")
     with pytest.raises(ValueError, match="--resume: teacher has changed since the run"):
         run(replace(bert, teacher=bert.encoder), tmp_path / "part", resume=True, max_steps=4, save_steps=2)
 
@@ -251,7 +240,7 @@ def test_the_loss_over_the_variance_of_the_teachers_states(bert: CompressConfig,
 
 def test_weights_that_are_trained_are_float32(bert: CompressConfig, tmp_path: Path) -> None:
     run(bert, tmp_path / "run", base_weights="bf16", bf16=True, max_steps=2)
-    assert {weight.dtype for weight in load_file(tmp_path / "run/model.safetensors").values()} == {torch.float32}
+    assert {weight.dtype for weight in weights(tmp_path / "run").values()} == {torch.float32}
     stage = build(bert, Data(TRAINED), torch.bfloat16)
     assert stage.teacher.encoder.model.dtype == torch.bfloat16 and stage.student.dtype == torch.float32
 
@@ -290,14 +279,14 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(
         changes = {"teacher": str(tmp_path / teacher)}
     if "swapped" in changes:
         changes = {"encoder": bert.teacher, "teacher": bert.encoder}
-    optim = {name: value for name, value in changes.items() if name == "base_weights"}
+    train = {name: value for name, value in changes.items() if name == "base_weights"}
     with pytest.raises(ValueError, match=said):
-        run(replace(bert, **{n: v for n, v in changes.items() if n not in optim}), tmp_path / "run", **optim)
+        run(replace(bert, **{n: v for n, v in changes.items() if n not in train}), tmp_path / "run", **train)
     assert not (tmp_path / "run").exists()
 
 
 def test_tokens_and_no_text_are_refused(bert: CompressConfig, tmp_path: Path, capsys) -> None:
-    config = replace(bert, output=str(tmp_path / "run"), train=settings())
+    config = replace(bert, output=str(tmp_path / "run"), train=optim())
     store = TokenStore.__new__(TokenStore)
     with pytest.raises(ValueError, match="rows: this stage reads text, not a token store"):
         compress(config, store)
@@ -309,9 +298,7 @@ def test_tokens_and_no_text_are_refused(bert: CompressConfig, tmp_path: Path, ca
         ([], "--text is missing"),
         (["--text", str(tmp_path)], "holds tokens, made by `mtllm tokenize`"),
     ):
-        with pytest.raises(SystemExit):
-            cli.main([*words, *more])
-        assert said in capsys.readouterr().err
+        assert said in refused(capsys, [*words, *more])
     assert not (tmp_path / "run").exists()
 
 
@@ -343,7 +330,8 @@ def test_a_plain_encoder_of_the_result(key: str, tmp_path: Path, capsys) -> None
             "--report-to", "none", "--no-progress",
         ]
     )  # fmt: skip
-    cli.main(["convert", "--model", str(run_folder), "--to", "encoder", "--output", str(plain)])
+    convert = ["convert", "--model", str(run_folder), "--to", "encoder", "--output", str(plain)]
+    cli.main(convert)
     model = MTLLM.from_pretrained(run_folder)
     alone, small = (MTLLM.stack(str(folder), reader="encoder").eval() for folder in (plain, config.encoder))
     batch = collate(UNSEEN, model.tokenizer, sides=("mt",), align=False)
@@ -357,10 +345,8 @@ def test_a_plain_encoder_of_the_result(key: str, tmp_path: Path, capsys) -> None
     # it can be what another run starts from, and is written again only if that is meant
     again_config = CompressConfig(encoder=str(plain), teacher=config.teacher)
     assert loss_of(stage_of(again_config), UNSEEN).item() < loss_of(stage_of(config), UNSEEN).item()
-    with pytest.raises(SystemExit):
-        cli.main(["convert", "--model", str(run_folder), "--to", "encoder", "--output", str(plain)])
-    assert "holds a model already" in capsys.readouterr().err
-    cli.main(["convert", "--model", str(run_folder), "--to", "encoder", "--output", str(plain), "--overwrite"])
+    assert "holds a model already" in refused(capsys, convert)
+    cli.main([*convert, "--overwrite"])
     assert torch.equal(MTLLM.stack(str(plain), reader="encoder").eval().states(again.mt), model.states(batch.mt))
     assert not list(plain.glob(".saving*"))
 
@@ -368,12 +354,9 @@ def test_a_plain_encoder_of_the_result(key: str, tmp_path: Path, capsys) -> None
 def test_adapters_are_merged_and_heads_refused(
     bert: CompressConfig, encoder_folder, llm_folder, tmp_path: Path
 ) -> None:
-    adapted = MTLLM.stack(bert.encoder, reader="encoder", lora=LoraSettings(r=2), dtype=torch.float32).eval()
+    adapted = stir(MTLLM.stack(bert.encoder, reader="encoder", lora=LoraSettings(r=2), dtype=torch.float32)).eval()
     batch = collate(UNSEEN, adapted.tokenizer, sides=("mt",), align=False)
     with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
         right, bare = adapted.states(batch.mt), MTLLM.stack(bert.encoder, reader="encoder").eval().states(batch.mt)
         (tmp_path / "plain").mkdir()
         (tmp_path / "plain/model-00001-of-00002.safetensors").write_bytes(b"left by another model")

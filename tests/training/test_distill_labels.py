@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from tests.training.short_runs import nothing_loaded, optim, refused
 
-from mtllm_fast import MTLLM, Engine, TextRow, cli
+from mtllm_fast import MTLLM, Engine, TextRow
 from mtllm_fast.losses import DistillationWeights
 from mtllm_fast.models import LoraSettings
 from mtllm_fast.models.heads import HeadConfig
-from mtllm_fast.training import DistillConfig, OptimSettings, distill
+from mtllm_fast.training import DistillConfig, distill
 from mtllm_fast.training.task_teacher import in_teachers_order
 from tests.tiny import LINES
 
@@ -31,11 +32,8 @@ def folders(tmp_path_factory, encoder_folder, llm_folder):
 
 
 def config(folders, teacher, output) -> DistillConfig:
-    train = OptimSettings(
-        tokens=96, max_length=48, progress=False, report_to="none", device="cpu", max_steps=2, log_steps=1
-    )
-    loss = DistillationWeights(head_kl=1.0)
-    return DistillConfig(str(folders / "adapted"), str(folders / teacher), str(output), loss=loss, train=train)
+    settings = {"loss": DistillationWeights(head_kl=1.0), "train": optim(max_steps=2, lr=2e-4)}
+    return DistillConfig(str(folders / "adapted"), str(folders / teacher), str(output), **settings)
 
 
 def test_mapped_by_name(folders, tmp_path):
@@ -69,10 +67,7 @@ def test_three_labels_in_another_order():
     ],
 )
 def test_refused_before_loading(folders, tmp_path, monkeypatch, teacher, labels, match):
-    def loaded(*args, **kwargs):
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(MTLLM, "from_pretrained", loaded)
+    nothing_loaded(monkeypatch)
     valid = [TextRow("a river", label=6 if labels is None else 0)]
     with pytest.raises(ValueError, match=match) as caught:
         distill(config(folders, teacher, tmp_path / "run"), ROWS, valid, labels=labels)
@@ -103,8 +98,5 @@ def test_the_command_passes_the_names_of_the_task(folders, tmp_path, capsys):
         (["--text", str(tmp_path / "t.csv"), "--labels", "one", "two"], "one, two"),
         (["--task", "folder", "--data", str(tmp_path / "task")], "bad, good"),
     ):
-        with pytest.raises(SystemExit) as caught:
-            cli.main([*base, *source])
-        assert caught.value.code == 2
-        assert f"its head has the labels neg, pos, but the task has {names}" in capsys.readouterr().err
+        assert f"its head has the labels neg, pos, but the task has {names}" in refused(capsys, [*base, *source])
     assert not (tmp_path / "run").exists()

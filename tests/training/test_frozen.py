@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from tests.models.weights import saved_bytes
+from tests.training.short_runs import logged, optim, same_weights, weights
 from torch import Tensor, nn
 
 from mtllm_fast import TextRow
@@ -19,7 +20,7 @@ from mtllm_fast.training import AdaptConfig, adapt
 from mtllm_fast.training.stage import Stage
 from mtllm_fast.training.switches import apply_switches
 from tests.tiny import LINES
-from tests.training.test_switches import CPU, WEIGHTS, _batch, _gradient, _optim, _saved_bytes, _student
+from tests.training.test_switches import CPU, WEIGHTS, _batch, _gradient, _student
 
 PACKAGE = {"int8": "torchao", "nf4": "bitsandbytes"}
 
@@ -60,7 +61,7 @@ def test_gradient_is_that_of_the_dequantised_weights(kind, encoder_folder, llm_f
 def test_ddp_is_told_of_weights_that_cannot_be_sent(encoder_folder, llm_folder) -> None:
     pytest.importorskip("torchao")
     step = Stage(_student(encoder_folder, llm_folder), DistillationLoss(WEIGHTS))
-    apply_switches(step.student, _optim(base_weights="int8"), CPU, step)
+    apply_switches(step.student, optim(base_weights="int8"), CPU, step)
     left_out = set(step._ddp_params_and_buffers_to_ignore)
     assert left_out == {f"student.llm.model.model.{name}.weight" for name in _bases(step.student)}
     assert not left_out & {name for name, p in step.named_parameters() if p.requires_grad}
@@ -72,10 +73,8 @@ def test_int8_keeps_no_dense_weight_until_backward(encoder_folder, llm_folder) -
     batch = _batch(student)
 
     def saved() -> int:
-        return _saved_bytes(
-            lambda: student.states(batch.mt),
-            {p.data_ptr() for p in student.parameters() if p.is_leaf and type(p) is nn.Parameter},
-        )
+        plain = (p for p in student.parameters() if p.is_leaf and type(p) is nn.Parameter)
+        return saved_bytes(lambda: student.states(batch.mt), plain)
 
     before = saved()
     quantize_frozen(student.llm.layers_root, "int8", CPU)
@@ -86,13 +85,10 @@ def test_int8_keeps_no_dense_weight_until_backward(encoder_folder, llm_folder) -
     assert saved() - before > dense / 2
 
 
-def _run(folder: Path, encoder: str, llm: str, resume: bool = False, **changes) -> dict[str, Tensor]:
-    train = _optim(**{"max_steps": 6, "save_steps": 3, "warmup": 0.0, "log_steps": 1, **changes})
-    adapt(
-        AdaptConfig(encoder=encoder, llm=llm, output=str(folder), train=train, resume=resume),
-        [TextRow(line) for line in LINES],
-    )
-    return load_file(folder / "model.safetensors")
+def _run(folder: Path, encoder: str, llm: str, resume: bool = False, **changes) -> None:
+    train = optim(**{"max_steps": 6, "save_steps": 3, "warmup": 0.0, **changes})
+    rows = [TextRow(line) for line in LINES]
+    adapt(AdaptConfig(encoder, llm, str(folder), train=train, resume=resume), rows)
 
 
 @pytest.mark.parametrize(
@@ -100,14 +96,14 @@ def _run(folder: Path, encoder: str, llm: str, resume: bool = False, **changes) 
 )
 def test_runs_learn_and_resume_bitwise(changes, encoder_folder, llm_folder, tmp_path) -> None:
     pytest.importorskip(PACKAGE[changes.get("base_weights", "nf4")])
-    whole = _run(tmp_path / "run", encoder_folder, llm_folder, **changes)
-    assert all(".lora_" in name or name.startswith("projection.") for name in whole)
-    log = [line for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines() if '"loss"' in line]
-    losses = [float(line.split('"loss": ')[1].split(",")[0]) for line in log]
-    assert losses[-1] < losses[0]
+    _run(tmp_path / "whole", encoder_folder, llm_folder, **changes)
+    assert all(".lora_" in name or name.startswith("projection.") for name in weights(tmp_path / "whole"))
+    log = logged(tmp_path / "whole")
+    assert log[6]["loss"] < log[1]["loss"]
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoint-6")
     (tmp_path / "run" / "model.safetensors").unlink()
-    again = _run(tmp_path / "run", encoder_folder, llm_folder, resume=True, **changes)
-    assert all(torch.equal(again[name], whole[name]) for name in whole)
-    other = _run(tmp_path / "other", encoder_folder, llm_folder)  # control: the switch is on
-    assert not all(torch.equal(other[name], whole[name]) for name in whole)
+    _run(tmp_path / "run", encoder_folder, llm_folder, resume=True, **changes)
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
+    _run(tmp_path / "other", encoder_folder, llm_folder)  # control: the switch is on
+    assert not same_weights(tmp_path / "other", tmp_path / "whole")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tests.training.short_runs import logged, refused
 
 from mtllm_fast import MTLLM, Engine, HeadConfig, LoraSettings, TextRow, cli
 from mtllm_fast.data.collate import collate
@@ -44,24 +46,13 @@ def world(tmp_path_factory) -> Path:
     return root
 
 
-def finetune(encoder: str, world: Path, output: Path, *options: str) -> None:
-    quick = ["--max-steps", "75", "--lr", "8e-3", "--tokens", "1024", "--max-rows", "64", "--max-length", "32"]
+QUIET = ["--max-length", "32", "--report-to", "none", "--no-progress", "--device", "cpu"]
+
+
+def finetune(encoder: str, world: Path, output: Path, *options: str, main=cli.main) -> str | None:
+    quick = ["--max-steps", "60", "--lr", "8e-3", "--tokens", "1024", "--max-rows", "64", "--lora.dropout", "0"]
     words = ["--encoder", encoder, "--text", str(world / "rows.jsonl"), "--labels", *LABELS, "--output", str(output)]
-    cli.main(
-        [
-            "finetune",
-            *words,
-            "--lora.dropout",
-            "0",
-            "--report-to",
-            "none",
-            "--no-progress",
-            "--device",
-            "cpu",
-            *quick,
-            *options,
-        ]
-    )
+    return main(["finetune", *words, *QUIET, *quick, *options])
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +63,12 @@ def trained(world: Path, encoder_folder: str) -> Path:
 
 def given(partners: bool = True, seed: int = 1) -> list[TextRow]:
     """Rows that were not learned from."""
-    return [
-        TextRow(row["text"], row["language"], id=row["id"], label=LABELS.index(row["label"]))
-        if not partners
-        else TextRow(
-            row["text"], row["language"], id=row["id"], label=LABELS.index(row["label"]), teacher_text=row["english"]
-        )
-        for row in rows(24, seed)
-    ]
+    made = []
+    for row in rows(24, seed):
+        english = row["english"] if partners else None
+        label = LABELS.index(row["label"])
+        made.append(TextRow(row["text"], row["language"], id=row["id"], label=label, teacher_text=english))
+    return made
 
 
 def accuracy(folder: Path, texts: list[TextRow]) -> float:
@@ -94,8 +83,7 @@ def test_a_label_is_learned_that_the_translation_alone_tells(trained: Path, worl
     assert accuracy(trained, given(partners=False)) < 0.5, "the control: the text tells nothing"
     finetune(encoder_folder, world, world / "plain", *LANGUAGE, "--max-steps", "20")
     assert accuracy(world / "plain", given()) < 0.5, "the control: a model without fusion reads no translation"
-    log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
-    terms = [entry for entry in log if "loss" in entry]
+    terms = list(logged(trained).values())
     assert terms and all(abs(one["loss"] - one["task"] - one["partner_task"]) < 1e-4 for one in terms)
     assert terms[-1]["partner_task"] < 0.5 * terms[0]["partner_task"]
 
@@ -103,10 +91,7 @@ def test_a_label_is_learned_that_the_translation_alone_tells(trained: Path, worl
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (
-            [*ENGLISH],
-            "--teacher-text-column english: nothing here reads it; it is for distill, and for --fusion.layers",
-        ),
+        (ENGLISH, "--teacher-text-column english: nothing here reads it; it is for distill, and for --fusion.layers"),
         ([*FUSED, *LANGUAGE], "fusion: a text is read with its translation, and the rows have no teacher_text"),
         (["--loss.partner-task", "1"], "loss.partner_task=1.0: is of the translations that texts are read with"),
         (["--fusion.layers", "2", *ENGLISH], "fusion.first=1, fusion.layers=2: encoder="),
@@ -118,10 +103,7 @@ def test_a_label_is_learned_that_the_translation_alone_tells(trained: Path, worl
     ],
 )
 def test_what_does_not_fit_is_refused(world: Path, encoder_folder: str, tmp_path: Path, capsys, options, said) -> None:
-    with pytest.raises(SystemExit) as caught:
-        finetune(encoder_folder, world, tmp_path / "no", *options)
-    message = capsys.readouterr().err
-    assert caught.value.code == 2 and said in message, message
+    assert said in finetune(encoder_folder, world, tmp_path / "no", *options, main=partial(refused, capsys))
     assert not (tmp_path / "no").exists()
 
 
@@ -136,19 +118,14 @@ def test_an_llm_and_a_model_with_its_own_are_refused(
         (["--model", str(world / "no"), *ENGLISH], "no such folder"),
     ]
     for options, said in cases:
-        with pytest.raises(SystemExit) as caught:
-            cli.main(["finetune", *words, *options])
-        message = capsys.readouterr().err
-        assert caught.value.code == 2 and said in message, message
+        assert said in refused(capsys, ["finetune", *words, *options])
     assert not (tmp_path / "no").exists()
 
 
 def test_a_fused_model_is_trained_on(trained: Path, world: Path, tmp_path: Path) -> None:
     words = ["--model", str(trained), "--text", str(world / "rows.jsonl"), "--labels", *LABELS, *LANGUAGE, *ENGLISH]
-    quick = ["--max-steps", "1", "--tokens", "512", "--max-length", "32", "--report-to", "none", "--no-progress"]
-    cli.main(
-        ["finetune", *words, "--output", str(tmp_path / "on"), "--loss.partner-task", "1", "--device", "cpu", *quick]
-    )
+    quick = ["--output", str(tmp_path / "on"), "--loss.partner-task", "1", "--max-steps", "1", "--tokens", "512"]
+    cli.main(["finetune", *words, *QUIET, *quick])
     assert MTLLM.from_pretrained(tmp_path / "on").config.fusion == FusionSettings(1, 1)
 
 
@@ -221,9 +198,8 @@ def test_gold_labels_are_not_what_the_model_says(world: Path, trained: Path, tmp
     assert [record["gold"] for record in soft] == [row["label"] for row in turned]
     assert np.mean([record["gold"] == record["label"] for record in soft]) < 0.2
     words = ["--llm", "x", "--text", str(shifted), "--output", str(tmp_path / "no.jsonl")]
-    with pytest.raises(SystemExit):
-        cli.main(["respond", *words, "--label-column", "label"])
-    assert "--label-column label: goes with --labels" in capsys.readouterr().err
+    said = refused(capsys, ["respond", *words, "--label-column", "label"])
+    assert "--label-column label: goes with --labels" in said
 
 
 # ---- evaluate

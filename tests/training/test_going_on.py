@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from tests.training.short_runs import logged, optim, stopped_in, weights
 
 from mtllm_fast import TextRow
 from mtllm_fast.jobs.checkpoint import Publisher, publish
 from mtllm_fast.losses import DistillationWeights
 from mtllm_fast.models import LoraSettings
-from mtllm_fast.training import AdaptConfig, FinetuneConfig, OptimSettings, adapt, finetune, trainer
-from mtllm_fast.training.stage import Stage
+from mtllm_fast.training import AdaptConfig, FinetuneConfig, adapt, finetune, trainer
 from tests.tiny import LINES
 
 ROWS = [TextRow(f"{line} {i}", id=f"row-{i}") for i, line in enumerate(LINES * 4)]
 TASK = [TextRow(line + " " + ("good", "bad")[i % 2], label=i % 2) for i, line in enumerate(LINES * 4)]
 
 
-def _optim(**changes) -> OptimSettings:
-    settings = {"max_steps": 8, "save_steps": 2, "log_steps": 1, "tokens": 96, "max_length": 48, "lr": 2e-3, "keep": 9}
-    settings |= {"progress": False, "report_to": "none", "device": "cpu"}
-    return OptimSettings(**{**settings, **changes})
+_optim = partial(optim, max_steps=8, save_steps=2, keep=9)
 
 
 def _adapt(encoder: str, llm: str, output: Path, *, resume: bool = False, **train) -> dict:
@@ -40,40 +35,19 @@ def _adapt(encoder: str, llm: str, output: Path, *, resume: bool = False, **trai
     return adapt(config, ROWS)
 
 
-def _log(output: Path) -> dict[int, dict]:
-    """The last entry with a loss, by step."""
-    entries = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return {entry["step"]: entry for entry in entries if "loss" in entry}
-
-
 def _saved(output: Path) -> set[int]:
     return {int(path.name.rsplit("-", 1)[1]) for path in output.glob("checkpoint-*")}
 
 
-def _stop_in(step: int, monkeypatch) -> None:
-    """Ask the run to stop while it computes its `step`-th pack."""
-    plain, count = Stage.forward, [0]
-
-    def forward(self, batch):
-        count[0] += 1
-        if count[0] == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return plain(self, batch)
-
-    monkeypatch.setattr(Stage, "forward", forward)
-
-
-def test_new_intervals_hold_after_a_resume(encoder_folder, llm_folder, tmp_path, monkeypatch) -> None:
+def test_new_intervals_hold_after_a_resume(encoder_folder, llm_folder, tmp_path) -> None:
     """And the first log after it has the means of the steps since."""
     _adapt(encoder_folder, llm_folder, tmp_path / "whole", log_steps=2)
-    with monkeypatch.context() as patched:
-        _stop_in(4, patched)
-        with pytest.raises(SystemExit):
-            _adapt(encoder_folder, llm_folder, tmp_path / "run", save_steps=100, log_steps=1)
+    with stopped_in(4):
+        _adapt(encoder_folder, llm_folder, tmp_path / "run", save_steps=100)
     assert _saved(tmp_path / "run") == {4}
     _adapt(encoder_folder, llm_folder, tmp_path / "run", resume=True, save_steps=3, log_steps=2)
     assert _saved(tmp_path / "run") == {4, 6, 8}
-    whole, run = _log(tmp_path / "whole"), _log(tmp_path / "run")
+    whole, run = logged(tmp_path / "whole"), logged(tmp_path / "run")
     assert set(run) == {1, 2, 3, 4, 6, 8}
     for step in (6, 8):
         for name in ("loss", "pooled_mse", "paired_mse"):
@@ -135,7 +109,7 @@ def test_the_best_one_is_known_in_a_folder_that_moved(llm_folder, tmp_path, monk
     metrics = _finetune(llm_folder, tmp_path / "after", [0.7], monkeypatch, resume=True)
     best = _per_epoch(tmp_path / "after")
     assert (metrics["best_step"], metrics["best_eval_accuracy"]) == (best, 0.9)
-    kept, state = (load_file(tmp_path / "after" / path / "model.safetensors") for path in ("", f"checkpoint-{best}"))
+    kept, state = (weights(tmp_path / "after" / path) for path in ("", f"checkpoint-{best}"))
     assert all(torch.equal(kept[name], state[name]) for name in state)
 
 

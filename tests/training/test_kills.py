@@ -16,7 +16,7 @@ from benchmarks.studies.survive import differences, entries, make_inputs, spoil,
 from mtllm_fast.jobs.checkpoint import damage
 from mtllm_fast.training.signals import StopRequest
 
-STEPS = 40
+STEPS = 25
 
 
 @pytest.fixture(scope="module")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from tests.models.weights import stir
+from tests.training.short_runs import logged, nothing_loaded, optim, same_weights, stopped_in, weights
 
 from mtllm_fast import MTLLM, TextRow, cli
 from mtllm_fast.data.collate import collate
@@ -19,7 +19,7 @@ from mtllm_fast.losses import DistillationWeights
 from mtllm_fast.losses.head_kl import label_ranks
 from mtllm_fast.models import LoraSettings
 from mtllm_fast.models.heads import HeadConfig
-from mtllm_fast.training import DistillConfig, OptimSettings, distill
+from mtllm_fast.training import DistillConfig, distill
 from mtllm_fast.training.stage import Stage
 from mtllm_fast.training.task_teacher import TaughtLabels
 from tests.tiny import LINES
@@ -27,6 +27,7 @@ from tests.tiny import LINES
 NAMES = ("neg", "neutral", "pos")  # of the teacher
 ASKED = ["pos", "neg", "neutral"]  # of the task: an order that is not its own inverse
 ROWS = [TextRow(f"{line} {i}", label=int("001020010002"[i]), id=str(i)) for i, line in enumerate(LINES * 2)]
+UNLABELLED = replace(ROWS[5], label=None)
 ALL = DistillationWeights(0.5, head_kl=1.0, temperature=2.0, contrast=0.25, task=2.0, rank_weights=True)
 
 
@@ -41,27 +42,16 @@ def folders(tmp_path_factory, encoder_folder, llm_folder) -> Path:
     for name, head in (("teacher", HeadConfig(labels=NAMES)), ("choice", HeadConfig("choice"))):
         models[name] = MTLLM.stack(None, llm_folder, reader="llm", head=head, lora=LoraSettings())
     for name, model in models.items():
-        with torch.no_grad():
-            for parameter_name, parameter in model.named_parameters():
-                if "lora_B" in parameter_name or parameter_name.startswith("head"):
-                    parameter.normal_(std=0.1)
-        model.save_pretrained(root / name)
+        stir(model, 0.1, "lora_B", "head.linear").save_pretrained(root / name)
     return root
 
 
-def _optim(**changes) -> OptimSettings:
-    settings = {"tokens": 1024, "max_length": 48, "max_steps": 4, "log_steps": 1, "lr": 5e-3, "warmup": 0.0}
-    return OptimSettings(**{**settings, "progress": False, "report_to": "none", "device": "cpu", **changes})
+_optim = partial(optim, tokens=1024, max_steps=4, lr=5e-3, warmup=0.0)
 
 
 def _config(folders: Path, output: Path, model: str = "adapted", teacher: str = "teacher", **changes) -> DistillConfig:
     settings = {"loss": ALL, "train": _optim()}
     return DistillConfig(str(folders / model), str(folders / teacher), str(output), **{**settings, **changes})
-
-
-def _log(output: Path) -> dict[int, dict]:
-    entries = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return {entry["step"]: entry for entry in entries if "loss" in entry}
 
 
 def _pooled(states: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
@@ -103,12 +93,12 @@ def test_terms_by_hand_and_labels_by_name(folders, tmp_path) -> None:
     ):
         config = _config(folders, tmp_path / name, teacher_cache=cache, train=_optim(max_steps=1))
         distill(config, ROWS, labels=labels)
-        logged = _log(tmp_path / name)[1]
+        log = logged(tmp_path / name)[1]
         for term in ("task", "head_kl", "pooled_mse"):
-            assert logged[term] == pytest.approx(expected[term], rel=1e-4), (name, term)
-        total = 0.5 * logged["pooled_mse"] + logged["head_kl"] + 0.25 * logged["contrast"] + 2 * logged["task"]
-        assert logged["loss"] == pytest.approx(total, rel=1e-5)
-    mapped, cached = (load_file(tmp_path / name / "model.safetensors") for name in ("mapped", "cached"))
+            assert log[term] == pytest.approx(expected[term], rel=1e-4), (name, term)
+        total = 0.5 * log["pooled_mse"] + log["head_kl"] + 0.25 * log["contrast"] + 2 * log["task"]
+        assert log["loss"] == pytest.approx(total, rel=1e-5)
+    mapped, cached = (weights(tmp_path / name) for name in ("mapped", "cached"))
     for name, value in mapped.items():
         assert torch.allclose(cached[name], value, rtol=1e-3, atol=1e-4), name
 
@@ -125,9 +115,9 @@ def test_labels_alone(folders, tmp_path) -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Stage, "forward", forward)
         distill(_config(folders, tmp_path / "run", loss=loss, train=_optim(max_steps=20)), ROWS, labels=ASKED)
-    logged = _log(tmp_path / "run")
-    assert sides == {(True, False)} and logged[20]["task"] < 0.5 * logged[1]["task"]
-    mine, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", folders / "teacher"))
+    log = logged(tmp_path / "run")
+    assert sides == {(True, False)} and log[20]["task"] < 0.5 * log[1]["task"]
+    mine, theirs = (weights(folder) for folder in (tmp_path / "run", folders / "teacher"))
     assert torch.equal(mine["head.linear.weight"], theirs["head.linear.weight"])
     assert not any(".teacher." in name for name in mine)
 
@@ -148,16 +138,16 @@ def test_choices(folders, tmp_path) -> None:
     ranks = label_ranks(scores[1], batch.labels)
     assert len(ranks.unique()) > 1
     q, p = ((x / 2).softmax(-1) for x in scores)
-    logged = _log(tmp_path / "run")[1]
-    assert logged["task"] == pytest.approx(float(F.cross_entropy(scores[0], batch.labels)), rel=1e-4)
+    log = logged(tmp_path / "run")[1]
+    assert log["task"] == pytest.approx(float(F.cross_entropy(scores[0], batch.labels)), rel=1e-4)
     weighted = float((4 * (p * (p / q).log()).sum(-1) / ranks).mean())
-    assert logged["head_kl"] == pytest.approx(weighted, rel=1e-4)
+    assert log["head_kl"] == pytest.approx(weighted, rel=1e-4)
     wrong = [*rows[:-1], replace(rows[-1], label=3, id="last")]
     with pytest.raises(ValueError, match=r"loss\.task=2\.0: row 'last' has 3 choices and the label 3"):
         distill(_config(folders, tmp_path / "no", teacher="choice"), wrong)
 
 
-def test_a_run_goes_on(folders, tmp_path, monkeypatch) -> None:
+def test_a_run_goes_on(folders, tmp_path) -> None:
     """Stopped in its second step, with dropout, a validation and a cache, it ends with the same weights."""
     train = _optim(tokens=160, max_steps=6)
     settings = {"model": "dropout", "train": train, "teacher_cache": str(tmp_path / "cache")}
@@ -166,25 +156,13 @@ def test_a_run_goes_on(folders, tmp_path, monkeypatch) -> None:
         return distill(_config(folders, tmp_path / name, **{**settings, **changes}), ROWS, ROWS[:6], labels=ASKED)
 
     run("whole")
-    plain, count = Stage.forward, [0]
-
-    def forward(self, batch):
-        count[0] += 1
-        if count[0] == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return plain(self, batch)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Stage, "forward", forward)
-        with pytest.raises(SystemExit):
-            run("cut")
-    assert max(_log(tmp_path / "cut")) == 2
+    with stopped_in(2):
+        run("cut")
+    assert max(logged(tmp_path / "cut")) == 2
     run("cut", resume=True)
-    whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
-    assert all(torch.equal(cut[name], whole[name]) for name in whole)
+    assert same_weights(tmp_path / "cut", tmp_path / "whole")
     run("other", loss=replace(ALL, rank_weights=False))
-    other = load_file(tmp_path / "other" / "model.safetensors")
-    assert not all(torch.equal(other[name], whole[name]) for name in whole), "the control"
+    assert not same_weights(tmp_path / "other", tmp_path / "whole"), "the control"
     with pytest.raises(ValueError, match=r"--resume: loss\.rank_weights=False"):
         run("whole", resume=True, loss=replace(ALL, rank_weights=False))
 
@@ -193,12 +171,7 @@ def test_a_run_goes_on(folders, tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("loss", "rows", "labels", "named"),
     [
-        (
-            ALL,
-            [*ROWS[:5], replace(ROWS[5], label=None)],
-            ASKED,
-            r"loss\.task=2\.0: needs the labels of all rows, but row '5'",
-        ),
+        (ALL, [*ROWS[:5], UNLABELLED], ASKED, r"loss\.task=2\.0: needs the labels of all rows, but row '5'"),
         (ALL, [TextRow("a river")], None, r"loss\.task=2\.0: needs the labels of all rows, but row 'a river' has none"),
         (replace(ALL, task=0.0), [TextRow("a river")], None, r"loss\.rank_weights=True: needs the labels of all rows"),
         (ALL, [replace(ROWS[0], label=6)], None, "has 3 labels, but a row has the label 6"),
@@ -206,10 +179,7 @@ def test_a_run_goes_on(folders, tmp_path, monkeypatch) -> None:
     ],
 )
 def test_refused_before_anything_is_loaded(folders, tmp_path, monkeypatch, loss, rows, labels, named) -> None:
-    def loaded(*args, **kwargs):
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(MTLLM, "from_pretrained", loaded)
+    nothing_loaded(monkeypatch)
     with pytest.raises(ValueError, match=named) as caught:
         distill(_config(folders, tmp_path / "run", loss=loss), rows, labels=labels)
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
@@ -239,7 +209,7 @@ def test_labels_of_a_stream_are_checked_as_it_is_read(folders, tmp_path) -> None
     assert len(TaughtLabels(ROWS, head, ASKED, "teacher", "x")) == len(ROWS)
     with pytest.raises(TypeError):
         len(mapped)
-    unlabelled = Stream([*ROWS[:5], replace(ROWS[5], label=None)])
+    unlabelled = Stream([*ROWS[:5], UNLABELLED])
     with pytest.raises(ValueError, match=r"loss\.task=2\.0: needs the labels of all rows, but row '5' has none"):
         distill(_config(folders, tmp_path / "run"), unlabelled, labels=ASKED)
     assert not (tmp_path / "run").exists()
@@ -254,8 +224,8 @@ def test_the_command(folders, tmp_path, capsys) -> None:
     command += ["--no-progress", "--report-to", "none", "--loss.head-kl", "1", "--loss.temperature", "2"]
     cli.main([*command, "--loss.task", "2", "--loss.rank-weights"])
     gold = [NAMES.index(ASKED[row.label]) for row in ROWS]
-    by_hand, logged = _first_step(folders, ROWS, gold), _log(tmp_path / "run")[1]
+    by_hand, log = _first_step(folders, ROWS, gold), logged(tmp_path / "run")[1]
     for term in ("task", "head_kl"):
-        assert logged[term] == pytest.approx(by_hand[term], rel=1e-4)
+        assert log[term] == pytest.approx(by_hand[term], rel=1e-4)
     record = json.loads((tmp_path / "run/run.json").read_text())
     assert (record["loss"]["task"], record["loss"]["rank_weights"]) == (2.0, True)

@@ -3,13 +3,13 @@ them."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.training.short_runs import logged, optim
 from torch import Tensor
 from transformers import AutoModel
 
@@ -20,7 +20,7 @@ from mtllm_fast.data.prompt import NO_TOKEN, Prompt, Writing, mask_token, masked
 from mtllm_fast.data.split import halves
 from mtllm_fast.losses import TargetWeights
 from mtllm_fast.models.inputs import compose, read_with_targets
-from mtllm_fast.training import OptimSettings, SftConfig, sft
+from mtllm_fast.training import SftConfig, sft
 from mtllm_fast.training.run import Data
 from mtllm_fast.training.sft import build
 from tests.conftest import assert_matches, relative_error
@@ -179,14 +179,12 @@ def test_runs_learn_with_masks_and_lines_are_their_own_targets(encoder_folder, l
         read_rows(tmp_path / "lines.txt", target_column="target")
     losses = {}
     for share in (0.0, 0.5):
-        optim = {"max_steps": 12, "tokens": 400, "max_length": 48, "log_steps": 1, "lr": 1e-2, "progress": False}
-        train = OptimSettings(**optim, report_to="none", device="cpu", warmup=0.0)
+        train = optim(max_steps=12, tokens=400, lr=1e-2, warmup=0.0)
         config = SftConfig(
             encoder=encoder_folder, llm=llm_folder, output=str(tmp_path / f"run-{share}"), mask_targets=share, train=train,
             max_target_tokens=32,
         )  # fmt: skip
         sft(config, rows)
-        log = (tmp_path / f"run-{share}/log.jsonl").read_text().splitlines()
-        losses[share] = [entry["loss"] for entry in map(json.loads, log) if "loss" in entry]
+        losses[share] = [entry["loss"] for entry in logged(tmp_path / f"run-{share}").values()]
         assert losses[share][-1] < losses[share][0] - 0.1
     assert losses[0.0] != losses[0.5]

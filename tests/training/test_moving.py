@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.training.short_runs import entries, optim, weights
 
 from mtllm_fast import MTLLM, TextRow
 from mtllm_fast.losses import DistillationWeights
@@ -17,7 +19,7 @@ from mtllm_fast.models.fingerprint import same_model
 from mtllm_fast.models.mtllm import MTLLMConfig
 from mtllm_fast.models.names import is_path
 from mtllm_fast.models.storage import local_folder
-from mtllm_fast.training import AdaptConfig, OptimSettings, adapt
+from mtllm_fast.training import AdaptConfig, adapt
 from mtllm_fast.training.stage import Stage
 from mtllm_fast.training.task_teacher import check_teacher
 from tests.tiny import LINES
@@ -147,9 +149,7 @@ def test_a_lost_tokenizer_folder_is_named(home) -> None:
 
 
 # ---- further
-def _optim(**changes) -> OptimSettings:
-    settings = {"max_steps": 3, "log_steps": 1, "tokens": 96, "max_length": 48, "lr": 1e-3, "warmup": 0.0}
-    return OptimSettings(**{**settings, "progress": False, "report_to": "none", "device": "cpu", **changes})
+_optim = partial(optim, max_steps=3, lr=1e-3, warmup=0.0)
 
 
 def _adapt(output: Path, *, resume: bool = False, config: dict, **train) -> dict:
@@ -158,8 +158,7 @@ def _adapt(output: Path, *, resume: bool = False, config: dict, **train) -> dict
 
 
 def _logged(output: Path, name: str) -> list[float]:
-    entries = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return [entry[name] for entry in entries if name in entry]
+    return [entry[name] for entry in entries(output) if name in entry]
 
 
 def test_a_finished_run_goes_on_with_more_steps(encoder_folder, llm_folder, tmp_path, monkeypatch) -> None:
@@ -195,10 +194,10 @@ def test_adaptation_starts_from_an_adapted_model(home, tmp_path) -> None:
             state[name] = torch.randn(state[name].shape, generator=generator) * 0.1
     save_file(state, model / "model.safetensors", {"format": "pt"})
     _adapt(tmp_path / "same", config={"model": str(model)}, max_steps=0)
-    kept = load_file(tmp_path / "same/model.safetensors")
+    kept = weights(tmp_path / "same")
     assert kept.keys() == state.keys() and all(torch.equal(kept[name], state[name]) for name in state)
     _adapt(tmp_path / "run", config={"model": str(model)})
-    trained = load_file(tmp_path / "run/model.safetensors")
+    trained = weights(tmp_path / "run")
     assert not any(torch.equal(trained[name], state[name]) for name in state if "lora_B" in name)
     assert json.loads((tmp_path / "run/run.json").read_text())["model"] == str(model)
     MTLLM.from_pretrained(tmp_path / "run")

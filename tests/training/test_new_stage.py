@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from tests.training.short_runs import logged, optim, weights
 
 import mtllm_fast
 from mtllm_fast import MTLLM, TextRow
@@ -79,18 +79,8 @@ def align(monkeypatch) -> StageKind:
 
 
 def _config(encoder: str, llm: str, output: Path, **changes) -> AlignConfig:
-    settings = {"max_steps": STEPS, "gradient_accumulation": 2, "tokens": 160, "max_length": 48, "log_steps": 1}
-    settings |= {
-        "save_steps": 1,
-        "keep": STEPS + 1,
-        "lr": 5e-3,
-        "progress": False,
-        "report_to": "none",
-        "device": "cpu",
-    }
-    return AlignConfig(
-        encoder, llm, str(output), lora=LoraSettings(dropout=0.0), train=OptimSettings(**settings), **changes
-    )
+    train = optim(max_steps=STEPS, gradient_accumulation=2, tokens=160, save_steps=1, keep=STEPS + 1, lr=5e-3)
+    return AlignConfig(encoder, llm, str(output), lora=LoraSettings(dropout=0.0), train=train, **changes)
 
 
 def _mean(student: MTLLM, batches: list[Batch], temperature: float) -> float:
@@ -113,23 +103,20 @@ def _mean(student: MTLLM, batches: list[Batch], temperature: float) -> float:
 def test_a_stage_from_outside_trains_logs_and_resumes(align, encoder_folder, llm_folder, tmp_path) -> None:
     config = _config(encoder_folder, llm_folder, tmp_path / "run")
     metrics = run(align, config, Data(ROWS, source={"text": "lines"}))
-    entries = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    logged = {entry["step"]: entry for entry in entries if "loss" in entry}
-    assert sorted(logged) == list(range(1, STEPS + 1))
+    log = logged(tmp_path / "run")
+    assert sorted(log) == list(range(1, STEPS + 1))
     student = MTLLM.from_pretrained(tmp_path / "run", dtype=torch.float32)
     student.tokenizer.max_mt_tokens = student.tokenizer.max_llm_tokens = 48
     packs = iter(PackedDataset(ROWS, student.tokenizer, max_tokens=160, seed=config.train.seed, align=False))
     for step in range(1, STEPS + 1):
         batches = [next(packs) for _ in range(2)]
         if step > 1:  # as it was before the step
-            state = load_file(tmp_path / f"run/checkpoint-{step - 1}" / "model.safetensors")
-            assert state
-            student.load_state_dict(state, strict=False)
+            student.load_state_dict(weights(tmp_path / f"run/checkpoint-{step - 1}"), strict=False)
             expected = _mean(student, batches, config.temperature)
-            assert logged[step]["loss"] == logged[step]["pull"] == pytest.approx(expected, rel=1e-4)
+            assert log[step]["loss"] == log[step]["pull"] == pytest.approx(expected, rel=1e-4)
             assert _mean(student, batches, 2 * config.temperature) != pytest.approx(expected, rel=1e-2), "the control"
-    assert metrics["train_loss"] == pytest.approx(sum(entry["loss"] for entry in logged.values()) / STEPS, rel=1e-5)
-    assert logged[STEPS]["loss"] < logged[1]["loss"]
+    assert metrics["train_loss"] == pytest.approx(sum(entry["loss"] for entry in log.values()) / STEPS, rel=1e-5)
+    assert log[STEPS]["loss"] < log[1]["loss"]
 
     record = json.loads((tmp_path / "run/run.json").read_text())
     assert (record["stage"], record["temperature"], record["source"]) == ("align", 0.1, {"text": "lines"})

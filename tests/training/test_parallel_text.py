@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from tests.training.short_runs import in_pack, logged, nothing_loaded, optim, same_weights, stopped_in, weights
 
 from mtllm_fast import MTLLM, TextRow, cli, read_rows
 from mtllm_fast.data import PackedDataset
@@ -22,7 +21,7 @@ from mtllm_fast.data.pack import PackedBatch
 from mtllm_fast.failures import RunFailed
 from mtllm_fast.losses import DistillationLoss, DistillationWeights
 from mtllm_fast.models import LoraSettings
-from mtllm_fast.training import AdaptConfig, OptimSettings, adapt
+from mtllm_fast.training import AdaptConfig, adapt
 from mtllm_fast.training.inputs import has_teacher_text, rows_digest
 from mtllm_fast.training.stage import Stage
 from mtllm_fast.training.teacher_cache import KeyedRows, TeacherCache, open_or_build, text_key
@@ -37,38 +36,12 @@ STEPS = 4
 WEIGHTS = DistillationWeights(pooled_mse=0.5, contrast=1.0, contrast_temperature=0.2)
 
 
-def _optim(**changes) -> OptimSettings:
-    settings = {"max_steps": STEPS, "gradient_accumulation": 2, "tokens": 160, "max_length": 48, "log_steps": 1}
-    settings |= {"lr": 5e-3, "progress": False, "report_to": "none"}
-    return OptimSettings(**{**settings, "device": "cpu", **changes})
+_optim = partial(optim, max_steps=STEPS, gradient_accumulation=2, tokens=160, lr=5e-3)
 
 
 def _config(encoder: str, llm: str, output: Path, **changes) -> AdaptConfig:
     settings = {"lora": LoraSettings(dropout=0.1), "loss": WEIGHTS, "train": _optim()}
     return AdaptConfig(encoder, llm, str(output), **{**settings, **changes})
-
-
-def _stop_in(pack: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ask the run to stop while it computes this pack."""
-    plain, count = Stage.forward, [0]
-
-    def forward(self, batch):
-        count[0] += 1
-        if count[0] == pack:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return plain(self, batch)
-
-    monkeypatch.setattr(Stage, "forward", forward)
-
-
-def _log(output: Path) -> dict[int, dict]:
-    entries = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return {entry["step"]: entry for entry in entries if "loss" in entry}
-
-
-def _equal(one: Path, other: Path) -> bool:
-    mine, theirs = (load_file(folder / "model.safetensors") for folder in (one, other))
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 # ---- digests
@@ -124,13 +97,13 @@ def _loss_by_hand(student: MTLLM, batches: list[Batch]) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 
-def test_a_run_on_a_parallel_corpus(encoder_folder, llm_folder, tmp_path, monkeypatch) -> None:
+def test_a_run_on_a_parallel_corpus(encoder_folder, llm_folder, tmp_path) -> None:
     """Logged terms are those by hand; stopped and resumed it ends with the same weights."""
     rows = [replace(row, id=str(i)) for i, row in enumerate(ROWS)]
     train = _optim(save_steps=1, keep=STEPS + 1)
     config = _config(encoder_folder, llm_folder, tmp_path / "run", lora=LoraSettings(dropout=0.0), train=train)
     adapt(config, rows)
-    logged = _log(tmp_path / "run")
+    log = logged(tmp_path / "run")
     student = MTLLM.from_pretrained(tmp_path / "run", dtype=torch.float32)
     student.tokenizer.max_mt_tokens = student.tokenizer.max_llm_tokens = 48
     packs = iter(PackedDataset(rows, student.tokenizer, max_tokens=160, seed=config.train.seed, align=False))
@@ -138,21 +111,19 @@ def test_a_run_on_a_parallel_corpus(encoder_folder, llm_folder, tmp_path, monkey
         batches = [next(packs) for _ in range(2)]
         if step == 1:
             continue
-        student.load_state_dict(load_file(tmp_path / f"run/checkpoint-{step - 1}/model.safetensors"), strict=False)
+        student.load_state_dict(weights(tmp_path / f"run/checkpoint-{step - 1}"), strict=False)
         by_hand = _loss_by_hand(student, batches)
         for name in ("pooled_mse", "contrast"):
-            assert logged[step][name] == pytest.approx(by_hand[name], rel=1e-4), (step, name)
+            assert log[step][name] == pytest.approx(by_hand[name], rel=1e-4), (step, name)
         assert by_hand["all"] != pytest.approx(by_hand["contrast"], rel=1e-2), "the control"
 
     adapt(_config(encoder_folder, llm_folder, tmp_path / "whole"), ROWS)  # with dropout
-    with monkeypatch.context() as patched:
-        _stop_in(4, patched)
-        with pytest.raises(SystemExit):
-            adapt(_config(encoder_folder, llm_folder, tmp_path / "cut"), ROWS)
-    assert max(_log(tmp_path / "cut")) == 2
+    with stopped_in(4):
+        adapt(_config(encoder_folder, llm_folder, tmp_path / "cut"), ROWS)
+    assert max(logged(tmp_path / "cut")) == 2
     adapt(_config(encoder_folder, llm_folder, tmp_path / "cut", resume=True), ROWS)
-    assert _equal(tmp_path / "whole", tmp_path / "cut")
-    assert not _equal(tmp_path / "whole", tmp_path / "run"), "the control"
+    assert same_weights(tmp_path / "whole", tmp_path / "cut")
+    assert not same_weights(tmp_path / "whole", tmp_path / "run"), "the control"
     again = {"resume": True, "train": _optim(max_steps=STEPS + 1)}
     changed = [*ROWS[:-1], replace(ROWS[-1], teacher_text="another")]
     with pytest.raises(ValueError, match="--resume: rows has changed"):
@@ -162,21 +133,16 @@ def test_a_run_on_a_parallel_corpus(encoder_folder, llm_folder, tmp_path, monkey
         adapt(_config(encoder_folder, llm_folder, tmp_path / "whole", loss=loss, resume=True), ROWS)
 
 
-def test_a_pack_is_not_split_where_its_texts_are_compared(encoder_folder, llm_folder, tmp_path, monkeypatch) -> None:
-    plain, count = Stage.forward, [0]
+def test_a_pack_is_not_split_where_its_texts_are_compared(encoder_folder, llm_folder, tmp_path) -> None:
+    def fail() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    def forward(self, batch):
-        count[0] += 1
-        if count[0] == 3:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return plain(self, batch)
-
-    monkeypatch.setattr(Stage, "forward", forward)
-    with pytest.raises(RunFailed, match=r"contrast compares the texts of a pack .*so it cannot be split; go on with"):
+    said = r"contrast compares the texts of a pack .*so it cannot be split; go on with"
+    with pytest.raises(RunFailed, match=said), in_pack(3, fail):
         adapt(_config(encoder_folder, llm_folder, tmp_path / "run"), ROWS)
-    count[0] = 0
     other = _config(encoder_folder, llm_folder, tmp_path / "other", loss=DistillationWeights())
-    assert adapt(other, ROWS)["train_loss"] > 0, "the control: of other terms it is"
+    with in_pack(3, fail):
+        assert adapt(other, ROWS)["train_loss"] > 0, "the control: of other terms it is"
 
 
 # ---- the cache
@@ -208,12 +174,12 @@ def test_cached_contrast_is_that_of_the_teacher_on_the_fly(cached, matches) -> N
         )
     for mine, theirs in zip(found[1], found[0], strict=True):
         matches(mine, theirs, 1e-4)
-    taught, _ = cache.teach(batches["cache"])
+    taught, states = cache.teach(batches["cache"])
     same = taught.llm.digests[:, None] == taught.llm.digests
     assert same.triu(1).nonzero().tolist() == [[0, 5], [2, 6], [7, 8]]
     # the control: the texts of the student alone
-    blind = DistillationLoss(WEIGHTS)(student.states(batches["cache"].mt), cache.lookup(batches["cache"].ids),
-                                      replace(taught, llm=PackedBatch.from_sequences([[i] for i in range(9)])))  # fmt: skip
+    apart = replace(taught, llm=PackedBatch.from_sequences([[i] for i in range(9)]))
+    blind = DistillationLoss(WEIGHTS)(student.states(apart.mt), states, apart)
     assert abs(float(blind["contrast"].sum.detach() / found[0][0][1].detach()) - 1) > 1e-2
 
 
@@ -223,14 +189,14 @@ def test_adapt_from_a_cache_is_the_run_without_it(encoder_folder, llm_folder, tm
     settings = {"train": train, "lora": LoraSettings(dropout=0.0)}
     for name, cache in (("plain", ""), ("cached", str(tmp_path / "cache"))):
         adapt(_config(encoder_folder, llm_folder, tmp_path / name, teacher_cache=cache, **settings), few)
-    plain, found = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "cached"))
+    plain, found = (weights(tmp_path / name) for name in ("plain", "cached"))
     for name, value in plain.items():
         assert torch.allclose(found[name], value, rtol=1e-3, atol=1e-5), name
-    logged = _log(tmp_path / "plain")
-    assert logged[8]["contrast"] < 0.9 * logged[1]["contrast"]
+    log = logged(tmp_path / "plain")
+    assert log[8]["contrast"] < 0.9 * log[1]["contrast"]
     own = [replace(row, teacher_text=None) for row in few]
     adapt(_config(encoder_folder, llm_folder, tmp_path / "own", **settings), own)
-    other = load_file(tmp_path / "own/model.safetensors")["projection.layers.weight"]
+    other = weights(tmp_path / "own")["projection.layers.weight"]
     assert not torch.allclose(other, plain["projection.layers.weight"], rtol=1e-3), "the control: another teacher"
 
 
@@ -244,10 +210,7 @@ def test_adapt_from_a_cache_is_the_run_without_it(encoder_folder, llm_folder, tm
     ],
 )
 def test_refused_before_anything_is_loaded(changes, named, tmp_path, monkeypatch) -> None:
-    def loaded(*args, **kwargs):
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(MTLLM, "stack", loaded)
+    nothing_loaded(monkeypatch)
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps({"fr": "été", "en": "summer"}) + "\n")
     stream = read_rows(path, text_column="fr", teacher_text_column="en", language="fra_Latn")
@@ -295,7 +258,7 @@ def test_the_command(encoder_folder, llm_folder, tmp_path, capsys) -> None:
     said = run("--teacher-text-column", "de", "--language", "fra_Latn", "--resume", "--max-steps", "3")
     assert "--resume: source.teacher_text_column='de'" in said
     run("--teacher-text-column", "en", "--language", "fra_Latn", "--resume", "--max-steps", "3")
-    assert sorted(_log(tmp_path / "run")) == [1, 2, 3]
+    assert sorted(logged(tmp_path / "run")) == [1, 2, 3]
     cli.main(["tokenize", *common, "--text", str(tmp_path / "same.txt"), "--output", str(tmp_path / "tokens")])
     capsys.readouterr()
     text = ["--text", str(tmp_path / "tokens")]

@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from tests.training.short_runs import optim
 
 from mtllm_fast import TextRow
 from mtllm_fast.losses import DistillationWeights
-from mtllm_fast.training import STAGES, AdaptConfig, OptimSettings, adapt
+from mtllm_fast.training import STAGES, AdaptConfig, adapt
 from mtllm_fast.training.provenance import git_state, provenance
 from mtllm_fast.training.run_folder import RunFolder, as_by_default
 from tests.tiny import LINES
@@ -118,10 +119,9 @@ def test_what_the_machine_chooses_is_by_default_too(tmp_path) -> None:
 def test_a_run_from_before_the_last_settings_goes_on(encoder_folder, llm_folder, tmp_path) -> None:
     """What a run recorded before there were `contrast`, `task` and `rank_weights`."""
     rows = [TextRow(line) for line in LINES]
-    settings = {"tokens": 128, "max_length": 48, "progress": False, "report_to": "none", "device": "cpu"}
 
     def config(steps: int, **changes) -> AdaptConfig:
-        train = OptimSettings(max_steps=steps, **settings)
+        train = optim(max_steps=steps)
         return AdaptConfig(encoder_folder, llm_folder, str(tmp_path / "run"), train=train, **changes)
 
     adapt(config(2), rows)

@@ -210,8 +210,14 @@ def test_large_files_are_read_in_parts_that_cover_both_ends(tmp_path) -> None:
     [
         ("seed", -1), ("seed", 2**32), ("workers", -2), ("clip", -1.0), ("clip", float("nan")), ("max_rows", 0),
         ("weight_decay", -0.1), ("shuffle_buffer", -1), ("lr", float("inf")), ("device", "tpu9"), ("report_to", "x"),
+        ("lr", 0.0), ("max_steps", -2), ("tokens", 10), ("keep", 1), ("warmup", 1.5),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_named(name, value) -> None:
     with pytest.raises(ValueError, match=rf"^{name}={value!r}: "):
         OptimSettings(**{name: value})
+
+
+def test_no_step_and_no_pass() -> None:
+    with pytest.raises(ValueError, match=r"^max_steps=-1: must be >= 0, or -1 with epochs >= 1"):
+        OptimSettings(max_steps=-1, epochs=0)

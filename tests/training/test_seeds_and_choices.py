@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from tests.training.short_runs import optim, weights
 
 from mtllm_fast import MTLLM, Engine, TextRow
 from mtllm_fast.losses import DistillationWeights
 from mtllm_fast.models import LoraSettings
-from mtllm_fast.training import DistillConfig, FinetuneConfig, OptimSettings, distill, finetune, run_seeds
+from mtllm_fast.training import DistillConfig, FinetuneConfig, distill, finetune, run_seeds
 from tests.tiny import LINES
 
 TASK = [TextRow(line + " " + ("good", "bad")[i % 2], label=i % 2) for i, line in enumerate(LINES * 2)]
@@ -23,16 +23,7 @@ CHOICES = [
 ]
 
 
-def _optim(**changes) -> OptimSettings:
-    settings = {
-        "tokens": 192,
-        "max_length": 64,
-        "progress": False,
-        "report_to": "none",
-        "device": "cpu",
-        "log_steps": 5,
-    }
-    return OptimSettings(**{**settings, **changes})
+_optim = partial(optim, tokens=192, max_length=64, log_steps=5)
 
 
 def test_seeds_run_once_each_and_go_on_where_they_stopped(llm_folder, tmp_path) -> None:
@@ -53,7 +44,7 @@ def test_seeds_run_once_each_and_go_on_where_they_stopped(llm_folder, tmp_path) 
     assert (output / "seed-42" / "model.safetensors").stat().st_mtime_ns == written  # finished ones are only read
     assert json.loads((output / "summary.json").read_text()) == summary
     assert list(summary["seeds"]) == ["42", "43", "44"] and summary["sample_std"] is not None
-    heads = [load_file(output / f"seed-{seed}" / "model.safetensors")["head.linear.weight"] for seed in (42, 43)]
+    heads = [weights(output / f"seed-{seed}")["head.linear.weight"] for seed in (42, 43)]
     assert not torch.equal(*heads)
     for seeds in ((), (42, 42), (-1,)):
         with pytest.raises(ValueError, match="seeds"):
@@ -72,7 +63,7 @@ def test_the_placeholder_names_each_seeds_own_teacher(tmp_path) -> None:
 
 def test_multiple_choice_through_finetune_and_distill(encoder_folder, llm_folder, tmp_path) -> None:
     teacher, adapted = tmp_path / "teacher", tmp_path / "adapted"
-    config = FinetuneConfig(llm=llm_folder, output=str(teacher), train=_optim(max_steps=60, lr=1e-2))
+    config = FinetuneConfig(llm=llm_folder, output=str(teacher), train=_optim(max_steps=40, lr=1e-2))
     metrics = finetune(config, CHOICES, (), CHOICES)
     assert metrics["best_eval_accuracy"] > 0.8
     assert MTLLM.from_pretrained(teacher).config.head.kind == "choice"
@@ -81,7 +72,7 @@ def test_multiple_choice_through_finetune_and_distill(encoder_folder, llm_folder
         output = tmp_path / name
         settings = DistillConfig(
             str(adapted), str(teacher), str(output), cache, train_projection=True,
-            loss=DistillationWeights(head_kl=1.0, temperature=2.0), train=_optim(max_steps=80, lr=1e-2),
+            loss=DistillationWeights(head_kl=1.0, temperature=2.0), train=_optim(max_steps=50, lr=1e-2),
         )  # fmt: skip
         assert distill(settings, CHOICES, CHOICES)["best_eval_accuracy"] > 0.8
         logits = Engine(MTLLM.from_pretrained(output)).classify(CHOICES)
@@ -93,14 +84,14 @@ def test_multiple_choice_through_finetune_and_distill(encoder_folder, llm_folder
 def test_the_direct_stack_learns_multiple_choice(encoder_folder, llm_folder, tmp_path) -> None:
     adapted = tmp_path / "adapted"
     MTLLM.stack(encoder_folder, llm_folder, lora=LoraSettings(), dtype=torch.float32).save_pretrained(adapted)
-    before = load_file(adapted / "model.safetensors")["projection.layers.weight"]
+    before = weights(adapted)["projection.layers.weight"]
     for train_projection in (False, True):
         output = tmp_path / str(train_projection)
         config = FinetuneConfig(
             model=str(adapted), output=str(output), train_projection=train_projection, train=_optim(max_steps=3)
         )
         finetune(config, CHOICES, ())
-        after = load_file(output / "model.safetensors")["projection.layers.weight"]
+        after = weights(output)["projection.layers.weight"]
         assert torch.equal(before, after) != train_projection
 
 
@@ -120,11 +111,11 @@ def test_a_run_killed_after_its_last_step_keeps_the_best_checkpoint(llm_folder, 
         llm=llm_folder, output=str(output), train=_optim(max_steps=-1, epochs=6, lr=5e-2, keep=2)
     )  # so high a rate that accuracy goes up and down
     metrics = finetune(config, TASK, ["good", "bad"], TASK)
-    best = load_file(output / "model.safetensors")
+    best = weights(output)
     for name in ("result.json", "model.safetensors", "config.json"):
-        (Path(output) / name).unlink()
+        (output / name).unlink()
     config.resume = True
     finetune(config, TASK, ["good", "bad"], TASK)
-    again = load_file(output / "model.safetensors")
+    again = weights(output)
     assert all(torch.equal(best[name], again[name]) for name in best)
     assert metrics["best_step"] > 0

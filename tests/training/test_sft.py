@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from tests.models.weights import stir
+from tests.training.short_runs import logged, optim, weights
 from torch import Tensor
 from transformers import set_seed
 
@@ -20,7 +21,7 @@ from mtllm_fast.data.prompt import Prompt, Writing
 from mtllm_fast.losses import TargetWeights
 from mtllm_fast.models import LoraSettings
 from mtllm_fast.models.inputs import read_with_targets
-from mtllm_fast.training import OptimSettings, SftConfig, sft
+from mtllm_fast.training import SftConfig, sft
 from mtllm_fast.training.run import Data
 from mtllm_fast.training.sft import build
 from tests.conftest import assert_matches
@@ -34,11 +35,10 @@ STEPS = 4
 
 
 def config(encoder: str, llm: str, output: Path | str = "", **changes) -> SftConfig:
-    optim = {"max_steps": STEPS, "gradient_accumulation": 2, "tokens": 400, "max_length": 48, "log_steps": 1}
-    optim |= {"save_steps": 1, "keep": STEPS + 1, "lr": 5e-3, "progress": False, "report_to": "none", "device": "cpu"}
+    train = optim(max_steps=STEPS, gradient_accumulation=2, tokens=400, save_steps=1, keep=STEPS + 1, lr=5e-3)
     settings = {
-        "encoder": encoder, "llm": llm, "output": str(output), "prompt": PROMPT, "max_target_tokens": 16,
-        "projection": ProjectionConfig(boundary=True), "lora": LoraSettings(r=2, dropout=0.0), "train": OptimSettings(**optim),
+        "encoder": encoder, "llm": llm, "output": str(output), "prompt": PROMPT, "max_target_tokens": 16, "train": train,
+        "projection": ProjectionConfig(boundary=True), "lora": LoraSettings(r=2, dropout=0.0),
     }  # fmt: skip
     settings |= changes
     prompt = settings.pop("prompt")
@@ -86,9 +86,7 @@ def test_the_loss_is_that_of_sequences_put_together_by_hand(reader, boundary, en
     model = stage.student
     if boundary:
         torch.nn.init.normal_(model.projection.boundary)
-    for name, parameter in model.named_parameters():  # LoRA's second half starts at zero
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+    stir(model)
     stage.eval()
     rows = ROWS[:5]
     batch = collate(rows, model.tokenizer, sides=(model.side,), prompt=PROMPT)
@@ -131,15 +129,14 @@ def test_the_kl_is_to_the_bare_llm_on_the_same_target_rows(encoder_folder, llm_f
 def test_runs_log_resume_and_save_their_prompt(encoder_folder, llm_folder, tmp_path) -> None:
     settings = config(encoder_folder, llm_folder, tmp_path / "run")
     metrics = sft(settings, ROWS, source={"text": "lines"})
-    logged = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    first = {entry["step"]: entry for entry in logged if "loss" in entry}
+    first = logged(tmp_path / "run")
     assert sorted(first) == list(range(1, STEPS + 1)) and first[STEPS]["loss"] < first[1]["loss"]
     student = MTLLM.from_pretrained(tmp_path / "run", dtype=torch.float32)
     assert student.config.prompt == PROMPT and student.config.projection.boundary
     assert float(student.projection.boundary.detach().abs().max()) > 0, "the boundary is trained"
     # the mean of a step by hand, over all targets of its packs
     student.tokenizer.max_mt_tokens = student.tokenizer.max_llm_tokens = 48
-    student.load_state_dict(load_file(tmp_path / f"run/checkpoint-{STEPS - 1}/model.safetensors"), strict=False)
+    student.load_state_dict(weights(tmp_path / f"run/checkpoint-{STEPS - 1}"), strict=False)
     packs = PackedDataset(
         ROWS, student.tokenizer, max_tokens=400, seed=42, sides=("mt",), shuffle_buffer=2**20, writing=Writing(PROMPT, 16)
     )  # fmt: skip
@@ -152,7 +149,7 @@ def test_runs_log_resume_and_save_their_prompt(encoder_folder, llm_folder, tmp_p
             terms.append(F.cross_entropy(logits, batch.targets.input_ids, reduction="none"))
     assert first[STEPS]["target_ce"] == pytest.approx(float(torch.cat(terms).mean()), rel=1e-4)
 
-    whole = load_file(tmp_path / "run/model.safetensors")
+    whole = weights(tmp_path / "run")
     part = config(encoder_folder, llm_folder, tmp_path / "part")
     part.train.max_steps = 2
     sft(part, ROWS, source={"text": "lines"})

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from tests.training.short_runs import entries, logged, optim, weights
 
 from mtllm_fast import MTLLM, Engine, TextRow
 from mtllm_fast.losses import DistillationWeights
-from mtllm_fast.models import LoraSettings
-from mtllm_fast.training import AdaptConfig, DistillConfig, FinetuneConfig, OptimSettings, adapt, distill, finetune
+from mtllm_fast.training import AdaptConfig, DistillConfig, FinetuneConfig, adapt, distill, finetune
 from tests.tiny import LINES
 
 TASK = [TextRow(line + " " + ("good", "bad")[i % 2], label=i % 2) for i, line in enumerate(LINES * 4)]
 LABELS = ["good", "bad"]
 
 
-def _optim(**changes) -> OptimSettings:
-    settings = {
-        "tokens": 96,
-        "max_length": 48,
-        "progress": False,
-        "report_to": "none",
-        "device": "cpu",
-        "lr": 2e-3,
-        "log_steps": 5,
-    }
-    return OptimSettings(**{**settings, **changes})
+_optim = partial(optim, log_steps=5)
 
 
 @pytest.fixture(scope="module")
@@ -53,20 +42,16 @@ def teacher(tmp_path_factory, llm_folder) -> str:
 
 
 def test_adapt_learns(adapted: str) -> None:
-    log = [json.loads(line) for line in (Path(adapted) / "log.jsonl").read_text().splitlines()]
-    losses = [entry["loss"] for entry in log if "loss" in entry]
-    assert losses[-1] < 0.7 * losses[0]
-    for term in ("pooled_mse", "paired_mse", "kl"):
-        values = [entry[term] for entry in log if term in entry]
-        assert values[-1] < values[0]
+    first, *_, last = logged(Path(adapted)).values()
+    assert last["loss"] < 0.7 * first["loss"]
+    assert all(last[term] < first[term] for term in ("pooled_mse", "paired_mse", "kl"))
 
 
 def test_task_teacher_learns_and_keeps_its_best_checkpoint(teacher: str) -> None:
     gold = torch.tensor([row.label for row in TASK])
     logits = torch.from_numpy(Engine(MTLLM.from_pretrained(teacher)).classify(TASK))
     accuracy = float((logits.argmax(-1) == gold).float().mean())
-    log = [json.loads(line) for line in (Path(teacher) / "log.jsonl").read_text().splitlines()]
-    seen = [entry["eval_accuracy"] for entry in log if "eval_accuracy" in entry]
+    seen = [entry["eval_accuracy"] for entry in entries(Path(teacher)) if "eval_accuracy" in entry]
     assert len(seen) == 12
     assert accuracy > 0.8
     valid = float((logits[:12].argmax(-1) == gold[:12]).float().mean())
@@ -74,21 +59,16 @@ def test_task_teacher_learns_and_keeps_its_best_checkpoint(teacher: str) -> None
 
 
 def test_distill_approaches_the_teacher(adapted, teacher, tmp_path) -> None:
-    output = str(tmp_path / "run")
-    config = DistillConfig(
-        model=adapted,
-        teacher=teacher,
-        output=output,
-        train=_optim(max_steps=60, lr=5e-3),
-        loss=DistillationWeights(head_kl=1.0),
+    output, train = tmp_path / "run", _optim(max_steps=40, lr=5e-3)
+    distill(
+        DistillConfig(adapted, teacher, str(output), loss=DistillationWeights(head_kl=1.0), train=train),
+        TASK,
+        TASK[:12],
     )
-    distill(config, TASK, TASK[:12])
-    log = [json.loads(line) for line in (Path(output) / "log.jsonl").read_text().splitlines()]
-    losses = [entry["loss"] for entry in log if "loss" in entry]
-    assert losses[-1] < 0.7 * losses[0]
-    mine, theirs = (load_file(Path(folder) / "model.safetensors") for folder in (output, teacher))
+    first, *_, last = logged(output).values()
+    assert last["loss"] < 0.7 * first["loss"]
+    mine, theirs, before = (weights(Path(folder)) for folder in (output, teacher, adapted))
     assert torch.equal(mine["head.linear.weight"], theirs["head.linear.weight"])  # copied and frozen
-    before = load_file(Path(adapted) / "model.safetensors")
     assert torch.equal(mine["projection.layers.weight"], before["projection.layers.weight"])  # frozen in this stage
     assert not any(".teacher." in name for name in mine)
     assert Engine(MTLLM.from_pretrained(output)).classify(TASK[:3]).shape == (3, 2)
@@ -152,33 +132,3 @@ def test_teachers_that_do_not_fit(adapted, teacher, encoder_folder, llm_folder, 
         finetune(FinetuneConfig(llm=llm_folder, encoder=encoder_folder, **config), TASK, LABELS)
     with pytest.raises(ValueError, match="labels"):
         finetune(FinetuneConfig(llm=llm_folder, **config), [TextRow("no label")], LABELS)
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"lr": 0.0}, "lr"),
-        ({"max_steps": -2}, "max_steps"),
-        ({"max_steps": -1, "epochs": 0}, "max_steps"),
-        ({"tokens": 10}, "tokens"),
-        ({"keep": 1}, "keep"),
-        ({"warmup": 1.5}, "warmup"),
-    ],
-)
-def test_bad_settings_are_named(changes, named) -> None:
-    with pytest.raises(ValueError, match=named):
-        _optim(**changes)
-
-
-def test_gradient_checkpointing_changes_nothing(encoder_folder, llm_folder, tmp_path) -> None:
-    rows = [TextRow(line) for line in LINES]
-    weights = []
-    for index, switch in enumerate((False, True)):
-        config = AdaptConfig(
-            encoder=encoder_folder, llm=llm_folder, output=str(tmp_path / str(index)), lora=LoraSettings(dropout=0.0),
-            train=_optim(max_steps=3, checkpointing="full" if switch else "none"),
-        )  # fmt: skip
-        adapt(config, rows)
-        weights.append(load_file(tmp_path / str(index) / "model.safetensors"))
-    for name, tensor in weights[0].items():
-        assert torch.allclose(tensor, weights[1][name], rtol=1e-5, atol=1e-7), name

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from tests.models.weights import stir
+from tests.training.short_runs import entries, lost_in, optim, same_weights, weights
 
 from mtllm_fast import MTLLM, Engine, TextRow
 from mtllm_fast.data.collate import collate
 from mtllm_fast.losses import DistillationWeights
 from mtllm_fast.models import LoraSettings
 from mtllm_fast.models.adapter_sum import add_to_adapter, sum_settings
-from mtllm_fast.training import AdaptConfig, DistillConfig, FinetuneConfig, OptimSettings, adapt, distill, finetune
-from mtllm_fast.training.stage import Stage
+from mtllm_fast.training import AdaptConfig, DistillConfig, FinetuneConfig, adapt, distill, finetune
 from mtllm_fast.training.teacher_variance import TEXTS, VARIANCE_FILE
 from tests.tiny import LINES
 
@@ -24,10 +25,7 @@ ROWS = [TextRow(f"{line} {i}") for i, line in enumerate(LINES * 3)]
 TASK = [TextRow(line + " " + ("good", "bad")[i % 2], label=i % 2) for i, line in enumerate(LINES * 3)]
 
 
-def _optim(**changes) -> OptimSettings:
-    settings = {"max_steps": 4, "tokens": 96, "max_length": 48, "lr": 2e-3, "log_steps": 1, "save_steps": 2}
-    settings |= {"progress": False, "report_to": "none", "device": "cpu"}
-    return OptimSettings(**{**settings, **changes})
+_optim = partial(optim, max_steps=4, save_steps=2)
 
 
 def _adapt(encoder: str, llm: str, output: Path, *, resume: bool = False, train=None, **changes) -> dict:
@@ -36,10 +34,6 @@ def _adapt(encoder: str, llm: str, output: Path, *, resume: bool = False, train=
         loss=DistillationWeights(pooled_mse=1.0, paired_mse=0.5, kl=0.1), **changes,
     )  # fmt: skip
     return adapt(config, ROWS)
-
-
-def _log(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +67,7 @@ def test_losses_over_the_variance_of_the_teacher(encoder_folder, llm_folder, tmp
     variance = metrics["teacher_variance"]
     assert variance == json.loads((tmp_path / "scaled" / VARIANCE_FILE).read_text())
     assert len(ROWS) < TEXTS
-    plain, scaled = _log(tmp_path / "plain")[0], _log(tmp_path / "scaled")[0]
+    plain, scaled = entries(tmp_path / "plain")[0], entries(tmp_path / "scaled")[0]
     for name, rows in right.items():
         assert variance[name] == pytest.approx(float(rows.var(0, correction=0).mean()), rel=1e-4)
         assert scaled[name] == pytest.approx(plain[name] / variance[name], rel=1e-5)
@@ -87,25 +81,14 @@ def test_losses_over_the_variance_of_the_teacher(encoder_folder, llm_folder, tmp
 def test_a_resumed_run_keeps_its_variance(encoder_folder, llm_folder, tmp_path, monkeypatch) -> None:
     """Bit for bit the run that was never stopped, although the variance would now be measured otherwise."""
     _adapt(encoder_folder, llm_folder, tmp_path / "whole", over_variance=True)
-    plain = Stage.forward
-    with monkeypatch.context() as patched:
-
-        def stop(self, batch, count=[0]):  # noqa: B006
-            count[0] += 1
-            if count[0] == 4:
-                raise KeyboardInterrupt
-            return plain(self, batch)
-
-        patched.setattr(Stage, "forward", stop)
-        with pytest.raises(KeyboardInterrupt):
-            _adapt(encoder_folder, llm_folder, tmp_path / "run", over_variance=True)
+    with lost_in(4):
+        _adapt(encoder_folder, llm_folder, tmp_path / "run", over_variance=True)
     measure = "mtllm_fast.training.run.measure_variance"
     monkeypatch.setattr(measure, lambda *args, **kwargs: {"pooled_mse": 5.0, "paired_mse": 5.0})
     _adapt(encoder_folder, llm_folder, tmp_path / "run", over_variance=True, resume=True)
     _adapt(encoder_folder, llm_folder, tmp_path / "other", over_variance=True)
-    whole, run, other = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("whole", "run", "other"))
-    assert whole == run
-    assert whole != other, "the control: another variance gives other weights"
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
+    assert not same_weights(tmp_path / "other", tmp_path / "whole"), "the control: another variance"
 
 
 def test_states_without_variance_are_refused(encoder_folder, llm_folder, tmp_path) -> None:
@@ -123,7 +106,7 @@ def test_zero_steps_save_the_fitted_stack(unadapted, encoder_folder, llm_folder)
 
     student = MTLLM.stack(encoder_folder, llm_folder)
     fit_projection(student, ROWS, "ridge", 18)
-    saved = load_file(Path(unadapted) / "model.safetensors")
+    saved = weights(Path(unadapted))
     assert torch.equal(saved["projection.layers.weight"], student.projection.layers.weight)
     assert not any(value.any() for name, value in saved.items() if ".lora_B." in name)
 
@@ -148,29 +131,19 @@ def test_stage_3_starts_from_the_teachers_adapter(unadapted, teacher, tmp_path, 
     assert metrics["best_eval_accuracy"] == pytest.approx(float((logits.argmax(-1) == gold).float().mean()))
 
 
-def test_stage_3_from_the_teachers_adapter_trains_and_resumes(unadapted, teacher, tmp_path, monkeypatch) -> None:
-    def run(output: str, resume: bool = False) -> bytes:
+def test_stage_3_from_the_teachers_adapter_trains_and_resumes(unadapted, teacher, tmp_path) -> None:
+    def run(output: str, resume: bool = False) -> None:
         config = DistillConfig(
             model=unadapted, teacher=teacher, output=str(tmp_path / output), init_from="teacher", over_variance=True,
             loss=DistillationWeights(head_kl=1.0), train=_optim(), resume=resume,
         )  # fmt: skip
         distill(config, TASK)
-        return (tmp_path / output / "model.safetensors").read_bytes()
 
-    whole = run("whole")
-    plain = Stage.forward
-    with monkeypatch.context() as patched:
-
-        def stop(self, batch, count=[0]):  # noqa: B006
-            count[0] += 1
-            if count[0] == 4:
-                raise KeyboardInterrupt
-            return plain(self, batch)
-
-        patched.setattr(Stage, "forward", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run("run")
-    assert run("run", resume=True) == whole
+    run("whole")
+    with lost_in(4):
+        run("run")
+    run("run", resume=True)
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
@@ -196,11 +169,7 @@ def test_the_sum_of_two_adapters(llm_folder, mine, other, summed, matches) -> No
     models = []
     for seed, settings in enumerate((mine, other)):
         torch.manual_seed(seed)
-        model = MTLLM.stack(llm=llm_folder, reader="llm", lora=settings)
-        for name, parameter in model.named_parameters():
-            if ".lora_B." in name:
-                torch.nn.init.normal_(parameter)
-        models.append(model)
+        models.append(stir(MTLLM.stack(llm=llm_folder, reader="llm", lora=settings), 1.0))
 
     def change(model: MTLLM) -> dict[str, torch.Tensor]:
         layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}

@@ -10,14 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from tests.models.weights import stir
+from tests.training.short_runs import optim, same_weights, weights
 
 from mtllm_fast import MTLLM, TextRow
 from mtllm_fast.data.collate import collate
 from mtllm_fast.losses import DistillationLoss, DistillationWeights
 from mtllm_fast.models import HeadConfig, LoraSettings
 from mtllm_fast.models.frozen import quantize_frozen
-from mtllm_fast.training import AdaptConfig, DistillConfig, OptimSettings, adapt, distill, teacher_cache
+from mtllm_fast.training import AdaptConfig, DistillConfig, adapt, distill, teacher_cache
 from mtllm_fast.training.stage import Stage
 from mtllm_fast.training.task_teacher import TEACHER, add_teacher
 from mtllm_fast.training.teacher_cache import KeyedRows, open_or_build
@@ -34,11 +36,7 @@ def _models(folder: Path, encoder: str, llm: str, head: HeadConfig) -> tuple[str
     stack = MTLLM.stack(encoder, llm, lora=LoraSettings(dropout=0.0), dtype=torch.float32)
     teacher = MTLLM.stack(None, llm, reader="llm", lora=LoraSettings(dropout=0.0), head=head, dtype=torch.float32)
     for model, name in ((stack, "adapted"), (teacher, "teacher")):
-        with torch.no_grad():
-            for parameter_name, parameter in model.named_parameters():
-                if "lora_B" in parameter_name:
-                    parameter.normal_(std=0.05)
-        model.save_pretrained(folder / name)
+        stir(model, 0.05).save_pretrained(folder / name)
     return str(folder / "adapted"), str(folder / "teacher")
 
 
@@ -69,8 +67,8 @@ def test_cached_losses_and_gradients_are_those_of_the_teacher_on_the_fly(
         torch.manual_seed(0)
         student = MTLLM.from_pretrained(adapted)
         add_teacher(student, teacher, adapter=not cached)
-        weights = DistillationWeights(pooled_mse=1.0, head_kl=1.0, temperature=2.0)
-        step = Stage(student, DistillationLoss(weights), teacher=cache if cached else None, adapter=TEACHER)
+        loss = DistillationLoss(DistillationWeights(pooled_mse=1.0, head_kl=1.0, temperature=2.0))
+        step = Stage(student, loss, teacher=cache if cached else None, adapter=TEACHER)
         batch = collate(
             list(KeyedRows(rows)), student.tokenizer, sides=("mt",) if cached else ("mt", "llm"), align=False
         )
@@ -101,7 +99,7 @@ def test_it_is_built_once_and_then_only_read(models, tmp_path) -> None:
 
 def test_another_teacher_other_data_or_settings_get_a_cache_of_their_own(models, tmp_path, caplog) -> None:
     first, _ = _built(tmp_path, models[1])
-    state = load_file(Path(models[1]) / "model.safetensors")
+    state = weights(Path(models[1]))
     other = tmp_path / "other"
     MTLLM.from_pretrained(models[1]).save_pretrained(other)
     name = next(name for name in state if "lora_B" in name)
@@ -121,7 +119,7 @@ def test_another_teacher_other_data_or_settings_get_a_cache_of_their_own(models,
 
 def test_the_state_of_the_head_does_not_make_a_cache_stale(models, tmp_path) -> None:
     _built(tmp_path / "cache", models[1])
-    state = load_file(Path(models[1]) / "model.safetensors")
+    state = weights(Path(models[1]))
     MTLLM.from_pretrained(models[1]).save_pretrained(tmp_path / "other")
     state["head.linear.weight"] += 1.0
     save_file(state, tmp_path / "other" / "model.safetensors")
@@ -194,7 +192,7 @@ def test_two_processes_share_one_build(forked, models, tmp_path) -> None:
 def test_a_text_that_is_not_in_the_cache_is_named(models, tmp_path) -> None:
     cache, _ = _built(tmp_path, models[1])
     with pytest.raises(ValueError, match="has not all texts"):
-        cache.lookup([next(iter(KeyedRows([TextRow("another text")]))).id])
+        cache.places([next(iter(KeyedRows([TextRow("another text")]))).id])
 
 
 def test_choices_of_different_numbers_are_refused(choice_models, tmp_path) -> None:
@@ -204,37 +202,26 @@ def test_choices_of_different_numbers_are_refused(choice_models, tmp_path) -> No
 
 
 def _config(models: tuple[str, str], output: Path, **changes) -> DistillConfig:
-    train = OptimSettings(
-        max_steps=6, tokens=96, max_length=48, progress=False, report_to="none", device="cpu", log_steps=2, lr=1e-3
-    )  # fmt: skip
-    return DistillConfig(*models, output=str(output), **{"train": train, **changes})
+    return DistillConfig(*models, output=str(output), train=optim(max_steps=6, lr=1e-3), **changes)
 
 
 def test_distill_from_a_cache_is_the_same_run_whether_it_was_there_or_not(models, tmp_path) -> None:
-    weights = []
     for name in ("a", "b"):
         config = _config(
             models, tmp_path / name, teacher_cache=str(tmp_path / "cache"), loss=DistillationWeights(0.0, head_kl=1.0)
         )
         metrics = distill(config, ROWS)
         assert metrics["teacher_cache"]["computed"] == (len(LINES) if name == "a" else 0)
-        weights.append(load_file(tmp_path / name / "model.safetensors"))
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    teacher = load_file(Path(models[1]) / "model.safetensors")
-    assert torch.equal(weights[0]["head.linear.weight"], teacher["head.linear.weight"])
+    assert same_weights(tmp_path / "a", tmp_path / "b")
+    student, teacher = weights(tmp_path / "a"), weights(Path(models[1]))
+    assert torch.equal(student["head.linear.weight"], teacher["head.linear.weight"])
 
 
 def _adapt(models: tuple[str, str], output: Path, seed: int = 0, r: int = 4, **changes) -> dict[str, torch.Tensor]:
     """Weights of a short stage 1."""
-    encoder, llm = models
-    train = OptimSettings(
-        max_steps=6, tokens=96, max_length=48, progress=False, report_to="none", device="cpu", lr=1e-3, seed=seed
-    )
-    config = AdaptConfig(
-        encoder=encoder, llm=llm, output=str(output), lora=LoraSettings(r=r), over_variance=True, train=train, **changes
-    )
-    adapt(config, ROWS)
-    return load_file(output / "model.safetensors")
+    settings = {"lora": LoraSettings(r=r), "train": optim(max_steps=6, lr=1e-3, seed=seed)}
+    adapt(AdaptConfig(*models, output=str(output), over_variance=True, **settings, **changes), ROWS)
+    return weights(output)
 
 
 def test_adapt_from_a_cache_is_the_run_without_it(encoder_folder, llm_folder, tmp_path, monkeypatch) -> None:
@@ -263,13 +250,11 @@ def test_an_adapter_does_not_change_what_the_bare_llm_teaches(models, tmp_path) 
     cache, _ = open_or_build(tmp_path, ROWS, student, **SETTINGS)
     batch = collate(list(KeyedRows(ROWS)), student.tokenizer, sides=("llm",), align=False)
     taught = student.pool(student.teacher_states(batch.llm), batch.llm)
-    assert torch.allclose(cache.lookup(batch.ids), taught, atol=1e-5)
+    held = torch.from_numpy(cache.states[cache.places(batch.ids)])
+    assert torch.allclose(held, taught, atol=1e-5)
     adapted = student.pool(student.llm(batch.llm), batch.llm)
-    assert not torch.allclose(cache.lookup(batch.ids), adapted, atol=1e-2)
-    with torch.no_grad():
-        for name, parameter in student.named_parameters():
-            if "lora_" in name:
-                parameter.add_(1.0)
+    assert not torch.allclose(held, adapted, atol=1e-2)
+    stir(student, 1.0, "lora_")
     assert open_or_build(tmp_path, ROWS, student, **SETTINGS)[1].computed == 0
     with torch.no_grad():
         next(iter(student.llm.decoder.layers[0].self_attn.q_proj.parameters())).add_(1e-3)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from tests.models.weights import stir
+from tests.training.short_runs import nothing_loaded, weights
 from torch import Tensor, nn
 
 from mtllm_fast import MTLLM, LoraSettings, ProjectionConfig, TextRow
@@ -17,7 +19,7 @@ from mtllm_fast.losses import DistillationWeights
 from mtllm_fast.models import HeadConfig
 from mtllm_fast.models.config import ENCODER_ADAPTER
 from mtllm_fast.models.frozen import PACKAGES, frozen_linears
-from mtllm_fast.training import AdaptConfig, DistillConfig, OptimSettings, SftConfig, adapt, distill, sft
+from mtllm_fast.training import AdaptConfig, DistillConfig, SftConfig, adapt, distill, sft
 from mtllm_fast.training.adapt import build as adapt_build
 from mtllm_fast.training.adapt import starting_model as adapted_start
 from mtllm_fast.training.layer_swap import swap_layers
@@ -27,16 +29,14 @@ from mtllm_fast.training.sft import starting_model as sft_start
 from mtllm_fast.training.switches import apply_switches
 from tests.conftest import relative_error
 from tests.tiny import LINES, build_llm_folder
+from tests.training import short_runs
 
 ROWS = [TextRow(f"{line} {i}", "eng_Latn", target=" ".join(line.split()[:3])) for i, line in enumerate(LINES * 4)]
 TASK = [TextRow(line, "eng_Latn", label=i % 2) for i, line in enumerate(LINES * 2)]
 LORA = LoraSettings(r=2, alpha=8, dropout=0.1)
 
 
-def optim(**changes) -> OptimSettings:
-    settings = {"max_steps": 4, "tokens": 256, "max_length": 48, "log_steps": 1, "save_steps": 2, "lr": 5e-3}
-    settings |= {"warmup": 0.0, "progress": False, "report_to": "none", "device": "cpu"}
-    return OptimSettings(**{**settings, **changes})
+optim = partial(short_runs.optim, max_steps=4, tokens=256, save_steps=2, lr=5e-3, warmup=0.0)
 
 
 def run(stage: str, output: Path, *, resume: bool = False, train: dict | None = None, **settings) -> dict[str, Tensor]:
@@ -45,7 +45,7 @@ def run(stage: str, output: Path, *, resume: bool = False, train: dict | None = 
     settings |= {"max_target_tokens": 16} if stage == "sft" else {}
     config = made(output=str(output), train=optim(**(train or {})), resume=resume, **settings)
     (sft if stage == "sft" else adapt)(config, ROWS)
-    return load_file(output / "model.safetensors")
+    return weights(output)
 
 
 def kinds(names) -> set[str]:
@@ -53,9 +53,9 @@ def kinds(names) -> set[str]:
     return {".".join([name.split(".")[0], *(["lora"] if ".lora_" in name else [])]) for name in names}
 
 
-def weights(model: MTLLM) -> dict[str, Tensor]:
-    """All weights under the names that they have without adapters over them."""
-    return {name.replace(".base_layer.", "."): value.clone() for name, value in model.state_dict().items()}
+def plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The base models' weights under the names that they have without adapters over them."""
+    return {name.replace(".base_layer.", "."): value.clone() for name, value in state.items() if ".lora_" not in name}
 
 
 @torch.no_grad()
@@ -100,7 +100,8 @@ def test_what_is_trained(stage, settings, trained, bases, tmp_path) -> None:
     assert student.train().encoder.training == (settings["train_encoder"] != "no")
     saved = run(stage, tmp_path / "run", **bases, lora=LORA, train={"max_steps": 1}, **settings)
     model = MTLLM.from_pretrained(tmp_path / "run")
-    before, after = weights(MTLLM.stack(*bases.values(), dtype=torch.float32)), weights(model)
+    before = plain(MTLLM.stack(*bases.values(), dtype=torch.float32).state_dict())
+    after = {name.replace(".base_layer.", "."): value for name, value in model.state_dict().items()}
     changed = {name for name, value in after.items() if name not in before or not torch.equal(value, before[name])}
     assert kinds(asked) == trained
     assert kinds(changed) - {"projection"} == trained - {"projection"}, "a projection starts anew"
@@ -125,7 +126,7 @@ def test_a_run_that_is_resumed_ends_in_the_same_bytes(stage, settings, made, bas
     whole = run(stage, tmp_path / "run", **settings)
     shutil.rmtree(tmp_path / "run/checkpoint-4")
     (tmp_path / "run/model.safetensors").unlink()
-    middle = load_file(tmp_path / "run/checkpoint-2/model.safetensors")
+    middle = weights(tmp_path / "run/checkpoint-2")
     again = run(stage, tmp_path / "run", resume=True, **settings)
     assert again.keys() == whole.keys() == middle.keys() and any(name.startswith("encoder.") for name in whole)
     assert all(torch.equal(again[name], whole[name]) for name in whole)
@@ -133,7 +134,7 @@ def test_a_run_that_is_resumed_ends_in_the_same_bytes(stage, settings, made, bas
 
 
 def test_going_on_with_a_lora(made, tmp_path) -> None:
-    before = load_file(made / "lora/model.safetensors")
+    before = weights(made / "lora")
     lora = [name for name in before if f".{ENCODER_ADAPTER}." in name]
     assert len(lora) == 2 * 2 * 6
     frozen = run("sft", tmp_path / "frozen", model=str(made / "lora"), train_llm=False, train={"max_steps": 1})
@@ -151,7 +152,7 @@ def test_going_on_with_a_lora(made, tmp_path) -> None:
 
 
 def test_going_on_with_trained_weights(made, tmp_path) -> None:
-    before = load_file(made / "all/model.safetensors")
+    before = weights(made / "all")
     own = {name for name in before if name.startswith("encoder.")}
     assert len(own) > 30
     frozen = run("adapt", tmp_path / "frozen", model=str(made / "all"), train={"max_steps": 1})
@@ -159,8 +160,8 @@ def test_going_on_with_trained_weights(made, tmp_path) -> None:
     again = run("adapt", tmp_path / "again", model=str(made / "all"), train_encoder="all", train={"max_steps": 1})
     assert own <= set(again) and not torch.equal(*(one["encoder.model.layers.0.fc1.weight"] for one in (again, before)))
     both = run("sft", tmp_path / "both", model=str(made / "all"), train_encoder="lora", train={"max_steps": 1})
-    plain = {name.replace(".base_layer.", "."): value for name, value in both.items() if ".lora_" not in name}
-    assert all(torch.equal(plain[name], before[name]) for name in own)
+    kept = plain(both)
+    assert all(torch.equal(kept[name], before[name]) for name in own)
     assert any(f".{ENCODER_ADAPTER}." in name for name in both)
 
 
@@ -188,7 +189,7 @@ def test_what_is_trained_is_float32_over_a_bf16_model(stage, made, bases, tmp_pa
         trained = [p.dtype for p in lora.encoder.parameters() if p.requires_grad]
         assert set(trained) == {torch.float32} and lora.encoder.model.dtype == torch.bfloat16
     kept = start(kind(model=str(made / "all")), torch.bfloat16)
-    saved = load_file(made / "all/model.safetensors")
+    saved = weights(made / "all")
     assert all(torch.equal(value, saved[name]) for name, value in kept.state_dict().items() if name in saved)
     assert start(kind(**bases), torch.bfloat16).encoder.model.dtype == torch.bfloat16, "the control"
     if stage == "sft":  # bf16 autocast, as on a GPU
@@ -235,11 +236,7 @@ def task_models(bases, tmp_path_factory) -> Path:
     head = HeadConfig(labels=("a", "b"))
     teacher = MTLLM.stack(None, bases["llm"], reader="llm", head=head, lora=LoraSettings(r=2), dtype=torch.float32)
     for name, model in (("adapted", adapted), ("teacher", teacher)):
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                if "lora_B" in key or key.startswith("head"):
-                    parameter.normal_(std=0.1)
-        model.save_pretrained(root / name)
+        stir(model, 0.1, "lora_B", "head.linear").save_pretrained(root / name)
     return root
 
 
@@ -250,8 +247,7 @@ def test_stage_3_keeps_it_frozen_and_saves_it(init_from, task_models, tmp_path) 
         loss=DistillationWeights(1.0, head_kl=1.0), train=optim(max_steps=2),
     )  # fmt: skip
     distill(config, TASK, labels=["a", "b"])
-    before = load_file(task_models / "adapted/model.safetensors")
-    after = load_file(tmp_path / "run/model.safetensors")
+    before, after = weights(task_models / "adapted"), weights(tmp_path / "run")
     lora = [name for name in before if name.startswith("encoder.")]
     assert len(lora) == 24 and all(torch.equal(after[name], before[name]) for name in lora)
     assert not any("teacher" in name for name in after)
@@ -299,11 +295,7 @@ def test_swapped_layers_leave_it_alone(task_models, tmp_path) -> None:
 def test_what_it_refuses_is_said_before_anything_is_loaded(
     stage, settings, said, made, bases, tmp_path, monkeypatch
 ) -> None:
-    def never(*_, **__):
-        raise AssertionError("it was loaded")
-
-    for name in ("stack", "from_pretrained"):
-        monkeypatch.setattr(MTLLM, name, never)
+    nothing_loaded(monkeypatch)
     settings = {**settings, "model": str(made / settings["model"])} if "model" in settings else {**bases, **settings}
     with pytest.raises(ValueError, match=said):
         run(stage, tmp_path / "run", **settings)

@@ -20,6 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
@@ -202,6 +203,18 @@ def cuda_missing(
     if most is not None and capability >= most:
         return f"has no kernels for compute capability {capability[0]}.{capability[1]}"
     return None
+
+
+def load(module: str, name: str, pip: str) -> tuple[Callable[..., Any] | None, str | None]:
+    """The function `name` of `module`, or None and why it is not to be had; `pip` says how the package is installed."""
+    try:
+        return getattr(import_module(module), name), None
+    except ModuleNotFoundError as error:
+        if module.startswith(error.name or "?"):
+            return None, f"is not installed ({pip})"
+        return None, f"cannot be imported: {error}"
+    except (ImportError, AttributeError, OSError) as error:
+        return None, f"cannot be imported: {str(error).splitlines()[0]}"
 
 
 def half_cannot(call: Call, largest_head: int) -> str | None:

@@ -13,24 +13,11 @@ refuses is refused here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 
 import torch
 from torch import Tensor
 
-from .contract import AttentionPlan, Backend, Call, DistanceBias, cuda_missing, half_cannot
-
-
-def load(module: str, pip: str) -> tuple[Callable[..., Tensor | tuple[Tensor, ...]] | None, str | None]:
-    """`flash_attn_varlen_func` of `module`, or None and why it is not to be had."""
-    try:
-        return import_module(module).flash_attn_varlen_func, None
-    except ModuleNotFoundError as error:
-        if module.startswith(error.name or "?"):
-            return None, f"is not installed ({pip})"
-        return None, f"cannot be imported: {error}"
-    except (ImportError, AttributeError, OSError) as error:
-        return None, f"cannot be imported: {str(error).splitlines()[0]}"
+from .contract import AttentionPlan, Backend, Call, DistanceBias, cuda_missing, half_cannot, load
 
 
 class _FlashPackage(Backend):
@@ -42,7 +29,10 @@ class _FlashPackage(Backend):
     no_limit: int | None = -1
 
     def missing(self, device: torch.device) -> str | None:
-        return cuda_missing(device, self.least, self.most, amd=self.amd) or load(self.module, self.pip)[1]
+        return cuda_missing(device, self.least, self.most, amd=self.amd) or self._function()[1]
+
+    def _function(self) -> tuple[Callable[..., Tensor | tuple[Tensor, ...]] | None, str | None]:
+        return load(self.module, "flash_attn_varlen_func", self.pip)
 
     def options(self, call: Call) -> dict[str, object]:
         """Keyword arguments beyond those that all generations share."""
@@ -51,7 +41,7 @@ class _FlashPackage(Backend):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, call: Call, bias: DistanceBias | None = None
     ) -> Tensor:
-        function, reason = load(self.module, self.pip)
+        function, reason = self._function()
         assert function is not None, reason
         left, right = (self.no_limit if side is None else side for side in call.sides)
         longest = plan.batch.max_seqlen

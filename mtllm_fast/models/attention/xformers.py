@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .contract import AttentionPlan, Backend, Call, DistanceBias, cuda_missing
+from .contract import AttentionPlan, Backend, Call, DistanceBias, cuda_missing, load
 
 if TYPE_CHECKING:
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
@@ -35,18 +35,8 @@ class XFormers(Backend):
     about = "xformers' memory_efficient_attention; float32, float16 and bfloat16 on CUDA, dropout"
 
     def missing(self, device: torch.device) -> str | None:
-        reason = cuda_missing(device, (6, 0))
-        if reason is not None:
-            return reason
-        try:
-            import xformers.ops  # noqa: F401
-        except ModuleNotFoundError as error:
-            if error.name and error.name.startswith("xformers"):
-                return "is not installed (pip install xformers, the extra `xformers`)"
-            return f"cannot be imported: {error}"
-        except (ImportError, AttributeError, OSError) as error:
-            return f"cannot be imported: {str(error).splitlines()[0]}"
-        return None
+        pip = "pip install xformers, the extra `xformers`"
+        return cuda_missing(device, (6, 0)) or load("xformers.ops", "memory_efficient_attention", pip)[1]
 
     def cannot(self, call: Call) -> str | None:
         from xformers.ops import fmha

@@ -17,7 +17,19 @@ if TYPE_CHECKING:
 
 
 class SequenceToSequence(EncoderFamily[Encoder]):
-    """Base of the families whose encoder comes out of an encoder-decoder model."""
+    """Base of the families whose pre-norm encoder comes out of a translation model, with a language in every text."""
+
+    language_codes = True
+    even_layers = True
+
+    def fuses(self, config: PreTrainedConfig, layer: int) -> bool:
+        return True
+
+    def layers(self, encoder: Any) -> nn.ModuleList:
+        return encoder.layers
+
+    def final_norm(self, encoder: Any) -> nn.Module:
+        return encoder.layer_norm
 
     def encoder_of(self, model: Any) -> Encoder:
         return model.get_encoder() if hasattr(model, "decoder") or hasattr(model, "model") else model
@@ -34,8 +46,6 @@ class SequenceToSequence(EncoderFamily[Encoder]):
 class M2M100(SequenceToSequence["M2M100Encoder"]):
     model_types = ("m2m_100",)
     about = "NLLB-200, M2M-100"
-    language_codes = True
-    even_layers = True
 
     def encoder_class(self, config: PreTrainedConfig) -> type[M2M100Encoder]:
         from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
@@ -53,15 +63,6 @@ class M2M100(SequenceToSequence["M2M100Encoder"]):
         for layer in encoder.layers:
             hidden = layer(hidden, None, plan=plan)
         return hidden[0]
-
-    def fuses(self, config: PreTrainedConfig, layer: int) -> bool:
-        return True
-
-    def layers(self, encoder: M2M100Encoder) -> nn.ModuleList:
-        return encoder.layers
-
-    def final_norm(self, encoder: M2M100Encoder) -> nn.Module:
-        return encoder.layer_norm
 
     def prepare(self, encoder: M2M100Encoder) -> None:
         # layers are not dropped here: the encoder is distilled, not pre-trained

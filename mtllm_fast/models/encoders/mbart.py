@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...data.pack import PackedBatch
 from ...data.tokenise import StackTokenizer
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 class MBart(SequenceToSequence["MBartEncoder"]):
     model_types = ("mbart",)
     about = "mBART-50"
-    language_codes = True
-    even_layers = True
 
     def encoder_class(self, config: PreTrainedConfig) -> type[MBartEncoder]:
         from transformers.models.mbart.modeling_mbart import MBartEncoder
@@ -35,15 +33,6 @@ class MBart(SequenceToSequence["MBartEncoder"]):
         for layer in encoder.layers:
             hidden = layer(hidden, None, plan=plan)
         return hidden[0]
-
-    def fuses(self, config: PreTrainedConfig, layer: int) -> bool:
-        return True
-
-    def layers(self, encoder: MBartEncoder) -> nn.ModuleList:
-        return encoder.layers
-
-    def final_norm(self, encoder: MBartEncoder) -> nn.Module:
-        return encoder.layer_norm
 
     def max_positions(self, config: MBartConfig) -> int:
         return int(config.max_position_embeddings)
