@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from triton import JITFunction
 
@@ -116,14 +117,14 @@ def hidden_mse_cases(arch: str) -> Iterator[Case]:
             tile = tiles.for_width(width, 4 if dtype == "fp32" else 2)
             row = RowTile(width, tile.num_warps)
             pointers = dict.fromkeys(("dx_ptr", "x_ptr", "t_ptr", "more_ptr"), dtype)
-            gradient = {"PIECE": tiles.gradient_piece, "STAGES": min(tile.stages, 3), "BLOCK_D": width}
+            gradient: dict[str, Any] = {"PIECE": tiles.gradient_piece, "STAGES": min(tile.stages, 3), "BLOCK_D": width}
             yield _case(
                 hidden_mse_triton.pool_rows, f"{dtype} D={width}", {"x_ptr": dtype}, row,
                 IS_CU=True, PIECE=tiles.piece, ROWS=tile.rows, STAGES=tile.stages, BLOCK_D=width,
             )  # fmt: skip
             for pairs, more in ((False, False), (False, True), (True, True)):
                 label = f"pooled{' +pairs +weight' * pairs}{' +more' * more} {dtype} D={width}"
-                parts = {"HAS_POOL": True, "HAS_PAIRS": pairs, "HAS_WEIGHT": pairs, "HAS_MORE": more}
+                parts: dict[str, Any] = {"HAS_POOL": True, "HAS_PAIRS": pairs, "HAS_WEIGHT": pairs, "HAS_MORE": more}
                 kernel = hidden_mse_triton.state_gradient
                 yield _case(kernel, label, pointers, row, IS_CU=not pairs, **parts, **gradient)
             pair = {"s_ptr": dtype, "t_ptr": dtype}

@@ -97,8 +97,8 @@ class Encode(TextOptions):
             if code is not None and reads_language(tokenizer, model.side):
                 tokenizer.language_id(code)
             rows = replace(rows, language=code)
-        if model.config.fusion is not None and not rank:
-            print(f"mtllm encode: {self.model} {READS_ALONE}", file=sys.stderr)
+        if model.config.fusion is not None:
+            tell("encode")(f"{self.model} {READS_ALONE}")
         if not self.device and torch.cuda.is_available():
             torch.cuda.set_device(local % torch.cuda.device_count())
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")

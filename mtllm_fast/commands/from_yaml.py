@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -43,8 +43,7 @@ def settings_from(settings_type: type[Settings], data: Mapping[object, object], 
         raise ValueError(f"{where}: {error}") from None
 
 
-@cache
-def options_of(settings_type: type[DataclassInstance]) -> Options:
+def _options_of(settings_type: type) -> Options:
     """Not to be changed. A field may also be called as its option is (`from`), and what has no prefix
     on the command line (`tyro.conf.arg(name="")`) needs none here."""
     hints = typing.get_type_hints(settings_type, include_extras=True)
@@ -58,6 +57,9 @@ def options_of(settings_type: type[DataclassInstance]) -> Options:
         if "" in names:
             flat |= {key: ((field.name, *path), inner) for key, (path, inner) in options_of(kind).items()}
     return flat | options
+
+
+options_of: Callable[[type], Options] = cache(_options_of)
 
 
 def values_of(settings_type: type[DataclassInstance], data: Mapping[object, object], where: str) -> Values:

@@ -28,6 +28,12 @@ class ProjectionConfig:
     """A trained embedding between the projected text and the LLM's own tokens, where such follow (`mtllm sft`,
     generation); it starts at zeros. MindMerger's boundary (arXiv 2405.17386), LangBridge's end token."""
 
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"projection.activation={self.activation!r}: expected one of {', '.join(ACTIVATIONS)}")
+        if self.kind == "linear" and self.activation != "relu":
+            raise ValueError(f"projection.activation={self.activation!r}: a linear projection has none")
+
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 # The weight of the last layer at the start; at 1 no other layer would get a gradient.
@@ -68,10 +74,6 @@ class Projection(nn.Module):
             self.fusion = nn.Parameter(start)
         if config.kind not in ("linear", "mlp"):
             raise ValueError(f"projection.kind={config.kind!r}: expected 'linear' or 'mlp'")
-        if config.activation not in ACTIVATIONS:
-            raise ValueError(f"projection.activation={config.activation!r}: expected one of {', '.join(ACTIVATIONS)}")
-        if config.kind == "linear" and config.activation != "relu":
-            raise ValueError(f"projection.activation={config.activation!r}: a linear projection has none")
         self.layers: nn.Module
         self.activation = config.activation
         if config.kind == "linear":
