@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models.weights import enlarge
 from torch import Tensor
 
 from mtllm_fast.data.pack import PackedBatch
@@ -14,6 +13,7 @@ from mtllm_fast.inference.likelihood import branched
 from mtllm_fast.models import PackedLLM
 from mtllm_fast.models.attention import BACKENDS, Branches
 from tests.conftest import assert_matches
+from tests.models.weights import enlarge
 
 # (ids of a beginning, the ids after it of each of its sequences, the last of which may be none)
 GROUPS = [([5, 6, 7, 8, 9, 10, 11], [[20, 21], [22], []]), ([3], [[30, 31, 32, 33]]), ([4, 5, 6], [[7], [7, 8], [9]])]

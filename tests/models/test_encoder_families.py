@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 import transformers
-from tests.models.weights import enlarge
 from torch import nn
 
 from mtllm_fast.data import TextRow
@@ -16,6 +15,7 @@ from mtllm_fast.data.tokenise import StackTokenizer
 from mtllm_fast.models import LoraSettings, PackedEncoder
 from mtllm_fast.models.encoders import FAMILIES, family_of
 from tests.conftest import assert_matches
+from tests.models.weights import enlarge
 from tests.tiny import LINES, m2m100_config, nllb_tokenizer
 
 LENGTHS = (1, 2, 63, 64, 65, 150)

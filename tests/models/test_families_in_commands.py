@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tests.training.short_runs import refused, same_weights
 from tokenizers.processors import TemplateProcessing
 
 from mtllm_fast import MTLLM, Engine, LoraSettings, TextRow, cli, planning
@@ -20,6 +19,7 @@ from mtllm_fast.training.adapt import AdaptConfig
 from tests.data.conftest import train_words
 from tests.models.test_encoder_families import CONFIGS
 from tests.tiny import LINES, nllb_tokenizer
+from tests.training.short_runs import refused, same_weights
 
 CLASSES = {
     "m2m_100": transformers.M2M100ForConditionalGeneration,

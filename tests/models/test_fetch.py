@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.training.short_runs import refused
 
 from mtllm_fast import cli
 from mtllm_fast.models.packages import MODELS, DataFile, Model, fetch
@@ -22,6 +21,7 @@ from mtllm_fast.models.packages import convert as conversion
 from mtllm_fast.models.packages.fetch import package_files
 from mtllm_fast.models.packages.translate import translate_portuguese
 from tests.tiny import e5_file
+from tests.training.short_runs import refused
 
 
 def _packages(folder: Path) -> Model:

@@ -17,7 +17,6 @@ from mtllm_fast.kernels.fp8_linear import (
     reference_rows,
     row_scales,
 )
-from tests.training.short_runs import optim
 from torch import nn
 
 from mtllm_fast import MTLLM, TextRow
@@ -30,6 +29,7 @@ from mtllm_fast.training.stage import Stage
 from mtllm_fast.training.switches import apply_switches, check_layers
 from tests.models.test_lora import layer_of, relative
 from tests.tiny import LINES, build_encoder_folder, build_llm_folder
+from tests.training.short_runs import optim
 from tests.training.test_switches import CPU, WEIGHTS, _batch, _gradient, _student
 
 ROUNDING = 2.0**-4  # of e4m3: half a step of its 3 bits of mantissa

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tests.models.weights import enlarge, stir
 from torch import Tensor, nn
 
 from mtllm_fast import MTLLM, Engine, HeadConfig, LoraSettings, TextRow
@@ -23,6 +22,7 @@ from mtllm_fast.models.compile import compile_layers
 from mtllm_fast.models.encoders import family_of
 from mtllm_fast.models.fusion import check_fusion
 from tests.conftest import assert_matches
+from tests.models.weights import enlarge, stir
 from tests.tiny import m2m100_config
 
 # text, partner, text, partner, ...: one has no partner, one is longer than its text, one shorter

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tests.models.weights import enlarge
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from benchmarks.studies import llm_families
@@ -18,6 +17,7 @@ from mtllm_fast import MTLLM, PackedBatch, cli
 from mtllm_fast.models import PackedLLM, gate
 from tests.conftest import assert_matches
 from tests.models.test_packed_equals_padded import COMMON
+from tests.models.weights import enlarge
 
 SMALL = {name: COMMON[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
 # mixing rows by a convolution, a recurrence or a shift; finding positions by themselves; attending in chunks; sinks

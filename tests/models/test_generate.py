@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models.weights import enlarge, stir
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -21,6 +20,7 @@ from mtllm_fast import MTLLM, LoraSettings, PackedBatch, TextRow
 from mtllm_fast.models.generate import generate, generate_ids, left_padded, soft_prompts
 from tests.conftest import assert_matches
 from tests.data.conftest import train_llm
+from tests.models.weights import enlarge, stir
 from tests.tiny import LINES, llm_tokenizer
 
 TEXTS = [LINES[0], "Trains", *LINES[2:5], "She bought"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.training.short_runs import optim
 from transformers import M2M100Model
 
 from mtllm_fast import MTLLM, TextRow
@@ -13,6 +12,7 @@ from mtllm_fast.models import LoraSettings, Projection, ProjectionConfig
 from mtllm_fast.models.projection import LAST_LAYER
 from mtllm_fast.training import AdaptConfig, adapt
 from tests.tiny import LINES
+from tests.training.short_runs import optim
 
 FUSED = ProjectionConfig(fuse_layers=True)
 ROWS = [TextRow(line) for line in LINES]

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.models.weights import in_shards, stir
 from transformers import AutoModelForCausalLM, AutoTokenizer, M2M100ForConditionalGeneration
 
 from mtllm_fast import MTLLM, Engine, HeadConfig, LoraSettings, PackedBatch, TextRow
 from mtllm_fast.models.adapters import check_settings
 from mtllm_fast.models.generate import soft_prompts
 from tests.conftest import assert_matches, relative_error
+from tests.models.weights import in_shards, stir
 from tests.tiny import LINES
 
 SEQUENCES = [[5, 6, 7, 8, 9], [10], [11, 12, 13]]

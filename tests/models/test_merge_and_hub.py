@@ -11,8 +11,6 @@ import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects
-from tests.models.weights import stir
-from tests.training.short_runs import refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mtllm_fast import MTLLM, TextRow, cli
@@ -20,7 +18,9 @@ from mtllm_fast.data.collate import collate
 from mtllm_fast.models import LoraSettings
 from mtllm_fast.models.merge import merge, save_merged
 from tests.conftest import relative_error
+from tests.models.weights import stir
 from tests.tiny import LINES
+from tests.training.short_runs import refused
 
 TOLERANCE = 1e-5
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.models.weights import in_shards, stir
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mtllm_fast import MTLLM, Engine, HeadConfig, LoraSettings, PackedBatch, ProjectionConfig, TextRow
 from mtllm_fast.models import PackedLLM
 from tests.conftest import assert_matches
+from tests.models.weights import in_shards, stir
 
 SEQUENCES = [[5, 6, 7, 8, 9], [10], [11, 12, 13]]
 

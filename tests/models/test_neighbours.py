@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
-from tests.models.weights import saved_bytes, stir
 
 from mtllm_fast import MTLLM, LoraSettings, TextRow
 from mtllm_fast.data.collate import collate
 from tests.conftest import assert_matches, relative_error
+from tests.models.weights import saved_bytes, stir
 from tests.tiny import LINES
 
 

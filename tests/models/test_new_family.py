@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tests.models.weights import enlarge
 
 from mtllm_fast import MTLLM, Engine, LoraSettings, PackedBatch
 from mtllm_fast.data.tokenise import StackTokenizer
 from mtllm_fast.models import PackedEncoder, encoders
 from mtllm_fast.models.encoder import describe_encoder
 from tests.conftest import assert_matches
+from tests.models.weights import enlarge
 from tests.tiny import LINES, llm_tokenizer
 
 # ELECTRA: narrower embeddings than layers, layers under another name, no norm at the end

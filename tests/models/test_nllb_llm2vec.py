@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.models.weights import stir
-from tests.training.short_runs import refused
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel, NllbTokenizer
 from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
@@ -18,7 +16,9 @@ from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 from mtllm_fast import MTLLM, Engine, HeadConfig, LoraSettings, ProjectionConfig
 from mtllm_fast.models.nllb_llm2vec import load_nllb_llm2vec, save_nllb_llm2vec
 from tests.conftest import assert_matches
+from tests.models.weights import stir
 from tests.tiny import LINES, m2m100_config, nllb_tokenizer
+from tests.training.short_runs import refused
 
 TEXTS = [*LINES, "Trains"]
 LANGUAGES = ["eng_Latn", "fra_Latn", "swh_Latn", "eng_Latn", "deu_Latn", "zho_Hans", "fra_Latn"]

@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 import transformers
-from tests.models.weights import enlarge
 from torch import nn
 
 from mtllm_fast.data.pack import PackedBatch
 from mtllm_fast.models import PackedEncoder, PackedLLM
 from tests.conftest import assert_matches
+from tests.models.weights import enlarge
 from tests.tiny import m2m100_config
 
 LENGTHS = (1, 2, 63, 64, 65, 150)

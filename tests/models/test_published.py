@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
-from tests.training.short_runs import refused
 from torch import Tensor, nn
 
 from mtllm_fast import MTLLM, TextRow
@@ -17,6 +16,7 @@ from mtllm_fast.cli import main
 from mtllm_fast.models.published import load_langbridge, load_mindmerger
 from tests.conftest import assert_matches
 from tests.tiny import LINES, nllb_tokenizer
+from tests.training.short_runs import refused
 
 TEXTS = list(LINES[:3])
 

@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.models.weights import enlarge
-from tests.training.short_runs import optim
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoModel, PreTrainedTokenizerFast
 
@@ -27,7 +25,9 @@ from tests.conftest import REPO
 from tests.data.test_trim import CODES, rows, texts
 from tests.models.test_encoder_families import CONFIGS
 from tests.models.test_families_in_commands import CLASSES, LANGUAGES
+from tests.models.weights import enlarge
 from tests.tiny import nllb_tokenizer
+from tests.training.short_runs import optim
 
 E5 = Path(os.environ.get("MTLLM_E5", REPO / "models" / "e5-small"))  # as `mtllm fetch` makes it
 EVEN = {"m2m_100", "mbart", "bert", "xlm-roberta", "roberta"}

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tests.models.weights import saved_bytes, stir
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -22,6 +21,7 @@ from mtllm_fast.models.merge import merge
 from mtllm_fast.models.storage import own_state
 from tests.conftest import assert_matches, relative_error
 from tests.models.test_encoder_families import CONFIGS, KEY_BIAS, batch_of, make, padded_states
+from tests.models.weights import saved_bytes, stir
 from tests.tiny import LINES
 
 LORA = LoraSettings(r=3, alpha=12, dropout=0.0)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.training.short_runs import optim
 
 from benchmarks.studies.parallel import CONTROLS
 from mtllm_fast import TextRow
@@ -28,6 +27,7 @@ from mtllm_fast.training import (
 from mtllm_fast.training.processes import ends_process
 from mtllm_fast.training.stage import Stage
 from tests.tiny import LINES
+from tests.training.short_runs import optim
 
 ROWS = [TextRow(line[: 20 + 7 * i % 41], id=f"row-{i}") for i, line in enumerate(LINES * 3)]
 TASK = [TextRow(line + " " + ("good", "bad")[i % 2], label=i % 2) for i, line in enumerate(LINES * 4)]

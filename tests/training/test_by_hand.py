@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.models.weights import stir
-from tests.training.short_runs import logged, optim
 from torch import Tensor
 
 from mtllm_fast import MTLLM, TextRow
@@ -25,7 +23,9 @@ from mtllm_fast.training.stage import Stage
 from mtllm_fast.training.task_teacher import TEACHER, add_teacher
 from mtllm_fast.training.trainer import PackedTrainer
 from tests.conftest import relative_error
+from tests.models.weights import stir
 from tests.tiny import LINES
+from tests.training.short_runs import logged, optim
 
 ROWS = [TextRow(f"{line} {i}") for i, line in enumerate(LINES * 12)]
 WEIGHTS = {"pooled_mse": 1.0, "paired_mse": 0.25, "kl": 4.0}

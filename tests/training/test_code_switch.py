@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.training.short_runs import optim
 
 from mtllm_fast import TextRow
 from mtllm_fast.data.code_switch import CodeSwitched, read_dictionary
@@ -18,6 +17,7 @@ from mtllm_fast.training import AdaptConfig, adapt
 from mtllm_fast.training.adapt import build
 from mtllm_fast.training.run import Data
 from tests.tiny import LINES
+from tests.training.short_runs import optim
 
 ROWS = [TextRow(f"{line} {i}", "eng_Latn") for i, line in enumerate(LINES * 8)]
 WORDS = "the\tder\nthe die\nriver fleuve\nTeacher\tmwalimu mkuu\n\n"

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models.weights import stir
-from tests.training.short_runs import logged, lost_in, optim, refused, same_weights, weights
 from torch import Tensor, nn
 
 from mtllm_fast import MTLLM, LoraSettings, TextRow, cli
@@ -37,6 +35,8 @@ from tests.conftest import relative_error
 from tests.data.test_trim import rows
 from tests.models.test_encoder_families import CONFIGS, batch_of, make
 from tests.models.test_shrink import build as build_whole
+from tests.models.weights import stir
+from tests.training.short_runs import logged, lost_in, optim, refused, same_weights, weights
 
 HELD_OUT, CODES = 6, ("deu_Latn", "swh_Latn")
 TRAINED = [row for code in CODES for row in rows(code)[HELD_OUT:]]

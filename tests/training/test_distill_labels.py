@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from tests.training.short_runs import nothing_loaded, optim, refused
 
 from mtllm_fast import MTLLM, Engine, TextRow
 from mtllm_fast.losses import DistillationWeights
@@ -14,6 +13,7 @@ from mtllm_fast.models.heads import HeadConfig
 from mtllm_fast.training import DistillConfig, distill
 from mtllm_fast.training.task_teacher import in_teachers_order
 from tests.tiny import LINES
+from tests.training.short_runs import nothing_loaded, optim, refused
 
 ROWS = [TextRow(line, label=i % 2) for i, line in enumerate(LINES)]
 

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.models.weights import saved_bytes
-from tests.training.short_runs import logged, optim, same_weights, weights
 from torch import Tensor, nn
 
 from mtllm_fast import TextRow
@@ -19,7 +17,9 @@ from mtllm_fast.models.frozen import dequantised, quantize_frozen
 from mtllm_fast.training import AdaptConfig, adapt
 from mtllm_fast.training.stage import Stage
 from mtllm_fast.training.switches import apply_switches
+from tests.models.weights import saved_bytes
 from tests.tiny import LINES
+from tests.training.short_runs import logged, optim, same_weights, weights
 from tests.training.test_switches import CPU, WEIGHTS, _batch, _gradient, _student
 
 PACKAGE = {"int8": "torchao", "nf4": "bitsandbytes"}

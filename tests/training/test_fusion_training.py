@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.training.short_runs import logged, refused
 
 from mtllm_fast import MTLLM, Engine, HeadConfig, LoraSettings, TextRow, cli
 from mtllm_fast.data.collate import collate
@@ -21,6 +20,7 @@ from mtllm_fast.models import FusionSettings
 from mtllm_fast.training.live import ModelFlops
 from mtllm_fast.training.stage import Stage
 from tests.commands.recipe_steps import WORDS
+from tests.training.short_runs import logged, refused
 
 LABELS = ["a", "b", "c"]
 LANGUAGE = ["--language-column", "language"]

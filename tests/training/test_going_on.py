@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.training.short_runs import logged, optim, stopped_in, weights
 
 from mtllm_fast import TextRow
 from mtllm_fast.jobs.checkpoint import Publisher, publish
@@ -19,6 +18,7 @@ from mtllm_fast.losses import DistillationWeights
 from mtllm_fast.models import LoraSettings
 from mtllm_fast.training import AdaptConfig, FinetuneConfig, adapt, finetune, trainer
 from tests.tiny import LINES
+from tests.training.short_runs import logged, optim, stopped_in, weights
 
 ROWS = [TextRow(f"{line} {i}", id=f"row-{i}") for i, line in enumerate(LINES * 4)]
 TASK = [TextRow(line + " " + ("good", "bad")[i % 2], label=i % 2) for i, line in enumerate(LINES * 4)]

@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.models.weights import stir
-from tests.training.short_runs import logged, nothing_loaded, optim, same_weights, stopped_in, weights
 
 from mtllm_fast import MTLLM, TextRow, cli
 from mtllm_fast.data.collate import collate
@@ -22,7 +20,9 @@ from mtllm_fast.models.heads import HeadConfig
 from mtllm_fast.training import DistillConfig, distill
 from mtllm_fast.training.stage import Stage
 from mtllm_fast.training.task_teacher import TaughtLabels
+from tests.models.weights import stir
 from tests.tiny import LINES
+from tests.training.short_runs import logged, nothing_loaded, optim, same_weights, stopped_in, weights
 
 NAMES = ("neg", "neutral", "pos")  # of the teacher
 ASKED = ["pos", "neg", "neutral"]  # of the task: an order that is not its own inverse

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.models.weights import stir
-from tests.training.short_runs import optim, refused
 
 from mtllm_fast import MTLLM, Engine, TextRow, cli
 from mtllm_fast.data.collate import collate
@@ -19,7 +17,9 @@ from mtllm_fast.models import HeadConfig, LoraSettings
 from mtllm_fast.training import DistillConfig, distill
 from mtllm_fast.training.layer_swap import INNER, MEAN, OUTER, layer_shares, swap_layers
 from tests.conftest import relative_error
+from tests.models.weights import stir
 from tests.tiny import LINES, build_llm_folder
+from tests.training.short_runs import optim, refused
 
 LAYERS = 6
 MINE, THEIRS = LoraSettings(r=4, alpha=8), LoraSettings(r=3, alpha=12)  # scales 2 and 4, so that fp64 sums are exact

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.training.short_runs import entries, optim, refused, same_weights
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtllm_fast import MTLLM, TextRow, cli
@@ -20,6 +19,7 @@ from mtllm_fast.training.live import ModelFlops, Throughput, Watch, bar_text, re
 from mtllm_fast.training.stage import Stage
 from tests.evaluation.fakes import write_folder
 from tests.tiny import LINES
+from tests.training.short_runs import entries, optim, refused, same_weights
 
 ROWS = [TextRow(line) for line in LINES]
 TOLERANCE = 0.02

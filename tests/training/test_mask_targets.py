@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.training.short_runs import logged, optim
 from torch import Tensor
 from transformers import AutoModel
 
@@ -25,6 +24,7 @@ from mtllm_fast.training.run import Data
 from mtllm_fast.training.sft import build
 from tests.conftest import assert_matches, relative_error
 from tests.tiny import LINES
+from tests.training.short_runs import logged, optim
 
 ROWS = [TextRow(f"{line} {i}", "eng_Latn", target=f"{line} {i}", id=str(i)) for i, line in enumerate(LINES * 4)]
 PROMPT = Prompt("Text: ", "\nAgain:")

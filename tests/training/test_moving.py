@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.training.short_runs import entries, optim, weights
 
 from mtllm_fast import MTLLM, TextRow
 from mtllm_fast.losses import DistillationWeights
@@ -23,6 +22,7 @@ from mtllm_fast.training import AdaptConfig, adapt
 from mtllm_fast.training.stage import Stage
 from mtllm_fast.training.task_teacher import check_teacher
 from tests.tiny import LINES
+from tests.training.short_runs import entries, optim, weights
 
 ROWS = [TextRow(f"{line} {i}") for i, line in enumerate(LINES * 4)]
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.training.short_runs import logged, optim, weights
 
 import mtllm_fast
 from mtllm_fast import MTLLM, TextRow
@@ -27,6 +26,7 @@ from mtllm_fast.training import STAGES, OptimSettings
 from mtllm_fast.training.run import Data, StageKind, run
 from mtllm_fast.training.stage import Stage
 from tests.tiny import LINES
+from tests.training.short_runs import logged, optim, weights
 
 ROWS = [TextRow(f"{line} {i}") for i, line in enumerate(LINES * 16)]
 STEPS = 4

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.training.short_runs import in_pack, logged, nothing_loaded, optim, same_weights, stopped_in, weights
 
 from mtllm_fast import MTLLM, TextRow, cli, read_rows
 from mtllm_fast.data import PackedDataset
@@ -26,6 +25,7 @@ from mtllm_fast.training.inputs import has_teacher_text, rows_digest
 from mtllm_fast.training.stage import Stage
 from mtllm_fast.training.teacher_cache import KeyedRows, TeacherCache, open_or_build, text_key
 from tests.tiny import LINES
+from tests.training.short_runs import in_pack, logged, nothing_loaded, optim, same_weights, stopped_in, weights
 
 # "translations": the words in another order. The encoder knows no digits, so it reads a line that comes again as equal.
 ROWS = [

@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from tests.training.short_runs import entries, logged, optim, same_weights, stopped_in
 
 from mtllm_fast import MTLLM, HeadConfig, TextRow, read_rows
 from mtllm_fast.data import PackedDataset
@@ -20,6 +19,7 @@ from mtllm_fast.training.epochs import EpochLoader
 from mtllm_fast.training.live import ModelFlops
 from mtllm_fast.training.stage import Stage
 from tests.tiny import LINES
+from tests.training.short_runs import entries, logged, optim, same_weights, stopped_in
 
 ROWS = [TextRow(f"{line} {i}", id=f"row-{i}") for i, line in enumerate(LINES * 4)]
 SORTED = [TextRow(line + " " + name, label=k) for k, name in enumerate(("good", "bad")) for line in LINES * 2]

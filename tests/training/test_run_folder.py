@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from tests.training.short_runs import optim
 
 from mtllm_fast import TextRow
 from mtllm_fast.losses import DistillationWeights
@@ -18,6 +17,7 @@ from mtllm_fast.training import STAGES, AdaptConfig, adapt
 from mtllm_fast.training.provenance import git_state, provenance
 from mtllm_fast.training.run_folder import RunFolder, as_by_default
 from tests.tiny import LINES
+from tests.training.short_runs import optim
 
 
 def _git(folder: Path, *arguments: str) -> None:

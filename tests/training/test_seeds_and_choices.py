@@ -7,13 +7,13 @@ from functools import partial
 
 import pytest
 import torch
-from tests.training.short_runs import optim, weights
 
 from mtllm_fast import MTLLM, Engine, TextRow
 from mtllm_fast.losses import DistillationWeights
 from mtllm_fast.models import LoraSettings
 from mtllm_fast.training import DistillConfig, FinetuneConfig, distill, finetune, run_seeds
 from tests.tiny import LINES
+from tests.training.short_runs import optim, weights
 
 TASK = [TextRow(line + " " + ("good", "bad")[i % 2], label=i % 2) for i, line in enumerate(LINES * 2)]
 # the right choice repeats the last word of the text

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.models.weights import stir
-from tests.training.short_runs import logged, optim, weights
 from torch import Tensor
 from transformers import set_seed
 
@@ -25,7 +23,9 @@ from mtllm_fast.training import SftConfig, sft
 from mtllm_fast.training.run import Data
 from mtllm_fast.training.sft import build
 from tests.conftest import assert_matches
+from tests.models.weights import stir
 from tests.tiny import LINES
+from tests.training.short_runs import logged, optim, weights
 
 ROWS = [
     TextRow(f"{line} {i}", "eng_Latn", target=" ".join(line.split()[: 1 + i % 4])) for i, line in enumerate(LINES * 8)

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.training.short_runs import refused, weights
 
 from mtllm_fast import MTLLM, Engine, HeadConfig, TextRow, cli
 from mtllm_fast.data import text_tokens
 from mtllm_fast.training import soft_labels
 from tests.commands.recipe_steps import WORDS
 from tests.tiny import LINES
+from tests.training.short_runs import refused, weights
 
 LABELS = ["a", "b", "c"]
 SOFT, KL = ["--soft-label-column", "log_likelihoods"], ["--loss.label-kl", "1"]

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.training.short_runs import entries, logged, optim, weights
 
 from mtllm_fast import MTLLM, Engine, TextRow
 from mtllm_fast.losses import DistillationWeights
 from mtllm_fast.training import AdaptConfig, DistillConfig, FinetuneConfig, adapt, distill, finetune
 from tests.tiny import LINES
+from tests.training.short_runs import entries, logged, optim, weights
 
 TASK = [TextRow(line + " " + ("good", "bad")[i % 2], label=i % 2) for i, line in enumerate(LINES * 4)]
 LABELS = ["good", "bad"]

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.models.weights import stir
-from tests.training.short_runs import entries, lost_in, optim, same_weights, weights
 
 from mtllm_fast import MTLLM, Engine, TextRow
 from mtllm_fast.data.collate import collate
@@ -19,7 +17,9 @@ from mtllm_fast.models import LoraSettings
 from mtllm_fast.models.adapter_sum import add_to_adapter, sum_settings
 from mtllm_fast.training import AdaptConfig, DistillConfig, FinetuneConfig, adapt, distill, finetune
 from mtllm_fast.training.teacher_variance import TEXTS, VARIANCE_FILE
+from tests.models.weights import stir
 from tests.tiny import LINES
+from tests.training.short_runs import entries, lost_in, optim, same_weights, weights
 
 ROWS = [TextRow(f"{line} {i}") for i, line in enumerate(LINES * 3)]
 TASK = [TextRow(line + " " + ("good", "bad")[i % 2], label=i % 2) for i, line in enumerate(LINES * 3)]

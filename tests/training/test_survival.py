@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.training.short_runs import entries, optim, same_weights, weights
 from transformers import Trainer
 
 from benchmarks.studies.survive import unreadable
@@ -29,6 +28,7 @@ from mtllm_fast.training import AdaptConfig, adapt
 from mtllm_fast.training import survival as survival_module
 from mtllm_fast.training.stage import Stage
 from tests.tiny import LINES, llm_tokenizer, nllb_tokenizer
+from tests.training.short_runs import entries, optim, same_weights, weights
 
 ROWS = [TextRow(f"{line} {i}", id=f"row-{i}") for i, line in enumerate(LINES * 4)]
 

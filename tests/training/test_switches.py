@@ -7,8 +7,6 @@ import shutil
 
 import pytest
 import torch
-from tests.models.weights import saved_bytes, stir
-from tests.training.short_runs import optim, same_weights
 from torch import Tensor
 
 from mtllm_fast import MTLLM, TextRow
@@ -21,7 +19,9 @@ from mtllm_fast.models.compile import compile_layers
 from mtllm_fast.training import AdaptConfig, adapt
 from mtllm_fast.training.stage import Stage
 from mtllm_fast.training.switches import apply_liger, apply_switches, base_dtype, check_switches, optimizer_name
+from tests.models.weights import saved_bytes, stir
 from tests.tiny import LINES, build_llm_folder
+from tests.training.short_runs import optim, same_weights
 
 CPU = torch.device("cpu")
 WEIGHTS = DistillationWeights(pooled_mse=1.0, paired_mse=0.5, kl=0.3)

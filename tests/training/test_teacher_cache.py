@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.models.weights import stir
-from tests.training.short_runs import optim, same_weights, weights
 
 from mtllm_fast import MTLLM, TextRow
 from mtllm_fast.data.collate import collate
@@ -23,7 +21,9 @@ from mtllm_fast.training import AdaptConfig, DistillConfig, adapt, distill, teac
 from mtllm_fast.training.stage import Stage
 from mtllm_fast.training.task_teacher import TEACHER, add_teacher
 from mtllm_fast.training.teacher_cache import KeyedRows, open_or_build
+from tests.models.weights import stir
 from tests.tiny import LINES, build_llm_folder
+from tests.training.short_runs import optim, same_weights, weights
 
 ROWS = [TextRow(line) for line in (*LINES, LINES[0])]
 CHOICES = [TextRow(line, choices=("yes it is", "no", "nobody can know"), label=i % 3) for i, line in enumerate(LINES)]

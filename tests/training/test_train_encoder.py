@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.models.weights import stir
-from tests.training.short_runs import nothing_loaded, weights
 from torch import Tensor, nn
 
 from mtllm_fast import MTLLM, LoraSettings, ProjectionConfig, TextRow
@@ -28,8 +26,10 @@ from mtllm_fast.training.sft import build
 from mtllm_fast.training.sft import starting_model as sft_start
 from mtllm_fast.training.switches import apply_switches
 from tests.conftest import relative_error
+from tests.models.weights import stir
 from tests.tiny import LINES, build_llm_folder
 from tests.training import short_runs
+from tests.training.short_runs import nothing_loaded, weights
 
 ROWS = [TextRow(f"{line} {i}", "eng_Latn", target=" ".join(line.split()[:3])) for i, line in enumerate(LINES * 4)]
 TASK = [TextRow(line, "eng_Latn", label=i % 2) for i, line in enumerate(LINES * 2)]
