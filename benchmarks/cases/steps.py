@@ -3,6 +3,7 @@
     python -m benchmarks.cases.steps --device cpu --json F        (mtllm bench adaptation_step task_distillation_step)
 
 ours             MTLLM on packed rows, DistillationLoss.
+ours, teacher cached  the same with `--teacher-cache`: pooled states, and the moments of the forward KL, read from disk.
 packed, unfused  the same packed models, the loss op by op with the logits of all aligned rows held.
 padded, 4-D mask the authors' way: Hugging Face's models on the padded batch, a 4-D mask, teacher and student pass, the
                  loss op by op, logits held. (Of the aligned rows only: full (B, L, V) logits would be slower still.)
@@ -19,8 +20,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,6 +37,7 @@ from mtllm_fast.models.adapters import LoraSettings
 from mtllm_fast.models.attention import NAME
 from mtllm_fast.models.heads import HeadConfig
 from mtllm_fast.training.stage import Stage
+from mtllm_fast.training.teacher_cache import Kept, TeacherCache, complete, moments_of
 
 from ..lengths import DISTRIBUTIONS
 from ..models import llama, m2m100
@@ -56,6 +61,7 @@ class Problem:
     weights: DistillationWeights
     teacher: str | None  # adapter of the teacher's pass
     options: dict[str, Any]
+    cache: TeacherCache | None = None
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
@@ -145,7 +151,24 @@ def make(
     weights = DistillationWeights(pooled_mse=1.0, kl=kl, head_kl=1.0 if task else 0.0)
     model = build_model(encoder, llm, task, device, dtype)
     batch = make_batch(sizes, encoder[3], llm[3], device)
-    return Problem(model, batch, weights, "teacher" if task else None, options)
+    return cached(Problem(model, batch, weights, "teacher" if task else None, options))
+
+
+def cached(p: Problem) -> Problem:
+    """With a cache of its teacher, as `mtllm adapt --teacher-cache` has it."""
+    keys = [number.to_bytes(16) for number in range(p.batch.num_rows)]
+    batch, llm = replace(p.batch, ids=tuple(key.hex() for key in keys)), p.batch.side("llm")
+    kept = Kept("moments", p.weights.temperature) if p.weights.kl else Kept()
+    head = p.model.require_llm().lm_head
+    with torch.no_grad(), mixed(p), TemporaryDirectory() as name:
+        folder, states = Path(name), p.model.teacher_states(llm, p.teacher)
+        pooled = p.model.pool(states, llm).float().cpu().numpy()
+        pooled.tofile(folder / "states.bin")
+        if kept.tokens:
+            moments_of(states, head, kept.temperature).float().cpu().numpy().tofile(folder / "tokens.bin")
+            np.array(llm.lengths, np.int32).tofile(folder / "lengths.bin")
+        complete(folder, keys, pooled.shape[1:], kept, len(head.weight), {})
+        return replace(p, batch=batch, cache=TeacherCache(folder, {}))  # its files stay open
 
 
 def small(p: Problem) -> Problem:
@@ -155,7 +178,7 @@ def small(p: Problem) -> Problem:
         return make(**{**p.options, **SMALL}, dtype=next(p.model.parameters()).dtype, device=device)
     stack = p.model.require_stack()
     lengths = [min(48, n) for n in p.batch.side("mt").lengths[:3]]
-    return replace(p, batch=make_batch(lengths, stack.encoder.vocab_size, stack.llm.vocab_size, device))
+    return cached(replace(p, batch=make_batch(lengths, stack.encoder.vocab_size, stack.llm.vocab_size, device)))
 
 
 def gradients(p: Problem, loss: Tensor) -> dict[str, Any]:
@@ -182,12 +205,17 @@ def mixed(p: Problem) -> Any:
     return torch.autocast(weight.device.type, torch.bfloat16) if bf16 else nullcontext()
 
 
-def ours(p: Problem) -> dict[str, Any]:
+def ours(p: Problem, cache: TeacherCache | None = None) -> dict[str, Any]:
     """A step as the trainer takes it."""
-    stage = Stage(p.model, DistillationLoss(p.weights), adapter=p.teacher)
+    stage = Stage(p.model, DistillationLoss(p.weights), teacher=cache, adapter=p.teacher)
     with mixed(p):
         loss = stage.step(p.batch)
     return gradients(p, loss)
+
+
+def ours_cached(p: Problem) -> dict[str, Any]:
+    """The same, with the teacher's cache."""
+    return ours(p, p.cache)
 
 
 def unfused_loss(
@@ -363,6 +391,7 @@ COMMON: dict[str, Any] = {
     "make": make,
     "variants": {
         "ours": Variant(ours, result, ours=True),
+        "ours, teacher cached": Variant(ours_cached, result, ours=True),
         "ours, peft's LoRA": Variant(with_pefts_lora, result),
         "packed, unfused": Variant(packed_unfused, result),
         THEIRS: Variant(padded, result),

@@ -44,6 +44,7 @@ from ..kernels import TeacherMoments, teacher_moments
 from ..losses import DistillationWeights
 from ..models import MTLLM
 from ..models.frozen import KINDS, quantize_frozen
+from ..models.llm import LMHead
 from ..models.modes import evaluating
 from .automatic import settled, to_device
 from .config import OptimSettings
@@ -304,12 +305,7 @@ def _build(
                 write_json(progress, {"texts": done, "shape": shape, "sizes": sizes})
         if done != len(keys):
             raise ValueError(f"the training data changed while it was read: {len(keys)} distinct texts, then {done}")
-        np.save(building / "keys.npy", np.frombuffer(b"".join(keys), np.uint8).reshape(-1, _KEY_BYTES))
-        digests = {name: sha256_of(building / name) for name in ("keys.npy", *names)}
-        meta: dict[str, object] = {"made_from": made_from, "shape": [done, *shape], "files": digests}
-        if how.kept.tokens:
-            meta |= {"kept": asdict(how.kept), "vocab_size": len(teacher.require_llm().lm_head.weight)}
-        write_json(building / "meta.json", meta)
+        complete(building, keys, shape, how.kept, len(teacher.require_llm().lm_head.weight), made_from)
     except OSError as error:
         raise OSError(
             error.errno,
@@ -319,6 +315,32 @@ def _build(
     progress.unlink()
     replace_folder(building, entry)
     return computed, truncated
+
+
+def complete(
+    folder: Path,
+    keys: Sequence[bytes],
+    shape: Sequence[int],
+    kept: Kept,
+    vocab_size: int,
+    made_from: Mapping[str, object],
+) -> None:
+    """Write keys.npy and meta.json beside the states of the texts with these keys, each of this shape."""
+    np.save(folder / "keys.npy", np.frombuffer(b"".join(keys), np.uint8).reshape(-1, _KEY_BYTES))
+    files = ("keys.npy", "states.bin", *(("tokens.bin", "lengths.bin") if kept.tokens else ()))
+    digests = {name: sha256_of(folder / name) for name in files}
+    meta: dict[str, object] = {"made_from": made_from, "shape": [len(keys), *shape], "files": digests}
+    if kept.tokens:
+        meta |= {"kept": asdict(kept), "vocab_size": vocab_size}
+    write_json(folder / "meta.json", meta)
+
+
+def moments_of(states: Tensor, head: LMHead, temperature: float) -> Tensor:
+    """(T, D + 2): m, entropy and bias_mean of `TeacherMoments`, of teacher states (T, D) as they are: a step's KL
+    rounds none under autocast."""
+    with torch.autocast(states.device.type, enabled=False):
+        found = teacher_moments(states, head.weight.to(states.dtype), temperature, bias_t=head.bias)
+    return torch.cat([found.m, found.entropy[:, None], found.bias_mean[:, None]], 1)
 
 
 def _progress(progress: Path, names: Sequence[str]) -> tuple[tuple[int, ...], int, dict[str, int]]:
@@ -384,10 +406,7 @@ class _Pass:
             return pooled, []
         tokens = states
         if self.kept.tokens == "moments":
-            head = teacher.require_llm().lm_head
-            with torch.autocast(device.type, enabled=False):  # as in a step, whose KL rounds no states
-                found = teacher_moments(states, head.weight.to(states.dtype), self.kept.temperature, bias_t=head.bias)
-            tokens = torch.cat([found.m, found.entropy[:, None], found.bias_mean[:, None]], 1)
+            tokens = moments_of(states, teacher.require_llm().lm_head, self.kept.temperature)
         return pooled, np.split(tokens.float().cpu().numpy(), np.cumsum(packed.lengths)[:-1])
 
 

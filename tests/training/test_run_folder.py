@@ -127,7 +127,7 @@ def test_a_run_from_before_the_last_settings_goes_on(encoder_folder, llm_folder,
     adapt(config(2), rows)
     path = tmp_path / "run/run.json"
     record = json.loads(path.read_text())
-    new = ("contrast", "contrast_temperature", "contrast_layer", "task", "rank_weights")
+    new = ("divergence", "beta", "contrast", "contrast_temperature", "contrast_layer", "task", "rank_weights")
     record["loss"] = {name: value for name, value in record["loss"].items() if name not in new}
     assert set(record["loss"]) == {"pooled_mse", "paired_mse", "kl", "head_kl", "temperature"}
     path.write_text(json.dumps(record))
