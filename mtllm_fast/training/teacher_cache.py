@@ -305,7 +305,8 @@ def _build(
                 write_json(progress, {"texts": done, "shape": shape, "sizes": sizes})
         if done != len(keys):
             raise ValueError(f"the training data changed while it was read: {len(keys)} distinct texts, then {done}")
-        complete(building, keys, shape, how.kept, len(teacher.require_llm().lm_head.weight), made_from)
+        vocab_size = len(teacher.require_llm().lm_head.weight) if how.kept.tokens == "moments" else 0
+        complete(building, keys, shape, how.kept, vocab_size, made_from)
     except OSError as error:
         raise OSError(
             error.errno,
@@ -349,7 +350,8 @@ def _progress(progress: Path, names: Sequence[str]) -> tuple[tuple[int, ...], in
     try:
         found = json.loads(progress.read_text())
         shape, done = tuple(map(int, found["shape"])), int(found["texts"])
-        sizes = {name: int(found["sizes"][name]) for name in names}
+        sizes = found.get("sizes", {"states.bin": done * int(np.prod(shape)) * 4})  # without: an older version's
+        sizes = {name: int(sizes[name]) for name in names}
         if all((progress.parent / name).stat().st_size >= size for name, size in sizes.items()):
             return shape, done, sizes
     except (OSError, ValueError, KeyError, TypeError):
@@ -434,7 +436,6 @@ def _fingerprint(teacher: MTLLM, keys: list[bytes], bf16: bool, base_weights: st
             **({"base_weights": base_weights} if base_weights in KINDS else {}),
             **({"kept": asdict(kept)} if kept.tokens else {}),
         },
-        **({"LM head": of_tensors({"weight": llm.lm_head.weight})} if kept.tokens == "moments" else {}),
     }
 
 

@@ -139,3 +139,26 @@ def test_what_a_loss_needs_is_kept_and_nothing_else(student) -> None:
     assert Kept.for_loss(LOSSES["states"], student) == Kept("states")
     jsd = DistillationWeights(kl=1.0, divergence="jsd", beta=0.3)
     assert Kept.for_loss(jsd, student) == Kept("states")
+
+
+def test_a_head_that_the_kl_cannot_take_keeps_no_pooled_cache_away(student, tmp_path, monkeypatch) -> None:
+    """Cohere and Granite scale their logits."""
+    monkeypatch.setattr(student.llm.model.config, "logit_scale", 0.5, raising=False)
+    assert not _cache(tmp_path, student, DistillationWeights()).needs_tokens
+    with pytest.raises(ValueError, match="scales its logits by logit_scale"):
+        _cache(tmp_path, student, LOSSES["moments"])
+
+
+def test_another_head_is_another_cache(student, tmp_path, monkeypatch) -> None:
+    first = _cache(tmp_path, student, LOSSES["moments"])
+    head = student.llm.model.get_output_embeddings()
+    monkeypatch.setattr(head, "bias", torch.nn.Parameter(torch.zeros(len(head.weight))))
+    biased = _cache(tmp_path, student, LOSSES["moments"])
+    with torch.no_grad():
+        head.bias[3] = 5.0
+    other = _cache(tmp_path, student, LOSSES["moments"])
+    monkeypatch.setattr(head, "weight", torch.nn.Parameter(head.weight.detach() * 1.5))  # no longer the embeddings'
+    untied = _cache(tmp_path, student, LOSSES["moments"])
+    assert len({cache.folder for cache in (first, biased, other, untied)}) == 4
+    assert not np.allclose(other.tokens, biased.tokens, atol=1e-3)
+    assert not np.allclose(untied.tokens, other.tokens, atol=1e-3)
